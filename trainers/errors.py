@@ -1,0 +1,59 @@
+"""Everything that can end a job for a reason the user should read, each with its process exit code.
+
+A `TuneyardError` is shown as one message without a traceback; any other exception is a defect of ours.
+"""
+
+from collections.abc import Sequence
+
+
+class TuneyardError(Exception):
+    """A failure with a known cause; the message names the rule, the values and the remedy."""
+
+    exit_code = 1
+
+
+class JobError(TuneyardError, ValueError):
+    """The job file or the arguments are wrong. Carries every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str] | str, where: str = "") -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.where = where
+        head = f"{where}: " if where else ""
+        body = self.problems[0] if len(self.problems) == 1 else "".join(f"\n  - {p}" for p in self.problems)
+        count = "" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"{head}{count}{body}")
+
+    def __reduce__(self) -> tuple[type["JobError"], tuple[tuple[str, ...], str]]:
+        return type(self), (self.problems, self.where)
+
+
+class PlacementError(TuneyardError):
+    """The job cannot fit on, or be placed on, the machines at hand."""
+
+    exit_code = 3
+
+
+class DataError(TuneyardError, ValueError):
+    """The data is refused: unreadable, empty, over the drop budget, or with labels training never saw."""
+
+    exit_code = 4
+
+
+class TrainingError(TuneyardError):
+    """Training failed and its restarts are used up."""
+
+    exit_code = 5
+
+
+class EvaluationError(TuneyardError):
+    """An evaluation or a registration is refused."""
+
+    exit_code = 6
+
+
+class Preempted(TuneyardError):
+    """The run was asked to stop; its last checkpoint is committed and the same command goes on."""
+
+    exit_code = 75

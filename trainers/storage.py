@@ -1,0 +1,165 @@
+"""A folder on any file system that pyarrow knows (local, s3://, gs://, hdfs://); writes are whole or absent.
+
+On a local file system a file is written under a temporary name, synced and renamed; on an object store a put is
+atomic by itself. A `Folder` is a name, not a connection, so it travels between processes.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from trainers.errors import JobError
+
+TEMPORARY = ".tmp-"
+"""Prefix of files that are not whole yet; readers ignore them."""
+
+
+def is_remote(path: str) -> bool:
+    """True for URIs such as s3://bucket/key; file:// and plain paths are local."""
+    return "://" in path and not path.startswith("file://")
+
+
+def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
+    """The file system that holds `path`, and the path as that file system writes it."""
+    if not is_remote(path):
+        return pafs.LocalFileSystem(), str(Path(path.removeprefix("file://")).absolute())
+    try:
+        fs, inner = pafs.FileSystem.from_uri(path)
+    except (pa.ArrowInvalid, OSError, NotImplementedError) as error:
+        raise JobError(f"cannot use {path!r}: {error}. Local paths, s3://, gs:// and hdfs:// are understood") from error
+    return fs, str(inner)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One folder of storage, local or remote."""
+
+    uri: str
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.uri.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return PurePosixPath(self.uri).name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether files here can be memory-mapped and renamed."""
+        return not is_remote(self.uri)
+
+    @property
+    def path(self) -> Path:
+        """The local path. Raises AssertionError for remote storage, where none exists."""
+        assert self.is_local, f"{self.uri} has no local path"
+        return Path(self.uri.removeprefix("file://"))
+
+    def _resolve(self, name: str = "") -> tuple[pafs.FileSystem, str]:
+        fs, root = filesystem_of(self.uri)
+        return fs, f"{root}/{name}" if name else root
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder of that name is here."""
+        fs, path = self._resolve(name)
+        return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
+
+    def size(self, name: str) -> int:
+        """Bytes of one file. Raises FileNotFoundError."""
+        fs, path = self._resolve(name)
+        info = fs.get_file_info(path)
+        if info.type != pafs.FileType.File:
+            raise FileNotFoundError(path)
+        return int(info.size)
+
+    def list(self) -> list[str]:
+        """Names directly below this folder, sorted, temporary files left out; empty where the folder does not exist."""
+        fs, path = self._resolve()
+        infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in infos if not info.base_name.startswith(TEMPORARY))
+
+    def read_bytes(self, name: str) -> bytes:
+        """The whole file. Raises FileNotFoundError."""
+        fs, path = self._resolve(name)
+        with fs.open_input_file(path) as stream:
+            return bytes(stream.read())
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file, parsed."""
+        return json.loads(self.read_bytes(name))
+
+    def open_input(self, name: str) -> pa.NativeFile:
+        """A seekable stream, memory-mapped where the storage is local."""
+        if self.is_local:
+            return pa.memory_map(str(self.path / name))
+        fs, path = self._resolve(name)
+        return fs.open_input_file(path)
+
+    @contextmanager
+    def open_output(self, name: str) -> Iterator[pa.NativeFile]:
+        """A stream whose file appears under `name`, whole and synced, when the block ends without an exception."""
+        fs, path = self._resolve(name)
+        fs.create_dir(path.rpartition("/")[0], recursive=True)
+        if not self.is_local:
+            with fs.open_output_stream(path) as stream:
+                yield stream
+            return
+        final = Path(path)
+        partial = final.parent / f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"
+        try:
+            with pa.OSFile(str(partial), "wb") as stream:
+                yield stream
+            _sync(partial)
+            partial.replace(final)
+            _sync(final.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file, atomically and durably."""
+        with self.open_output(name) as stream:
+            stream.write(data)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as readable JSON, atomically."""
+        self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def delete(self, name: str = "") -> None:
+        """Remove a file or a folder with all it holds; nothing happens where it does not exist."""
+        fs, path = self._resolve(name)
+        kind = fs.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            shutil.rmtree(path, ignore_errors=True) if self.is_local else fs.delete_dir(path)
+        elif kind == pafs.FileType.File:
+            fs.delete_file(path)
+
+    def check_writable(self) -> None:
+        """Create the folder and write one small file. Raises JobError that names the remedy."""
+        probe = f"probe-{uuid.uuid4().hex[:8]}"
+        try:
+            self.write_bytes(probe, b"")
+            self.delete(probe)
+        except (OSError, pa.ArrowException) as error:
+            raise JobError(
+                f"storage {self.uri!r} cannot be written ({error}): name a folder or bucket you may write to"
+            ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""What every task provides, and the records that pass between a task and the shared stages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from trainers.data.manifest import KEPT, TRUNCATED
+from trainers.job import Overlong
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainers.data.tokenizer import Encoder
+
+Array = np.ndarray[Any, np.dtype[Any]]
+IGNORE = -100
+"""Label of positions the loss skips."""
+
+
+@dataclass(frozen=True)
+class EncodeRules:
+    """What the job says of the form of sequences."""
+
+    max_length: int
+    overlong: Overlong
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One training sequence: ids, plus what the task cannot derive from them."""
+
+    input_ids: Seq[int]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of one input row. The ledger keeps `outcome`; `sequences` is empty where the row was dropped."""
+
+    outcome: str
+    sequences: tuple[Sequence, ...] = ()
+    tokens_lost: int = 0
+
+    @staticmethod
+    def dropped(reason: str) -> Encoded:
+        """A row that trains nothing, and why."""
+        return Encoded(f"dropped:{reason}")
+
+    @staticmethod
+    def whole(sequence: Sequence, tokens_lost: int = 0) -> Encoded:
+        """A row that became one sequence."""
+        return Encoded(TRUNCATED if tokens_lost else KEPT, (sequence,), tokens_lost)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence as read back from a shard."""
+
+    index: int
+    """Its place in the whole split."""
+    input_ids: Array
+    """int32 [length]."""
+    extra: Mapping[str, Any]
+
+
+class Task(ABC):
+    """A supervised task. Instances hold no state but `labels`."""
+
+    extra_schema: tuple[tuple[str, pa.DataType], ...] = ()
+    """Columns a shard holds beside input_ids and the row's origin."""
+    metric: str
+    """The metric that chooses the best checkpoint unless the job names another."""
+    smaller_is_better: frozenset[str] = frozenset({"loss", "perplexity"})
+    metrics_known: tuple[str, ...]
+    """Names that `metrics` returns."""
+
+    def __init__(self) -> None:
+        self.labels: tuple[str, ...] = ()
+
+    @abstractmethod
+    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+        """Tokenize rows, given as the task's fields; one result each, in order."""
+
+    @abstractmethod
+    def count_targets(self, table: pa.Table) -> Array:
+        """Targets of each sequence of a shard, int64 [rows]: what the loss is averaged over."""
+
+    @abstractmethod
+    def load_model(self, path: str, **options: Any) -> torch.nn.Module:
+        """The pretrained model with this task's head, by transformers' from_pretrained."""
+
+    @abstractmethod
+    def collate(self, packs: Seq[Seq[Row]], pad_id: int) -> Batch:
+        """Sequences (each of one or more documents) as arrays [batch, seq]."""
+
+    @abstractmethod
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss summed over targets, fp32 scalar."""
+
+    @abstractmethod
+    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+        """For evaluation: per document the numbers its metrics are made of, each [documents of the batch]."""
+
+    @abstractmethod
+    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+        """Metrics over the documents that `judge` saw, in any order."""
+
+    def better_mode(self, metric: str) -> str:
+        """min or max."""
+        return "min" if metric in self.smaller_is_better else "max"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, as numpy arrays."""
+
+    inputs: dict[str, Array]
+    """Arguments of the model's forward."""
+    labels: Array
+    """What the loss compares with; IGNORE where there is no target."""
+    rows: Array
+    """int64 [documents]: places in the split of the documents in this batch."""
+    segments: Array | None = None
+    """int64 [batch, seq], for packed batches: the document of a position, as an index into `rows`; -1 is padding."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are not padding."""
+        if self.segments is not None:
+            return int((self.segments >= 0).sum())
+        return int(self.inputs["attention_mask"].sum())
