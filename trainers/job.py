@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -397,8 +397,8 @@ def _known_keys(location: Sequence[str]) -> list[str]:
     model: type[BaseModel] = Job
     for part in location:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        options: list[Any] = [annotation, *getattr(annotation, "__args__", ())]
-        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        options: tuple[Any, ...] = (annotation, *get_args(annotation))
+        nested = [one for one in options if isinstance(one, type) and issubclass(one, BaseModel)]
         if not nested:
             return []
         model = nested[0]

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +81,12 @@ class Task(ABC):
     smaller_is_better: frozenset[str] = frozenset({"loss", "perplexity"})
     metrics_known: tuple[str, ...]
     """Names that `metrics` returns."""
+    auto_class: str
+    """transformers' class that puts this task's head on a model."""
+    forward_options: Mapping[str, Any] = MappingProxyType({})
+    """Arguments of every forward pass beside the batch."""
+    new_head: bool = False
+    """Whether the pretrained model lacks the head, so that it says nothing before training."""
 
     def __init__(self) -> None:
         self.labels: tuple[str, ...] = ()
@@ -91,10 +98,6 @@ class Task(ABC):
     @abstractmethod
     def count_targets(self, table: pa.Table) -> Array:
         """Targets of each sequence of a shard, int64 [rows]: what the loss is averaged over."""
-
-    @abstractmethod
-    def load_model(self, path: str, **options: Any) -> torch.nn.Module:
-        """The pretrained model with this task's head, by transformers' from_pretrained."""
 
     @abstractmethod
     def collate(self, packs: Seq[Seq[Row]], pad_id: int) -> Batch:
@@ -111,6 +114,31 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
         """Metrics over the documents that `judge` saw, in any order."""
+
+    def config_changes(self) -> dict[str, Any]:
+        """What this task changes in the model's configuration."""
+        return {}
+
+    def load_config(self, path: str, pad_id: int, trust_remote_code: bool) -> Any:
+        """The model's configuration with this task's changes."""
+        from transformers import AutoConfig
+
+        changes = self.config_changes()
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **changes)
+        if config.pad_token_id is None:  # causal models with a classification head find a row's last token by it
+            config.pad_token_id = pad_id
+        return config
+
+    def load_model(self, path: str, pad_id: int, trust_remote_code: bool, **options: Any) -> torch.nn.Module:
+        """The pretrained model with this task's head, by transformers' from_pretrained."""
+        import transformers
+
+        config = self.load_config(path, pad_id, trust_remote_code)
+        auto: Any = getattr(transformers, self.auto_class)
+        model: torch.nn.Module = auto.from_pretrained(
+            path, config=config, trust_remote_code=trust_remote_code, **options
+        )
+        return model
 
     def better_mode(self, metric: str) -> str:
         """min or max."""

@@ -6,7 +6,8 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,20 +25,13 @@ class CausalTask(Task):
     """
 
     metric = "loss"
+    auto_class = "AutoModelForCausalLM"
+    forward_options = MappingProxyType({"use_cache": False})
     metrics_known = ("loss", "perplexity", "token_accuracy")
 
     @abstractmethod
     def target_mask(self, row: Row) -> Array:
         """bool [length]: which tokens of the document are predicted. The first never can be."""
-
-    def load_model(self, path: str, **options: Any) -> torch.nn.Module:
-        """AutoModelForCausalLM with its cache off, without which packing leaks."""
-        from transformers import AutoModelForCausalLM
-
-        options.pop("pad_id", None)
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
-        model.config.use_cache = False
-        return model
 
     def collate(self, packs: Seq[Seq[Row]], pad_id: int) -> Batch:
         """Packs as rows padded on the right; labels are already shifted to the position that predicts them."""

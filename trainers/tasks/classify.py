@@ -26,6 +26,8 @@ class Classify(Task):
 
     extra_schema = (("label", pa.string()), ("pair_start", pa.int32()))
     metric = "accuracy"
+    auto_class = "AutoModelForSequenceClassification"
+    new_head = True
     metrics_known = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "mcc", "loss")
 
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
@@ -42,23 +44,14 @@ class Classify(Task):
         """One target a row."""
         return np.ones(table.num_rows, dtype=np.int64)
 
-    def load_model(self, path: str, **options: Any) -> torch.nn.Module:
-        """AutoModelForSequenceClassification with the labels of the training data in its config."""
-        from transformers import AutoConfig, AutoModelForSequenceClassification
-
-        names = dict(enumerate(self.labels))
-        config = AutoConfig.from_pretrained(
-            path,
-            num_labels=len(names),
-            id2label=names,
-            label2id={name: index for index, name in names.items()},
-            problem_type="single_label_classification",
-            trust_remote_code=options.get("trust_remote_code", False),
-        )
-        if config.pad_token_id is None:  # causal models find the last token of a row by it
-            config.pad_token_id = options.pop("pad_id", None)
-        options.pop("pad_id", None)
-        return AutoModelForSequenceClassification.from_pretrained(path, config=config, **options)
+    def config_changes(self) -> dict[str, Any]:
+        """The labels of the training data, so that the exported model names its answers."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {name: index for index, name in enumerate(self.labels)},
+            "problem_type": "single_label_classification",
+        }
 
     def collate(self, packs: Seq[Seq[Row]], pad_id: int) -> Batch:
         """Rows padded on the right to the longest of the batch."""

@@ -82,9 +82,9 @@ def _render(row: Mapping[str, Any], encoder: Encoder) -> tuple[str, list[Span]] 
 def find_assistant_spans(messages: Seq[dict[str, Any]], encoder: Encoder) -> tuple[str, list[Span]] | None:
     """Where the assistant speaks in the rendered conversation.
 
-    Each assistant turn is rendered once more with a marker for its content; what stands before and after the marker must
-    stand before and after the content in the real text. None where a template rewrites contents so that this fails.
-    The turn ends with the first special token after the content, which the model must learn to say.
+    Each assistant turn is rendered once more with a marker for its content; what stands before and after the marker
+    must stand before and after the content in the real text. None where a template rewrites contents so that this
+    fails. The turn ends with the first special token after the content, which the model must learn to say.
     """
     text = encoder.render(messages)
     turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]

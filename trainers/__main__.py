@@ -1,0 +1,101 @@
+"""Trains one job on one node without Ray: `torchrun ... -m trainers JOB` or `accelerate launch ... -m trainers JOB`.
+
+Reads the shards that `tuneyard shard JOB` wrote, and writes the same run folder as `tuneyard run`, which then evaluates
+and registers what was trained here.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from trainers.checkpoint.reading import committed_steps
+from trainers.checkpoint.retention import deletable
+from trainers.data.keys import load_shards
+from trainers.data.manifest import check_labels, shards_folder
+from trainers.errors import JobError, Preempted, TuneyardError
+from trainers.job import Job, load_job
+from trainers.loop import LoopOutcome
+from trainers.model_source import find_model
+from trainers.rank import TrainRequest, run_rank
+from trainers.run_log import RunLog
+from trainers.runs import run_folder, step_name
+from trainers.storage import Folder
+
+
+class LocalHooks:
+    """Hooks of a launch without a controller: rank 0 keeps the run's log and thins out its checkpoints."""
+
+    def __init__(self, run: Folder, keep: int) -> None:
+        self._run, self._keep = run, keep
+        self._log: RunLog | None = None
+        self._stop: str | None = None
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self._stop = "preempted"
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        """Record an event and print it as a line; only rank 0 does."""
+        self._log = self._log or RunLog(self._run)
+        self._log.append(event)
+        print(describe(event), flush=True)
+        if event["kind"] == "checkpoint":
+            checkpoints = self._run / "checkpoints"
+            for step in deletable(committed_steps(checkpoints), self._keep, ()):
+                checkpoints.delete(step_name(step))
+
+    def stop_reason(self) -> str | None:
+        """preempted after SIGTERM."""
+        return self._stop
+
+
+def describe(event: Mapping[str, Any]) -> str:
+    """An event as a line with its values."""
+    values = ", ".join(
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in event.items()
+        if name not in ("kind", "time")
+    )
+    return f"{event['kind']}: {values}"
+
+
+def make_request(job: Job) -> TrainRequest:
+    """What the ranks train on. Raises JobError where the shards are not there yet."""
+    model = find_model(job)
+    shards = load_shards(job, model.path) if model else None
+    if model is None or shards is None:
+        raise JobError("the data is not sharded yet: run `tuneyard shard JOB` with the same job file first")
+    check_labels(shards)
+    storage = Folder(job.storage)
+    return TrainRequest(
+        job, model, shards.train, shards_folder(storage, shards.train.key), run_folder(job, model.digest, shards)
+    )
+
+
+def main() -> None:
+    """Parse, train, exit with the code of what happened."""
+    parser = argparse.ArgumentParser(prog="python -m trainers", description=__doc__)
+    parser.add_argument("job", help="job file (YAML)")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a value")
+    arguments = parser.parse_args()
+    try:
+        job = load_job(arguments.job, arguments.set)
+        request = make_request(job)
+        _finish(run_rank(request, LocalHooks(request.run, job.checkpoint.keep)))
+    except TuneyardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _finish(outcome: LoopOutcome) -> None:
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    if outcome.stopped == "preempted":
+        raise Preempted(f"stopped at step {outcome.progress.step}, committed; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The micro-batches of a step for one rank, collated ahead of time by a thread.
+
+Every rank works out the whole step from lengths alone, so ranks agree on targets and token counts without a word, and
+take equal numbers of micro-batches: where a step holds fewer sequences than the global batch, the missing ones are
+copies without targets, which add nothing to the loss.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from trainers.batch_plan import BatchPlan
+from trainers.data.dataset import ShardSet
+from trainers.data.order import Order
+from trainers.data.packing import PackIndex
+from trainers.tasks import Task
+from trainers.tasks.base import IGNORE, Batch
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step, as one rank sees it."""
+
+    micro_batches: tuple[Batch, ...]
+    targets: int
+    """Targets of the whole step over all ranks: the loss's denominator."""
+    tokens: int
+    """Tokens of the whole step over all ranks."""
+
+
+class StepSource:
+    """Gives any step's micro-batches; asking for the next one in order finds it ready."""
+
+    def __init__(
+        self, shards: ShardSet, packs: PackIndex, order: Order, plan: BatchPlan, rank: int, task: Task, pad_id: int
+    ) -> None:
+        self._shards, self._packs, self._order, self._plan = shards, packs, order, plan
+        self._rank, self._task, self._pad_id = rank, task, pad_id
+        self._targets, self._tokens = packs.sums(shards.targets), packs.sums(shards.lengths)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="collate")
+        self._ahead: tuple[int, Future[StepBatch]] | None = None
+
+    def next(self, step: int) -> StepBatch:
+        """Micro-batches of step `step` (counted from 0); starts on the one after it."""
+        ready = self._ahead[1] if self._ahead and self._ahead[0] == step else self._thread.submit(self._make, step)
+        batch = ready.result()
+        if step + 1 < self._order.steps:
+            self._ahead = (step + 1, self._thread.submit(self._make, step + 1))
+        return batch
+
+    def _make(self, step: int) -> StepBatch:
+        sequences = self._order.step(step)
+        plan = self._plan
+        per_rank = plan.micro_batch_size * plan.accumulation
+        mine = sequences[self._rank * per_rank : (self._rank + 1) * per_rank]
+        micro_batches = tuple(
+            self._collate(mine[start : start + plan.micro_batch_size], sequences)
+            for start in range(0, per_rank, plan.micro_batch_size)
+        )
+        targets, tokens = int(self._targets[sequences].sum()), int(self._tokens[sequences].sum())
+        return StepBatch(micro_batches, max(targets, 1), tokens)
+
+    def _collate(self, sequences: Any, of_step: Any) -> Batch:
+        """One micro-batch; an empty one is the step's first sequence without targets."""
+        if len(sequences):
+            return self._task.collate([self._rows(index) for index in sequences], self._pad_id)
+        batch = self._task.collate([self._rows(of_step[0])], self._pad_id)
+        return replace(batch, labels=np.full_like(batch.labels, IGNORE), rows=batch.rows[:0])
+
+    def _rows(self, sequence: int) -> list[Any]:
+        return [self._shards.row(int(row)) for row in self._packs.pack(int(sequence))]

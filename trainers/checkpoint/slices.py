@@ -1,0 +1,169 @@
+"""A rank's share of the state: which span of which parameter it owns, and how to take it out and put it back.
+
+Spans are offsets into the flattened parameter, so files do not depend on the world size that wrote them. ZeRO-3 owns
+an equal part of every parameter; ZeRO-1 and -2 own a stretch of all parameters laid end to end. Knows DeepSpeed's
+local accessors (deepspeed.utils.tensor_fragment) and nothing of files.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+"""fp32 weight, and AdamW's first and second moment."""
+Read = Callable[[str, str, int, int], Any]
+"""read(kind, parameter, start, end) gives the fp32 values of a span."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part [start, end) of one flattened parameter."""
+
+    name: str
+    start: int
+    end: int
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class RankState:
+    """Everything a rank must write down: tensors by `kind/name`, and where each starts."""
+
+    tensors: dict[str, Any]
+    starts: dict[str, int]
+
+
+def stage_of(engine: Any) -> int:
+    """ZeRO stage of an engine."""
+    return int(engine.zero_optimization_stage())
+
+
+def parameter_shapes(engine: Any) -> dict[str, list[int]]:
+    """Full shape of every parameter, by name; tied ones once."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+
+
+def copy_state(engine: Any) -> RankState:
+    """Copy this rank's fp32 weights, moments and (on rank 0) buffers to host memory."""
+    parameters = dict(engine.module.named_parameters())
+    tensors: dict[str, Any] = {}
+    starts: dict[str, int] = {}
+    for span in owned_spans(engine):
+        for kind in KINDS if span.trainable else KINDS[:1]:
+            tensors[f"{kind}/{span.name}"] = _local(engine, parameters[span.name], kind, span).float().cpu().clone()
+        starts[span.name] = span.start
+    if engine.global_rank == 0:
+        for name, buffer in persistent_buffers(engine.module):
+            tensors[f"buffer/{name}"] = buffer.detach().cpu().clone()
+    return RankState(tensors, starts)
+
+
+def owned_spans(engine: Any) -> Iterator[Span]:
+    """The spans this rank owns and must save; empty ones left out."""
+    for name, parameter in engine.module.named_parameters():
+        trainable = bool(parameter.requires_grad)
+        if hasattr(parameter, "ds_id"):
+            part = parameter.ds_tensor.numel()
+            start, end = part * engine.global_rank, min(part * (engine.global_rank + 1), parameter.ds_numel)
+        elif not trainable:
+            start, end = 0, parameter.numel() if engine.global_rank == 0 else 0
+        elif parameter._hp_mapping is None:
+            continue
+        else:
+            address = parameter._hp_mapping.lp_fragment_address
+            start, end = address.start, address.start + address.numel
+        if start < end:
+            yield Span(name, start, end, trainable)
+
+
+def persistent_buffers(module: Any) -> list[tuple[str, Any]]:
+    """Buffers that belong to the model's state."""
+    return [
+        (f"{path}.{name}".lstrip("."), buffer)
+        for path, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    ]
+
+
+def _local(engine: Any, parameter: Any, kind: str, span: Span) -> Any:
+    """This rank's values of one kind, flat and without padding."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    length = span.end - span.start
+    if hasattr(parameter, "ds_id"):
+        if not span.trainable:
+            return parameter.ds_tensor.data.narrow(0, 0, length)
+        whole = (
+            safe_get_local_fp32_param(parameter)
+            if kind == "weight"
+            else safe_get_local_optimizer_state(parameter, kind)
+        )
+        return whole.narrow(0, 0, length)
+    if not span.trainable:
+        return parameter.data.flatten()
+    return parameter._hp_mapping.get_hp_fragment(None if kind == "weight" else kind)
+
+
+def restore_state(engine: Any, read: Read, optimizer_steps: int) -> None:
+    """Set weights, moments and step count of this rank from spans of a checkpoint, whatever world size wrote it."""
+    _create_moments(engine, optimizer_steps)
+    if stage_of(engine) == 3:
+        _restore_partitioned(engine, read)
+    else:
+        _restore_fragments(engine, read)
+
+
+def _create_moments(engine: Any, optimizer_steps: int) -> None:
+    """AdamW makes its state at the first update; before it can be set it must be there."""
+    import torch
+
+    zero, adamw = engine.optimizer, engine.optimizer.optimizer
+    flat = zero.fp32_partitioned_groups_flat if stage_of(engine) == 3 else zero.single_partition_of_fp32_groups
+    for tensor in flat:
+        state = adamw.state[tensor]
+        state["step"] = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=tensor.device)
+        for kind in KINDS[1:]:
+            state.setdefault(kind, torch.zeros_like(tensor.data))
+
+
+def _restore_partitioned(engine: Any, read: Read) -> None:
+    """ZeRO-3: the fp32 partition, its moments, and the working partition that forward gathers."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # isort: skip
+
+    for name, parameter in engine.module.named_parameters():
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small parameters stay gathered between steps
+            parameter.partition()
+        part = parameter.ds_tensor.numel()
+        start = part * engine.global_rank
+        values = {
+            kind: _padded(read(kind, name, min(start, parameter.ds_numel), min(start + part, parameter.ds_numel)), part)
+            for kind in (KINDS if parameter.requires_grad else KINDS[:1])
+        }
+        parameter.ds_tensor.data.copy_(values["weight"])
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, values["weight"])
+            for kind in KINDS[1:]:
+                safe_set_local_optimizer_state(parameter, values[kind], kind)
+
+
+def _padded(values: Any, length: int) -> Any:
+    from torch.nn.functional import pad
+
+    return values if len(values) == length else pad(values, (0, length - len(values)))
+
+
+def _restore_fragments(engine: Any, read: Read) -> None:
+    """ZeRO-1 and -2: the fragments this rank owns, and the whole working weights, which every rank holds."""
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.module.named_parameters():
+        parameter.data.copy_(read("weight", name, 0, parameter.numel()).view(parameter.shape))
+        mapping = parameter._hp_mapping if parameter.requires_grad else None
+        if mapping is None:
+            continue
+        address = mapping.lp_fragment_address
+        for kind in KINDS:
+            fragment = mapping.get_hp_fragment(None if kind == "weight" else kind)
+            fragment.data.copy_(read(kind, name, address.start, address.start + address.numel))

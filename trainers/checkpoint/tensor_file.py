@@ -1,0 +1,96 @@
+"""Writes safetensors as a stream: one tensor in memory at a time, digested on the way, to any storage.
+
+The safetensors library writes a whole dictionary at once; a checkpoint or an export should not need that much memory.
+Format: https://github.com/huggingface/safetensors (8 bytes of header length, JSON header, raw little-endian data).
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import xxhash
+
+DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, type and shape of a tensor that is written later."""
+
+    name: str
+    dtype: str
+    """As torch names it, without the prefix: float32."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data."""
+        return prod(self.shape) * WIDTHS[DTYPES[self.dtype]]
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size and xxh3-128 of a whole file."""
+
+    bytes: int
+    digest: str
+
+
+def spec_of(name: str, tensor: Any) -> TensorSpec:
+    """The spec of a tensor at hand."""
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def write_tensors(
+    stream: Any, specs: Iterable[TensorSpec], load: Callable[[str], Any], metadata: Mapping[str, str]
+) -> FileDigest:
+    """Write a safetensors file to an open stream.
+
+    Args:
+        load: gives the CPU tensor of a name; called once each, in file order.
+
+    Raises:
+        ValueError: where a tensor is not what its spec said.
+    """
+    ordered = sorted(specs, key=lambda spec: (-WIDTHS[DTYPES[spec.dtype]], spec.name))  # keeps every tensor aligned
+    digest = xxhash.xxh3_128()
+    written = 0
+    for chunk in _chunks(ordered, load, metadata):
+        digest.update(chunk)
+        stream.write(chunk)
+        written += len(chunk)
+    return FileDigest(written, digest.hexdigest())
+
+
+def _chunks(specs: list[TensorSpec], load: Callable[[str], Any], metadata: Mapping[str, str]) -> Iterable[memoryview]:
+    yield memoryview(_header(specs, metadata))
+    for spec in specs:
+        tensor = load(spec.name).detach().contiguous()
+        if spec_of(spec.name, tensor) != spec:
+            raise ValueError(f"{spec.name} is {spec_of(spec.name, tensor)}, announced as {spec}")
+        if spec.num_bytes:
+            yield memoryview(tensor.flatten().view(dtype=_uint8()).numpy()).cast("B")
+
+
+def _uint8() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def _header(specs: list[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for spec in specs:
+        span = [offset, offset + spec.num_bytes]
+        entries[spec.name] = {"dtype": DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+        offset = span[1]
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header

@@ -1,0 +1,112 @@
+"""Best-fit-decreasing packing of documents into sequences, from lengths alone.
+
+Works on counts of equal lengths and rooms (histogram packing, Krell et al. 2021, arXiv:2107.02027), so its time depends
+on the number of distinct lengths, not on the number of documents squared.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """Which rows share a sequence: pack p holds rows[offsets[p]:offsets[p + 1]]."""
+
+    offsets: Array
+    """int64 [packs + 1]."""
+    rows: Array
+    """int64 [rows]: every row exactly once."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def pack(self, index: int) -> Array:
+        """The rows of one pack."""
+        members: Array = self.rows[self.offsets[index] : self.offsets[index + 1]]
+        return members
+
+    def sums(self, per_row: Array) -> Array:
+        """Sum of a per-row number over each pack, int64 [packs]."""
+        running = np.concatenate([[0], np.cumsum(per_row[self.rows], dtype=np.int64)])
+        totals: Array = running[self.offsets[1:]] - running[self.offsets[:-1]]
+        return totals
+
+
+def one_row_each(count: int) -> PackIndex:
+    """No packing: every row is its own sequence."""
+    return PackIndex(np.arange(count + 1, dtype=np.int64), np.arange(count, dtype=np.int64))
+
+
+def pack_rows(lengths: Array, capacity: int, seed: int) -> PackIndex:
+    """Pack rows of the given lengths into sequences of at most `capacity` tokens.
+
+    Args:
+        lengths: int [rows], each between 1 and capacity.
+        seed: which of several rows of one length go together.
+
+    Raises:
+        ValueError: where a row is longer than the capacity.
+    """
+    if len(lengths) and int(lengths.max()) > capacity:
+        raise ValueError(f"a row of {int(lengths.max())} tokens does not fit a sequence of {capacity}")
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    pack_of = _assign(np.bincount(lengths, minlength=capacity + 1), capacity)
+    by_pack = np.argsort(pack_of, kind="stable")
+    counts = np.bincount(pack_of) if len(pack_of) else np.zeros(0, dtype=np.int64)
+    return PackIndex(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), order[by_pack].astype(np.int64))
+
+
+class _Rooms:
+    """Open packs by the room left in them, with the smallest sufficient room found by one bit scan."""
+
+    def __init__(self) -> None:
+        self._packs: dict[int, list[Array]] = {}
+        self._mask = 0
+
+    def add(self, room: int, packs: Array) -> None:
+        if room and len(packs):
+            self._packs.setdefault(room, []).append(packs)
+            self._mask |= 1 << room
+
+    def smallest(self, length: int) -> int | None:
+        above = self._mask >> length
+        return (above & -above).bit_length() - 1 + length if above else None
+
+    def take(self, room: int, count: int) -> Array:
+        """Up to `count` packs of exactly this room."""
+        group = self._packs[room]
+        packs = group.pop()
+        if len(packs) > count:
+            group.append(packs[count:])
+            packs = packs[:count]
+        if not group:
+            del self._packs[room]
+            self._mask &= ~(1 << room)
+        return packs
+
+
+def _assign(histogram: Array, capacity: int) -> Array:
+    """Pack number of each row, rows given in order of falling length; histogram[l] rows have length l."""
+    rooms, assigned, packs_open = _Rooms(), [], 0
+    for length in np.flatnonzero(histogram)[::-1].tolist():
+        left = int(histogram[length])
+        while left:
+            room = rooms.smallest(length)
+            if room is not None:
+                packs = rooms.take(room, left)
+                rooms.add(room - length, packs)
+                assigned.append(packs)
+            else:
+                each = min(capacity // length, left)
+                packs = np.arange(packs_open, packs_open + left // each, dtype=np.int64)
+                packs_open += len(packs)
+                rooms.add(capacity - each * length, packs)
+                assigned.append(np.tile(packs, each))
+                packs = assigned[-1]
+            left -= len(packs)
+    return np.concatenate(assigned) if assigned else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,164 @@
+"""The training loop of one rank, shared by every task and launcher. Begin at `train`.
+
+It knows steps, not files or launchers: data comes from `StepSource`, progress leaves through `Hooks`.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trainers.batches import StepBatch, StepSource
+from trainers.schedule import Schedule
+from trainers.tasks import Task
+from trainers.world import World
+
+
+class Hooks(Protocol):
+    """What a rank tells the outside world, and hears from it. Only rank 0's `emit` is called."""
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        """Record an event."""
+
+    def stop_reason(self) -> str | None:
+        """Why to stop after this step (preempted, early_stopping), or None."""
+
+
+class Saver(Protocol):
+    """Writes checkpoints."""
+
+    def save(self, step: int, tokens: int) -> None:
+        """Commit the state after `step` steps; called by every rank."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop needs of the job."""
+
+    steps: int
+    every_steps: int
+    """Steps between checkpoints."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class LoopOutcome:
+    """How the loop ended."""
+
+    progress: Progress
+    stopped: str | None
+    """The stop reason, or None where every step is done."""
+
+
+def train(
+    engine: Any,
+    task: Task,
+    source: StepSource,
+    schedule: Schedule,
+    settings: LoopSettings,
+    start: Progress,
+    world: World,
+    hooks: Hooks,
+    saver: Saver,
+) -> LoopOutcome:
+    """Run steps start.step ... settings.steps, saving every `every_steps` and at the end."""
+    step, tokens, stopped = start.step, start.tokens, None
+    while step < settings.steps and stopped is None:
+        began = time.perf_counter()
+        batch = source.next(step)
+        waited = time.perf_counter() - began
+        seed_step(settings.seed, step, world.rank)
+        set_learning_rate(engine, schedule.rate(step))
+        loss_sum = run_micro_batches(engine, task, batch, world)
+        engine_norm = engine.get_global_grad_norm()
+        step, tokens = step + 1, tokens + batch.tokens
+        loss, stopped = _agree(loss_sum / batch.targets, hooks.stop_reason(), world)
+        if world.rank == 0:
+            seconds = time.perf_counter() - began
+            hooks.emit(_step_event(step, loss, schedule.rate(step - 1), engine_norm, batch, seconds, waited, tokens))
+        if stopped or step == settings.steps or step % settings.every_steps == 0:
+            saver.save(step, tokens)
+    return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout and the like draw from (seed, step, rank): there is no generator state to save or lose."""
+    import numpy as np
+    import torch
+
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set the rate of every parameter group for the coming update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def run_micro_batches(engine: Any, task: Task, batch: StepBatch, world: World) -> Any:
+    """Forward and backward over the accumulation, then the update. Returns this rank's loss sum, a detached scalar.
+
+    DeepSpeed averages gradients over ranks, so a loss of sum x world / targets gives the gradient of
+    (sum over the whole step) / (targets of the whole step), however the step is cut up.
+    """
+    import torch
+
+    total = torch.zeros((), dtype=torch.float64)
+    for micro in batch.micro_batches:
+        inputs = {name: torch.from_numpy(array).to(world.device) for name, array in micro.inputs.items()}
+        labels = torch.from_numpy(micro.labels).to(world.device)
+        loss_sum = task.loss_sum(engine(**inputs, **task.forward_options).logits, labels)
+        engine.backward(loss_sum * (world.size / batch.targets), scale_wrt_gas=False)
+        engine.step()
+        total += loss_sum.detach().double().cpu()
+    return total
+
+
+def _agree(local: Any, reason: str | None, world: World) -> tuple[float, str | None]:
+    """Sum the loss over ranks and settle, in the same collective, whether any rank was asked to stop."""
+    import torch
+    import torch.distributed as dist
+
+    reasons = (None, "preempted", "early_stopping")
+    flags = [float(reason == name) for name in reasons[1:]]
+    shared = torch.tensor([float(local), *flags], dtype=torch.float64, device=world.device)
+    dist.all_reduce(shared)
+    loss, *asked = shared.tolist()
+    return loss, next((name for name, votes in zip(reasons[1:], asked, strict=True) if votes), None)
+
+
+def _step_event(
+    step: int, loss: float, rate: float, norm: Any, batch: StepBatch, seconds: float, waited: float, tokens: int
+) -> dict[str, Any]:
+    return {
+        "kind": "step",
+        "step": step,
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": float(norm) if norm is not None else 0.0,
+        "tokens": tokens,
+        "tokens_per_s": batch.tokens / seconds,
+        "step_s": seconds,
+        "data_wait_s": waited,
+        "memory_gib": peak_memory_gib(),
+    }
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this rank: of the GPU where there is one, else resident memory."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

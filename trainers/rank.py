@@ -1,0 +1,85 @@
+"""What one rank does from launch to last checkpoint, whoever launched it. Build, build, build, train."""
+
+from dataclasses import dataclass
+
+from trainers.batch_plan import plan_batches
+from trainers.batches import StepSource
+from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
+from trainers.data.dataset import ShardSet
+from trainers.data.manifest import ShardManifest
+from trainers.data.order import Order, plan_order
+from trainers.data.packing import PackIndex, one_row_each, pack_rows
+from trainers.data.tokenizer import load_encoder
+from trainers.deepspeed_config import derive_config
+from trainers.engine import build_engine
+from trainers.job import Job
+from trainers.loop import Hooks, LoopOutcome, LoopSettings, train
+from trainers.model_source import ModelFolder
+from trainers.schedule import Schedule
+from trainers.storage import Folder
+from trainers.tasks import Task, load_task
+from trainers.world import join_world
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """All a rank needs to know; small enough to travel."""
+
+    job: Job
+    model: ModelFolder
+    train_shards: ShardManifest
+    shards_folder: Folder
+    run: Folder
+
+
+def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
+    """Train this rank's share of the job, from the newest committed checkpoint if there is one.
+
+    Raises:
+        JobError: the job contradicts itself at this world size.
+        TrainingError: the checkpoints belong to something else.
+    """
+    job = request.job
+    world = join_world(job.scale.cpus_per_worker)
+    task = job_task(job, request.train_shards)
+    plan = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world.size, job.data.max_length)
+    pad_id = load_encoder(request.model.path, job.model.trust_remote_code).pad_id
+    shards = ShardSet(request.shards_folder, request.train_shards, task)
+    packs = index_packs(job, shards)
+    order = job_order(job, len(packs))
+    engine = build_engine(job, task, request.model.path, pad_id, derive_config(job, plan), world)
+    source = StepSource(shards, packs, order, plan, world.rank, task, pad_id)
+    schedule = Schedule(job.train.schedule, job.train.learning_rate, order.steps, job.train.warmup_ratio)
+    checkpointer = Checkpointer(
+        engine,
+        request.run / "checkpoints",
+        world,
+        new_attempt(world),
+        request.train_shards.key,
+        job.identity(),
+        hooks.emit,
+    )
+    start = checkpointer.resume()
+    if world.rank == 0:
+        hooks.emit({"kind": "start", "step": start.step, "steps": order.steps, "world_size": world.size})
+    settings = LoopSettings(order.steps, job.checkpoint.every_steps, job.train.seed)
+    return train(engine, task, source, schedule, settings, start, world, hooks, checkpointer)
+
+
+def job_task(job: Job, shards: ShardManifest) -> Task:
+    """The job's task, knowing the labels of the training data."""
+    task = load_task(job.task)
+    task.labels = tuple(shards.labels)
+    return task
+
+
+def index_packs(job: Job, shards: ShardSet) -> PackIndex:
+    """Which rows share a sequence; every rank computes the same."""
+    if job.packing:
+        return pack_rows(shards.lengths, job.data.max_length, job.train.seed)
+    return one_row_each(len(shards.lengths))
+
+
+def job_order(job: Job, sequences: int) -> Order:
+    """The order in which a job sees its sequences."""
+    return plan_order(sequences, job.train.global_batch_size, job.train.epochs, job.train.steps, job.train.seed)

@@ -1,0 +1,54 @@
+"""The launcher contract: five environment variables make a process a rank.
+
+Ray Train, `accelerate launch` and `torchrun` all set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; nothing
+else of the launcher is known here.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from trainers.errors import JobError
+
+CONTRACT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks."""
+
+    rank: int
+    size: int
+    device: Any
+    """torch.device of this rank."""
+
+
+def join_world(threads: int) -> World:
+    """Become a rank: pick the device, set the thread count, and join the process group unless the launcher has.
+
+    Raises:
+        JobError: where the launcher's variables are missing.
+    """
+    missing = [name for name in CONTRACT if name not in os.environ]
+    if missing:
+        raise JobError(
+            f"not started by a launcher ({', '.join(missing)} unset): use `torchrun --nproc-per-node 2 -m trainers "
+            "JOB`, `accelerate launch ... -m trainers JOB` or `tuneyard run JOB`"
+        )
+    import torch
+    import torch.distributed as dist
+
+    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at DeepSpeed's import
+        device = torch.device("cpu")
+        torch.set_num_threads(threads)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    return World(rank, size, device)
