@@ -371,7 +371,7 @@ def names_folder(path: str, base: Path = Path()) -> bool:
 
 def _other_branch(detail: ErrorDetails) -> bool:
     """Whether this error is about the branch of a union that the value was not meant for."""
-    shape = {"int_type": dict, "model_type": (int, str, float), "string_type": dict, "literal_error": int}
+    shape: dict[str, Any] = {"int_type": dict, "model_type": (int, str, float), "string_type": dict, "literal_error": int}
     in_union = any(str(part) in BRANCHES or "[" in str(part) for part in detail["loc"])
     return in_union and isinstance(detail["input"], shape.get(detail["type"], ()))
 

@@ -63,7 +63,11 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
     if world.rank == 0:
         hooks.emit({"kind": "start", "step": start.step, "steps": order.steps, "world_size": world.size})
     settings = LoopSettings(order.steps, job.checkpoint.every_steps, job.train.seed)
-    return train(engine, task, source, schedule, settings, start, world, hooks, checkpointer)
+    outcome = train(engine, task, source, schedule, settings, start, world, hooks, checkpointer)
+    if world.rank == 0:
+        done = {"step": outcome.progress.step, "tokens": outcome.progress.tokens, "stopped": outcome.stopped}
+        hooks.emit({"kind": "done", **done})
+    return outcome
 
 
 def job_task(job: Job, shards: ShardManifest) -> Task:

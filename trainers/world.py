@@ -5,6 +5,7 @@ else of the launcher is known here.
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -40,6 +41,8 @@ def join_world(threads: int) -> World:
     import torch
     import torch.distributed as dist
 
+    # DeepSpeed 0.19 calls names that torch 2.13 deprecates, some hundred times a step
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())

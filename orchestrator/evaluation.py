@@ -1,0 +1,75 @@
+"""Evaluates checkpoints as Ray tasks, each on its own export, and leaves one record a step in the run folder."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from trainers.data.manifest import ShardManifest
+from trainers.job import Job
+from trainers.judged import write_judged
+from trainers.model_source import ModelFolder
+from trainers.runs import Evaluation, step_name
+from trainers.storage import Folder
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """All that the evaluation of any checkpoint of a run needs."""
+
+    job: Job
+    model: ModelFolder
+    train_shards: ShardManifest
+    eval_shards: ShardManifest
+    eval_folder: Folder
+    run: Folder
+
+
+def evaluate_step(request: EvaluationRequest, step: int) -> Evaluation:
+    """Export and evaluate one committed step, or the pretrained model for step 0. Commits evals/step-XXXXXXXX.json.
+
+    A checkpoint that cannot be evaluated gives a record that says why; it is never chosen.
+    """
+    began = time.perf_counter()
+    try:
+        metrics, rows = _measure(request, step)
+        record = Evaluation(step=step, status="done", metrics=metrics, eval_key=request.eval_shards.key, rows=rows,
+                            seconds=time.perf_counter() - began)  # fmt: skip
+    except Exception as error:  # whatever the model or its metrics raise belongs into the record
+        record = Evaluation(
+            step=step, status="failed", error=f"{type(error).__name__}: {error}", eval_key=request.eval_shards.key
+        )
+    write_evaluation(request.run, record)
+    return record
+
+
+def write_evaluation(run: Folder, record: Evaluation) -> None:
+    """Commit a record."""
+    (run / "evals").write_bytes(f"{step_name(record.step)}.json", record.model_dump_json(indent=1).encode())
+
+
+def _measure(request: EvaluationRequest, step: int) -> tuple[dict[str, float], int]:
+    from trainers.data.dataset import ShardSet
+    from trainers.evaluate import evaluate_model
+    from trainers.rank import job_task
+
+    task = job_task(request.job, request.train_shards)
+    path = request.model.path if step == 0 else _export(request, step, task)
+    shards = ShardSet(request.eval_folder, request.eval_shards, task)
+    rows, judged = evaluate_model(request.job, task, path, shards)
+    write_judged(request.run, step, rows, judged)
+    return task.metrics(judged), len(rows)
+
+
+def _export(request: EvaluationRequest, step: int, task: Any) -> str:
+    from trainers.export import export_checkpoint
+
+    out = request.run / "export" / step_name(step)
+    export_checkpoint(request.run / "checkpoints" / step_name(step), out, request.job, task, request.model.path)
+    return str(out.path)
+
+
+def read_evaluations(run: Folder, eval_key: str) -> list[Evaluation]:
+    """Committed records over these evaluation shards, by step."""
+    names = [name for name in (run / "evals").list() if name.endswith(".json")]
+    records = [Evaluation.model_validate_json((run / "evals").read_bytes(name)) for name in names]
+    return [record for record in records if record.eval_key == eval_key]

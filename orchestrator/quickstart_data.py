@@ -1,0 +1,98 @@
+"""The quickstart's data: the English conversations of the package chatterbot-corpus, labelled by topic.
+
+A row is a question with its answer. Exchanges that share a sentence stay on one side of the split, so that the
+evaluation asks nothing that training has shown. Knows the corpus; not where the rows go.
+"""
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+LEFT_OUT = ("tech_support", "conversations")
+"""Ten exchanges repeated a thousand times, and small talk about every topic."""
+FEWEST_GROUPS = 20
+"""Independent groups of exchanges a topic needs, so that both sides of the split show it in several."""
+EVAL_SHARE = 0.2
+SHARED_WORDS = 3
+"""Shorter answers ("Yes.") tell nothing of the question, so sharing them joins nothing."""
+
+
+@dataclass(frozen=True)
+class TopicRow:
+    """One exchange. `group` is equal for exchanges that share a sentence."""
+
+    text: str
+    label: str
+    group: str
+
+
+def read_topics(folder: Path) -> list[TopicRow]:
+    """The exchanges of all topics with enough independent groups, each text once."""
+    exchanges = [one for file in sorted(folder.glob("*.yml")) if file.stem not in LEFT_OUT for one in _exchanges(file)]
+    groups = _join([sentences for _, sentences in exchanges])
+    rows: dict[str, TopicRow] = {}
+    for (label, sentences), group in zip(exchanges, groups, strict=True):
+        text = " ".join(sentences)
+        rows.setdefault(_plain(text), TopicRow(text, label, group))
+    by_label: dict[str, set[str]] = defaultdict(set)
+    for row in rows.values():
+        by_label[row.label].add(row.group)
+    return [row for row in rows.values() if len(by_label[row.label]) >= FEWEST_GROUPS]
+
+
+def split_topics(rows: list[TopicRow]) -> tuple[list[TopicRow], list[TopicRow]]:
+    """Training and evaluation rows: of each topic about a fifth, whole groups, in the order of a hash."""
+    size: dict[str, int] = defaultdict(int)
+    members: dict[str, list[TopicRow]] = defaultdict(list)
+    for row in rows:
+        size[row.label] += 1
+        members[row.group].append(row)
+    held: dict[str, int] = defaultdict(int)
+    chosen = set()
+    for group in sorted(members, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        first = members[group][0]
+        if held[first.label] + len(members[group]) <= EVAL_SHARE * size[first.label]:
+            chosen.add(group)
+            for row in members[group]:
+                held[row.label] += 1
+    return [row for row in rows if row.group not in chosen], [row for row in rows if row.group in chosen]
+
+
+def _exchanges(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """(topic, [question, answer]) of one file; a long conversation is cut into its exchanges."""
+    with file.open(encoding="utf-8") as stream:
+        conversations = yaml.load(stream, yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
+    for turns in conversations["conversations"]:
+        spoken = [str(turn).strip() for turn in turns]
+        for start in range(0, len(spoken) - 1, 2):
+            yield file.stem, spoken[start : start + 2]
+
+
+def _join(exchanges: list[list[str]]) -> list[str]:
+    """A name for each exchange, equal where a chain of shared sentences joins two."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    keys = []
+    for sentences in exchanges:
+        plain = [_plain(sentence) for sentence in sentences]
+        telling = [plain[0], *(text for text in plain[1:] if len(text.split()) >= SHARED_WORDS)]
+        for text in telling[1:]:
+            one, other = sorted((root(telling[0]), root(text)))
+            parent[other] = one
+        keys.append(telling[0])
+    return [root(key) for key in keys]
+
+
+def _plain(text: str) -> str:
+    """Words alone, lower case."""
+    return " ".join(re.findall(r"\w+", text.lower()))

@@ -1,0 +1,109 @@
+"""Ray for the length of one command: started here and sized to this machine, or joined where an address is given."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from trainers.errors import PlacementError
+from trainers.job import ScaleSection
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Shards travel through files, not through Ray's object store, so a small one is enough."""
+JOIN_WAIT_S = 60.0
+"""How long to wait for the nodes of a joined cluster to appear."""
+
+
+@contextmanager
+def ray_session(address: str | None = None) -> Iterator[Any]:
+    """Ray, running. What this starts it stops; a joined cluster stays.
+
+    Args:
+        address: of a running cluster; by default RAY_ADDRESS, and without that a private one is started.
+
+    Raises:
+        PlacementError: where no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    started_here = not ray.is_initialized()
+    if started_here:
+        _start(ray, address)
+    try:
+        yield ray
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _start(ray: Any, address: str | None) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address is None:
+        ray.init(
+            address="local",
+            num_cpus=usable_cpus(),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise PlacementError(
+            f"no Ray cluster answers at {address!r}: {error}. Check the address and, on clusters of several nodes, "
+            "RAY_AUTH_MODE and the token; or leave the address out to run on this machine"
+        ) from error
+
+
+def usable_cpus() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus_per_worker(scale: ScaleSection, cluster: dict[str, float]) -> int:
+    """GPUs each worker takes; auto means one where the cluster has any."""
+    if scale.gpus_per_worker == "auto":
+        return 1 if cluster.get("GPU", 0) >= 1 else 0
+    return scale.gpus_per_worker
+
+
+def check_placement(scale: ScaleSection, wait_s: float = JOIN_WAIT_S) -> int:
+    """Wait until the cluster can hold the smallest allowed number of workers.
+
+    Returns:
+        GPUs per worker.
+
+    Raises:
+        PlacementError: with what is needed and what is there.
+    """
+    import ray
+
+    deadline = time.monotonic() + (wait_s if os.environ.get("RAY_ADDRESS") or len(ray.nodes()) > 1 else 0.0)
+    while True:
+        cluster = ray.cluster_resources()
+        gpus = gpus_per_worker(scale, cluster)
+        problem = placement_problem(scale, gpus, cluster)
+        if problem is None:
+            return gpus
+        if time.monotonic() >= deadline:
+            raise PlacementError(problem)
+        time.sleep(1.0)
+
+
+def placement_problem(scale: ScaleSection, gpus: int, cluster: dict[str, float]) -> str | None:
+    """Why the workers cannot be placed, or None."""
+    need = {"CPU": scale.min_workers * scale.cpus_per_worker, "GPU": scale.min_workers * gpus}
+    short = [f"{count} {kind}s (there are {cluster.get(kind, 0):g})" for kind, count in need.items()
+             if cluster.get(kind, 0) < count]  # fmt: skip
+    if not short:
+        return None
+    return (
+        f"{scale.min_workers} workers of {scale.cpus_per_worker} CPUs and {gpus} GPUs need {' and '.join(short)}: "
+        "lower scale.workers, scale.cpus_per_worker or scale.gpus_per_worker, or add nodes"
+    )

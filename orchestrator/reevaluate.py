@@ -1,0 +1,99 @@
+"""What can be done with a run that is already there: evaluate again, export a step, read its ledger."""
+
+from pathlib import Path
+
+import yaml
+
+from orchestrator.evaluation import EvaluationRequest, evaluate_step
+from orchestrator.preflight import check_job
+from orchestrator.ray_session import gpus_per_worker, ray_session
+from orchestrator.screen import Screen
+from trainers.checkpoint.reading import committed_steps
+from trainers.data.dataset import ShardSet
+from trainers.data.keys import load_shards
+from trainers.data.manifest import Shards, shards_folder
+from trainers.errors import JobError
+from trainers.evaluate import evaluate_model
+from trainers.export import export_checkpoint
+from trainers.job import Job, parse_job
+from trainers.model_source import ModelFolder, find_model, prepare_model
+from trainers.rank import job_task
+from trainers.runs import Evaluation, run_folder, step_name
+from trainers.storage import Folder
+
+
+def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Screen) -> list[Evaluation]:
+    """Evaluate one step, or every committed one, again; the records replace the old ones.
+
+    Raises:
+        JobError: where the step is not committed.
+    """
+    request = _request(job, check_job(job))
+    committed = committed_steps(request.run / "checkpoints")
+    if step not in (None, 0, *committed):
+        raise JobError(f"--step {step} is not committed in {request.run}; there are {committed}")
+    steps = committed if step is None else [step]
+    with ray_session(address) as ray, screen.live():
+        gpus = gpus_per_worker(job.scale, ray.cluster_resources())
+        task = ray.remote(num_cpus=job.scale.cpus_per_worker, num_gpus=gpus)(evaluate_step)
+        waiting = [task.remote(request, one) for one in steps]
+        records = []
+        for done, reference in enumerate(waiting, 1):
+            records.append(ray.get(reference))
+            screen.advance("evaluate", done, len(waiting), f"step {records[-1].step}")
+    return records
+
+
+def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:
+    """Evaluate any Hugging Face folder on the job's evaluation data, in this process. Nothing is written."""
+    request = _request(job, check_job(job))
+    task = job_task(job, request.train_shards)
+    shards = ShardSet(request.eval_folder, request.eval_shards, task)
+    rows, judged = evaluate_model(job, task, str(model), shards)
+    key = request.eval_shards.key
+    return [Evaluation(step=0, status="done", metrics=task.metrics(judged), eval_key=key, rows=len(rows))]
+
+
+def _request(job: Job, model: ModelFolder) -> EvaluationRequest:
+    shards = load_shards(job, model.path)
+    if shards is None:
+        raise JobError("the data is not sharded yet: run `tuneyard shard JOB` with the same job file first")
+    folder = shards_folder(Folder(job.storage), shards.eval.key)
+    return EvaluationRequest(job, model, shards.train, shards.eval, folder, run_folder(job, model.digest, shards))
+
+
+def job_of_run(run: str) -> Job:
+    """The job that a run folder belongs to. Raises JobError where it is none."""
+    folder = Folder(str(Path(run).absolute()) if "://" not in run else run)
+    try:
+        return parse_job(yaml.safe_load(folder.read_bytes("job.yaml")), f"{folder}/job.yaml")
+    except FileNotFoundError:
+        raise JobError(f"{folder} is not a run folder: it has no job.yaml") from None
+
+
+def shards_of_run(run: str) -> Shards:
+    """The shards that a run was trained and evaluated on."""
+    job = job_of_run(run)
+    model = find_model(job)
+    shards = load_shards(job, model.path) if model else None
+    if shards is None:
+        raise JobError(f"the shards of {run} are not there any more, or its data files have changed")
+    return shards
+
+
+def export_step(run: str, step: int, out: Path) -> Path:
+    """Write one checkpoint of a run as a Hugging Face folder.
+
+    Raises:
+        JobError: where the step is not committed or the target is taken.
+    """
+    job = job_of_run(run)
+    checkpoints = Folder(str(Path(run).absolute())) / "checkpoints"
+    committed = committed_steps(checkpoints)
+    if step not in committed:
+        raise JobError(f"--step {step} is not committed in {run}; there are {committed}")
+    if out.exists() and any(out.iterdir()):
+        raise JobError(f"--out {out} is not empty; name a new folder")
+    task = job_task(job, shards_of_run(run).train)
+    export_checkpoint(checkpoints / step_name(step), Folder(str(out.absolute())), job, task, prepare_model(job).path)
+    return out

@@ -1,0 +1,199 @@
+"""The main job: shard, train, evaluate, select, register. Begin reading at `run_stages`.
+
+Each stage leaves a record on storage and is skipped where its record is there, so the same command finishes what a
+killed one began and does nothing twice.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.evaluation import EvaluationRequest
+from orchestrator.evaluation_pool import EvaluationPool
+from orchestrator.lineage import lineage
+from orchestrator.mlflow_client import registry_uri
+from orchestrator.preflight import check_job
+from orchestrator.promotion import Judged, Promotion, decide
+from orchestrator.ray_session import check_placement, ray_session
+from orchestrator.registry import register
+from orchestrator.registry_read import champion, judged_of
+from orchestrator.report import write_report
+from orchestrator.run_folder import OpenRun, finished_result, open_run, summarize
+from orchestrator.screen import Screen
+from orchestrator.selection import choose_metric, select
+from orchestrator.shards import write_shards
+from orchestrator.training import finished_training, record_event, thin_out, train
+from trainers.data.keys import load_shards
+from trainers.data.manifest import Shards, shards_folder
+from trainers.errors import Preempted, TuneyardError
+from trainers.job import Job
+from trainers.judged import read_judged
+from trainers.model_source import ModelFolder
+from trainers.rank import TrainRequest, job_task
+from trainers.runs import Evaluation, RegisteredVersion, RunResult, run_folder, step_name
+from trainers.storage import Folder
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What the stages of one run share."""
+
+    job: Job
+    model: ModelFolder
+    shards: Shards
+    opened: OpenRun
+    screen: Screen
+
+    @property
+    def run(self) -> Folder:
+        """The run folder."""
+        return self.opened.folder
+
+
+def run_job(job: Job, address: str | None, screen: Screen) -> tuple[Folder, RunResult]:
+    """Run a job to its registered model, or go on with it.
+
+    Returns:
+        The run folder, and the result that stands in it.
+
+    Raises:
+        TuneyardError: with the exit code of what went wrong; the run folder says it too.
+    """
+    model = check_job(job)
+    shards = load_shards(job, model.path)
+    if shards is not None:
+        folder = run_folder(job, model.digest, shards)
+        result = finished_result(folder)
+        if result is not None:
+            screen.say(f"already done: {folder}")
+            return folder, result
+    with ray_session(address), screen.live():
+        shards = write_shards(job, model.path, screen.on_shards)
+        with open_run(run_folder(job, model.digest, shards), job) as opened:
+            stages = Stages(job, model, shards, opened, screen)
+            with _failures_recorded(stages):
+                return opened.folder, run_stages(stages)
+
+
+def run_stages(stages: Stages) -> RunResult:
+    """Everything after the shards: the rest of the line."""
+    metric = choose_metric(stages.job)
+    pool = train_stage(stages)
+    evaluations = evaluate_stage(stages, pool)
+    best = select(evaluations, *metric)
+    version = register_stage(stages, best)
+    return finish(stages, evaluations, best, version)
+
+
+def train_stage(stages: Stages) -> EvaluationPool:
+    """Train unless that is done; hands on the evaluations that went on beside it."""
+    gpus = check_placement(stages.job.scale)
+    pool = EvaluationPool(evaluation_request(stages), gpus)
+    if finished_training(stages.run):
+        return pool
+    request = TrainRequest(
+        job=stages.job,
+        model=stages.model,
+        train_shards=stages.shards.train,
+        shards_folder=shards_folder(Folder(stages.job.storage), stages.shards.train.key),
+        run=stages.run,
+    )
+    metric = choose_metric(stages.job)
+
+    def show(event: dict[str, Any]) -> None:
+        stages.screen.on_event(event, stages.opened.steps(event))
+
+    with stages.opened.timed("train"), _stop_asked_for() as asked:
+        train(request, pool, metric, gpus, stages.opened.log, show, asked)
+    thin_out(stages.run, stages.job.checkpoint.keep, pool, metric)
+    return pool
+
+
+def evaluation_request(stages: Stages) -> EvaluationRequest:
+    """What any evaluation of this run needs."""
+    folder = shards_folder(Folder(stages.job.storage), stages.shards.eval.key)
+    return EvaluationRequest(stages.job, stages.model, stages.shards.train, stages.shards.eval, folder, stages.run)
+
+
+def evaluate_stage(stages: Stages, pool: EvaluationPool) -> list[Evaluation]:
+    """Evaluate every kept checkpoint that was not evaluated beside the training."""
+    total = len(pool.waiting()) + len(pool.running)
+    with stages.opened.timed("evaluate"):
+        for done, record in enumerate(pool.finish(), 1):
+            stages.opened.log.append(record_event(record))
+            metrics = ", ".join(f"{name} {value:.4f}" for name, value in sorted(record.metrics.items())[:3])
+            stages.screen.advance("evaluate", done, total, f"step {record.step}: {record.error or metrics}")
+    return pool.records
+
+
+def register_stage(stages: Stages, best: Evaluation) -> RegisteredVersion:
+    """Weigh the best checkpoint against the champion, register it, and drop the exports of the others."""
+    job = stages.job
+    with stages.opened.timed("register"):
+        decision = weigh(stages, best)
+        parents = lineage(job, stages.shards, stages.model.digest)
+        version = register(job, stages.run, best, stages.run / "export" / step_name(best.step), parents, decision)
+        for name in (stages.run / "export").list():
+            if name != step_name(best.step):
+                (stages.run / "export").delete(name)
+    stages.screen.say(f"registered {version.model} version {version.version}: {version.decision}")
+    return version
+
+
+def weigh(stages: Stages, best: Evaluation) -> Promotion:
+    """Whether the best checkpoint should become the champion."""
+    job = stages.job
+    metric, mode = choose_metric(job)
+    candidate = Judged(f"step {best.step}", best.eval_key, read_judged(stages.run, best.step))
+    standing = champion(registry_uri(job.storage, job.registry.uri), job.registry.model or job.name)
+    task = job_task(job, stages.shards.train)
+    return decide(
+        job.registry.promote, candidate, judged_of(standing) if standing else None, task, metric, mode, job.train.seed
+    )
+
+
+def finish(stages: Stages, evaluations: list[Evaluation], best: Evaluation, version: RegisteredVersion) -> RunResult:
+    """Write result.json, then the report."""
+    metric, _ = choose_metric(stages.job)
+    result = summarize(stages.opened, "done", None).model_copy(
+        update={
+            "best": {"step": best.step, "metric": metric, "value": best.metrics[metric], "metrics": best.metrics},
+            "registry": version,
+            "evaluations": tuple(evaluations),
+        }
+    )
+    stages.run.write_bytes("result.json", result.model_dump_json(indent=1).encode())
+    write_report(stages.run, result, stages.job, stages.opened.events())
+    return result
+
+
+@contextmanager
+def _failures_recorded(stages: Stages) -> Iterator[None]:
+    """Leave a result.json that says how the run ended, also where it ended badly."""
+    try:
+        yield
+    except TuneyardError as error:
+        result = summarize(stages.opened, "preempted" if isinstance(error, Preempted) else "failed", str(error))
+        stages.run.write_bytes("result.json", result.model_dump_json(indent=1).encode())
+        raise
+
+
+@contextmanager
+def _stop_asked_for() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or Ctrl-C came; a second Ctrl-C ends at once."""
+    asked: list[float] = []
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and asked:
+            raise KeyboardInterrupt
+        asked.append(time.time())
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

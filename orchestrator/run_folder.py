@@ -1,0 +1,95 @@
+"""The controller's hold on a run folder: its lock, its log, its clock, and the record it ends with."""
+
+import fcntl
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import yaml
+
+from trainers.errors import JobError
+from trainers.job import Job
+from trainers.run_log import RunLog, read_events
+from trainers.runs import RunResult
+from trainers.storage import Folder
+
+LOCK = "driver.lock"
+RESULT = "result.json"
+
+
+class OpenRun:
+    """A run folder that this process owns."""
+
+    def __init__(self, folder: Folder, job: Job) -> None:
+        self.folder, self.job = folder, job
+        self.log = RunLog(folder)
+        self._steps = 0
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the block's wall time to the stage, also where it ends with an exception."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.log.append({"kind": "stage", "stage": stage, "seconds": time.monotonic() - began})
+
+    def steps(self, event: Mapping[str, Any]) -> int:
+        """Steps of the whole run, as the ranks said at their start."""
+        self._steps = int(event.get("steps", self._steps))
+        return self._steps
+
+    def events(self) -> list[dict[str, Any]]:
+        """Everything that happened so far, earlier attempts included."""
+        return read_events(self.folder)
+
+
+@contextmanager
+def open_run(folder: Folder, job: Job) -> Iterator[OpenRun]:
+    """Own a run folder for the length of the block.
+
+    Raises:
+        JobError: where another controller is at work on it.
+    """
+    folder.write_bytes("job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
+    with (folder.path / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JobError(f"another `tuneyard run` is at work on {folder}; wait for it or stop it first") from None
+        opened = OpenRun(folder, job)
+        try:
+            yield opened
+        finally:
+            opened.log.close()
+
+
+def finished_result(folder: Folder) -> RunResult | None:
+    """The result of a run that is done, or None."""
+    try:
+        result = RunResult.model_validate_json(folder.read_bytes(RESULT))
+    except FileNotFoundError:
+        return None
+    return result if result.status == "done" else None
+
+
+def summarize(opened: OpenRun, status: Literal["done", "failed", "preempted"], error: str | None) -> RunResult:
+    """What the log says of the run, over all attempts."""
+    events = opened.events()
+    steps = {event["step"]: event for event in events if event["kind"] == "step"}  # a step done again counts once
+    seconds: dict[str, float] = {}
+    for event in events:
+        if event["kind"] == "stage":
+            seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
+    productive = sum(float(event["step_s"]) for event in steps.values())
+    last = steps[max(steps)] if steps else {}
+    return RunResult(
+        status=status,
+        error=error,
+        steps=int(last.get("step", 0)),
+        tokens=int(last.get("tokens", 0)),
+        restarts=max(sum(event["kind"] == "start" for event in events) - 1, 0),
+        goodput=min(productive / seconds["train"], 1.0) if seconds.get("train") else 0.0,
+        seconds=seconds,
+    )

@@ -1,0 +1,188 @@
+"""The borders of the house: who may import whom, how large a part may grow, and what must never appear in it."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("orchestrator", "trainers")
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def modules(*packages: str) -> list[Path]:
+    found = sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+    assert found, f"no module in {packages}"
+    return found
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text(), filename=str(path)))
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Absolute names that one node imports, at whatever depth it stands, importlib's included."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [node.module or ""] if node.level == 0 else []
+    if isinstance(node, ast.Call) and call_name(node).endswith(("import_module", "__import__")):
+        return [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+    return []
+
+
+def call_name(node: ast.Call) -> str:
+    return ast.unparse(node.func)
+
+
+def keyword(node: ast.Call, name: str) -> ast.expr | None:
+    return next((each.value for each in node.keywords if each.arg == name), None)
+
+
+def is_true(value: ast.expr | None) -> bool:
+    return isinstance(value, ast.Constant) and value.value is True
+
+
+def forbidden_imports(path: Path) -> list[str]:
+    roots = [(node, name.split(".")[0]) for node in nodes(path) for name in imported(node)]
+    return [f"{name_of(path)}:{node.lineno} imports {root}" for node, root in roots if root in {"ray", "orchestrator"}]
+
+
+def safe_loaders(path: Path) -> list[str]:
+    """Names of this module's classes that derive from one of yaml's safe loaders, and "Safe" for those themselves."""
+    classes = [node for node in nodes(path) if isinstance(node, ast.ClassDef)]
+    return ["Safe", *(each.name for each in classes if any("Safe" in ast.unparse(base) for base in each.bases))]
+
+
+def unsafe_calls(path: Path) -> list[str]:
+    """Calls that would run code out of a file, or code that a model repository ships.
+
+    `pickle.loads` stays possible in the orchestrator, for what comes back from its own Ray tasks.
+    """
+    loads = "|loads" if name_of(path).startswith("trainers/") else ""
+    found = []
+    for node in nodes(path):
+        if not isinstance(node, ast.Call):
+            continue
+        name = call_name(node)
+        unsafe = (
+            re.fullmatch(rf"(pickle|cloudpickle|dill|joblib|shelve)\.(load|open|Unpickler{loads})", name)
+            or (name == "torch.load" and not is_true(keyword(node, "weights_only")))
+            or (name == "yaml.load" and not any(loader in ast.unparse(node) for loader in safe_loaders(path)))
+            or (name in {"eval", "exec"})
+            or is_true(keyword(node, "allow_pickle"))
+            or is_true(keyword(node, "trust_remote_code"))
+        )
+        if unsafe:
+            found.append(f"{name_of(path)}:{node.lineno} {name}")
+    return found
+
+
+def test_trainers_never_import_ray_or_the_orchestrator() -> None:
+    assert [line for path in modules("trainers") for line in forbidden_imports(path)] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import ray", "def f():\n    from ray import train", "import importlib as i\ni.import_module('orchestrator.cli')"],
+)
+def test_forbidden_imports_would_be_found(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "wrong.py").write_text(source)
+    assert len(forbidden_imports(tmp_path / "wrong.py")) == 1
+
+
+def ruff(source: str, pretended: str) -> str:
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise"]
+    command += ["--select=TID251", f"--stdin-filename={pretended}", "-"]
+    return subprocess.run(command, cwd=ROOT, input=source, capture_output=True, text=True, check=False).stdout
+
+
+@pytest.mark.parametrize(
+    "source", ["import ray\n", "def f():\n    import ray.train\n", "from orchestrator import cli\n"]
+)
+def test_ruff_refuses_the_same_imports_in_trainers_alone(source: str) -> None:
+    assert "TID251" in ruff(source, "trainers/somewhere/new.py")
+    assert "TID251" not in ruff(source, "orchestrator/new.py")
+
+
+def test_every_package_folder_can_be_imported_and_data_folders_cannot() -> None:
+    for package in PACKAGES:
+        folders = {path.parent for path in modules(package)}
+        assert [name_of(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+    for data in ("docker", "cluster"):  # a package named docker would hide the one of the same name that others import
+        assert list((ROOT / data).rglob("*.py")) == []
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    assert [name_of(path) for path in modules(*PACKAGES) if not ast.get_docstring(ast.parse(path.read_text()))] == []
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in modules(*PACKAGES)}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_no_function_is_too_long() -> None:
+    lengths = {
+        f"{name_of(path)}:{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for path in modules(*PACKAGES)
+        for node in nodes(path)
+        if isinstance(node, Function)
+    }
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+def test_nothing_runs_code_out_of_a_file() -> None:
+    assert [line for path in modules(*PACKAGES) for line in unsafe_calls(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pickle\npickle.load(file)", 1),
+        ("torch.load(path)", 1),
+        ("torch.load(path, weights_only=False)", 1),
+        ("torch.load(path, weights_only=True)", 0),
+        ("AutoModel.from_pretrained(path, trust_remote_code=True)", 1),
+        ("AutoModel.from_pretrained(path, trust_remote_code=job.model.trust_remote_code)", 0),
+        ("yaml.load(text, Loader=yaml.SafeLoader)", 0),
+        ("class Mine(yaml.SafeLoader): ...\nyaml.load(text, Mine)", 0),
+        ("class Mine(yaml.Loader): ...\nyaml.load(text, Mine)", 1),
+    ],
+)
+def test_unsafe_calls_would_be_found(source: str, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "wrong.py").write_text(source)
+    assert len(unsafe_calls(tmp_path / "wrong.py")) == found
+
+
+def tracked_texts() -> Iterator[tuple[str, str]]:
+    """Every text file of the checkout that git has or would take."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        path = ROOT / name
+        content = path.read_bytes() if path.is_file() else b""
+        if b"\0" not in content:
+            yield name, content.decode(errors="replace")
+
+
+def test_no_file_names_a_path_of_somebodys_machine() -> None:
+    machine = re.compile(r"(?<![\w.}~-])/(?:work|root|Users)/\w+")
+    found = [f"{name}: {match.group()}" for name, text in tracked_texts() for match in machine.finditer(text)]
+    assert found == []
