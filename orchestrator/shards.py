@@ -22,7 +22,7 @@ from trainers.data.keys import SplitPlan, explain_miss, manifest_of, plan_splits
 from trainers.data.manifest import MANIFEST, ShardManifest, ShardRecord, Shards, read_manifest, shards_folder
 from trainers.data.readers import Unit, check_columns, needed_fields, plan_units, task_columns
 from trainers.data.shard_writer import ShardWork, finished_shards, write_unit
-from trainers.errors import TuneyardError
+from trainers.errors import JobError, TuneyardError
 from trainers.job import Job
 from trainers.storage import TEMPORARY, Folder
 from trainers.tasks import EncodeRules
@@ -61,13 +61,24 @@ def write_shards(job: Job, model_path: str, on_progress: Report | None = None) -
     plans = plan_splits(job, model_path)
     storage = Folder(job.storage)
     committed = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in plans}
-    for plan in plans:
-        if committed[plan.name] is None:
-            check_columns(plan.sources, task_columns(job), needed_fields(job.task), f"data.{plan.name}")
+    _check_sources(job, [plan for plan in plans if committed[plan.name] is None])
     manifests = [committed[plan.name] or _write_split(job, plan, model_path, on_progress) for plan in plans]
     shards = Shards(train=manifests[0], eval=manifests[1])
     check_shards(job, shards)
     return shards
+
+
+def _check_sources(job: Job, plans: Sequence[SplitPlan]) -> None:
+    """Look at the start of each file before any task starts. Raises with the problems of all splits."""
+    problems: dict[str, None] = {}
+    for plan in plans:
+        where = "data.train" if job.data.eval_fraction is not None else f"data.{plan.name}"
+        try:
+            check_columns(plan.sources, task_columns(job), needed_fields(job.task), where)
+        except JobError as error:
+            problems.update({f"{where}: {problem}": None for problem in error.problems})
+    if problems:
+        raise JobError(list(problems))
 
 
 def _write_split(job: Job, plan: SplitPlan, model_path: str, on_progress: Report | None) -> ShardManifest:

@@ -200,6 +200,17 @@ def test_bad_input_ends_with_its_exit_code_and_one_message(case: str, tmp_path: 
     assert type(caught.value) in (JobError, DataError)
 
 
+def test_columns_missing_in_both_splits_are_told_at_once(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    for name in ("t", "e"):
+        (tmp_path / f"{name}.jsonl").write_text('{"review": "a", "label": "good"}\n')
+    train, other = [str(tmp_path / "t.jsonl")], [str(tmp_path / "e.jsonl")]
+    with pytest.raises(JobError, match=r"(?s)data\.train: .*t\.jsonl: no column.*data\.eval: .*e\.jsonl: no column"):
+        write_shards(make_job(tmp_path, tiny_tokenizer, train=train, eval=other), str(tiny_tokenizer))
+    with pytest.raises(JobError) as caught:
+        write_shards(make_job(tmp_path, tiny_tokenizer, train=train, eval_fraction=0.5), str(tiny_tokenizer))
+    assert len(caught.value.problems) == 1
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_a_label_that_training_never_saw_is_refused(tmp_path: Path, tiny_tokenizer: Path) -> None:
     for name, label in (("t", "good"), ("e", "other")):

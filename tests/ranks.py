@@ -1,0 +1,67 @@
+"""Runs a function on several gloo ranks, each a process of its own, and gives back what each returned."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+START_S = 240
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """Results of `function(*arguments)` by rank; raises where any rank did, with its traceback.
+
+    The function must stand at the top of a module. The launcher contract's variables are set before it is called.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    port = free_port()
+    ranks = [
+        context.Process(target=_enter, args=(function, rank, world_size, port, results, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.start()
+    found: dict[int, Any] = {}
+    failures = []
+    for _ in ranks:
+        rank, value, failure = results.get(timeout=START_S)
+        found[rank] = value
+        if failure:
+            failures.append(f"rank {rank}:\n{failure}")
+            break
+    for process in ranks:
+        if failures:
+            process.kill()
+        process.join(timeout=30)
+    if failures:
+        raise AssertionError("\n".join(failures))
+    return [found[rank] for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _enter(function: Any, rank: int, world_size: int, port: int, results: Any, arguments: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    try:
+        results.put((rank, function(*arguments), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        results.close()
+        results.join_thread()
+        os._exit(0)  # gloo's threads would keep a rank whose peer is gone

@@ -1,0 +1,84 @@
+"""Tiny models, made on the spot, with the tokenizer folders that the fixtures make."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def make_bert(folder: Path, tokenizer: Path, seed: int = 0, dropout: float = 0.1) -> Path:
+    """A BERT of 2 layers and about 20,000 parameters."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(tokenizer)),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        pad_token_id=0,
+    )
+    return _save(BertModel(config), folder, tokenizer)
+
+
+def make_llama(folder: Path, tokenizer: Path, seed: int = 0, tied: bool = True) -> Path:
+    """A Llama of 2 layers with odd sizes, so that nothing divides by the world size."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(tokenizer)),
+        hidden_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        intermediate_size=50,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+    )
+    return _save(LlamaForCausalLM(config), folder, tokenizer)
+
+
+def _save(model: Any, folder: Path, tokenizer: Path) -> Path:
+    model.save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder / file.name)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as jsonl."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def film_rows(count: int) -> list[dict[str, Any]]:
+    """Reviews that a model can tell apart by one word."""
+    words = ["the film", "the plot", "the acting", "a film", "a plot"]
+    verdicts = [("good", "positive"), ("bad", "negative"), ("not bad", "positive"), ("not good", "negative")]
+    rows = []
+    for index in range(count):
+        verdict, label = verdicts[index % 4]
+        subject = words[(index // 4) % 5]
+        rows.append({"text": f"{subject} is {'very ' * (index % 3)}{verdict} .", "label": label})
+    return rows
+
+
+def chat_rows(count: int) -> list[dict[str, Any]]:
+    """Conversations of one to three turns."""
+    rows = []
+    for index in range(count):
+        messages = [{"role": "system", "content": "the plot"}] if index % 3 == 0 else []
+        for turn in range(1 + index % 3):
+            messages.append({"role": "user", "content": f"is the film good {turn} {index}"})
+            messages.append({"role": "assistant", "content": f"the film is {'good' if index % 2 else 'not good'}"})
+        rows.append({"messages": messages})
+    return rows
