@@ -61,7 +61,7 @@ def _take(judged: Judged, rows: Array) -> dict[str, Array]:
 def pick_statistic(judged: Judged, task: Task, metric: str) -> Statistic:
     """The metric as a function of per-row numbers: a quick form where one gives the task's own value, else the task's.
 
-    scikit-learn takes 20 ms for all metrics of 10,000 rows, 40 s for two thousand draws; the quick forms take under one.
+    scikit-learn takes 20 ms for all metrics of 10,000 rows, 40 s for two thousand draws; the quick forms one.
     """
     quick = QUICK.get(metric)
     if quick is not None:

@@ -47,7 +47,7 @@ def _print_json(value: Any) -> None:
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Any:
-    from trainers.job import load_job
+    from trainers.job_file import load_job
 
     return load_job(path, overrides or ())
 

@@ -1,7 +1,7 @@
 """`tuneyard doctor`: is this machine, and the cluster it points to, fit to train?
 
-Each check looks at one thing and says what it saw and, where that is a problem, what to do. Nothing is changed, no heavy
-library is imported (versions come from their metadata), and no cluster is joined: an address is only knocked at.
+Each check looks at one thing and says what it saw and, where that is a problem, what to do. Nothing is changed, no
+heavy library is imported (versions come from their metadata), no cluster is joined: an address is only knocked at.
 """
 
 import os
@@ -38,14 +38,14 @@ REQUIRED = (
 GIB = 1 << 30
 KNOCK_S = 3.0
 
-Level = Literal["ok", "warn", "fail"]
+Status = Literal["ok", "warn", "fail"]
 
 
 class Check(Record):
     """One finding."""
 
     name: str
-    level: Level
+    status: Status
     value: str
     """What was seen."""
     remedy: str | None = None
@@ -76,14 +76,14 @@ def check_machine(storage: str | None = None, address: str | None = None) -> lis
     ]
 
 
-def worst(checks: list[Check]) -> Level:
-    """The most serious level among the checks."""
-    levels = {check.level for check in checks}
-    return "fail" if "fail" in levels else ("warn" if "warn" in levels else "ok")
+def worst(checks: list[Check]) -> Status:
+    """The most serious among the checks."""
+    found = {check.status for check in checks}
+    return "fail" if "fail" in found else ("warn" if "warn" in found else "ok")
 
 
-def _check(name: str, level: Level, value: str, remedy: str) -> Check:
-    return Check(name=name, level=level, value=value, remedy=None if level == "ok" else remedy)
+def _check(name: str, status: Status, value: str, remedy: str) -> Check:
+    return Check(name=name, status=status, value=value, remedy=None if status == "ok" else remedy)
 
 
 def check_python() -> Check:
@@ -99,9 +99,9 @@ def check_libraries() -> list[Check]:
 
 def _library(name: str) -> Check:
     try:
-        return Check(name=name, level="ok", value=version(name))
+        return Check(name=name, status="ok", value=version(name))
     except PackageNotFoundError:
-        return Check(name=name, level="fail", value="not installed", remedy=f"pip install {name}, or tuneyard again")
+        return Check(name=name, status="fail", value="not installed", remedy=f"pip install {name}, or tuneyard again")
 
 
 def check_cpu(cpuinfo: Path) -> Check:
@@ -152,7 +152,7 @@ def check_shared_memory(path: Path, memory_bytes: int) -> Check:
     """Ray's object store lives here; containers often come with 64 MiB."""
     if not path.exists():
         return Check(
-            name="shared memory", level="warn", value=f"{path} does not exist", remedy="Ray will use slow disk files"
+            name="shared memory", status="warn", value=f"{path} does not exist", remedy="Ray will use slow disk files"
         )
     usage = shutil.disk_usage(path)
     enough = usage.total >= min(0.3 * memory_bytes, 8 * GIB)  # Ray asks for 30 % of memory
@@ -167,11 +167,9 @@ def check_storage(storage: str) -> Check:
     try:
         folder.check_writable()
     except JobError as error:
-        return Check(
-            name="storage", level="fail", value=str(error), remedy="name a folder or bucket you may write to"
-        )
+        return Check(name="storage", status="fail", value=str(error), remedy="name a folder or bucket you may write to")
     if not folder.is_local:
-        return Check(name="storage", level="ok", value=f"{storage} can be written")
+        return Check(name="storage", status="ok", value=f"{storage} can be written")
     free = shutil.disk_usage(folder.path).free
     value = f"{free / GIB:.1f} GiB free at {storage}"
     remedy = "a checkpoint takes 12 bytes a parameter, and several are kept: free space or name another folder"
@@ -184,14 +182,14 @@ def check_gpus() -> Check:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except FileNotFoundError:
-        return Check(name="gpus", level="ok", value="none (no NVIDIA driver): training runs on CPU over gloo")
+        return Check(name="gpus", status="ok", value="none (no NVIDIA driver): training runs on CPU over gloo")
     except (OSError, subprocess.TimeoutExpired) as error:
         done = subprocess.CompletedProcess(command, 1, "", str(error))
     found = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode or not found:
         seen = (done.stderr or done.stdout).strip()[:200] or "no GPU is listed"
-        return Check(name="gpus", level="fail", value=f"nvidia-smi: {seen}", remedy="repair the driver, or remove it")
-    return Check(name="gpus", level="ok", value=f"{len(found)}: {'; '.join(found)}")
+        return Check(name="gpus", status="fail", value=f"nvidia-smi: {seen}", remedy="repair the driver, or remove it")
+    return Check(name="gpus", status="ok", value=f"{len(found)}: {'; '.join(found)}")
 
 
 def check_open_files(soft_limit: int) -> Check:
@@ -206,8 +204,8 @@ def check_hostname(name: str) -> Check:
         address = socket.gethostbyname(name)
     except OSError as error:
         remedy = f"add a line for {name} to /etc/hosts, or name it in DNS"
-        return Check(name="hostname", level="warn", value=f"{name} does not resolve ({error})", remedy=remedy)
-    return Check(name="hostname", level="ok", value=f"{name} is {address}")
+        return Check(name="hostname", status="warn", value=f"{name} does not resolve ({error})", remedy=remedy)
+    return Check(name="hostname", status="ok", value=f"{name} is {address}")
 
 
 def interfaces_up() -> dict[str, str]:
@@ -217,7 +215,10 @@ def interfaces_up() -> dict[str, str]:
         name: found.address
         for name, addresses in psutil.net_if_addrs().items()
         for found in addresses
-        if found.family == socket.AF_INET and not found.address.startswith("127.") and name in state and state[name].isup
+        if found.family == socket.AF_INET
+        and not found.address.startswith("127.")
+        and name in state
+        and state[name].isup
     }
 
 
@@ -236,14 +237,16 @@ def check_interfaces(found: Mapping[str, str], environment: Mapping[str, str]) -
 def check_ray(address: str | None) -> Check:
     """Whether something listens at the cluster's address; nothing is joined."""
     if not address or address == "local":
-        return Check(name="ray", level="ok", value="no address: a job starts its own Ray and stops it after")
+        return Check(name="ray address", status="ok", value="no address: a job starts its own Ray and stops it after")
     if address == "auto":
-        return Check(name="ray", level="ok", value="auto: the cluster that this node belongs to")
+        return Check(name="ray address", status="ok", value="auto: the cluster that this node belongs to")
     try:
         parts = urlsplit(address if "://" in address else f"gcs://{address}")
         port = parts.port or {"https": 443, "http": 8265, "ray": 10001}.get(parts.scheme, 6379)
         with socket.create_connection((parts.hostname or "", port), timeout=KNOCK_S):
-            return Check(name="ray", level="ok", value=f"{address} answers")
+            return Check(name="ray address", status="ok", value=f"{address} answers")
     except (OSError, ValueError) as error:
-        remedy = "check the address and that the head runs (`ray start --head`); unset RAY_ADDRESS to run on this machine"
-        return Check(name="ray", level="fail", value=f"{address} does not answer ({error})", remedy=remedy)
+        remedy = (
+            "check the address and that the head runs (`ray start --head`); unset RAY_ADDRESS to run on this machine"
+        )
+        return Check(name="ray address", status="fail", value=f"{address} does not answer ({error})", remedy=remedy)

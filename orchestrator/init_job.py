@@ -22,7 +22,8 @@ def write_job(template: str, path: Path | None = None) -> Path:
 
     Args:
         template: one of TEMPLATES.
-        path: for quickstart the folder (default quickstart/), for the others the file (default TEMPLATE.yaml) or a folder.
+        path: for quickstart the folder (default quickstart/), for the others the file (default TEMPLATE.yaml) or its
+            folder.
 
     Returns:
         The job file's path.

@@ -15,7 +15,8 @@ from trainers.data.manifest import Shards, shards_folder
 from trainers.errors import JobError
 from trainers.evaluate import evaluate_model
 from trainers.export import export_checkpoint
-from trainers.job import Job, parse_job
+from trainers.job import Job
+from trainers.job_file import parse_job
 from trainers.model_source import ModelFolder, find_model, prepare_model
 from trainers.rank import job_task
 from trainers.runs import Evaluation, run_folder, step_name

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import mlflow_client
-from orchestrator.events import Event, read_events, steps_of
+from orchestrator.events import Event, steps_of
 from orchestrator.mlflow_client import error_code, explain_failures, hide_credentials, registry_uri
 from orchestrator.promotion import Promotion
 from orchestrator.registry_read import CHAMPION, RUN_STEP, SETTLED, ModelVersion, champion_version, find_version
 from trainers.job import Job
+from trainers.run_log import read_events
 from trainers.runs import Evaluation, RegisteredVersion, parse_step
 from trainers.storage import Folder
 from trainers.tasks import load_task
@@ -178,7 +179,7 @@ def _batches(items: list[Any], size: int) -> Iterable[list[Any]]:
 
 
 def _place(client: "MlflowClient", uri: str, run_id: str, source: Folder) -> str:
-    """Where the version's files are: the export itself, or its copy on a tracking server, which takes no local paths."""
+    """Where the version's files are: the export itself, or a copy of it, for a tracking server takes no local paths."""
     if mlflow_client.sqlite_path(uri) or not source.is_local:
         return hide_credentials(str(source))
     client.log_artifacts(run_id, str(source.path), "model")

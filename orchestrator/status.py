@@ -8,21 +8,22 @@ import difflib
 import fcntl
 import math
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
-from orchestrator.events import EVENTS, Event, read_events, steps_of
+from orchestrator.events import Event, outer_events, steps_of
 from trainers.checkpoint.reading import committed_steps
 from trainers.data.manifest import Record
 from trainers.errors import JobError
-from trainers.job import Job, parse_job
+from trainers.job import Job
+from trainers.job_file import parse_job
+from trainers.run_log import EVENTS
 from trainers.runs import Evaluation, RunResult, parse_step
 from trainers.storage import Folder
 from trainers.tasks import load_task
 
 LOCK = "driver.lock"
-TAIL_BYTES = 1 << 18
 QUIET_S = 180.0
 """Without a lock to look at, a run whose last event is older than this counts as interrupted."""
 
@@ -64,6 +65,8 @@ def run_status(storage: Folder, run: str | None = None) -> list[RunStatus]:
     Raises:
         JobError: where no run has that name.
     """
+    if run is not None and "/" in run and Folder(run).exists("job.yaml"):
+        return [_status(Folder(run.rstrip("/")))]
     runs = storage / "runs"
     names = runs.list()
     chosen = names if run is None else _choose(names, run, runs)
@@ -81,7 +84,7 @@ def _choose(names: list[str], wanted: str, runs: Folder) -> list[str]:
 
 
 def _status(run: Folder) -> RunStatus:
-    events = read_events(run, tail_bytes=TAIL_BYTES)
+    events = outer_events(run)
     age = max(0.0, time.time() - float(events[-1]["time"])) if events and "time" in events[-1] else None
     result, problem = _result(run)
     last = next(iter(steps_of(events)[-1:]), {})
@@ -92,8 +95,8 @@ def _status(run: Folder) -> RunStatus:
         folder=str(run),
         state=state,
         error=problem or (result.error if result and state == result.status else None),
-        step=max(_number(last, "step") or 0, committed[-1] if committed else 0),
-        steps=_total_steps(run, job),
+        step=max([int(last.get("step", 0)), *committed]),
+        steps=_total_steps(events, job),
         last_checkpoint=committed[-1] if committed else None,
         loss=_number(last, "loss"),
         tokens_per_s=_number(last, "tokens_per_s"),
@@ -156,12 +159,13 @@ def _job(run: Folder) -> Job | None:
         return None
 
 
-def _total_steps(run: Folder, job: Job | None) -> int | None:
-    planned = run.read_json("plan.json").get("steps") if run.exists("plan.json") else None
-    return int(planned) if planned else (job.train.steps if job else None)
+def _total_steps(events: list[Event], job: Job | None) -> int | None:
+    """As the ranks said at their start, else as the job says."""
+    said = [event["steps"] for event in events if event["kind"] == "start" and isinstance(event.get("steps"), int)]
+    return said[-1] if said else (job.train.steps if job else None)
 
 
-def _best(run: Folder, job: Job | None) -> dict[str, str | int | float | None]:
+def _best(run: Folder, job: Job | None) -> dict[str, Any]:
     """The best evaluation so far, as fields of the status."""
     if job is None:
         return {}

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from trainers.errors import PlacementError, Preempted, TrainingError
-from trainers.job import Job, load_job
+from trainers.job import Job
+from trainers.job_file import load_job
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

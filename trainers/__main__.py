@@ -15,7 +15,8 @@ from trainers.checkpoint.retention import deletable
 from trainers.data.keys import load_shards
 from trainers.data.manifest import check_labels, shards_folder
 from trainers.errors import JobError, Preempted, TuneyardError
-from trainers.job import Job, load_job
+from trainers.job import Job
+from trainers.job_file import load_job
 from trainers.loop import LoopOutcome
 from trainers.model_source import find_model
 from trainers.rank import TrainRequest, run_rank

@@ -1,32 +1,23 @@
 """The job file: what a user asks for, as frozen records.
 
-Owns the schema, its defaults and the rules that need nothing but the file itself. Whether files exist, columns match
-and batches divide is checked by the stages that look. Imports neither torch nor transformers, so `tuneyard --help`
-stays quick. Begin at `Job`, then `load_job`.
+Owns the schema and its defaults; `job_file.py` reads and checks the file. Whether paths exist, columns match and
+batches divide is checked by the stages that look. Imports neither torch nor transformers, so `tuneyard --help` stays
+quick. Begin at `Job`.
 """
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
-
-from trainers.errors import JobError
-from trainers.storage import is_remote
+from pydantic import BaseModel, ConfigDict, Field
 
 TaskName = Literal["pretrain", "sft", "classify"]
 Overlong = Literal["truncate", "split", "drop", "error"]
 FormatName = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text"]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
-BRANCHES = ("Elastic", "int", "constrained-int")
-"""Names that pydantic puts into a location for the branch of a union; no key of ours."""
 
 TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrain": (("text",), ()),
@@ -218,188 +209,6 @@ class Job(Section):
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-    """Read a job file, apply `section.key=value` overrides, and check it.
-
-    Relative paths in the file are taken from the file's own folder, so the same file means the same job from anywhere.
-
-    Raises:
-        JobError: with every problem found at once.
-    """
-    path = Path(path)
-    raw = _read_yaml(path)
-    problems = [problem for item in overrides if (problem := _override(raw, item))]
-    if problems:
-        raise JobError(problems, "--set")
-    return parse_job(_absolute(raw, path.absolute().parent), str(path))
-
-
-def parse_job(raw: dict[str, Any], where: str = "job") -> Job:
-    """Check a job given as plain data. Raises JobError with every problem."""
-    problems, job = _cross_problems(raw), None
-    try:
-        job = Job.model_validate(raw)
-    except ValidationError as error:
-        problems = [_explain(detail) for detail in error.errors() if not _other_branch(detail)] + problems
-    if problems or job is None:
-        raise JobError(list(dict.fromkeys(problems)), where)
-    return job
-
-
-def _cross_problems(raw: dict[str, Any]) -> list[str]:
-    """Rules over several fields, read off the raw data so that they are reported beside the fields' own problems."""
-    section = {name: value if isinstance(value := raw.get(name), dict) else {} for name in ("data", "train", "scale")}
-    data, train, workers, task = (
-        section["data"],
-        section["train"],
-        section["scale"].get("workers"),
-        raw.get("task"),
-    )
-    problems = []
-    if bool(data.get("eval")) == (data.get("eval_fraction") is not None):
-        problems.append("data: give either eval (files) or eval_fraction (a share of the training rows), one of them")
-    if (train.get("epochs") is None) == (train.get("steps") is None):
-        problems.append("train: give either epochs or steps, one of them")
-    if (
-        isinstance(workers, dict)
-        and isinstance(low := workers.get("min"), int)
-        and isinstance(high := workers.get("max"), int)
-        and low > high
-    ):
-        problems.append(f"scale.workers: min ({low}) is larger than max ({high})")
-    if task in TASK_FIELDS and isinstance(data.get("columns"), dict):
-        known = TASK_FIELDS[task][0] + TASK_FIELDS[task][1]
-        problems += [_unknown(f"data.columns.{key}", key, known) for key in data["columns"] if key not in known]
-    if task == "classify" and data.get("packing"):
-        problems.append("data.packing: classify reads one row a sequence; leave packing out")
-    if task in TASK_FIELDS and task != "pretrain" and data.get("overlong") == "split":
-        problems.append(
-            f"data.overlong: split cuts one row into several, which {task} cannot use; choose truncate, drop or error"
-        )
-    return problems
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML with 1e-5 as a number (YAML 1.2) and duplicate keys refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return dict(super().construct_mapping(node, deep))
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise JobError("no such job file; `tuneyard init quickstart` writes one to start from", str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"cannot be read as text: {error}", str(path)) from None
-    except yaml.YAMLError as error:
-        raise JobError(f"is not valid YAML: {error}", str(path)) from None
-    if not isinstance(raw, dict):
-        raise JobError("a job file is a mapping of keys to values", str(path))
-    return raw
-
-
-def _override(raw: dict[str, Any], item: str) -> str | None:
-    """Apply one `section.key=value` in place; returns the problem, if any."""
-    name, equals, text = item.partition("=")
-    *sections, key = name.strip().split(".")
-    if not equals or not key:
-        return f"{item!r} is not of the form section.key=value"
-    place = raw
-    for section in sections:
-        nested = place.setdefault(section, {})
-        if not isinstance(nested, dict):
-            nested = place[section] = {}
-        place = nested
-    try:
-        place[key] = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        return f"{item!r}: the value is not valid YAML: {error}"
-    if sections == ["train"] and key in (
-        "epochs",
-        "steps",
-    ):  # the two exclude each other: the later word counts
-        place.pop("steps" if key == "epochs" else "epochs", None)
-    return None
-
-
-def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The same job with every path made absolute; values of a wrong type are left for the schema to refuse."""
-
-    def local(value: Any) -> Any:
-        if not isinstance(value, str) or is_remote(value):
-            return value
-        return str((base / Path(value.removeprefix("file://")).expanduser()).resolve())
-
-    def section(name: str) -> dict[str, Any]:
-        value = raw.get(name)
-        return dict(value) if isinstance(value, dict) else {}
-
-    data, model, train = section("data"), section("model"), section("train")
-    for key in ("train", "eval"):
-        value = data.get(key)
-        if isinstance(value, str):
-            data[key] = [local(value)]
-        elif isinstance(value, list):
-            data[key] = [local(item) for item in value]
-    if isinstance(model.get("path"), str) and names_folder(model["path"], base):
-        model["path"] = local(model["path"])
-    if isinstance(train.get("deepspeed"), str) and train["deepspeed"].endswith(".json"):
-        train["deepspeed"] = local(train["deepspeed"])
-    sections = {"data": data, "model": model, "train": train}
-    return {
-        **raw,
-        **{name: value for name, value in sections.items() if value},
-        "storage": local(raw.get("storage", "runs")),
-    }
-
-
 def names_folder(path: str, base: Path = Path()) -> bool:
     """Whether `model.path` means a folder: it exists as one, or does not have the form of a hub id."""
     return (base / Path(path).expanduser()).is_dir() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
-
-
-def _other_branch(detail: ErrorDetails) -> bool:
-    """Whether this error is about the branch of a union that the value was not meant for."""
-    shape: dict[str, Any] = {"int_type": dict, "model_type": (int, str, float), "string_type": dict, "literal_error": int}
-    in_union = any(str(part) in BRANCHES or "[" in str(part) for part in detail["loc"])
-    return in_union and isinstance(detail["input"], shape.get(detail["type"], ()))
-
-
-def _explain(detail: ErrorDetails) -> str:
-    """One pydantic error as a line a user can act on."""
-    location = [str(part) for part in detail["loc"] if part not in BRANCHES and "[" not in str(part)]
-    where = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        return _unknown(where, location[-1], _known_keys(location[:-1]))
-    if detail["type"] == "missing":
-        return f"{where}: required, and missing"
-    return f"{where}: {detail['msg'].replace('Input should be', 'must be', 1)}, got {detail['input']!r}"
-
-
-def _unknown(where: str, key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-    return f"{where}: unknown key; {hint}"
-
-
-def _known_keys(location: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Job
-    for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        options: tuple[Any, ...] = (annotation, *get_args(annotation))
-        nested = [one for one in options if isinstance(one, type) and issubclass(one, BaseModel)]
-        if not nested:
-            return []
-        model = nested[0]
-    return list(model.model_fields)

@@ -15,7 +15,8 @@ from trainers.data.manifest import Shards, shards_folder
 from trainers.data.readers import plan_units, task_columns
 from trainers.data.shard_writer import ShardWork, write_unit
 from trainers.data.sources import SourceFile, find_sources
-from trainers.job import Job, parse_job
+from trainers.job import Job
+from trainers.job_file import parse_job
 from trainers.storage import Folder
 from trainers.tasks import EncodeRules
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from orchestrator import init_job
 from orchestrator.init_job import TEMPLATES, write_job
 from orchestrator.quickstart_data import read_topics, split_topics
 from trainers.errors import JobError
-from trainers.job import load_job
+from trainers.job_file import load_job
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_every_template_is_a_valid_job_with_a_comment_a_field(tmp_path, template
     assert "$" not in job_file.read_text()
     fields = [line for line in job_file.read_text().splitlines() if re.match(r"  \w+: (?!\{)", line)]
     assert len(fields) >= 8
-    assert [line for line in fields if "#" not in line] == [line for line in fields if line.startswith("  path: \"")]
+    assert not [line for line in fields if "#" not in line and not line.startswith('  path: "/')]
 
 
 def test_default_names_stand_in_the_present_folder(tmp_path, monkeypatch):
@@ -47,8 +48,7 @@ def test_the_quickstart_is_ready_to_run(quickstart):
     assert job.task == "classify" and job.scale.workers == 2
     assert job.storage == str(quickstart.parent / "runs")
     for path in (*job.data.train, *job.data.eval, f"{job.model.path}/model.safetensors"):
-        with open(path, "rb") as file:
-            assert file.read(1)
+        assert Path(path).stat().st_size > 0
 
 
 def test_every_topic_is_on_both_sides_in_about_the_same_share(quickstart):

@@ -23,7 +23,7 @@ from orchestrator.registry import register
 from orchestrator.registry_read import champion, judged_of, list_models, show_model
 from trainers.data.manifest import ShardManifest, ShardRecord, Shards
 from trainers.errors import EvaluationError, JobError
-from trainers.job import parse_job
+from trainers.job_file import parse_job
 from trainers.judged import write_judged
 from trainers.runs import Evaluation
 from trainers.storage import Folder
@@ -167,6 +167,10 @@ class DyingClient:
         return call
 
 
+def dying_after(calls, after):
+    return lambda uri: DyingClient(open_client(uri), calls, after)
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_at_any_call_the_same_command_registers_exactly_once(tmp_path, empty_database, monkeypatch, after):
     deaths = 0
@@ -176,7 +180,7 @@ def test_killed_at_any_call_the_same_command_registers_exactly_once(tmp_path, em
         shutil.copy(empty_database, folder / "mlflow.db")
         storage = Folder(str(folder))
         with monkeypatch.context() as patch:
-            patch.setattr(mlflow_client, "open_client", lambda uri: DyingClient(open_client(uri), deaths + 1, after))
+            patch.setattr(mlflow_client, "open_client", dying_after(deaths + 1, after))
             try:
                 enter(storage)
                 break  # the call that should die was never reached: every one has been tried

@@ -18,14 +18,15 @@ from orchestrator.shards import ShardProgress, write_shards
 from trainers.data.keys import load_shards
 from trainers.data.manifest import shards_folder
 from trainers.errors import DataError, JobError, TuneyardError
-from trainers.job import Job, parse_job
+from trainers.job import Job
+from trainers.job_file import parse_job
 from trainers.storage import Folder
 
 LABELS = ("good", "bad")
 DRIVER = """
 import json, sys, ray
 from orchestrator.shards import write_shards
-from trainers.job import parse_job
+from trainers.job_file import parse_job
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
 job = parse_job(json.loads(sys.argv[1]))
 write_shards(job, job.model.path)

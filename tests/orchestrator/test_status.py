@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator.status import run_status
 from trainers.errors import JobError
-from trainers.job import parse_job
+from trainers.job_file import parse_job
 from trainers.runs import Evaluation, RegisteredVersion, RunResult
 from trainers.storage import Folder
 
@@ -76,9 +76,11 @@ def test_progress_is_told_from_events_checkpoints_and_evaluations(storage):
     assert 9 <= one.event_age_s < 60
 
 
-def test_the_plan_knows_the_steps_better_than_the_job(storage):
-    make_run(storage).write_json("plan.json", {"steps": 33})
-    assert only(storage).steps == 33
+def test_the_steps_planned_are_those_the_ranks_named_at_their_start(storage):
+    run = make_run(storage, steps=20_000)
+    start = {"kind": "start", "time": 1.0, "step": 0, "steps": 33_000, "world_size": 2}
+    run.write_bytes("events.jsonl", json.dumps(start).encode() + b"\n" + run.read_bytes("events.jsonl"))
+    assert (only(storage).steps, only(storage).step) == (33_000, 20_000)
 
 
 def test_a_metric_to_minimize_has_its_smallest_as_best_and_failures_never_count(storage):
@@ -165,6 +167,8 @@ def test_a_long_run_is_read_from_its_end(storage):
 def test_runs_are_chosen_by_name_start_or_path(storage):
     run = make_run(storage)
     make_run(storage, "other-11111111")
+    (elsewhere,) = run_status(Folder("nowhere"), str(run))
+    assert elsewhere.run == "topics-0badcafe"
     for wanted in ("topics-0badcafe", "topics", str(run), str(run) + "/"):
         assert only(storage, wanted).run == "topics-0badcafe"
     with pytest.raises(JobError, match="topics-0badcafe"):

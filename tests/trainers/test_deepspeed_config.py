@@ -11,7 +11,8 @@ from tests.trainers.test_job import changed
 from trainers.batch_plan import plan_batches
 from trainers.deepspeed_config import derive_config, read_template
 from trainers.errors import JobError
-from trainers.job import Job, parse_job
+from trainers.job import Job
+from trainers.job_file import parse_job
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.json"))

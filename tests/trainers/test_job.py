@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from trainers.errors import JobError
-from trainers.job import Job, load_job, parse_job
+from trainers.job import Job
+from trainers.job_file import load_job, parse_job
 
 GOOD: dict[str, Any] = {
     "name": "sentiment",
