@@ -20,7 +20,7 @@ from trainers.model_source import ModelFolder
 from trainers.rank import index_packs, job_order, job_task
 from trainers.runs import run_folder
 from trainers.storage import Folder
-from trainers.tasks import EncodeRules, load_task
+from trainers.tasks import encode_rules, load_task
 
 SAMPLE_ROWS = 500
 BYTES_PER_PARAMETER = {"float32": 4 + 4 + 8, "bfloat16": 2 + 2 + 4 + 8}
@@ -106,7 +106,7 @@ def estimate_sequences(job: Job, model: ModelFolder) -> tuple[int, int, int]:
     units = plan_units(split.sources)
     sample, sampled_bytes = _sample(job, split, units)
     encoder = load_encoder(model.path, job.model.trust_remote_code)
-    encoded = load_task(job.task).encode(sample, encoder, EncodeRules(job.data.max_length, job.overlong))
+    encoded = load_task(job.task).encode(sample, encoder, encode_rules(job))
     pieces = [len(piece.input_ids) for one in encoded for piece in one.sequences]
     scale = sum(source.size for source in split.sources) / max(sampled_bytes, 1)
     scale *= 1 - (split.fraction or 0.0)

@@ -25,7 +25,7 @@ from trainers.data.shard_writer import ShardWork, finished_shards, write_unit
 from trainers.errors import JobError, TuneyardError
 from trainers.job import Job
 from trainers.storage import TEMPORARY, Folder
-from trainers.tasks import EncodeRules
+from trainers.tasks import encode_rules
 
 log = logging.getLogger(__name__)
 STALE_S = 3600
@@ -97,7 +97,7 @@ def _write_split(job: Job, plan: SplitPlan, model_path: str, on_progress: Report
         plan=plan,
         task=job.task,
         columns=task_columns(job),
-        rules=EncodeRules(job.data.max_length, job.overlong),
+        rules=encode_rules(job),
         model_path=model_path,
         trust_remote_code=job.model.trust_remote_code,
     )

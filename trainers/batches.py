@@ -56,16 +56,16 @@ class StepSource:
         per_rank = plan.micro_batch_size * plan.accumulation
         mine = sequences[self._rank * per_rank : (self._rank + 1) * per_rank]
         micro_batches = tuple(
-            self._collate(mine[start : start + plan.micro_batch_size], sequences)
+            self._collate(mine[start : start + plan.micro_batch_size], sequences, step + 1)
             for start in range(0, per_rank, plan.micro_batch_size)
         )
         targets, tokens = int(self._targets[sequences].sum()), int(self._tokens[sequences].sum())
         return StepBatch(micro_batches, max(targets, 1), tokens)
 
-    def _collate(self, sequences: Any, of_step: Any) -> Batch:
+    def _collate(self, sequences: Any, of_step: Any, draw: int) -> Batch:
         """One micro-batch; an empty one is the step's first sequence without targets."""
         if len(sequences):
-            return self._task.collate([self._rows(index) for index in sequences], self._pad_id)
+            return self._task.collate([self._rows(index) for index in sequences], self._pad_id, draw)
         batch = self._task.collate([self._rows(of_step[0])], self._pad_id)
         return replace(batch, labels=np.full_like(batch.labels, IGNORE), rows=batch.rows[:0])
 

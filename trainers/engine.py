@@ -5,7 +5,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from trainers.errors import JobError
+from trainers.groups import parameter_groups
 from trainers.job import Job
+from trainers.lora import add_adapters
 from trainers.tasks import Task
 from trainers.world import World
 
@@ -30,10 +32,9 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
     partition_on_load = HfDeepSpeedConfig(config) if config["zero_optimization"]["stage"] == 3 else None
     torch.manual_seed(job.train.seed)  # a new head is initialized alike at any world size
     model = task.load_model(model_path, pad_id=pad_id, **load_options(job))
-    freeze(model, job.model.freeze)
-    model.train()
+    model = prepare_model(model, job, task)
     optimizer = torch.optim.AdamW(
-        weight_decay_groups(model, job.train.weight_decay),
+        parameter_groups(model, job.train.weight_decay, job.train.layer_decay),
         lr=job.train.learning_rate,
         betas=ADAM_BETAS,
         eps=ADAM_EPS,
@@ -42,6 +43,17 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     engine.partition_on_load = partition_on_load  # transformers keeps only a weak reference
     return engine
+
+
+def prepare_model(model: Any, job: Job, task: Task) -> Any:
+    """What the job changes in a loaded model before it trains: frozen parts, adapters, noise."""
+    freeze(model, job.model.freeze)
+    if job.model.lora is not None:
+        model = add_adapters(model, job.model.lora, task)
+    if job.train.neftune_alpha:
+        add_embedding_noise(model, job.train.neftune_alpha)
+    model.train()
+    return model
 
 
 def load_options(job: Job) -> dict[str, Any]:
@@ -74,15 +86,15 @@ def freeze(model: Any, patterns: Sequence[str]) -> None:
         raise JobError(f"model.freeze: {list(patterns)} freeze every parameter, so there is nothing to train")
 
 
-def weight_decay_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices decay; biases and norms (everything with fewer than two dimensions) do not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in trainable]
-    groups = [
-        {
-            "params": [p for p, shape in zip(trainable, shapes, strict=True) if len(shape) >= 2],
-            "weight_decay": weight_decay,
-        },
-        {"params": [p for p, shape in zip(trainable, shapes, strict=True) if len(shape) < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def add_embedding_noise(model: Any, alpha: float) -> None:
+    """NEFTune (Jain et al. 2023, arXiv:2310.05914): while training, embeddings get uniform noise of up to
+    alpha / sqrt(sequence length x dimension)."""
+    import torch
+
+    def add_noise(module: Any, _: Any, output: Any) -> Any:
+        if not module.training:
+            return output
+        bound = alpha / (output.shape[1] * output.shape[2]) ** 0.5
+        return output + torch.empty_like(output).uniform_(-bound, bound)
+
+    model.get_input_embeddings().register_forward_hook(add_noise)

@@ -1,7 +1,8 @@
 """Evaluates one model folder on the evaluation shards, every row exactly once. No Ray, no process group."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,25 +33,68 @@ def evaluate_model(
     Raises:
         EvaluationError: where a row is missing or counted twice.
     """
-    import torch
+    return combine(task, [judge_share(job, task, model_path, shards, 0, 1, on_progress)], len(shards.lengths))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was said of some rows, batch by batch, in the order in which they were looked at."""
+
+    rows: list[Array]
+    numbers: list[dict[str, Array]]
+
+
+def judge_share(
+    job: Job,
+    task: Task,
+    model_path: str,
+    shards: ShardSet,
+    share: int,
+    shares: int,
+    on_progress: Callable[[float], None] | None = None,
+) -> Judged:
+    """Run the model over every `shares`-th batch, from batch `share` on.
+
+    Batches are the same whatever the number of shares, so that any number of processes gives the same numbers.
+    """
 
     device = _device(job.scale.cpus_per_worker)
-    pad_id = load_encoder(model_path, job.model.trust_remote_code).pad_id
+    encoder = load_encoder(model_path, job.model.trust_remote_code)
+    task.prepare(encoder)
+    pad_id = encoder.pad_id
     model: Any = task.load_model(model_path, pad_id=pad_id, **load_options(job)).to(device).eval()
     packs = index_packs(job, shards)
-    rows: list[Array] = []
-    judged: list[dict[str, Array]] = []
-    done = 0
-    with torch.inference_mode():
-        for group in _groups(packs, shards, job):
-            batch = task.collate(group, pad_id)
-            inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.inputs.items()}
-            judged.append(task.judge(model(**inputs, **task.forward_options).logits, batch))
-            rows.append(batch.rows)
-            done += len(group)
+    found, done = Judged([], []), 0
+    for number, group in enumerate(_groups(packs, shards, job)):
+        done += len(group)
+        if number % shares == share:
+            rows, numbers = _judge(task, model, group, pad_id, device)
+            found.rows.append(rows)
+            found.numbers.append(numbers)
             if on_progress:
                 on_progress(done / len(packs))
-    return _in_order(rows, judged, len(shards.lengths))
+    return found
+
+
+def _judge(task: Task, model: Any, group: list[list[Row]], pad_id: int, device: Any) -> tuple[Array, dict[str, Array]]:
+    import torch
+
+    batch = task.collate(group, pad_id)
+    inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.inputs.items()}
+    with torch.inference_mode():
+        numbers = task.judge(task.forward(model, inputs), batch)
+        numbers |= task.generate(model, [row for pack in group for row in pack], pad_id)
+    return batch.rows, numbers
+
+
+def combine(task: Task, shares: Sequence[Judged], expected: int) -> tuple[Array, dict[str, Array]]:
+    """What several processes judged, in the rows' order.
+
+    Raises:
+        EvaluationError: where a row is missing or counted twice.
+    """
+    rows = [one for share in shares for one in share.rows]
+    return task.merge(*_in_order(rows, [one for share in shares for one in share.numbers], expected))
 
 
 def _device(threads: int) -> Any:

@@ -18,6 +18,7 @@ from trainers.data.manifest import Record
 from trainers.data.tokenizer import load_encoder
 from trainers.errors import EvaluationError
 from trainers.job import Job
+from trainers.lora import PREFIX, merged_reader, merged_shapes
 from trainers.storage import Folder
 from trainers.tasks import Task
 
@@ -68,9 +69,9 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
     _copy_side_files(Path(model_path), out)
     config.dtype = job.model.dtype
     out.write_bytes("config.json", _config_json(config, task, job).encode())
-    specs = _specs(reader, job.model.dtype, dict(reader.buffers()))
-    files = _write_weights(reader, specs, out)
-    _reopen(out, task, specs)
+    specs = _specs(reader, job, dict(reader.buffers()))
+    files = _write_weights(reader, job, specs, out)
+    _reopen(out, task.head_class(config), specs)
     provenance = Provenance(
         step=reader.state.step,
         checkpoint=str(checkpoint),
@@ -94,7 +95,7 @@ def _on_meta(config: Any, task: Task, trust_remote_code: bool) -> Any:
     import transformers
 
     with torch.device("meta"):
-        return getattr(transformers, task.auto_class).from_config(config, trust_remote_code=trust_remote_code)
+        return getattr(transformers, task.head_class(config)).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _copy_side_files(source: Path, out: Folder) -> None:
@@ -103,23 +104,28 @@ def _copy_side_files(source: Path, out: Folder) -> None:
             out.write_bytes(file.name, file.read_bytes())
 
 
-def _specs(reader: CheckpointReader, dtype: str, buffers: dict[str, Any]) -> list[TensorSpec]:
-    weights = [TensorSpec(name, dtype, tuple(shape)) for name, shape in reader.state.shapes.items()]
+def _specs(reader: CheckpointReader, job: Job, buffers: dict[str, Any]) -> list[TensorSpec]:
+    shapes = merged_shapes(reader.state.shapes) if job.model.lora else reader.state.shapes
+    weights = [TensorSpec(name, job.model.dtype, tuple(shape)) for name, shape in shapes.items()]
+    buffers = {name.removeprefix(PREFIX): buffer for name, buffer in buffers.items()}
     extra = [TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in buffers.items()]
     return weights + extra
 
 
-def _write_weights(reader: CheckpointReader, specs: list[TensorSpec], out: Folder) -> dict[str, FileRecord]:
+def _write_weights(reader: CheckpointReader, job: Job, specs: list[TensorSpec], out: Folder) -> dict[str, FileRecord]:
     """One safetensors file, or several with an index where there is more than SHARD_BYTES."""
     import torch
 
-    buffers = dict(reader.buffers())
+    buffers = {name.removeprefix(PREFIX): buffer for name, buffer in reader.buffers()}
+    shapes = reader.state.shapes
+
+    def read(name: str) -> Any:
+        return reader.read("weight", name, 0, prod(shapes[name])).view(shapes[name])
+
+    weight = merged_reader(shapes, read, job.model.lora) if job.model.lora else read
 
     def load(name: str) -> Any:
-        if name in buffers:
-            return buffers[name]
-        shape = reader.state.shapes[name]
-        return reader.read("weight", name, 0, prod(shape)).view(shape).to(getattr(torch, dtypes[name]))
+        return buffers[name] if name in buffers else weight(name).to(getattr(torch, dtypes[name]))
 
     dtypes = {spec.name: spec.dtype for spec in specs}
     groups = _group(specs)
@@ -148,11 +154,11 @@ def _group(specs: list[TensorSpec]) -> list[list[TensorSpec]]:
     return groups
 
 
-def _reopen(out: Folder, task: Task, specs: list[TensorSpec]) -> None:
+def _reopen(out: Folder, head: str, specs: list[TensorSpec]) -> None:
     """Open the folder as a user would, on the meta device, and compare names and shapes; tied weights must be tied."""
     import transformers
 
-    auto = getattr(transformers, task.auto_class)
+    auto = getattr(transformers, head)
     with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
         path = out.path if out.is_local else _download(out, Path(scratch))
         model, info = auto.from_pretrained(path, device_map="meta", output_loading_info=True)

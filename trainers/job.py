@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-TaskName = Literal["pretrain", "sft", "classify"]
+TaskName = Literal["pretrain", "mlm", "sft", "classify", "tag", "extract", "seq2seq", "similarity"]
 Overlong = Literal["truncate", "split", "drop", "error"]
 FormatName = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text"]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
@@ -21,16 +21,57 @@ Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrain": (("text",), ()),
+    "mlm": (("text",), ()),
     "sft": (("messages",), ("prompt", "completion")),
     "classify": (("text", "label"), ("text_pair",)),
+    "tag": (("tokens", "tags"), ()),
+    "extract": (("question", "context", "answers"), ("id",)),
+    "seq2seq": (("source", "target"), ()),
+    "similarity": (("sentence1", "sentence2", "score"), ()),
 }
 """For each task its required and its optional fields; `data.columns` maps a field to the data's column."""
+PACKING_TASKS = ("pretrain", "sft")
+SPLITTING_TASKS = ("pretrain", "mlm", "extract")
+"""Tasks that can use a row in several pieces, and do unless told otherwise."""
+TOKEN_TASKS = ("pretrain", "mlm", "sft", "seq2seq", "classify", "tag")
+"""Tasks whose loss is a cross entropy over classes, so that it can be smoothed and distilled."""
+FIELD_TASKS: dict[str, tuple[str, ...]] = {
+    "data.several_labels": ("classify",),
+    "data.window_overlap": ("extract",),
+    "data.score_range": ("similarity",),
+    "data.prompt": ("seq2seq",),
+    "data.max_target_length": ("seq2seq",),
+    "data.chat_template": ("sft",),
+    "train.label_smoothing": (*TOKEN_TASKS, "extract"),
+    "train.class_weights": ("classify",),
+    "train.mask": ("mlm",),
+    "train.objective": ("similarity",),
+    "train.neftune_alpha": ("pretrain", "sft", "seq2seq"),
+    "train.distill": TOKEN_TASKS,
+    "evaluate.generate": ("sft", "seq2seq"),
+    "evaluate.no_answer_threshold": ("extract",),
+    "evaluate.bleu_tokenize": ("seq2seq",),
+}
+"""Fields that mean something to some tasks only; given to another they are refused."""
 
 
 class Section(BaseModel):
     """Base of every section: frozen, strict about types, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class LoraSection(Section):
+    """Low-rank adapters in place of full fine-tuning; export merges them into the weights."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Inner dimension of the two factors."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Their product is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapters."""
+    target_modules: Strings = ("all-linear",)
+    """Names of the linear layers that get adapters; all-linear means every one but the head."""
 
 
 class ModelSection(Section):
@@ -50,6 +91,10 @@ class ModelSection(Section):
     """Shell-style patterns over parameter names that stay as they are, e.g. "base_model.*"."""
     trust_remote_code: bool = False
     """Run Python code that the model repository ships."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Replaces every dropout rate of the model's configuration; null leaves them."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters only."""
 
 
 class DataSection(Section):
@@ -73,6 +118,38 @@ class DataSection(Section):
     """Several documents a sequence, none seeing another; null means yes for pretrain and sft."""
     max_drop_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of rows that may be dropped before the data is refused."""
+    several_labels: bool = False
+    """classify: `label` is a list, and any number of labels may be right."""
+    window_overlap: Annotated[int, Field(ge=0)] = 128
+    """extract: tokens that two windows of a long context share."""
+    score_range: Annotated[tuple[float, float], Field(strict=False)] = (0.0, 1.0)
+    """similarity: lowest and highest score; rows outside are dropped, the embedding modes scale to 0 ... 1."""
+    prompt: str | None = None
+    """seq2seq: how a source is put to the model, with {source}, e.g. "translate English to German: {source}"."""
+    max_target_length: Annotated[int, Field(ge=2)] = 128
+    """seq2seq: longest target in tokens; max_length bounds the source, or for causal models both together."""
+    chat_template: str | None = None
+    """sft: a Jinja template, or the path of one, in place of the tokenizer's."""
+
+
+class MaskSection(Section):
+    """mlm: what is hidden."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that are predicted; of these 80 % become the mask token, 10 % a random one, 10 % stay."""
+    whole_words: bool = False
+    """Hide all tokens of a word together."""
+
+
+class DistillSection(Section):
+    """Learning from a teacher beside the labels."""
+
+    teacher: str
+    """Folder or hub id of a model with the same head and vocabulary; every rank holds it whole."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Both distributions are softened by it; the divergence is scaled by its square."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Weight of the divergence; the cross entropy has the rest."""
 
 
 class TrainSection(Section):
@@ -100,6 +177,21 @@ class TrainSection(Section):
     """Orders the data, initializes new layers and drives dropout."""
     deepspeed: str = "zero3"
     """A name in ds_configs/ or the path of a JSON file."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target distribution that is spread over all classes."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each layer learns at this factor of the rate of the layer above it."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Uniform noise on the embeddings of causal models while training (NEFTune); 0 is none."""
+    class_weights: dict[str, float] | Literal["balanced"] | None = None
+    """classify: factor of each label's loss; balanced means rows / (labels x rows of the label)."""
+    mask: MaskSection = MaskSection()
+    """mlm: what is hidden."""
+    objective: Literal["regression", "cosine", "contrastive"] = "regression"
+    """similarity: a regression head over the pair, or sentence embeddings whose cosine is fitted to the score, or drawn
+    together and pushed apart by a margin."""
+    distill: DistillSection | None = None
+    """Learn from a teacher too."""
 
 
 class Elastic(Section):
@@ -148,6 +240,21 @@ class EarlyStopping(Section):
     """Evaluations without a new best before training stops."""
 
 
+class GenerateSection(Section):
+    """How texts are generated in evaluation, as transformers' `generate` names it."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    num_beams: Annotated[int, Field(ge=1)] = 1
+    do_sample: bool = False
+    """Sample instead of taking the likeliest; draws depend on the seed and the row alone."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 is no bound."""
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
+
+
 class EvaluateSection(Section):
     """How checkpoints are judged."""
 
@@ -160,6 +267,12 @@ class EvaluateSection(Section):
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Sequences a forward pass."""
     early_stopping: EarlyStopping | None = None
+    generate: GenerateSection | None = None
+    """seq2seq (always, null means greedy) and sft (when given): generate texts and compare them."""
+    no_answer_threshold: float = 0.0
+    """extract: how far the no-answer score must exceed the best span's for the answer to be none."""
+    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
+    """seq2seq: sacreBLEU's tokenizer."""
 
 
 class RegistrySection(Section):
@@ -191,12 +304,12 @@ class Job(Section):
     @property
     def packing(self) -> bool:
         """Whether several documents share a sequence."""
-        return self.task != "classify" if self.data.packing is None else self.data.packing
+        return self.task in PACKING_TASKS if self.data.packing is None else self.data.packing
 
     @property
     def overlong(self) -> Overlong:
         """What happens to rows longer than `data.max_length`."""
-        return self.data.overlong or ("split" if self.task == "pretrain" else "truncate")
+        return self.data.overlong or ("split" if self.task in SPLITTING_TASKS else "truncate")
 
     def column(self, field: str) -> str:
         """The data's name for a field of the task."""
@@ -205,7 +318,8 @@ class Job(Section):
     def identity(self) -> str:
         """Digest of all that changes the trained weights; where and how large the job runs does not."""
         parts = self.model_dump(mode="json", include={"task", "model", "data", "train"})
-        parts["evaluate"] = self.evaluate.model_dump(include={"metric", "mode"})
+        judged_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize"}
+        parts["evaluate"] = self.evaluate.model_dump(include=judged_by)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

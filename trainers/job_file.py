@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from trainers.errors import JobError
-from trainers.job import TASK_FIELDS, Job, names_folder
+from trainers.job import FIELD_TASKS, PACKING_TASKS, SPLITTING_TASKS, TASK_FIELDS, Job, names_folder
 from trainers.storage import is_remote
 
 BRANCHES = ("Elastic", "int", "constrained-int")
@@ -73,13 +73,50 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
     if task in TASK_FIELDS and isinstance(data.get("columns"), dict):
         known = TASK_FIELDS[task][0] + TASK_FIELDS[task][1]
         problems += [_unknown(f"data.columns.{key}", key, known) for key in data["columns"] if key not in known]
-    if task == "classify" and data.get("packing"):
-        problems.append("data.packing: classify reads one row a sequence; leave packing out")
-    if task in TASK_FIELDS and task != "pretrain" and data.get("overlong") == "split":
+    if task in TASK_FIELDS and task not in PACKING_TASKS and data.get("packing"):
+        problems.append(f"data.packing: {task} reads one row a sequence; leave packing out")
+    if task == "extract" and data.get("overlong") == "truncate":
+        problems.append("data.overlong: extract reads long contexts in windows (split); choose split, drop or error")
+    problems += _misplaced(raw, str(task)) if task in TASK_FIELDS else []
+    if task in TASK_FIELDS and task not in SPLITTING_TASKS and data.get("overlong") == "split":
         problems.append(
             f"data.overlong: split cuts one row into several, which {task} cannot use; choose truncate, drop or error"
         )
     return problems
+
+
+def _misplaced(raw: dict[str, Any], task: str) -> list[str]:
+    """Fields that another task than this one uses, and ranges that cannot be."""
+    problems = []
+    for name, tasks in FIELD_TASKS.items():
+        section, _, key = name.partition(".")
+        if task not in tasks and isinstance(raw.get(section), dict) and _is_set(raw[section], section, key):
+            problems.append(f"{name}: means nothing to task {task} (it is for {', '.join(tasks)}); leave it out")
+    data = raw["data"] if isinstance(raw.get("data"), dict) else {}
+    if "score_range" in data and not _is_range(data["score_range"]):
+        problems.append(f"data.score_range: must be [lowest, highest], lowest above -100, got {data['score_range']!r}")
+    if task == "seq2seq" and isinstance(data.get("prompt"), str) and data["prompt"].count("{source}") != 1:
+        problems.append("data.prompt: must hold {source} once, where the source text goes")
+    return problems
+
+
+def _is_set(values: dict[str, Any], section: str, key: str) -> bool:
+    """Whether a field is given and says something else than its default, as a resolved job file does for each."""
+    default = _section(section).model_fields[key].default
+    plain = default.model_dump() if isinstance(default, BaseModel) else default
+    value = tuple(values[key]) if isinstance(values.get(key), list) else values.get(key)
+    return value is not None and value != plain
+
+
+def _section(name: str) -> type[BaseModel]:
+    annotation = Job.model_fields[name].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation
+
+
+def _is_range(value: Any) -> bool:
+    numbers = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+    return numbers and -100 < value[0] < value[1]
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -149,6 +186,12 @@ def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:
         return dict(value) if isinstance(value, dict) else {}
 
     data, model, train = section("data"), section("model"), section("train")
+    teacher = dict(train["distill"]) if isinstance(train.get("distill"), dict) else {}
+    if isinstance(teacher.get("teacher"), str) and names_folder(teacher["teacher"], base):
+        train["distill"] = {**teacher, "teacher": local(teacher["teacher"])}
+    template = data.get("chat_template")
+    if isinstance(template, str) and template.endswith(".jinja"):
+        data["chat_template"] = local(template)
     for key in ("train", "eval"):
         value = data.get(key)
         if isinstance(value, str):

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from trainers.batches import StepBatch, StepSource
 from trainers.schedule import Schedule
-from trainers.tasks import Task
 from trainers.world import World
 
 
@@ -22,6 +21,13 @@ class Hooks(Protocol):
 
     def stop_reason(self) -> str | None:
         """Why to stop after this step (preempted, early_stopping), or None."""
+
+
+class Objective(Protocol):
+    """What is minimized: a task, or one with a teacher."""
+
+    def step_loss(self, model: Any, inputs: Mapping[str, Any], labels: Any) -> Any:
+        """The loss of a micro-batch, summed over targets."""
 
 
 class Saver(Protocol):
@@ -61,7 +67,7 @@ class LoopOutcome:
 
 def train(
     engine: Any,
-    task: Task,
+    objective: Objective,
     source: StepSource,
     schedule: Schedule,
     settings: LoopSettings,
@@ -78,7 +84,7 @@ def train(
         waited = time.perf_counter() - began
         seed_step(settings.seed, step, world.rank)
         set_learning_rate(engine, schedule.rate(step))
-        loss_sum = run_micro_batches(engine, task, batch, world)
+        loss_sum = run_micro_batches(engine, objective, batch, world)
         engine_norm = engine.get_global_grad_norm()
         step, tokens = step + 1, tokens + batch.tokens
         loss, stopped = _agree(loss_sum / batch.targets, hooks.stop_reason(), world)
@@ -99,12 +105,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
-    """Set the rate of every parameter group for the coming update."""
+    """Set the rate of every parameter group for the coming update; groups may learn at a share of it."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
-def run_micro_batches(engine: Any, task: Task, batch: StepBatch, world: World) -> Any:
+def run_micro_batches(engine: Any, objective: Objective, batch: StepBatch, world: World) -> Any:
     """Forward and backward over the accumulation, then the update. Returns this rank's loss sum, a detached scalar.
 
     DeepSpeed averages gradients over ranks, so a loss of sum x world / targets gives the gradient of
@@ -116,7 +122,7 @@ def run_micro_batches(engine: Any, task: Task, batch: StepBatch, world: World) -
     for micro in batch.micro_batches:
         inputs = {name: torch.from_numpy(array).to(world.device) for name, array in micro.inputs.items()}
         labels = torch.from_numpy(micro.labels).to(world.device)
-        loss_sum = task.loss_sum(engine(**inputs, **task.forward_options).logits, labels)
+        loss_sum = objective.step_loss(engine, inputs, labels)
         engine.backward(loss_sum * (world.size / batch.targets), scale_wrt_gas=False)
         engine.step()
         total += loss_sum.detach().double().cpu()

@@ -1,6 +1,6 @@
 """What one rank does from launch to last checkpoint, whoever launched it. Build, build, build, train."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainers.batch_plan import plan_batches
 from trainers.batches import StepSource
@@ -11,13 +11,14 @@ from trainers.data.order import Order, plan_order
 from trainers.data.packing import PackIndex, one_row_each, pack_rows
 from trainers.data.tokenizer import load_encoder
 from trainers.deepspeed_config import derive_config
+from trainers.distill import load_objective
 from trainers.engine import build_engine
 from trainers.job import Job
 from trainers.loop import Hooks, LoopOutcome, LoopSettings, train
 from trainers.model_source import ModelFolder
 from trainers.schedule import Schedule
 from trainers.storage import Folder
-from trainers.tasks import Task, load_task
+from trainers.tasks import Task, load_task, task_options
 from trainers.world import join_world
 
 
@@ -43,10 +44,13 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
     world = join_world(job.scale.cpus_per_worker)
     task = job_task(job, request.train_shards)
     plan = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world.size, job.data.max_length)
-    pad_id = load_encoder(request.model.path, job.model.trust_remote_code).pad_id
+    encoder = load_encoder(request.model.path, job.model.trust_remote_code)
+    task.prepare(encoder)
+    pad_id = encoder.pad_id
     shards = ShardSet(request.shards_folder, request.train_shards, task)
     packs = index_packs(job, shards)
     order = job_order(job, len(packs))
+    objective = load_objective(job, task, pad_id, world)
     engine = build_engine(job, task, request.model.path, pad_id, derive_config(job, plan), world)
     source = StepSource(shards, packs, order, plan, world.rank, task, pad_id)
     schedule = Schedule(job.train.schedule, job.train.learning_rate, order.steps, job.train.warmup_ratio)
@@ -63,7 +67,7 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
     if world.rank == 0:
         hooks.emit({"kind": "start", "step": start.step, "steps": order.steps, "world_size": world.size})
     settings = LoopSettings(order.steps, job.checkpoint.every_steps, job.train.seed)
-    outcome = train(engine, task, source, schedule, settings, start, world, hooks, checkpointer)
+    outcome = train(engine, objective, source, schedule, settings, start, world, hooks, checkpointer)
     if world.rank == 0:
         done = {"step": outcome.progress.step, "tokens": outcome.progress.tokens, "stopped": outcome.stopped}
         hooks.emit({"kind": "done", **done})
@@ -72,7 +76,7 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
 
 def job_task(job: Job, shards: ShardManifest) -> Task:
     """The job's task, knowing the labels of the training data."""
-    task = load_task(job.task)
+    task = load_task(job.task, replace(task_options(job), label_counts=shards.labels))
     task.labels = tuple(shards.labels)
     return task
 

@@ -18,7 +18,7 @@ from trainers.data.sources import SourceFile, find_sources
 from trainers.job import Job
 from trainers.job_file import parse_job
 from trainers.storage import Folder
-from trainers.tasks import EncodeRules
+from trainers.tasks import encode_rules
 
 Rows = Sequence[dict[str, Any]]
 
@@ -115,7 +115,7 @@ def shard_here() -> Callable[[Job], Shards]:
         manifests = {}
         for plan in plan_splits(job, job.model.path):
             folder = shards_folder(Folder(job.storage), plan.key)
-            rules = EncodeRules(job.data.max_length, job.overlong)
+            rules = encode_rules(job)
             work = ShardWork(folder, plan, job.task, task_columns(job), rules, job.model.path)
             records = {unit.index: write_unit(work, unit) for unit in plan_units(plan.sources, unit_bytes)}
             manifests[plan.name] = manifest_of(plan, job.task, records)

@@ -21,6 +21,7 @@ from trainers.data.tokenizer import TOKENIZER_FILES
 from trainers.errors import JobError
 from trainers.job import Job
 from trainers.storage import Folder
+from trainers.tasks.options import read_template
 
 ENCODER_VERSION = 1
 """Raised whenever the same inputs would give other shards."""
@@ -144,10 +145,18 @@ def _plan(job: Job, name: SplitName, sources: tuple[SourceFile, ...], tokenizer:
         "tokenizer": tokenizer,
         "columns": _digest([job.task, readers.task_columns(job)]),
         "length": _digest([job.data.max_length, job.overlong]),
+        "form": _digest(_form(job)),
         "encoder": _digest([ENCODER_VERSION, readers.UNIT_BYTES]),
         "split": _digest([name, fraction]),
     }
     return SplitPlan(name, sources, fraction, parts)
+
+
+def _form(job: Job) -> list[Any]:
+    """Choices that change how a row is written down, beside its length."""
+    data = job.data
+    form: list[Any] = [data.several_labels, data.window_overlap, data.score_range, data.prompt, data.max_target_length]
+    return [*form, read_template(data.chat_template), job.train.objective if job.task == "similarity" else None]
 
 
 def _tokenizer_digest(folder: Path) -> str:

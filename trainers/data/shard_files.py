@@ -79,9 +79,9 @@ class SequenceFile:
         self.rows += batch.num_rows
         self.tokens += self._pending_tokens
         self.targets += int(self._task.count_targets(pa.Table.from_batches([batch])).sum())
-        if "label" in self._schema.names:
-            for label, count in Counter(one.extra["label"] for _, _, one in self._pending).items():
-                self.labels[label] = self.labels.get(label, 0) + count
+        shown = Counter(label for _, _, one in self._pending for label in self._task.labels_of(one.extra))
+        for label, count in shown.items():
+            self.labels[label] = self.labels.get(label, 0) + count
         self._pending, self._pending_tokens = [], 0
 
     def _batch(self) -> pa.RecordBatch:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -13,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from trainers.data.manifest import KEPT, TRUNCATED
-from trainers.job import Overlong
+from trainers.errors import JobError
+from trainers.job import Job, Overlong
+from trainers.tasks.options import DEFAULTS, TaskOptions, task_options
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +34,12 @@ class EncodeRules:
 
     max_length: int
     overlong: Overlong
+    options: TaskOptions = DEFAULTS
+
+
+def encode_rules(job: Job) -> EncodeRules:
+    """What a job says of the form of sequences."""
+    return EncodeRules(job.data.max_length, job.overlong, task_options(job))
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Row:
 
 
 class Task(ABC):
-    """A supervised task. Instances hold no state but `labels`."""
+    """A supervised task. Instances hold no state but `labels` and `options`."""
 
     extra_schema: tuple[tuple[str, pa.DataType], ...] = ()
     """Columns a shard holds beside input_ids and the row's origin."""
@@ -88,7 +97,8 @@ class Task(ABC):
     new_head: bool = False
     """Whether the pretrained model lacks the head, so that it says nothing before training."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: TaskOptions = DEFAULTS) -> None:
+        self.options = options
         self.labels: tuple[str, ...] = ()
 
     @abstractmethod
@@ -100,8 +110,29 @@ class Task(ABC):
         """Targets of each sequence of a shard, int64 [rows]: what the loss is averaged over."""
 
     @abstractmethod
-    def collate(self, packs: Seq[Seq[Row]], pad_id: int) -> Batch:
-        """Sequences (each of one or more documents) as arrays [batch, seq]."""
+    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+        """Sequences (each of one or more documents) as arrays [batch, seq].
+
+        Args:
+            draw: what tasks that draw at random seed with, beside the job's seed and the row: the step's number,
+                counted from 1; 0 in evaluation, which therefore draws the same each time.
+        """
+
+    def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
+        """The labels that a sequence shows; the training rows' make up `labels`."""
+        return (extra["label"],) if "label" in extra else ()
+
+    def prepare(self, encoder: Encoder) -> None:  # noqa: B027 - most tasks need nothing
+        """Get ready for `collate` and evaluation with what only the tokenizer knows; called once before either."""
+
+    def forward(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run a model, or an engine around one, and give what the loss is computed from."""
+        logits: torch.Tensor = model(**inputs, **self.forward_options).logits
+        return logits
+
+    def step_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """The training loss of a micro-batch, summed over targets."""
+        return self.loss_sum(self.forward(model, inputs), labels)
 
     @abstractmethod
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -111,9 +142,21 @@ class Task(ABC):
     def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """For evaluation: per document the numbers its metrics are made of, each [documents of the batch]."""
 
+    def generate(self, model: Any, rows: Seq[Row], pad_id: int) -> dict[str, Array]:
+        """For evaluation, where the job asks for texts: numbers about them, each [rows], beside those of `judge`."""
+        return {}
+
+    def merge(self, rows: Array, judged: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """Put together what `judge` said of several sequences of one input row; rows ascend, each once."""
+        return rows, judged
+
     @abstractmethod
     def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
         """Metrics over the documents that `judge` saw, in any order."""
+
+    def notes(self) -> dict[str, str]:
+        """What makes the metrics comparable, by metric, where a name and a number do not say it all."""
+        return {}
 
     def config_changes(self) -> dict[str, Any]:
         """What this task changes in the model's configuration."""
@@ -125,6 +168,8 @@ class Task(ABC):
 
         changes = self.config_changes()
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **changes)
+        if self.options.dropout is not None:
+            set_dropout(config, self.options.dropout)
         if config.pad_token_id is None:  # causal models with a classification head find a row's last token by it
             config.pad_token_id = pad_id
         return config
@@ -134,15 +179,35 @@ class Task(ABC):
         import transformers
 
         config = self.load_config(path, pad_id, trust_remote_code)
-        auto: Any = getattr(transformers, self.auto_class)
+        auto: Any = getattr(transformers, self.head_class(config))
         model: torch.nn.Module = auto.from_pretrained(
             path, config=config, trust_remote_code=trust_remote_code, **options
         )
         return model
 
+    def head_class(self, config: Any) -> str:
+        """transformers' class that puts this task's head on a model of this configuration."""
+        return self.auto_class
+
     def better_mode(self, metric: str) -> str:
         """min or max."""
         return "min" if metric in self.smaller_is_better else "max"
+
+
+DROPOUT_RATE = re.compile(r"(dropout(_rate|_prob)?|_pdrop)$")
+
+
+def set_dropout(config: Any, rate: float) -> None:
+    """Set every dropout rate of a configuration. Raises JobError where it has none."""
+    names = [
+        name
+        for name, value in config.to_dict().items()
+        if DROPOUT_RATE.search(name) and (isinstance(value, float | int) or value is None)
+    ]
+    if not names:
+        raise JobError(f"model.dropout: a {config.model_type} configuration has no dropout rate; leave it out")
+    for name in names:
+        setattr(config, name, rate)
 
 
 @dataclass(frozen=True)
@@ -155,6 +220,8 @@ class Batch:
     """What the loss compares with; IGNORE where there is no target."""
     rows: Array
     """int64 [documents]: places in the split of the documents in this batch."""
+    documents: tuple[Row, ...] = ()
+    """The rows themselves, in the order of `rows`, for tasks whose metrics need more than labels."""
     segments: Array | None = None
     """int64 [batch, seq], for packed batches: the document of a position, as an index into `rows`; -1 is padding."""
 

@@ -1,19 +1,23 @@
-"""classify: one label of a closed set for a text or a pair of texts.
+"""classify: labels of a closed set for a text or a pair of texts.
 
 A row: {"text": "a masterpiece four years in the making .", "label": "positive"}. Labels may be strings, integers or
-booleans; the set is what the training rows show, in sorted order.
+booleans; the set is what the training rows show, in sorted order. With `data.several_labels` a label is a list of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from trainers.tasks.base import Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.errors import JobError
+from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.tasks.class_metrics import MOST_SCORED, several_metrics, single_metrics
+from trainers.tasks.losses import cross_entropy_sum
+from trainers.tasks.padding import as_inputs, places
 
 if TYPE_CHECKING:
     import torch
@@ -22,21 +26,21 @@ if TYPE_CHECKING:
 
 
 class Classify(Task):
-    """Single-label classification with a sequence-classification head."""
+    """A sequence-classification head on an encoder or a causal model."""
 
-    extra_schema = (("label", pa.string()), ("pair_start", pa.int32()))
+    extra_schema = (("label", pa.string()), ("pair_start", pa.int32()), ("several", pa.list_(pa.string())))
     metric = "accuracy"
     auto_class = "AutoModelForSequenceClassification"
     new_head = True
-    metrics_known = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "mcc", "loss")
+    metrics_known = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "mcc", "auroc", "loss")
 
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
         """Tokenize texts; rows without text or label are dropped with the reason."""
-        reasons = [_refusal(row) for row in rows]
+        reasons = [_refusal(row, rules.options.several_labels) for row in rows]
         texts = [_text(row) for row, reason in zip(rows, reasons, strict=True) if reason is None]
         encodings = iter(zip(texts, encoder.encode(texts), strict=True))
         return [
-            Encoded.dropped(reason) if reason else _fit(*next(encodings), str(row["label"]), encoder, rules)
+            Encoded.dropped(reason) if reason else fit_pair(*next(encodings), _shown(row["label"]), encoder, rules)
             for row, reason in zip(rows, reasons, strict=True)
         ]
 
@@ -44,68 +48,85 @@ class Classify(Task):
         """One target a row."""
         return np.ones(table.num_rows, dtype=np.int64)
 
+    def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
+        """The row's label, or its several."""
+        return (extra["label"],) if extra["label"] is not None else extra["several"]
+
     def config_changes(self) -> dict[str, Any]:
         """The labels of the training data, so that the exported model names its answers."""
         return {
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
             "label2id": {name: index for index, name in enumerate(self.labels)},
-            "problem_type": "single_label_classification",
+            "problem_type": f"{'multi' if self.options.several_labels else 'single'}_label_classification",
         }
 
-    def collate(self, packs: Seq[Seq[Row]], pad_id: int) -> Batch:
+    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
         """Rows padded on the right to the longest of the batch."""
         rows = [row for pack in packs for row in pack]
-        longest = max(len(row.input_ids) for row in rows)
-        ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        types = np.zeros_like(ids)
-        for place, row in enumerate(rows):
-            length = len(row.input_ids)
-            ids[place, :length] = row.input_ids
-            mask[place, :length] = 1
-            if row.extra["pair_start"]:
-                types[place, row.extra["pair_start"] : length] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if types.any():
-            inputs["token_type_ids"] = types
         number = {name: index for index, name in enumerate(self.labels)}
-        labels = np.array([number[row.extra["label"]] for row in rows], dtype=np.int64)
-        return Batch(inputs, labels, np.array([row.index for row in rows], dtype=np.int64))
+        if self.options.several_labels:
+            labels = np.zeros((len(rows), len(number)), dtype=np.float32)
+            for place, row in enumerate(rows):
+                labels[place, [number[name] for name in row.extra["several"]]] = 1.0
+        else:
+            labels = np.array([number[row.extra["label"]] for row in rows], dtype=np.int64)
+        return Batch(as_inputs(rows, pad_id), labels, places(rows))
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy summed over rows; logits [batch, labels]."""
-        from torch.nn.functional import cross_entropy
+        """Cross entropy, or with several labels the mean binary one, summed over rows; logits [batch, labels]."""
+        weights = self._weights(logits)
+        if not self.options.several_labels:
+            return cross_entropy_sum(logits, labels, self.options.label_smoothing, weights)
+        from torch.nn.functional import binary_cross_entropy_with_logits
 
-        return cross_entropy(logits.float(), labels, reduction="sum")
+        wanted = (labels != IGNORE).all(-1)
+        picked, truth, smoothing = logits[wanted].float(), labels[wanted], self.options.label_smoothing
+        truth = truth * (1 - smoothing) + smoothing / 2
+        return binary_cross_entropy_with_logits(picked, truth, weight=weights, reduction="sum") / picked.shape[-1]
 
-    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
-        """Label, prediction and loss of each row."""
+    def _weights(self, logits: torch.Tensor) -> torch.Tensor | None:
         import torch
 
-        logits = logits.float().cpu()
-        losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels), reduction="none")
-        return {
-            "label": batch.labels,
-            "prediction": logits.argmax(-1).numpy(),
-            "loss_sum": losses.double().numpy(),
-        }
+        values = class_weights(self.options.class_weights, self.options.label_counts, self.labels)
+        return None if values is None else torch.tensor(values, dtype=torch.float32, device=logits.device)
+
+    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+        """Label, prediction, loss and scores of each row; with several labels the truth of each."""
+        import torch
+
+        logits, count = logits.detach().double().cpu(), logits.shape[-1]
+        truth = torch.from_numpy(batch.labels)
+        if self.options.several_labels:
+            losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth.double(), reduction="none")
+            scores, shown = torch.sigmoid(logits).numpy(), batch.labels.astype(np.int8)
+            named = {f"true_{index}": shown[:, index] for index in range(count)}
+            return {"loss_sum": losses.mean(-1).numpy(), **named, **_columns(scores, count)}
+        losses = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
+        numbers = {"label": batch.labels, "prediction": logits.argmax(-1).numpy(), "loss_sum": losses.numpy()}
+        return {**numbers, **_columns(torch.softmax(logits, -1).numpy(), count if count <= MOST_SCORED else 0)}
 
     def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
-        """scikit-learn's accuracy, F1 averages and Matthews correlation, and the mean loss."""
-        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+        """scikit-learn's metrics and the mean loss."""
+        found = several_metrics if self.options.several_labels else single_metrics
+        return found(judged, self.labels)
 
-        label, prediction = judged["label"], judged["prediction"]
-        scores = {
-            f"f1_{kind}": f1_score(label, prediction, average=kind, zero_division=0)
-            for kind in ("macro", "micro", "weighted")
-        }
-        return {
-            "accuracy": float(accuracy_score(label, prediction)),
-            **{name: float(score) for name, score in scores.items()},
-            "mcc": float(matthews_corrcoef(label, prediction)),
-            "loss": float(judged["loss_sum"].mean()),
-        }
+
+def class_weights(asked: Any, counts: Mapping[str, int], labels: Seq[str]) -> list[float] | None:
+    """The factor of each label's loss. Raises JobError for a label that training never shows."""
+    if asked is None:
+        return None
+    if asked == "balanced":
+        total = sum(counts.values())
+        return [total / (len(labels) * counts[name]) for name in labels]
+    unknown = sorted(set(asked) - set(labels))
+    if unknown:
+        raise JobError(f"train.class_weights: {unknown} are not among the labels {list(labels)[:20]}")
+    return [float(asked.get(name, 1.0)) for name in labels]
+
+
+def _columns(scores: Array, count: int) -> dict[str, Array]:
+    return {f"score_{index}": scores[:, index] for index in range(count)}
 
 
 def _text(row: Mapping[str, Any]) -> Any:
@@ -113,24 +134,32 @@ def _text(row: Mapping[str, Any]) -> Any:
     return (row["text"], pair) if pair is not None else row["text"]
 
 
-def _refusal(row: Mapping[str, Any]) -> str | None:
+def _refusal(row: Mapping[str, Any], several: bool) -> str | None:
     """Why the row cannot be used, or None."""
     text, label, pair = row.get("text"), row.get("label"), row.get("text_pair")
     if text is None or label is None:
         return "missing_text" if text is None else "missing_label"
     if not isinstance(text, str) or not (pair is None or isinstance(pair, str)):
         return "text_not_a_string"
-    if not isinstance(label, str | int):
+    if isinstance(label, list) != several:
+        return "label_not_a_list" if several else "several_labels_but_data.several_labels_is_off"
+    if not all(isinstance(one, str | int) for one in (label if several else [label])):
         return "label_not_a_name"
     return None if text.strip() else "empty_text"
 
 
-def _fit(text: Any, encoding: Any, label: str, encoder: Encoder, rules: EncodeRules) -> Encoded:
-    """Apply the length policy; the special tokens survive truncation."""
+def _shown(label: Any) -> dict[str, Any]:
+    if isinstance(label, list):
+        return {"label": None, "several": list(dict.fromkeys(map(str, label)))}
+    return {"label": str(label), "several": None}
+
+
+def fit_pair(text: Any, encoding: Any, extra: Mapping[str, Any], encoder: Encoder, rules: EncodeRules) -> Encoded:
+    """Apply the length policy to a text or a pair; the special tokens survive truncation."""
     lost = len(encoding.ids) - rules.max_length
     if lost > 0:
         if rules.overlong != "truncate":
             return Encoded.dropped("overlong")
         encoding = encoder.truncate(text, rules.max_length)
     second = next((place for place, kind in enumerate(encoding.type_ids) if kind == 1), 0)
-    return Encoded.whole(Sequence(encoding.ids, {"label": label, "pair_start": second}), max(lost, 0))
+    return Encoded.whole(Sequence(encoding.ids, {**extra, "pair_start": second}), max(lost, 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
@@ -11,19 +13,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainers.data.manifest import SPLIT
-from trainers.tasks.base import Array, Encoded, EncodeRules, Row, Sequence
+from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence
 from trainers.tasks.causal import CausalTask
 
 if TYPE_CHECKING:
+    import torch
+
     from trainers.data.tokenizer import Encoder
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Pretrain(CausalTask):
     """Every token of a document but its first is a target; a document ends with the end-of-sequence token."""
 
+    metrics_known = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
+    smaller_is_better = frozenset({"loss", "perplexity", "bits_per_byte"})
+
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
         """Tokenize texts, end each with EOS and apply the length policy."""
-        reasons = [_refusal(row.get("text")) for row in rows]
+        reasons = [text_refusal(row.get("text")) for row in rows]
         encodings = iter(encoder.encode([row["text"] for row, why in zip(rows, reasons, strict=True) if why is None]))
         return [
             Encoded.dropped(why) if why else _fit(_ended(next(encodings).ids, encoder.eos_id), rules) for why in reasons
@@ -39,8 +48,47 @@ class Pretrain(CausalTask):
         """All tokens."""
         return np.ones(len(row.input_ids), dtype=bool)
 
+    def prepare(self, encoder: Encoder) -> None:
+        """Note how many bytes of text each token stands for."""
+        self._bytes = token_bytes(encoder)
 
-def _refusal(text: Any) -> str | None:
+    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+        """As for every causal task, and the bytes that the targets stand for."""
+        assert batch.segments is not None
+        wanted = batch.labels != IGNORE
+        lengths = self._bytes[batch.labels[wanted]]
+        held = np.bincount(batch.segments[wanted], weights=lengths, minlength=len(batch.rows)).astype(np.int64)
+        return {**super().judge(logits, batch), "bytes": held}
+
+    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+        """With bits per byte of text, which compares models whatever their vocabularies."""
+        bits = float(judged["loss_sum"].sum()) / math.log(2)
+        return {**super().metrics(judged), "bits_per_byte": bits / max(float(judged["bytes"].sum()), 1.0)}
+
+
+def token_bytes(encoder: Encoder) -> Array:
+    """UTF-8 bytes that each token stands for, int64 [vocabulary]; special tokens stand for none.
+
+    Exact for byte-level vocabularies, whose tokens write one character a byte, and for those that write a byte as
+    <0x41> and a blank as U+2581.
+    """
+    tokenizer = encoder.tokenizer
+    names, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
+    byte_level = "ByteLevel" in str(getattr(tokenizer.backend_tokenizer, "decoder", ""))
+    added = tokenizer.added_tokens_encoder
+    lengths = np.zeros(max(names.values(), default=0) + 1, dtype=np.int64)
+    for name, number in names.items():
+        if name in special:
+            continue
+        if byte_level and name not in added:
+            lengths[number] = len(name)
+        else:
+            lengths[number] = 1 if BYTE_TOKEN.fullmatch(name) else len(name.replace("\u2581", " ").encode())
+    return lengths
+
+
+def text_refusal(text: Any) -> str | None:
+    """Why a text cannot be trained on, or None."""
     if text is None:
         return "missing_text"
     if not isinstance(text, str):

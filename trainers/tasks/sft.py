@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from trainers.tasks.base import Array, Encoded, EncodeRules, Row, Sequence
-from trainers.tasks.causal import CausalTask
+from trainers.tasks.causal import CausalTask, token_metrics
+from trainers.tasks.generation import generate_texts
+from trainers.tasks.texts import overlap_metrics, overlap_scores
 
 if TYPE_CHECKING:
     from trainers.data.tokenizer import Encoder
@@ -27,10 +29,11 @@ class Sft(CausalTask):
     """Targets are what the assistant says, up to and including the token that ends its turn."""
 
     extra_schema = (("spans", pa.list_(pa.int32())),)
+    metrics_known = ("loss", "perplexity", "token_accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match")
 
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
         """Render each conversation with the chat template, tokenize it, and find the assistant's tokens."""
-        rendered = [_render(row, encoder) for row in rows]
+        rendered = [_render(row, encoder, rules.options.chat_template) for row in rows]
         encodings = iter(encoder.encode_with_offsets([one[0] for one in rendered if not isinstance(one, str)]))
         return [
             Encoded.dropped(one) if isinstance(one, str) else _fit(next(encodings), one[1], rules) for one in rendered
@@ -52,6 +55,27 @@ class Sft(CausalTask):
             mask[start:end] = True
         return mask
 
+    def prepare(self, encoder: Encoder) -> None:
+        """Keep the tokenizer, to read what was generated."""
+        self._tokenizer = encoder.tokenizer
+
+    def generate(self, model: Any, rows: Seq[Row], pad_id: int) -> dict[str, Array]:
+        """Where the job asks for texts: the last answer generated anew and compared with the one in the data."""
+        settings = self.options.generate
+        if settings is None:
+            return {}
+        turns = [row.extra["spans"][-2:] for row in rows]
+        prompts = [row.input_ids[:start] for row, (start, _) in zip(rows, turns, strict=True)]
+        ids = [row.input_ids[start:end] for row, (start, end) in zip(rows, turns, strict=True)]
+        wanted = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        seed = (self.options.seed, min(row.index for row in rows))
+        said = [text.strip() for text in generate_texts(model, prompts, self._tokenizer, pad_id, settings, seed)]
+        return {**overlap_scores(said, wanted), "said": np.array(said, dtype=object)}
+
+    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+        """Over all target tokens; with texts also ROUGE and exact match."""
+        return {**token_metrics(judged), **(overlap_metrics(judged) if "rougeL" in judged else {})}
+
 
 def read_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | str:
     """The conversation of a row, or the reason why there is none."""
@@ -71,25 +95,28 @@ def read_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | str:
     return [dict(message) for message in messages]
 
 
-def _render(row: Mapping[str, Any], encoder: Encoder) -> tuple[str, list[Span]] | str:
+def _render(row: Mapping[str, Any], encoder: Encoder, template: str | None) -> tuple[str, list[Span]] | str:
     """The conversation as text with the assistant's character spans, or the reason for dropping the row."""
     messages = read_messages(row)
     if isinstance(messages, str):
         return messages
-    return find_assistant_spans(messages, encoder) or "template_hides_the_turns"
+    return find_assistant_spans(messages, encoder, template) or "template_hides_the_turns"
 
 
-def find_assistant_spans(messages: Seq[dict[str, Any]], encoder: Encoder) -> tuple[str, list[Span]] | None:
+def find_assistant_spans(
+    messages: Seq[dict[str, Any]], encoder: Encoder, template: str | None = None
+) -> tuple[str, list[Span]] | None:
     """Where the assistant speaks in the rendered conversation.
 
     Each assistant turn is rendered once more with a marker for its content; what stands before and after the marker
     must stand before and after the content in the real text. None where a template rewrites contents so that this
     fails. The turn ends with the first special token after the content, which the model must learn to say.
     """
-    text = encoder.render(messages)
+    text = encoder.render(messages, template)
     turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     markers = {turn: f"\ue000turn{turn}\ue001" for turn in turns}
-    marked = encoder.render([{**m, "content": markers[i]} if i in markers else m for i, m in enumerate(messages)])
+    told = [{**m, "content": markers[i]} if i in markers else m for i, m in enumerate(messages)]
+    marked = encoder.render(told, template)
     spans: list[Span] = []
     cursor = 0
     for turn in turns:

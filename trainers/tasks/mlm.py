@@ -1,0 +1,137 @@
+"""mlm: masked language modelling with an encoder. A row: {"text": "Anarchism is a political philosophy ..."}.
+
+Which tokens are hidden is drawn from (seed, step, row), so each epoch hides others, a resumed run hides the same as one
+that was not stopped, and evaluation always hides the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from trainers.data.manifest import SPLIT
+from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.tasks.causal import token_metrics
+from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
+from trainers.tasks.padding import as_inputs, pad_right, places
+from trainers.tasks.pretrain import text_refusal
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainers.data.tokenizer import Encoder
+
+MASKED, RANDOM = 0.8, 0.1
+"""Shares of the hidden tokens that become the mask token and a random token; the rest stay (Devlin et al. 2018)."""
+
+
+class Mlm(Task):
+    """Predicts the hidden tokens of a text."""
+
+    extra_schema = (("words", pa.list_(pa.int32())),)
+    """The word each token belongs to, -1 for special tokens."""
+    metric = "loss"
+    auto_class = "AutoModelForMaskedLM"
+    metrics_known = ("loss", "perplexity", "token_accuracy")
+
+    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+        """Tokenize texts without special tokens, then window them and put those around each window."""
+        reasons = [text_refusal(row.get("text")) for row in rows]
+        texts = [row["text"] for row, why in zip(rows, reasons, strict=True) if why is None]
+        encodings, frame = iter(encoder.encode(texts, special=False)), encoder.frame()
+        return [Encoded.dropped(why) if why else _fit(next(encodings), frame, rules) for why in reasons]
+
+    def count_targets(self, table: pa.Table) -> Array:
+        """A fixed share of each row's tokens, special ones aside, but at least one."""
+        words = table["words"].combine_chunks()
+        flat, offsets = words.values.to_numpy(), words.offsets.to_numpy()
+        running = np.concatenate([[0], np.cumsum(flat >= 0)])
+        return self._hidden(running[offsets[1:]] - running[offsets[:-1]])
+
+    def _hidden(self, maskable: Array) -> Array:
+        hidden: Array = np.maximum(np.round(maskable * self.options.mask_fraction).astype(np.int64), 1)
+        return hidden
+
+    def prepare(self, encoder: Encoder) -> None:
+        """Note the mask token and the size of the vocabulary."""
+        self._mask_id, self._vocabulary = encoder.mask_id, len(encoder.tokenizer)
+
+    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+        """Rows padded on the right, some tokens hidden."""
+        rows = [row for pack in packs for row in pack]
+        inputs = as_inputs(rows, pad_id)
+        lines = []
+        for place, row in enumerate(rows):
+            ids, labels = self._hide(row, draw)
+            inputs["input_ids"][place, : len(ids)] = ids
+            lines.append(labels)
+        return Batch(inputs, pad_right(lines, IGNORE), places(rows))
+
+    def _hide(self, row: Row, draw: int) -> tuple[Array, Array]:
+        """Ids with some hidden, and the labels of those, both [length]."""
+        random = np.random.default_rng([self.options.seed, draw, row.index])
+        chosen, targets = choose(np.asarray(row.extra["words"]), self.options, random)
+        ids = row.input_ids.astype(np.int64)
+        labels = np.full(len(ids), IGNORE, dtype=np.int64)
+        labels[targets] = ids[targets]
+        fate = random.random(len(chosen))
+        ids[chosen[fate < MASKED]] = self._mask_id
+        swapped = chosen[(fate >= MASKED) & (fate < MASKED + RANDOM)]
+        ids[swapped] = random.integers(0, self._vocabulary, len(swapped))
+        return ids, labels
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross entropy summed over hidden tokens; logits [batch, seq, vocabulary]."""
+        return cross_entropy_sum(logits, labels, self.options.label_smoothing)
+
+    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+        """Loss, hidden tokens and right guesses of each row."""
+        return judge_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
+
+    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+        """Over all hidden tokens."""
+        return token_metrics(judged)
+
+
+def choose(words: Array, options: Any, random: np.random.Generator) -> tuple[Array, Array]:
+    """Places to hide and places to predict.
+
+    The number to predict depends on the length alone, so that every rank knows a step's targets without drawing. Whole
+    words may hide a few tokens more than that: those of the last word beyond the number are hidden, not predicted.
+    """
+    maskable = np.flatnonzero(words >= 0)
+    wanted = max(round(len(maskable) * options.mask_fraction), 1)
+    if not options.whole_words:
+        chosen = random.permutation(maskable)[:wanted]
+        return chosen, chosen
+    rank = random.permutation(int(words.max()) + 1)[words[maskable]]
+    order = maskable[np.argsort(rank, kind="stable")]
+    last_word = words[order[wanted - 1]]
+    whole = order[: np.flatnonzero(words[order] == last_word)[-1] + 1]
+    return whole, order[:wanted]
+
+
+def _fit(encoding: Any, frame: tuple[list[int], list[int]], rules: EncodeRules) -> Encoded:
+    """Windows of at most `max_length` with the special tokens around each."""
+    ids, words = encoding.ids, [-1 if word is None else word for word in encoding.word_ids]
+    room = rules.max_length - len(frame[0]) - len(frame[1])
+    if not ids:
+        return Encoded.dropped("no_target")
+    if len(ids) > room and rules.overlong in ("drop", "error"):
+        return Encoded.dropped("overlong")
+    starts = range(0, len(ids), room) if rules.overlong == "split" else range(1)
+    windows = tuple(_window(ids[start : start + room], words[start : start + room], frame) for start in starts)
+    if len(windows) > 1:
+        return Encoded(SPLIT, windows)
+    return Encoded.whole(windows[0], max(len(ids) - room, 0))
+
+
+def _window(ids: list[int], words: list[int], frame: tuple[list[int], list[int]]) -> Sequence:
+    before, after = frame
+    least = max(min(words), 0)
+    inner = [word - least if word >= 0 else place for place, word in enumerate(words)]
+    return Sequence([*before, *ids, *after], {"words": [*[-1] * len(before), *inner, *[-1] * len(after)]})

@@ -1,0 +1,156 @@
+"""seq2seq: a text from a text, such as translation or summarization.
+
+A row: {"source": "Two young men.", "target": "Zwei junge Maenner."}. Encoder-decoders (T5, BART, Marian) read the
+source and write the target; causal models read it through `data.prompt` and go on with the target. `data.prompt` also
+holds what a model expects before a source, such as "translate English to German: {source}".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from trainers.job import GenerateSection
+from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.tasks.causal import token_metrics
+from trainers.tasks.generation import generate_texts
+from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
+from trainers.tasks.padding import as_inputs, pad_right, places
+from trainers.tasks.texts import (
+    overlap_metrics,
+    overlap_scores,
+    signatures,
+    translation_counts,
+    translation_metrics,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainers.data.tokenizer import Encoder
+
+CAUSAL_PROMPT = "{source}\n"
+"""How a causal model gets a source where the job does not say: the target begins on a line of its own."""
+
+
+class Seq2Seq(Task):
+    """Cross entropy over the target's tokens, given the source; evaluation generates."""
+
+    extra_schema = (("target", pa.list_(pa.int32())), ("reference", pa.string()), ("causal", pa.bool_()))
+    metric = "loss"
+    auto_class = "AutoModelForSeq2SeqLM"
+    metrics_known = ("loss", "perplexity", "token_accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL",
+                     "rougeLsum", "exact_match")  # fmt: skip
+
+    def head_class(self, config: Any) -> str:
+        """Encoder-decoder or causal, as the model is."""
+        return self.auto_class if config.is_encoder_decoder else "AutoModelForCausalLM"
+
+    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+        """Tokenize sources and targets apart."""
+        reasons = [_refusal(row) for row in rows]
+        kept = [row for row, why in zip(rows, reasons, strict=True) if why is None]
+        causal = not encoder.is_encoder_decoder
+        prompt = rules.options.prompt or (CAUSAL_PROMPT if causal else "{source}")
+        sources = encoder.encode([prompt.replace("{source}", row["source"]) for row in kept], special=not causal)
+        targets = encoder.encode([row["target"] for row in kept], special=not causal)
+        pairs = iter(zip(kept, sources, targets, strict=True))
+        return [Encoded.dropped(why) if why else _fit(*next(pairs), causal, encoder, rules) for why in reasons]
+
+    def count_targets(self, table: pa.Table) -> Array:
+        """Tokens of the target, its end included."""
+        import pyarrow.compute as pc
+
+        targets: Array = pc.list_value_length(table["target"]).to_numpy().astype(np.int64)
+        return targets
+
+    def prepare(self, encoder: Encoder) -> None:
+        """Keep the tokenizer, to read what was generated."""
+        self._tokenizer = encoder.tokenizer
+
+    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+        """Sources and targets padded on the right; of a causal model source and target as one line."""
+        rows = [row for pack in packs for row in pack]
+        targets = [np.asarray(row.extra["target"], dtype=np.int64) for row in rows]
+        if not rows[0].extra["causal"]:
+            labels = pad_right(targets, IGNORE)
+            return Batch({**as_inputs(rows, pad_id), "target_ids": pad_right(targets, pad_id)}, labels, places(rows))
+        whole = [Row(row.index, np.concatenate([row.input_ids, target]), {})
+                 for row, target in zip(rows, targets, strict=True)]  # fmt: skip
+        lines = [np.concatenate([np.full(len(row.input_ids) - 1, IGNORE), target, [IGNORE]])
+                 for row, target in zip(rows, targets, strict=True)]  # fmt: skip
+        return Batch(as_inputs(whole, pad_id), pad_right(lines, IGNORE), places(rows))
+
+    def forward(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scores of each target token; the decoder reads the target shifted by its start token."""
+        given = dict(inputs)
+        if "target_ids" in given:
+            target = given.pop("target_ids")
+            start = getattr(model, "module", model).config.decoder_start_token_id
+            given["decoder_input_ids"] = target.roll(1, dims=1)
+            given["decoder_input_ids"][:, 0] = start
+        logits: torch.Tensor = model(**given, use_cache=False).logits
+        return logits
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross entropy summed over target tokens; logits [batch, seq, vocabulary]."""
+        return cross_entropy_sum(logits, labels, self.options.label_smoothing)
+
+    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+        """Loss, targets and correct predictions of each row."""
+        return judge_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
+
+    def generate(self, model: Any, rows: Seq[Row], pad_id: int) -> dict[str, Array]:
+        """Counts and scores of the generated texts against the targets as they stand in the data."""
+        settings = self.options.generate or GenerateSection(max_new_tokens=self.options.max_target_length).model_dump()
+        prompts, wanted = [row.input_ids for row in rows], [row.extra["reference"] for row in rows]
+        seed = (self.options.seed, min(row.index for row in rows))
+        said = [text.strip() for text in generate_texts(model, prompts, self._tokenizer, pad_id, settings, seed)]
+        counts = translation_counts(said, wanted, self.options.bleu_tokenize)
+        return {**counts, **overlap_scores(said, wanted), "said": np.array(said, dtype=object)}
+
+    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+        """Loss and its kin over target tokens; BLEU, chrF and ROUGE over generated texts."""
+        texts = "bleu_0" in judged
+        found = {**translation_metrics(judged, self.options.bleu_tokenize), **overlap_metrics(judged)} if texts else {}
+        return {**token_metrics(judged), **found}
+
+    def notes(self) -> dict[str, str]:
+        """sacreBLEU's signatures."""
+        return signatures(self.options.bleu_tokenize)
+
+
+def _refusal(row: Mapping[str, Any]) -> str | None:
+    """Why the row cannot be used, or None."""
+    for name in ("source", "target"):
+        text = row.get(name)
+        if not isinstance(text, str):
+            return f"missing_{name}" if text is None else f"{name}_not_a_string"
+        if not text.strip():
+            return f"empty_{name}"
+    return None
+
+
+def _fit(
+    row: Mapping[str, Any], source: Any, target: Any, causal: bool, encoder: Encoder, rules: EncodeRules
+) -> Encoded:
+    """Apply the length policy; a target keeps its end, a prompt of a causal model loses its start."""
+    said = list(target.ids)
+    if encoder.eos_id is not None and (causal or said[-1] != encoder.eos_id):
+        said.append(encoder.eos_id)
+    read, most = list(source.ids), rules.options.max_target_length
+    room = rules.max_length - min(len(said), most) if causal else rules.max_length
+    lost = max(len(said) - most, 0) + max(len(read) - room, 0)
+    if lost and (rules.overlong != "truncate" or room < 1):
+        return Encoded.dropped("overlong")
+    if not read:
+        return Encoded.dropped("empty_source")
+    if len(said) > most:
+        said = [*said[: most - 1], said[-1]]
+    if len(read) > room:
+        read = read[-room:] if causal else [*read[: room - 1], read[-1]]
+    return Encoded.whole(Sequence(read, {"target": said, "reference": row["target"], "causal": causal}), lost)

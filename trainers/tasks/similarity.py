@@ -1,0 +1,173 @@
+"""similarity: how alike two sentences are, as a score in a known range.
+
+A row: {"sentence1": "A plane is taking off.", "sentence2": "An air plane is taking off.", "score": 5.0}. The objective
+`regression` puts a head on the pair; `cosine` and `contrastive` embed each sentence by itself (mean of its tokens) and
+compare. Contrastive is the pairwise form with a margin (Hadsell et al. 2006): a loss with the other rows of the batch
+as negatives would depend on how a step is cut into micro-batches, which nothing here may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.tasks.classify import fit_pair
+from trainers.tasks.padding import as_inputs, places
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainers.data.tokenizer import Encoder
+
+MARGIN = 0.5
+"""Cosine distance beyond which an unlike pair costs nothing, as sentence-transformers has it."""
+ALIKE = 0.5
+"""Scaled score from which a pair counts as alike in the contrastive loss."""
+
+
+class Similarity(Task):
+    """A regression over pairs, or two embeddings compared."""
+
+    extra_schema = (("score", pa.float64()), ("pair_start", pa.int32()))
+    metric = "spearman"
+    metrics_known = ("spearman", "pearson", "mse", "loss")
+    smaller_is_better = frozenset({"loss", "mse"})
+    auto_class = "AutoModel"
+
+    @property
+    def embeds(self) -> bool:
+        """Whether each sentence is embedded by itself."""
+        return self.options.objective != "regression"
+
+    @property
+    def new_head(self) -> bool:  # type: ignore[override]
+        """The regression head is new; embeddings say something before training."""
+        return not self.embeds
+
+    def head_class(self, config: Any) -> str:
+        """A regression head, or the bare model."""
+        return "AutoModel" if self.embeds else "AutoModelForSequenceClassification"
+
+    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+        """Tokenize pairs together, or each sentence by itself one after the other."""
+        reasons = [_refusal(row, rules.options.score_range) for row in rows]
+        kept = [row for row, why in zip(rows, reasons, strict=True) if why is None]
+        encode = _encode_apart if rules.options.objective != "regression" else _encode_pairs
+        encoded = iter(encode(kept, encoder, rules) if kept else ())
+        return [Encoded.dropped(why) if why else next(encoded) for why in reasons]
+
+    def count_targets(self, table: pa.Table) -> Array:
+        """One target a row."""
+        return np.ones(table.num_rows, dtype=np.int64)
+
+    def config_changes(self) -> dict[str, Any]:
+        """One output, for regression."""
+        return {} if self.embeds else {"num_labels": 1, "problem_type": "regression"}
+
+    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+        """Pairs as rows, or all first sentences followed by all second ones."""
+        rows = [row for pack in packs for row in pack]
+        shown = [half for side in (0, 1) for row in rows if (half := _half(row, side))] if self.embeds else rows
+        scores = np.array([row.extra["score"] for row in rows], dtype=np.float32)
+        return Batch(as_inputs(shown, pad_id), scores, places(rows))
+
+    def forward(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The head's score, or the cosine of the two embeddings; [rows]."""
+        if not self.embeds:
+            return super().forward(model, inputs).squeeze(-1)
+        from torch.nn.functional import cosine_similarity
+
+        states = model(**inputs).last_hidden_state.float()
+        mask = inputs["attention_mask"].unsqueeze(-1).float()
+        first, second = ((states * mask).sum(1) / mask.sum(1)).chunk(2)
+        return cosine_similarity(first, second)
+
+    def _scaled(self, scores: torch.Tensor) -> torch.Tensor:
+        low, high = self.options.score_range
+        return (scores - low) / (high - low)
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Squared error, of the score or of the cosine with the scaled score, or the contrastive loss; summed."""
+        wanted = labels != IGNORE
+        return self._losses(logits[wanted].float(), labels[wanted]).sum()
+
+    def _losses(self, said: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self.embeds:
+            return (said - scores) ** 2
+        scaled = self._scaled(scores)
+        if self.options.objective == "cosine":
+            return (said - scaled) ** 2
+        distance, alike = 1 - said, (scaled >= ALIKE).to(said.dtype)
+        return 0.5 * (alike * distance**2 + (1 - alike) * (MARGIN - distance).clamp(min=0) ** 2)
+
+    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+        """Score, prediction and loss of each row."""
+        import torch
+
+        said, scores = logits.detach().double().cpu(), torch.from_numpy(batch.labels).double()
+        losses = self._losses(said, scores).numpy()
+        return {"score": scores.numpy(), "said": said.numpy(), "loss_sum": losses}
+
+    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+        """scipy's correlations (left out where one side is constant) and the mean loss."""
+        from scipy.stats import pearsonr, spearmanr
+
+        score, said = judged["score"], judged["said"]
+        found = {"loss": float(judged["loss_sum"].mean())}
+        if not self.embeds:
+            found["mse"] = float(((score - said) ** 2).mean())
+        if len(score) > 1 and np.ptp(score) > 0 and np.ptp(said) > 0:
+            found |= {"pearson": float(pearsonr(score, said)[0]), "spearman": float(spearmanr(score, said)[0])}
+        return found
+
+
+def _refusal(row: Mapping[str, Any], score_range: tuple[float, float]) -> str | None:
+    """Why the row cannot be used, or None."""
+    first, second, score = row.get("sentence1"), row.get("sentence2"), row.get("score")
+    if first is None or second is None:
+        return "missing_sentence"
+    if score is None:
+        return "missing_score"
+    if not isinstance(first, str) or not isinstance(second, str):
+        return "sentence_not_a_string"
+    if not first.strip() or not second.strip():
+        return "empty_sentence"
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        return "score_not_a_number"
+    low, high = score_range
+    return None if low <= score <= high else f"score_outside_{low:g}_to_{high:g}"
+
+
+def _encode_pairs(rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    pairs = [(row["sentence1"], row["sentence2"]) for row in rows]
+    return [
+        fit_pair(pair, encoding, {"score": float(row["score"])}, encoder, rules)
+        for row, pair, encoding in zip(rows, pairs, encoder.encode(pairs), strict=True)
+    ]
+
+
+def _encode_apart(rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    sides = []
+    for name in ("sentence1", "sentence2"):
+        texts = [row[name] for row in rows]
+        encodings = zip(texts, encoder.encode(texts), strict=True)
+        sides.append([fit_pair(text, one, {}, encoder, rules) for text, one in encodings])
+    return [_join(first, second, float(row["score"])) for row, first, second in zip(rows, *sides, strict=True)]
+
+
+def _join(first: Encoded, second: Encoded, score: float) -> Encoded:
+    if not first.sequences or not second.sequences:
+        return first if not first.sequences else second
+    ids = [list(one.sequences[0].input_ids) for one in (first, second)]
+    extra = {"score": score, "pair_start": len(ids[0])}
+    return Encoded.whole(Sequence(ids[0] + ids[1], extra), first.tokens_lost + second.tokens_lost)
+
+
+def _half(row: Row, side: int) -> Row:
+    cut = row.extra["pair_start"]
+    return Row(row.index, row.input_ids[cut:] if side else row.input_ids[:cut], {})

@@ -1,0 +1,142 @@
+"""tag: a tag for each word, such as named entities. Tags are BIO (IOB2) or BIOES; the set is what training rows show.
+
+A row: {"tokens": ["Empire", "State", "Building"], "tags": ["B-location", "I-location", "I-location"]}. The first
+sub-word of a word is tagged, its others are skipped. Words that truncation cuts off count as tagged O in evaluation,
+so that a short `max_length` cannot flatter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.tasks.entities import entity_counts, entity_metrics, entity_types
+from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
+from trainers.tasks.padding import as_inputs, pad_right, places
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainers.data.tokenizer import Encoder
+
+OUTSIDE = "O"
+
+
+class Tag(Task):
+    """A token-classification head."""
+
+    extra_schema = (("tags", pa.list_(pa.string())), ("starts", pa.list_(pa.int32())))
+    """All tags of the row, and the place of each word's first token as far as there is one."""
+    metric = "f1"
+    auto_class = "AutoModelForTokenClassification"
+    new_head = True
+    metrics_known = ("f1", "precision", "recall", "strict_f1", "strict_precision", "strict_recall", "accuracy", "loss")
+
+    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+        """Tokenize words and find where each begins."""
+        reasons = [_refusal(row.get("tokens"), row.get("tags")) for row in rows]
+        words = [row["tokens"] for row, why in zip(rows, reasons, strict=True) if why is None]
+        encodings = iter(encoder.encode_words(words, rules.max_length) if words else ())
+        return [
+            Encoded.dropped(why) if why else _fit(*next(encodings), row["tags"], rules)
+            for row, why in zip(rows, reasons, strict=True)
+        ]
+
+    def count_targets(self, table: pa.Table) -> Array:
+        """Words that have a token."""
+        targets: Array = pc.list_value_length(table["starts"]).to_numpy().astype(np.int64)
+        return targets
+
+    def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
+        """Every tag once a row."""
+        return set(extra["tags"])
+
+    def config_changes(self) -> dict[str, Any]:
+        """The tags of the training data."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {name: index for index, name in enumerate(self.labels)},
+        }
+
+    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+        """Rows padded on the right; only the first token of a word has a label."""
+        rows = [row for pack in packs for row in pack]
+        number = {name: index for index, name in enumerate(self.labels)}
+        lines = [np.full(len(row.input_ids), IGNORE, dtype=np.int64) for row in rows]
+        for line, row in zip(lines, rows, strict=True):
+            starts = row.extra["starts"]
+            line[starts] = [number[tag] for tag in row.extra["tags"][: len(starts)]]
+        return Batch(as_inputs(rows, pad_id), pad_right(lines, IGNORE), places(rows), tuple(rows))
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross entropy summed over words; logits [batch, seq, tags]."""
+        return cross_entropy_sum(logits, labels, self.options.label_smoothing)
+
+    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+        """Of each row: loss, words, words tagged right, and entities true, predicted and right by type."""
+        numbers = judge_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
+        guesses = logits.argmax(-1).cpu().numpy()
+        said = [self._predicted(guesses[line], row) for line, row in enumerate(batch.documents)]
+        truth = [row.extra["tags"] for row in batch.documents]
+        right = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(truth, said, strict=True)]
+        return {
+            "loss_sum": numbers["loss_sum"],
+            "targets": numbers["targets"],
+            "words": np.array([len(tags) for tags in truth]),
+            "words_right": np.array(right),
+            **entity_counts(truth, said, self.labels),
+        }
+
+    def _predicted(self, guesses: Array, row: Row) -> list[str]:
+        said = [self.labels[index] for index in guesses[row.extra["starts"]]]
+        return said + [OUTSIDE] * (len(row.extra["tags"]) - len(said))
+
+    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+        """Entity-level precision, recall and F1 as seqeval has them, plain and strict, overall and by type."""
+        return {
+            **entity_metrics(judged, entity_types(self.labels)),
+            "accuracy": float(judged["words_right"].sum() / judged["words"].sum()),
+            "loss": float(judged["loss_sum"].sum() / judged["targets"].sum()),
+        }
+
+
+def _refusal(tokens: Any, tags: Any) -> str | None:
+    """Why the row cannot be used, or None."""
+    if tokens is None or tags is None:
+        return "missing_tokens" if tokens is None else "missing_tags"
+    if not isinstance(tokens, list) or not isinstance(tags, list):
+        return "tokens_or_tags_not_a_list"
+    if not all(isinstance(one, str) for one in (*tokens, *tags)):
+        return "tokens_or_tags_not_strings"
+    if len(tokens) != len(tags):
+        return "tokens_and_tags_of_unequal_length"
+    if not tokens:
+        return "no_tokens"
+    return None if all(_is_tag(tag) for tag in tags) else "tag_not_BIO_or_BIOES"
+
+
+def _is_tag(tag: str) -> bool:
+    return tag == OUTSIDE or (tag[:2] in ("B-", "I-", "E-", "S-") and len(tag) > 2)
+
+
+def _fit(encoding: Any, lost: int, tags: list[str], rules: EncodeRules) -> Encoded:
+    """Apply the length policy and find the words' first tokens."""
+    if lost and rules.overlong != "truncate":
+        return Encoded.dropped("overlong")
+    first: dict[int, int] = {}
+    for place, word in enumerate(encoding.word_ids):
+        if word is not None:
+            first.setdefault(word, place)
+    kept = max(first, default=-1) + 1
+    if len(first) < kept:
+        return Encoded.dropped("word_without_tokens")
+    if not first:
+        return Encoded.dropped("no_target")
+    return Encoded.whole(Sequence(encoding.ids, {"tags": tags, "starts": [first[word] for word in range(kept)]}), lost)
