@@ -166,8 +166,14 @@ def finish(stages: Stages, evaluations: list[Evaluation], best: Evaluation, vers
         }
     )
     stages.run.write_bytes("result.json", result.model_dump_json(indent=1).encode())
-    write_report(stages.run, result, stages.job, stages.opened.events())
+    report(stages, result)
     return result
+
+
+def report(stages: Stages, result: RunResult) -> None:
+    """Write report.html, also of a run that ended badly."""
+    parents = lineage(stages.job, stages.shards, stages.model.digest)
+    write_report(stages.run, result, stages.job, stages.opened.events(), stages.shards, parents)
 
 
 @contextmanager
@@ -178,6 +184,7 @@ def _failures_recorded(stages: Stages) -> Iterator[None]:
     except TuneyardError as error:
         result = summarize(stages.opened, "preempted" if isinstance(error, Preempted) else "failed", str(error))
         stages.run.write_bytes("result.json", result.model_dump_json(indent=1).encode())
+        report(stages, result)
         raise
 
 

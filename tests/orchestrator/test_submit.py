@@ -89,7 +89,7 @@ def test_the_job_runs_this_code_on_the_resolved_job_and_its_exit_code_is_returne
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     program = (
-        'import os, sys, orchestrator, trainers; from trainers.job import load_job; job = load_job("job.yaml"); '
+        'import os, sys, orchestrator, trainers; from trainers.job_file import load_job; job = load_job("job.yaml"); '
         "print(job.storage, job.train.steps); print(trainers.__file__, orchestrator.__file__); "
         'print(sys.executable); print(os.environ.get("HF_HUB_OFFLINE"), os.environ.get("HF_TOKEN")); sys.exit(75)'
     )
