@@ -33,7 +33,11 @@ class OpenRun:
         try:
             yield
         finally:
-            self.log.append({"kind": "stage", "stage": stage, "seconds": time.monotonic() - began})
+            self.note_stage(stage, time.monotonic() - began)
+
+    def note_stage(self, stage: str, seconds: float) -> None:
+        """Add wall time to a stage."""
+        self.log.append({"kind": "stage", "stage": stage, "seconds": seconds})
 
     def steps(self, event: Mapping[str, Any]) -> int:
         """Steps of the whole run, as the ranks said at their start."""
