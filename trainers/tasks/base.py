@@ -178,6 +178,7 @@ class Task(ABC):
         """The pretrained model with this task's head, by transformers' from_pretrained."""
         import transformers
 
+        transformers.logging.set_verbosity_error()  # it reports a new head as missing weights
         config = self.load_config(path, pad_id, trust_remote_code)
         auto: Any = getattr(transformers, self.head_class(config))
         model: torch.nn.Module = auto.from_pretrained(
