@@ -91,12 +91,12 @@ def shard_locally(job: Any) -> Any:
     from trainers.data.readers import plan_units, task_columns
     from trainers.data.shard_writer import ShardWork, write_unit
     from trainers.storage import Folder
-    from trainers.tasks import EncodeRules
+    from trainers.tasks import encode_rules
 
     manifests = []
     for plan in plan_splits(job, job.model.path):
         folder = shards_folder(Folder(job.storage), plan.key)
-        rules = EncodeRules(job.data.max_length, job.overlong)
+        rules = encode_rules(job)
         work = ShardWork(folder, plan, job.task, task_columns(job), rules, job.model.path)
         records = {unit.index: write_unit(work, unit) for unit in plan_units(plan.sources)}
         manifest = manifest_of(plan, job.task, records)

@@ -58,6 +58,8 @@ def load_objective(job: Job, task: Task, pad_id: int, world: World) -> Task | Di
     Raises:
         JobError: where there is no such teacher.
     """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     from trainers.engine import load_options
 
     wish = job.train.distill
@@ -65,6 +67,7 @@ def load_objective(job: Job, task: Task, pad_id: int, world: World) -> Task | Di
         return task
     if job.data.several_labels:
         raise JobError("train.distill: a teacher's distribution is over one label; data.several_labels must be off")
+    unset_hf_deepspeed_config()  # of an earlier engine in this process: it would partition the teacher
     try:
         teacher: Any = task.load_model(wish.teacher, pad_id=pad_id, **load_options(job))
     except (OSError, ValueError) as error:

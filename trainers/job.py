@@ -11,12 +11,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from trainers.job_options import DistillSection, GenerateSection, LoraSection, MaskSection, Section, Strings
+from trainers.task_fields import PACKING_TASKS, SPLITTING_TASKS
 
 TaskName = Literal["pretrain", "mlm", "sft", "classify", "tag", "extract", "seq2seq", "similarity"]
 Overlong = Literal["truncate", "split", "drop", "error"]
 FormatName = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text"]
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -30,48 +32,6 @@ TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "similarity": (("sentence1", "sentence2", "score"), ()),
 }
 """For each task its required and its optional fields; `data.columns` maps a field to the data's column."""
-PACKING_TASKS = ("pretrain", "sft")
-SPLITTING_TASKS = ("pretrain", "mlm", "extract")
-"""Tasks that can use a row in several pieces, and do unless told otherwise."""
-TOKEN_TASKS = ("pretrain", "mlm", "sft", "seq2seq", "classify", "tag")
-"""Tasks whose loss is a cross entropy over classes, so that it can be smoothed and distilled."""
-FIELD_TASKS: dict[str, tuple[str, ...]] = {
-    "data.several_labels": ("classify",),
-    "data.window_overlap": ("extract",),
-    "data.score_range": ("similarity",),
-    "data.prompt": ("seq2seq",),
-    "data.max_target_length": ("seq2seq",),
-    "data.chat_template": ("sft",),
-    "train.label_smoothing": (*TOKEN_TASKS, "extract"),
-    "train.class_weights": ("classify",),
-    "train.mask": ("mlm",),
-    "train.objective": ("similarity",),
-    "train.neftune_alpha": ("pretrain", "sft", "seq2seq"),
-    "train.distill": TOKEN_TASKS,
-    "evaluate.generate": ("sft", "seq2seq"),
-    "evaluate.no_answer_threshold": ("extract",),
-    "evaluate.bleu_tokenize": ("seq2seq",),
-}
-"""Fields that mean something to some tasks only; given to another they are refused."""
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, strict about types, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-
-class LoraSection(Section):
-    """Low-rank adapters in place of full fine-tuning; export merges them into the weights."""
-
-    rank: Annotated[int, Field(ge=1)] = 16
-    """Inner dimension of the two factors."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Their product is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the adapters."""
-    target_modules: Strings = ("all-linear",)
-    """Names of the linear layers that get adapters; all-linear means every one but the head."""
 
 
 class ModelSection(Section):
@@ -130,26 +90,6 @@ class DataSection(Section):
     """seq2seq: longest target in tokens; max_length bounds the source, or for causal models both together."""
     chat_template: str | None = None
     """sft: a Jinja template, or the path of one, in place of the tokenizer's."""
-
-
-class MaskSection(Section):
-    """mlm: what is hidden."""
-
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the tokens that are predicted; of these 80 % become the mask token, 10 % a random one, 10 % stay."""
-    whole_words: bool = False
-    """Hide all tokens of a word together."""
-
-
-class DistillSection(Section):
-    """Learning from a teacher beside the labels."""
-
-    teacher: str
-    """Folder or hub id of a model with the same head and vocabulary; every rank holds it whole."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Both distributions are softened by it; the divergence is scaled by its square."""
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Weight of the divergence; the cross entropy has the rest."""
 
 
 class TrainSection(Section):
@@ -238,21 +178,6 @@ class EarlyStopping(Section):
 
     patience: Annotated[int, Field(ge=1)]
     """Evaluations without a new best before training stops."""
-
-
-class GenerateSection(Section):
-    """How texts are generated in evaluation, as transformers' `generate` names it."""
-
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    num_beams: Annotated[int, Field(ge=1)] = 1
-    do_sample: bool = False
-    """Sample instead of taking the likeliest; draws depend on the seed and the row alone."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """0 is no bound."""
-    length_penalty: float = 1.0
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
 
 
 class EvaluateSection(Section):

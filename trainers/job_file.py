@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from trainers.errors import JobError
-from trainers.job import FIELD_TASKS, PACKING_TASKS, SPLITTING_TASKS, TASK_FIELDS, Job, names_folder
+from trainers.job import TASK_FIELDS, Job, names_folder
 from trainers.storage import is_remote
+from trainers.task_fields import FIELD_TASKS, PACKING_TASKS, SPLITTING_TASKS
 
 BRANCHES = ("Elastic", "int", "constrained-int")
 """Names that pydantic puts into a location for the branch of a union; no key of ours."""

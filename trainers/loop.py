@@ -123,10 +123,15 @@ def run_micro_batches(engine: Any, objective: Objective, batch: StepBatch, world
         inputs = {name: torch.from_numpy(array).to(world.device) for name, array in micro.inputs.items()}
         labels = torch.from_numpy(micro.labels).to(world.device)
         loss_sum = objective.step_loss(engine, inputs, labels)
-        engine.backward(loss_sum * (world.size / batch.targets), scale_wrt_gas=False)
+        engine.backward(share_of_step(loss_sum, batch.targets, world.size), scale_wrt_gas=False)
         engine.step()
         total += loss_sum.detach().double().cpu()
     return total
+
+
+def share_of_step(loss_sum: Any, targets: int, world_size: int) -> Any:
+    """What a micro-batch adds to the step's mean loss, times the world size, by which DeepSpeed divides gradients."""
+    return loss_sum * (world_size / targets)
 
 
 def _agree(local: Any, reason: str | None, world: World) -> tuple[float, str | None]:

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from trainers.errors import JobError
-from trainers.job import LoraSection
+from trainers.job_options import LoraSection
 from trainers.tasks import Task
 
 PREFIX = "base_model.model."

@@ -48,7 +48,7 @@ def test_record_ledger_and_shard_agree_with_the_input(tmp_path: Path, tiny_token
     record = write(folder, rows, tiny_tokenizer)
     shard, ledger = read(folder, record.file), read(folder, record.ledger)
     assert (record.file, record.ledger) == ("shard-00003.arrow", "ledger-00003.arrow")
-    assert shard.schema.names == ["input_ids", "file", "row", "part", "label", "pair_start"]
+    assert shard.schema.names == ["input_ids", "file", "row", "part", "label", "pair_start", "several"]
     assert ledger["row"].to_pylist() == [row for row, _ in rows] and set(ledger["file"].to_pylist()) == {1}
     assert sum(record.outcomes.values()) == len(rows)
     assert record.outcomes["dropped:malformed"] == sum(fields is None for _, fields in rows)

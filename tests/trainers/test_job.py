@@ -49,7 +49,8 @@ def test_every_problem_is_reported_at_once() -> None:
     raw = changed(task="clasify", train={"global_batch_size": 0, "steps": 5, "learning_rate": "fast"}, eval={})
     raw["data"]["packin"] = True
     assert problems_of(raw) == (
-        "task: must be 'pretrain', 'sft' or 'classify', got 'clasify'",
+        "task: must be 'pretrain', 'mlm', 'sft', 'classify', 'tag', 'extract', 'seq2seq' or 'similarity', "
+        "got 'clasify'",
         "data.packin: unknown key; did you mean 'packing'?",
         "train.global_batch_size: must be greater than or equal to 1, got 0",
         "train.learning_rate: must be a valid number, got 'fast'",

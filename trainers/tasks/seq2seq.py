@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.job import GenerateSection
+from trainers.job_options import GenerateSection
 from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
 from trainers.tasks.causal import token_metrics
 from trainers.tasks.generation import generate_texts

@@ -12,6 +12,7 @@ from typing import Any
 
 from trainers.data.formats.base import PEEK_ROWS, RawRow, Span, has_lone_surrogate, not_as_named, open_stream
 from trainers.data.formats.sniff import RENAME, read_text_head
+from trainers.data.formats.squad import questions
 from trainers.data.sources import SourceFile
 from trainers.errors import DataError
 
@@ -42,7 +43,7 @@ class Document:
             return
         with io.TextIOWrapper(open_stream(source), encoding="utf-8-sig") as text:
             try:
-                yield from enumerate(_rows(_Cursor(text)))
+                yield from enumerate(questions(_rows(_Cursor(text))))
             except (ValueError, RecursionError) as error:
                 raise _refusal(source, error) from error
 

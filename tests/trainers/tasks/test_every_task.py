@@ -1,0 +1,198 @@
+"""Every task and mode end to end on tiny models: shards, two ranks of ZeRO-3, export, evaluation; better than a trivial
+answer. One launch trains them all."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.ranks import run_ranks
+from tests.trainers.tasks import small
+from tests.trainers.test_training import train_all
+from trainers.data.dataset import ShardSet
+from trainers.data.keys import load_shards
+from trainers.data.manifest import shards_folder
+from trainers.evaluate import combine, evaluate_model, judge_share
+from trainers.export import export_checkpoint
+from trainers.job import Job
+from trainers.rank import job_task
+from trainers.runs import step_name
+from trainers.storage import Folder
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is left of a job that ran."""
+
+    job: Job
+    losses: dict[int, float]
+    metrics: dict[str, float]
+    judged: dict[str, Any]
+
+
+def held_out(job: Job) -> tuple[Any, ShardSet]:
+    shards = load_shards(job, job.model.path)
+    assert shards is not None
+    task = job_task(job, shards.train)
+    return task, ShardSet(shards_folder(Folder(job.storage), shards.eval.key), shards.eval, task)
+
+
+def export(job: Job, run: str = "run") -> str:
+    task, _ = held_out(job)
+    folder = Folder(job.storage) / "runs" / run
+    out = folder / "export"
+    assert job.train.steps is not None
+    export_checkpoint(folder / "checkpoints" / step_name(job.train.steps), out, job, task, job.model.path)
+    return str(out.path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    jobs = small.small_jobs(tmp_path_factory.mktemp("tasks"))
+    losses = run_ranks(train_all, 2, [(job, "run", None) for job in jobs.values()])[0]
+    found = {}
+    for (name, job), by_step in zip(jobs.items(), losses, strict=True):
+        task, shards = held_out(job)
+        rows, judged = evaluate_model(job, task, export(job), shards)
+        assert len(rows) == shards.manifest.rows_in
+        found[name] = Trained(job, by_step, task.metrics(judged), judged)
+    return found
+
+
+def test_every_loss_falls(trained: dict[str, Trained]) -> None:
+    rises = {name: one.losses for name, one in trained.items() if one.losses[max(one.losses)] > 0.9 * one.losses[1]}
+    assert rises == {}
+
+
+@pytest.mark.parametrize("name", ["mlm", "mlm whole words", "pretrain"])
+def test_language_models_beat_the_most_frequent_token(trained: dict[str, Trained], name: str) -> None:
+    one = trained[name]
+    _, shards = held_out(one.job)
+    counts = Counter(int(token) for index in range(len(shards)) for token in shards.row(index).input_ids)
+    assert one.metrics["token_accuracy"] > max(counts.values()) / sum(counts.values()) + 0.1
+    assert one.metrics["perplexity"] == pytest.approx(math.exp(one.metrics["loss"]))
+
+
+def test_bits_per_byte_is_the_loss_in_bits_over_the_bytes_of_the_targets(trained: dict[str, Trained]) -> None:
+    one = trained["pretrain"]
+    _, shards = held_out(one.job)
+    from trainers.data.tokenizer import load_encoder
+
+    encoder = load_encoder(one.job.model.path)
+    texts = [
+        encoder.tokenizer.convert_ids_to_tokens(shards.row(index).input_ids[1:].tolist())
+        for index in range(len(shards))
+    ]
+    held = sum(
+        len(token.encode()) for tokens in texts for token in tokens if token not in encoder.tokenizer.all_special_tokens
+    )
+    assert int(one.judged["bytes"].sum()) == held
+    bits = float(one.judged["loss_sum"].sum()) / math.log(2)
+    assert one.metrics["bits_per_byte"] == pytest.approx(bits / held)
+
+
+@pytest.mark.parametrize("name", ["tag", "tag BIOES"])
+def test_taggers_find_the_entities_that_outside_alone_would_miss(trained: dict[str, Trained], name: str) -> None:
+    metrics = trained[name].metrics
+    assert min(metrics["f1"], metrics["strict_f1"], metrics["f1/per"], metrics["f1/loc"]) > 0.8
+
+
+def test_extraction_beats_always_naming_the_first_word(trained: dict[str, Trained]) -> None:
+    one = trained["extract"]
+    _, shards = held_out(one.job)
+    rows = [shards.row(index).extra for index in range(len(shards))]
+    first = np.mean([row["text"].split()[0] in row["answers"] for row in rows if row["window"] == 0])
+    assert one.metrics["exact"] > 80 > 150 * first
+    assert one.judged["windows"].max() > 1  # contexts longer than a window are among them
+
+
+def test_extraction_with_unanswerable_questions_knows_both(trained: dict[str, Trained]) -> None:
+    metrics = trained["extract v2"].metrics
+    assert metrics["exact_unanswerable"] > 80
+    assert metrics["exact_answerable"] > 40
+    assert metrics["best_f1"] >= metrics["f1"]
+
+
+@pytest.mark.parametrize("name", ["regression", "cosine", "contrastive"])
+def test_similarity_follows_the_score(trained: dict[str, Trained], name: str) -> None:
+    assert min(trained[name].metrics["spearman"], trained[name].metrics["pearson"]) > 0.6
+
+
+def test_several_labels_beat_giving_none_and_giving_all(trained: dict[str, Trained]) -> None:
+    one = trained["several"]
+    truth = np.stack([one.judged[f"true_{index}"] for index in range(3)], 1)
+    assert one.metrics["accuracy"] > 0.4 > (truth == 0).all(1).mean()
+    assert one.metrics["auroc"] > 0.7
+
+
+def test_a_causal_model_classifies(trained: dict[str, Trained]) -> None:
+    assert trained["classify causal"].metrics["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart", "Marian", "seq2seq causal"])
+def test_texts_from_texts_beat_copying_the_source(trained: dict[str, Trained], name: str) -> None:
+    """A copied source has no word right."""
+    metrics = trained[name].metrics
+    assert metrics["rouge1"] > 0.45
+    assert metrics["token_accuracy"] > 0.6
+
+
+def test_metrics_are_the_same_at_one_two_and_three_processes(tmp_path: Path, trained: dict[str, Trained]) -> None:
+    """101 rows, which neither 2 nor 3 nor the batch divides."""
+    job: Job = small.tiny_job(tmp_path, Path(trained["tag"].job.model.path), "tag", small.tag_rows(505))
+    job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"batch_size": 8})})
+    small.shard_locally(job)
+    task, shards = held_out(job)
+    assert len(shards) == 101
+    model = export(trained["tag"].job)
+    found = []
+    for count in (1, 2, 3):
+        shares = [judge_share(job, task, model, shards, share, count) for share in range(count)]
+        rows, judged = combine(task, shares, len(shards))
+        assert rows.tolist() == list(range(101))
+        found.append(task.metrics(judged))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_row_that_is_missing_or_counted_twice_is_an_error(trained: dict[str, Trained]) -> None:
+    from trainers.errors import EvaluationError
+
+    job = trained["tag"].job
+    job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"batch_size": 8})})
+    task, shards = held_out(job)
+    share = judge_share(job, task, export(job), shards, 0, 2)
+    for shares in ([share], [share, share]):
+        with pytest.raises(EvaluationError, match="rows"):
+            combine(task, shares, len(shards))
+
+
+def test_masks_differ_between_steps_and_not_between_evaluations(trained: dict[str, Trained]) -> None:
+    from trainers.data.tokenizer import load_encoder
+
+    task, shards = held_out(trained["mlm"].job)
+    task.prepare(load_encoder(trained["mlm"].job.model.path))
+    rows = [[shards.row(index)] for index in range(8)]
+    labels = [task.collate(rows, 0, draw).labels.tolist() for draw in (0, 0, 1, 2)]
+    assert labels[0] == labels[1]
+    assert labels[0] != labels[2] != labels[3]
+    alone, together = task.collate(rows[4:5], 0, 1).labels[0], task.collate(rows, 0, 1).labels[4]
+    assert alone.tolist() == together[: len(alone)].tolist()
+
+
+@pytest.mark.parametrize("name", ["mlm", "mlm whole words"])
+def test_the_number_of_hidden_tokens_is_known_from_the_shard(trained: dict[str, Trained], name: str) -> None:
+    from trainers.data.tokenizer import load_encoder
+
+    task, shards = held_out(trained[name].job)
+    task.prepare(load_encoder(trained[name].job.model.path))
+    for draw in range(5):
+        labels = task.collate([[shards.row(index)] for index in range(len(shards))], 0, draw).labels
+        assert (labels != -100).sum(1).tolist() == shards.targets.tolist()
