@@ -8,10 +8,9 @@ from typing import Any
 
 from tests.tiny import _save, make_bert, make_llama, shard_locally, tiny_job, write_rows
 
-WORDS = tuple(
-    "ada alan grace paris rome oslo met saw in was who where the a very good bad old film plot . ? "
-    "dog cat ran sat one two red blue".split()  # noqa: SIM905 - a list of them would be three times as long
-)
+TEXT = """ada alan grace paris rome oslo met saw in was who where the a very good bad old film plot . ?
+dog cat ran sat one two red blue"""
+WORDS = tuple(TEXT.split())
 PEOPLE, PLACES = WORDS[:3], WORDS[3:6]
 
 

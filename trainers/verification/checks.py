@@ -1,0 +1,204 @@
+"""The checks themselves: each looks at a specimen and says whether a promise of the training holds, with the figure.
+
+A check compares what training does with something computed another way: documents one by one, the model's own loss,
+other tokens in the padding. Thresholds are for fp32 on one machine.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainers.batch_plan import BatchPlan
+from trainers.checkpoint.tensor_file import spec_of, write_tensors
+from trainers.data.order import Order
+from trainers.tasks.base import IGNORE, Batch, Row
+from trainers.verification import gradients as g
+from trainers.verification.own_loss import own_loss
+from trainers.verification.sample import Specimen
+
+CLOSE = 1e-5
+"""Relative difference of losses and gradients in fp32."""
+LEAK = 1e-4
+"""Absolute difference of logits; kernels of another shape differ by about 1e-5, a leak by 1e-2 and more."""
+SAME = 1e-6
+"""Absolute difference of logits of equal weights: kernels differ by how the weights lie in memory."""
+STEP_PACKS = 4
+CUTS = ((1, 4), (1, 1), (2, 2), (2, 1), (4, 1))
+"""World size and micro-batch."""
+
+Finding = tuple[bool, str]
+Check = Callable[[Specimen], Finding]
+
+
+def isolation(specimen: Specimen) -> Finding:
+    """(a) Changing one document moves no logit of another in the same batch or pack."""
+    packs = _fullest(specimen, 2)
+    documents = g.rows_of(specimen, packs)
+    before = g.collate(specimen, documents)
+    row = documents[0][0]
+    changed = _changed(row, specimen)
+    after = g.collate(specimen, [[changed, *documents[0][1:]], *documents[1:]])
+    first, second = (_by_row(specimen, batch, g.logits_of(specimen, batch)) for batch in (before, after))
+    moved = max(
+        (float((first[index] - second[index]).abs().max()) for index in first if index != row.index), default=0.0
+    )
+    others = len(first) - 1
+    return moved <= LEAK, f"largest change in {others} other documents {moved:.1e}"
+
+
+def packed_as_separate(specimen: Specimen) -> Finding:
+    """(b) Loss and gradient of a batch equal those of its documents one by one."""
+    packs = [*_fullest(specimen, 1), *_shortest(specimen, 1)]  # of unequal lengths, so that there is padding
+    wanted, gradient = g.gradient_apart(specimen, packs, 1.0)
+    specimen.model.zero_grad(set_to_none=True)
+    loss = g.loss_of(specimen, g.collate(specimen, g.rows_of(specimen, packs)))
+    loss.backward()
+    off = abs(float(loss.detach()) - wanted) / max(abs(wanted), 1e-30)
+    apart = g.apart(g.take_gradient(specimen.model), gradient)
+    return max(off, apart) <= CLOSE, f"loss off by {off:.1e}, gradient by {apart:.1e}"
+
+
+def cut_of_step(specimen: Specimen) -> Finding:
+    """(c) The gradient of a step does not depend on world size x micro-batch x accumulation."""
+    order = _order(specimen)
+    packs = order.step(0).tolist()
+    targets = sum(g.count_targets(g.collate(specimen, [[row]])) for pack in g.rows_of(specimen, packs) for row in pack)
+    wanted, gradient = g.gradient_apart(specimen, packs, 1.0 / max(targets, 1))
+    worst = 0.0
+    for world, micro in CUTS:
+        if STEP_PACKS % (world * micro) == 0:
+            loss, found = g.gradient_of_step(
+                specimen, order, BatchPlan(STEP_PACKS, world, micro, STEP_PACKS // world // micro)
+            )
+            worst = max(worst, g.apart(found, gradient), abs(loss - wanted) / max(abs(wanted), 1e-30))
+    return worst <= CLOSE, f"worst of {len(CUTS)} cuts {worst:.1e} off the documents one by one"
+
+
+def each_row_once(specimen: Specimen) -> Finding:
+    """Over an epoch, the ranks together see each row exactly once."""
+    order = replace(_order(specimen), total=len(specimen.packs))
+    plan = BatchPlan(STEP_PACKS, 2, 1, STEP_PACKS // 2)
+    sources = [g.source_of(specimen, order, plan, rank) for rank in range(2)]
+    batches = [micro for step in range(order.steps) for source in sources for micro in source.next(step).micro_batches]
+    seen = np.concatenate([batch.rows for batch in batches])
+    rows = len(specimen.shards)
+    return sorted(seen.tolist()) == list(range(rows)), f"{len(seen)} results of {len(np.unique(seen))} of {rows} rows"
+
+
+def padding(specimen: Specimen) -> Finding:
+    """(d) Padding is never a target, and what stands in it does not matter."""
+    full, *short = g.rows_of(specimen, [*_fullest(specimen, 1), *_shortest(specimen, 2)])
+    batch = g.collate(specimen, [full, *(pack[:1] for pack in short)])
+    holes = g.padded(batch)
+    if holes is None or not holes.any():
+        return True, "no padding in this sample"
+    if batch.labels.shape == holes.shape and bool((batch.labels[holes] != IGNORE).any()):
+        return False, f"{int((batch.labels[holes] != IGNORE).sum())} padded positions are targets"
+    ids = batch.inputs["input_ids"].copy()
+    ids[holes] = _other_token(specimen)
+    if specimen.task.auto_class == "AutoModelForSequenceClassification" and "Llama" in type(specimen.model).__name__:
+        return True, "the head finds a row's end by its padding, which therefore cannot be exchanged"
+    losses = [
+        float(g.loss_of(specimen, one).detach())
+        for one in (batch, replace(batch, inputs={**batch.inputs, "input_ids": ids}))
+    ]
+    off = abs(losses[0] - losses[1]) / max(abs(losses[0]), 1e-30)
+    return off <= CLOSE, f"{int(holes.sum())} padded positions; other tokens there move the loss by {off:.1e}"
+
+
+def target_share(specimen: Specimen) -> Finding:
+    """(e) There are targets, as many as the shards say."""
+    tokens, said = int(specimen.shards.lengths.sum()), int(specimen.shards.targets.sum())
+    rows = [[specimen.shards.row(index)] for index in range(len(specimen.shards))]
+    counted = sum(g.count_targets(g.collate(specimen, [pack])) for pack in rows)
+    return 0 < said == counted, f"{said:,} targets by the shards, {counted:,} by the labels, in {tokens:,} tokens"
+
+
+def model_agrees(specimen: Specimen) -> Finding:
+    """The loss equals the one that the model class computes by itself, so that labels stand where they should."""
+    off, count = 0.0, 0
+    for index in range(min(len(specimen.shards), 3)):
+        row = specimen.shards.row(index)
+        wanted = own_loss(specimen, row)
+        if wanted is None:
+            return True, "this task's model computes no loss of its own"
+        found = float(g.loss_of(specimen, g.collate(specimen, [[row]])).detach())
+        off, count = max(off, abs(found - wanted) / max(abs(wanted), 1e-6)), count + 1
+    return off <= 1e-4, f"worst of {count} rows off by {off:.1e}"
+
+
+def reload(specimen: Specimen) -> Finding:
+    """(f) Weights written as exports write them and read back are the same bits and give the same logits."""
+    batch = g.collate(specimen, g.rows_of(specimen, _shortest(specimen, 2)))
+    before = g.logits_of(specimen, batch)
+    weights = {name: tensor.detach().contiguous() for name, tensor in specimen.model.named_parameters()}
+    weights |= {name: tensor for name, tensor in specimen.model.state_dict().items() if "buffer" in name}
+    with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
+        with (Path(scratch) / "model.safetensors").open("wb") as stream:
+            write_tensors(stream, [spec_of(*item) for item in weights.items()], weights.__getitem__, {"format": "pt"})
+        specimen.model.config.save_pretrained(scratch)
+        loaded = type(specimen.model).from_pretrained(
+            scratch, dtype=before.dtype, attn_implementation=specimen.model.config._attn_implementation
+        )
+    again = g.logits_of(replace(specimen, model=loaded.eval()), batch)
+    changed = [name for name, p in loaded.named_parameters() if not p.equal(weights[name])]
+    moved = float((before - again).abs().max())
+    return not changed and moved <= SAME, f"{len(changed)} weights changed, logits by at most {moved:.1e}"
+
+
+def _order(specimen: Specimen) -> Order:
+    return Order(len(specimen.packs), STEP_PACKS, max(len(specimen.packs), STEP_PACKS), specimen.seed)
+
+
+def _fullest(specimen: Specimen, count: int) -> list[int]:
+    """Packs of the most documents, then the longest."""
+    documents = np.diff(specimen.packs.offsets)
+    lengths = specimen.packs.sums(specimen.shards.lengths)
+    return [int(pack) for pack in np.lexsort((-lengths, -documents))[:count]]
+
+
+def _shortest(specimen: Specimen, count: int) -> list[int]:
+    order = np.argsort(specimen.packs.sums(specimen.shards.lengths), kind="stable")
+    return [int(pack) for pack in order[:count]]
+
+
+def _changed(row: Row, specimen: Specimen) -> Row:
+    """The row with other tokens in its middle, of the same length."""
+    ids = np.array(row.input_ids)
+    middle = slice(1, max(len(ids) - 1, 2))
+    ids[middle] = np.where(ids[middle] == _other_token(specimen), _other_token(specimen) - 1, _other_token(specimen))
+    return Row(row.index, ids, row.extra)
+
+
+def _other_token(specimen: Specimen) -> int:
+    return int(specimen.model.config.vocab_size) - 2
+
+
+def _by_row(specimen: Specimen, batch: Batch, logits: Any) -> dict[int, Any]:
+    """Logits of each document of a batch, padding left out."""
+    if batch.segments is not None:
+        return {int(row): logits[batch.segments == place] for place, row in enumerate(batch.rows)}
+    lengths = batch.inputs["attention_mask"].sum(1)
+    whole = logits.dim() == 3 and logits.shape[1] == batch.labels.shape[1] if batch.labels.ndim > 1 else False
+    return {
+        int(row): logits[place, : int(lengths[place])] if whole else logits[place]
+        for place, row in enumerate(batch.rows)
+    }
+
+
+CHECKS: dict[str, Check] = {
+    "isolation": isolation,
+    "packed_as_separate": packed_as_separate,
+    "cut_of_step": cut_of_step,
+    "each_row_once": each_row_once,
+    "padding": padding,
+    "target_share": target_share,
+    "model_agrees": model_agrees,
+    "reload": reload,
+}

@@ -1,0 +1,112 @@
+"""Runs the checks on a job and keeps the result by what it depends on. Begin at `verify_job`.
+
+The result stands under storage/verify/, keyed by the digest of model, attention backend, task, packing and library
+versions, so that a launch asks again only after one of them changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from trainers.data.manifest import Record
+from trainers.errors import TrainingError
+from trainers.job import Job
+from trainers.model_source import ModelFolder
+from trainers.storage import Folder
+from trainers.verification.checks import CHECKS, Finding
+from trainers.verification.precision import bf16_follows
+from trainers.verification.sample import Specimen, take_specimen
+
+VERSION = 1
+"""Raised whenever a check changes."""
+
+
+class CheckResult(Record):
+    """One check."""
+
+    name: str
+    passed: bool
+    detail: str
+    seconds: float
+
+
+class Verification(Record):
+    """What the checks said of a model, a task and an attention backend."""
+
+    schema_version: int = 1
+    key: str
+    task: str
+    attention: str
+    packing: bool
+    checks: tuple[CheckResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check did."""
+        return all(check.passed for check in self.checks)
+
+
+def verification_key(job: Job, model: ModelFolder) -> str:
+    """What a result depends on."""
+    libraries = [version(name) for name in ("torch", "transformers")]
+    parts = [VERSION, model.digest, job.model.attention, job.task, job.packing, job.train.objective, *libraries]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verification:
+    """Check a job's model on a few of its rows, or read what was found before.
+
+    Args:
+        again: check even where a result is kept.
+
+    Raises:
+        DataError: where no row can be used.
+    """
+    import torch
+
+    folder, key = Folder(job.storage) / "verify", verification_key(job, model)
+    name = f"{key}.json"
+    if not again and folder.exists(name):
+        return Verification.model_validate_json(folder.read_bytes(name))
+    torch.set_num_threads(job.scale.cpus_per_worker)
+    with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
+        specimen = take_specimen(job, model.path, Path(scratch))
+        attention = str(specimen.model.config._attn_implementation)
+        checks = run_checks(specimen)
+    found = Verification(key=key, task=job.task, attention=attention, packing=job.packing, checks=checks)
+    folder.write_bytes(name, found.model_dump_json(indent=1).encode())
+    return found
+
+
+def run_checks(specimen: Specimen) -> tuple[CheckResult, ...]:
+    """All checks on one specimen; one that raises has failed. The last changes the model."""
+    return tuple(_run(name, check, specimen) for name, check in {**CHECKS, "bf16": bf16_follows}.items())
+
+
+def _run(name: str, check: object, specimen: Specimen) -> CheckResult:
+    began = time.perf_counter()
+    try:
+        passed, detail = _call(check, specimen)
+    except Exception as error:  # whatever the model's code raises is the finding
+        passed, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return CheckResult(name=name, passed=passed, detail=detail, seconds=time.perf_counter() - began)
+
+
+def _call(check: object, specimen: Specimen) -> Finding:
+    assert callable(check)
+    finding: Finding = check(specimen)
+    return finding
+
+
+def demand(found: Verification) -> None:
+    """Raises TrainingError where a check failed."""
+    failed = [f"{check.name}: {check.detail}" for check in found.checks if not check.passed]
+    if failed:
+        raise TrainingError(
+            f"the self-tests of task {found.task} with {found.attention} attention failed, so training would not do "
+            f"what it says: {'; '.join(failed)}. Choose another model.attention, or data.packing: false"
+        )
