@@ -54,7 +54,7 @@ def _load(path: Path, overrides: Sequence[str] | None) -> Any:
 
 @app.command()
 def init(
-    template: Annotated[str, typer.Argument(help="quickstart, or a task: classify, sft, pretrain.")],
+    template: Annotated[str, typer.Argument(help="quickstart, or a task: classify, tag, extract, ...")],
     path: Annotated[Path | None, typer.Argument(help="Where to write; default: named like the template.")] = None,
 ) -> None:
     """Write a commented job file; for quickstart its data too."""
@@ -73,6 +73,23 @@ def plan(job_path: JobPath, overrides: Overrides = None, as_json: AsJson = False
     job = _load(job_path, overrides)
     found = plan_job(job, check_job(job))
     _print_json(found.model_dump(mode="json")) if as_json else plan_table(found)
+
+
+@app.command()
+def verify(
+    job_path: JobPath,
+    again: Annotated[bool, typer.Option(help="Test anew where a result is kept.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run numerical self-tests on this model, task and attention backend, with the job's own rows."""
+    from orchestrator.tables import verification_table
+    from orchestrator.verify import verify as run_checks
+    from trainers.verification.verify import demand
+
+    found = run_checks(_load(job_path, overrides), again)
+    _print_json(found.model_dump(mode="json")) if as_json else verification_table(found)
+    demand(found)
 
 
 @app.command()

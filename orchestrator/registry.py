@@ -6,6 +6,7 @@ Reading is `registry_read.py`'s, the decision `promotion.py`'s.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -160,13 +161,18 @@ def _curves(run: Folder, best: Evaluation, time_ms: int) -> Iterator["Metric"]:
     for step in steps:
         evaluation = Evaluation.model_validate_json((run / "evals").read_bytes(f"step-{step:08d}.json"))
         for name, value in evaluation.metrics.items():
-            yield Metric(f"eval/{name}", value, time_ms, step)
+            yield Metric(_metric_name(f"eval/{name}"), value, time_ms, step)
     for name, value in best.metrics.items():
-        yield Metric(f"best/{name}", value, time_ms, best.step)
+        yield Metric(_metric_name(f"best/{name}"), value, time_ms, best.step)
     for event in _thinned(steps_of(read_events(run))):
         for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s"):
             if isinstance(event.get(name), int | float):
                 yield Metric(f"train/{name}", float(event[name]), time_ms, int(event["step"]))
+
+
+def _metric_name(name: str) -> str:
+    """A name that MLflow takes: labels of the data may hold any character."""
+    return re.sub(r"[^\w .\-/]", "_", name)
 
 
 def _thinned(events: list[Event]) -> list[Event]:

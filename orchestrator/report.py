@@ -16,7 +16,7 @@ from orchestrator.report_tables import class_tables, evaluation_table, ledger_ta
 from trainers.data.manifest import Shards
 from trainers.errors import EvaluationError
 from trainers.job import Job
-from trainers.judged import read_judged
+from trainers.judged import read_judged, read_labels
 from trainers.runs import RunResult
 from trainers.storage import Folder
 
@@ -121,5 +121,7 @@ def _classes(run: Folder, job: Job, best_step: int | None, shards: Shards | None
         judged = read_judged(run, best_step)
     except EvaluationError:
         return None
-    names = tuple(shards.train.labels) if shards else ()
+    if "label" not in judged:  # several labels a row: metrics by class stand in the table of evaluations
+        return None
+    names = tuple(shards.train.labels) if shards else tuple(read_labels(run, best_step))
     return {"step": best_step, **class_tables(judged["label"], judged["prediction"], names)}

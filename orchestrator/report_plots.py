@@ -101,7 +101,7 @@ def _loss(
 
 
 def _metrics(done: Sequence[Evaluation], restarts: list[float], best_step: int | None) -> str | None:
-    names = sorted({name for one in done for name in one.metrics if name not in UNBOUNDED})
+    names = sorted({name for one in done for name in one.metrics if name not in UNBOUNDED and "/" not in name})
     series = {name: points for name in names if (points := _metric_series(done, name))[0]}
     if not series:
         return None

@@ -25,7 +25,7 @@ def number(value: object) -> str:
 
 def evaluation_table(evaluations: Sequence[Evaluation], best_step: int | None) -> Table:
     """Metrics by step; failures stand among them with their reason."""
-    names = sorted({name for one in evaluations for name in one.metrics})
+    names = sorted({name for one in evaluations for name in one.metrics if "/" not in name})
     rows = []
     for one in sorted(evaluations, key=lambda one: one.step):
         failed = one.status == "failed"

@@ -14,6 +14,7 @@ from orchestrator.status import RunStatus, headline
 from trainers.data.manifest import ShardManifest
 from trainers.job import Job
 from trainers.runs import Evaluation
+from trainers.verification.verify import Verification
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -91,7 +92,7 @@ def ledger_table(splits: Sequence[ShardManifest]) -> None:
 
 def evaluations_table(job: Job, records: Sequence[Evaluation]) -> None:
     """Metrics by step."""
-    names = sorted({name for one in records for name in one.metrics})
+    names = sorted({name for one in records for name in one.metrics if "/" not in name})
     rows = [(one.step, *(one.metrics.get(name) for name in names), one.error or one.status) for one in records]
     show(f"evaluations of {job.name}", ("step", *names, "state"), rows)
 
@@ -116,6 +117,13 @@ def versions_table(found: Sequence[ModelVersion]) -> None:
         plain = [(name, value) for name, value in fields.items() if name not in nested]
         deeper = [(f"{name}.{key}", value) for name, values in nested.items() for key, value in values.items()]
         show(f"{one.model} version {one.version}", ("what", "value"), plain + deeper)
+
+
+def verification_table(found: Verification) -> None:
+    """One line a self-test."""
+    rows = [(one.name, "ok" if one.passed else "fail", one.detail, round(one.seconds, 1)) for one in found.checks]
+    title = f"self-tests of task {found.task} with {found.attention} attention, key {found.key}"
+    show(title, ("test", "state", "found", "seconds"), rows, [STYLES[row[1]] for row in rows])
 
 
 def checks_table(checks: Sequence[Check]) -> None:

@@ -4,7 +4,8 @@ Metrics are sums over these numbers, so keeping them lets two checkpoints be com
 are gone. Knows the file's form; what the columns mean is the task's business.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,10 @@ def judged_name(step: int) -> str:
     return f"evals/{step_name(step)}.arrow"
 
 
-def write_judged(run: Folder, step: int, rows: Array, judged: Mapping[str, Array]) -> None:
+LABELS = b"labels"
+
+
+def write_judged(run: Folder, step: int, rows: Array, judged: Mapping[str, Array], labels: Sequence[str] = ()) -> None:
     """Store what `Task.judge` returned for all documents, sorted by row.
 
     Args:
@@ -31,6 +35,7 @@ def write_judged(run: Folder, step: int, rows: Array, judged: Mapping[str, Array
         step: the checkpoint that was evaluated.
         rows: int [documents], the documents' places in the evaluation split, each once, in any order.
         judged: the task's numbers, each [documents], aligned with `rows`.
+        labels: names of the classes, kept beside the numbers.
 
     Raises:
         EvaluationError: where a row stands twice or a column is of another length.
@@ -44,8 +49,20 @@ def write_judged(run: Folder, step: int, rows: Array, judged: Mapping[str, Array
         twice = rows[order][1:][np.diff(rows[order]) == 0]
         raise EvaluationError(f"evaluation of step {step} judged rows more than once: {twice[:10].tolist()}")
     table = pa.table({ROW: rows[order], **{name: np.asarray(values)[order] for name, values in judged.items()}})
+    table = table.replace_schema_metadata({LABELS: json.dumps(list(labels)).encode()})
     with run.open_output(judged_name(step)) as stream, pa.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table)
+
+
+def read_labels(run: Folder, step: int) -> list[str]:
+    """Names of the classes of one evaluation; none where it is missing or its task has none."""
+    try:
+        with run.open_input(judged_name(step)) as stream:
+            metadata = pa.ipc.open_file(stream).schema.metadata or {}
+    except (OSError, pa.ArrowException):
+        return []
+    names: list[str] = json.loads(metadata.get(LABELS, b"[]"))
+    return names
 
 
 def read_judged(run: Folder, step: int) -> dict[str, Array]:

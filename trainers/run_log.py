@@ -55,6 +55,7 @@ class RunLog:
             self._scalars(event, {tag: event[field] for field, tag in STEP_SCALARS.items() if field in event})
         elif event["kind"] == "evaluation":
             self._scalars(event, {f"eval/{name}": value for name, value in event["metrics"].items()})
+            self._picture(int(event["step"]), event["time"])
 
     def _open_tensorboard(self, step: int) -> None:
         """After a restart, `purge_step` hides the points of steps that are done again."""
@@ -70,6 +71,15 @@ class RunLog:
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, event["step"], walltime=event["time"])
         self._writer.flush()
+
+    def _picture(self, step: int, walltime: float) -> None:
+        """The confusion matrix of a classification, where the evaluation left its rows."""
+        from trainers.confusion import draw_confusion
+
+        figure = draw_confusion(self._run, step)
+        if figure is not None:
+            self._writer.add_figure("eval/confusion", figure, step, walltime=walltime)
+            self._writer.flush()
 
     def close(self) -> None:
         """Flush both files."""

@@ -11,7 +11,8 @@ from trainers.verification import gradients as g
 from trainers.verification.sample import Specimen
 
 STEPS = 3
-RATE = 1e-4
+RATE = 1e-5
+"""Adam's first steps are as long as the rate whatever the gradient, so a large one would magnify rounding."""
 OFF = 0.05
 """Relative difference of the losses: bf16 keeps 8 bits, and a mean over many targets most of that."""
 

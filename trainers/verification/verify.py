@@ -7,6 +7,7 @@ versions, so that a launch asks again only after one of them changed.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 import time
 from importlib.metadata import version
@@ -21,6 +22,8 @@ from trainers.verification.checks import CHECKS, Finding
 from trainers.verification.precision import bf16_follows
 from trainers.verification.sample import Specimen, take_specimen
 
+SMALL_BYTES = 20 * 2**20
+"""Weights below which several threads only wait for one another."""
 VERSION = 1
 """Raised whenever a check changes."""
 
@@ -72,7 +75,8 @@ def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verificatio
     name = f"{key}.json"
     if not again and folder.exists(name):
         return Verification.model_validate_json(folder.read_bytes(name))
-    torch.set_num_threads(job.scale.cpus_per_worker)
+    if sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) > SMALL_BYTES:
+        torch.set_num_threads(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
         specimen = take_specimen(job, model.path, Path(scratch))
         attention = str(specimen.model.config._attn_implementation)
