@@ -121,7 +121,7 @@ def test_the_sft_template_names_the_installed_package(tmp_path, monkeypatch):
 
 
 def test_unknown_templates_and_unwritable_places_are_refused(tmp_path):
-    with pytest.raises(JobError, match="quickstart, classify, sft, pretrain"):
+    with pytest.raises(JobError, match="quickstart, classify, tag, extract"):
         write_job("quickstar")
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match="cannot be written"):
