@@ -3,8 +3,9 @@
     python -m tests.benchmarks.bench_tasks --data DIR --task ner --steps 60 [--smol FOLDER] [--seeds 2]
 
 DIR holds one folder a task. Encoder tasks train MiniLM, the others the model folder given by --smol; the table shows
-the untouched model too, where it has a head. Both sides read the same tokenized rows and are judged by the same evaluation;
-the Trainer's side computes its own loss and has its own loop, optimizer and schedule. Ours runs one ZeRO-3 rank.
+the untouched model too, where it has a head. Both sides read the same tokenized rows and are judged by the same
+evaluation; the Trainer's side computes its own loss and has its own loop, optimizer and schedule. Ours runs one ZeRO-3
+rank.
 """
 
 import argparse

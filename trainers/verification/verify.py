@@ -75,8 +75,8 @@ def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verificatio
     name = f"{key}.json"
     if not again and folder.exists(name):
         return Verification.model_validate_json(folder.read_bytes(name))
-    if sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) > SMALL_BYTES:
-        torch.set_num_threads(os.cpu_count() or 1)
+    small = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) < SMALL_BYTES
+    torch.set_num_threads(1 if small else os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
         specimen = take_specimen(job, model.path, Path(scratch))
         attention = str(specimen.model.config._attn_implementation)
