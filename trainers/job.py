@@ -21,7 +21,10 @@ Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrain": (("text",), ()),
-    "sft": (("messages",), ("prompt", "completion")),
+    "sft": (
+        ("messages",),
+        ("prompt", "completion", "conversations", "instruction", "input", "output", "system", "history", "tools"),
+    ),
     "classify": (("text", "label"), ("text_pair",)),
 }
 """For each task its required and its optional fields; `data.columns` maps a field to the data's column."""
@@ -52,11 +55,22 @@ class ModelSection(Section):
     """Run Python code that the model repository ships."""
 
 
+class SourceSection(Section):
+    """One part of a mixture."""
+
+    path: str
+    """A path, glob, folder or data set, as `data.train` takes it."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """How often each of its rows is shown an epoch: 2 shows all twice, 0.5 a half of them, drawn by the seed."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Instead of a weight: tokens an epoch, reached by leaving rows out or by showing them again."""
+
+
 class DataSection(Section):
     """Which rows, and how they become sequences."""
 
-    train: Strings
-    """Paths, globs or folders; local or s3://, gs://, hdfs://."""
+    train: Annotated[tuple[str | SourceSection, ...], Field(strict=False)]
+    """Paths, globs or folders; local or s3://, gs://, hdfs://; hf:// data sets. Or {path, weight}, {path, tokens}."""
     eval: Strings = ()
     """The same for evaluation; or `eval_fraction`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -73,6 +87,20 @@ class DataSection(Section):
     """Several documents a sequence, none seeing another; null means yes for pretrain and sft."""
     max_drop_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of rows that may be dropped before the data is refused."""
+    dedup: Literal["exact", "near"] | None = None
+    """Leave out training rows that repeat an earlier one: in all but case and outer white space, or nearly."""
+    decontaminate: Literal["report", "drop"] = "report"
+    """Training rows that say what an evaluation row says: counted, or left out as well."""
+
+    @property
+    def train_paths(self) -> tuple[str, ...]:
+        """The paths of `train`, without weights."""
+        return tuple(one if isinstance(one, str) else one.path for one in self.train)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether any part of the training data has a weight or a number of tokens."""
+        return any(not isinstance(one, str) and (one.weight or one.tokens) for one in self.train)
 
 
 class TrainSection(Section):

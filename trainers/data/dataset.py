@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from trainers.data.index import read_counts
 from trainers.data.manifest import ShardManifest, ShardRecord
 from trainers.data.shard_files import ORIGIN, shard_schema
 from trainers.errors import DataError
@@ -62,6 +63,13 @@ class ShardSet:
 
     @cached_property
     def _counts(self) -> tuple[Array, Array]:
+        """Lengths and targets: from the index beside the shards, or from the shards where there is none."""
+        counts = read_counts(self.folder)
+        if counts is None or len(counts) != len(self):
+            return self.scan()
+        return np.ascontiguousarray(counts["length"]), counts["targets"].astype(np.int64)
+
+    def scan(self) -> tuple[Array, Array]:
         """Lengths and targets in one pass over the shards, none of which stays open for it."""
         lengths = np.zeros(len(self), dtype=np.int32)
         targets = np.zeros(len(self), dtype=np.int64)

@@ -92,6 +92,15 @@ def find_sources(patterns: Sequence[str], format: FormatName | None, where: str)
     return tuple(_source(*named[uri], where=where) for uri in sorted(named))
 
 
+def entries_of(sources: Sequence[SourceFile], patterns: Sequence[str], format: FormatName | None) -> tuple[int, ...]:
+    """For each source the first of the patterns that names it."""
+    entry: dict[str, int] = {}
+    for place, pattern in enumerate(patterns):
+        for named in _resolve(pattern, format):
+            entry.setdefault(named.uri, place)
+    return tuple(entry[source.uri] for source in sources)
+
+
 def source_key(sources: Sequence[SourceFile]) -> str:
     """Digest of what the files hold and how they are read, in order; where they lie does not count."""
     lines = (f"{source.digest} {source.format} {source.compression}" for source in sources)

@@ -1,10 +1,18 @@
-"""The model's tokenizer, as the data stage uses it: batches in, ids and character offsets out."""
+"""The model's tokenizer, as the data stage uses it: batches of texts in, ids and character offsets out.
 
+`load_encoder` reads it with transformers, once; `Encoder.spec` is what other processes need in order to have the same
+one in milliseconds, without transformers. Which library makes the ids is `quick_tokenizer`'s affair.
+"""
+
+import json
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from trainers.data.encoded import Array, Tokens
+from trainers.data.quick_tokenizer import QuickTokenizer, bytes_of_ids, check_sample, open_quick
 from trainers.errors import DataError, JobError
 
 TOKENIZER_FILES = (
@@ -23,39 +31,70 @@ TOKENIZER_FILES = (
 """Files of a model folder that decide which ids a text becomes; their digest is part of the shard key."""
 
 
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer as one process hands it to another."""
+
+    folder: str
+    trust_remote_code: bool
+    backend: str
+    """tokenizers' own JSON."""
+    eos_id: int | None
+    pad_id: int
+
+
 class Encoder:
     """A fast (Rust) tokenizer without padding or truncation of its own.
 
-    Raises:
-        JobError: where the folder holds no fast tokenizer.
+    Args:
+        spec: what `read_spec` gave, in this process or another.
+        quick: use a quicker library where it loads this tokenizer; what it gives is checked on a sample.
     """
 
-    def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
-        from transformers import AutoTokenizer  # 1.6 s: only the processes that tokenize pay it
+    def __init__(self, spec: TokenizerSpec, quick: bool = True) -> None:
+        from tokenizers import Tokenizer
 
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise JobError(f"model.path: no tokenizer can be loaded from {folder}: {error}") from error
-        if not self.tokenizer.is_fast:
-            raise JobError(f"model.path: {folder} has only a slow tokenizer; convert it to tokenizer.json first")
-        self._backend = self.tokenizer.backend_tokenizer
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self.spec = spec
+        self.quick = quick
+        self._backend = Tokenizer.from_str(spec.backend)
+        self._quick: QuickTokenizer | None = open_quick(spec.backend, self._backend) if quick else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer."""
+        return _load_tokenizer(self.spec.folder, self.spec.trust_remote_code)
 
     @property
     def eos_id(self) -> int | None:
         """Id of the end-of-sequence token, if there is one."""
-        eos: int | None = self.tokenizer.eos_token_id
-        return eos
+        return self.spec.eos_id
 
     @property
     def pad_id(self) -> int:
         """Id that fills short sequences; never attended to, never a target."""
-        for value in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if value is not None:
-                return int(value)
-        return 0
+        return self.spec.pad_id
+
+    @property
+    def library(self) -> str:
+        """What makes the ids: gigatoken or tokenizers."""
+        return "gigatoken" if self._quick else "tokenizers"
+
+    @cached_property
+    def bytes_of_ids(self) -> Array | None:
+        """Bytes of text that each id stands for, int32 [vocabulary]; None where ids do not spell the text out."""
+        return bytes_of_ids(json.loads(self.spec.backend))
+
+    def encode_ids(self, texts: Sequence[Any], special: bool = True) -> Tokens:
+        """Ids of texts, or of (text, pair) tuples, as arrays: the way to go for many.
+
+        Raises:
+            TokenizerDiffers: where the quick library is caught giving other ids than tokenizers does.
+        """
+        if self._quick is None or any(isinstance(text, tuple) for text in texts):
+            return Tokens.of([one.ids for one in self.encode(texts, special)])
+        tokens = self._quick.encode(list(texts), special)
+        check_sample(texts, tokens, self._backend, special)
+        return tokens
 
     def encode(self, texts: Sequence[Any], special: bool = True) -> list[Any]:
         """Encodings of texts, or of (text, pair) tuples, without character offsets."""
@@ -73,16 +112,50 @@ class Encoder:
         finally:
             self._backend.no_truncation()
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
         """A conversation as the model's chat template writes it. Raises DataError where there is no template."""
         if self.tokenizer.chat_template is None:
             raise DataError(
                 "the tokenizer has no chat template, which task sft needs: choose an instruction-tuned model"
             )
-        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False))
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments))
+
+
+def read_spec(folder: str | Path, trust_remote_code: bool = False) -> TokenizerSpec:
+    """The tokenizer of a model folder, read with transformers.
+
+    Raises:
+        JobError: where the folder holds no fast tokenizer.
+    """
+    tokenizer = _load_tokenizer(str(folder), trust_remote_code)
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(int(value) for value in ids if value is not None)
+    return TokenizerSpec(str(folder), trust_remote_code, backend.to_str(), tokenizer.eos_token_id, pad_id)
 
 
 @lru_cache(maxsize=2)
 def load_encoder(folder: str, trust_remote_code: bool = False) -> Encoder:
     """The encoder of a model folder, loaded once a process."""
-    return Encoder(folder, trust_remote_code)
+    return Encoder(read_spec(folder, trust_remote_code))
+
+
+@lru_cache(maxsize=2)
+def encoder_of(spec: TokenizerSpec, quick: bool) -> Encoder:
+    """The encoder of a spec, made once a process."""
+    return Encoder(spec, quick)
+
+
+@lru_cache(maxsize=2)
+def _load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer  # 1.6 s: only processes that read a spec or render chats pay it
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise JobError(f"model.path: no tokenizer can be loaded from {folder}: {error}") from error
+    if not tokenizer.is_fast:
+        raise JobError(f"model.path: {folder} has only a slow tokenizer; convert it to tokenizer.json first")
+    return tokenizer
