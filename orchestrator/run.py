@@ -15,6 +15,7 @@ from orchestrator.evaluation import EvaluationRequest
 from orchestrator.evaluation_pool import EvaluationPool
 from orchestrator.lineage import lineage
 from orchestrator.mlflow_client import registry_uri
+from orchestrator.plan import plan_job
 from orchestrator.preflight import check_job
 from orchestrator.promotion import Judged, Promotion, decide
 from orchestrator.ray_session import check_placement, ray_session
@@ -71,8 +72,12 @@ def run_job(job: Job, address: str | None, screen: Screen) -> tuple[Folder, RunR
             screen.say(f"already done: {folder}")
             return folder, result
     with ray_session(address), screen.live():
+        began = time.monotonic()
         shards = write_shards(job, model.path, screen.on_shards)
         with open_run(run_folder(job, model.digest, shards), job) as opened:
+            opened.note_stage("shard", time.monotonic() - began)
+            plan = plan_job(job, model)
+            opened.folder.write_bytes("plan.json", plan.model_dump_json(indent=1).encode())
             stages = Stages(job, model, shards, opened, screen)
             with _failures_recorded(stages):
                 return opened.folder, run_stages(stages)
@@ -166,8 +171,14 @@ def finish(stages: Stages, evaluations: list[Evaluation], best: Evaluation, vers
         }
     )
     stages.run.write_bytes("result.json", result.model_dump_json(indent=1).encode())
-    write_report(stages.run, result, stages.job, stages.opened.events())
+    report(stages, result)
     return result
+
+
+def report(stages: Stages, result: RunResult) -> None:
+    """Write report.html, also of a run that ended badly."""
+    parents = lineage(stages.job, stages.shards, stages.model.digest)
+    write_report(stages.run, result, stages.job, stages.opened.events(), stages.shards, parents)
 
 
 @contextmanager
@@ -178,6 +189,7 @@ def _failures_recorded(stages: Stages) -> Iterator[None]:
     except TuneyardError as error:
         result = summarize(stages.opened, "preempted" if isinstance(error, Preempted) else "failed", str(error))
         stages.run.write_bytes("result.json", result.model_dump_json(indent=1).encode())
+        report(stages, result)
         raise
 
 

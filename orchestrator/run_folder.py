@@ -4,7 +4,7 @@ import fcntl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import yaml
 
@@ -33,7 +33,11 @@ class OpenRun:
         try:
             yield
         finally:
-            self.log.append({"kind": "stage", "stage": stage, "seconds": time.monotonic() - began})
+            self.note_stage(stage, time.monotonic() - began)
+
+    def note_stage(self, stage: str, seconds: float) -> None:
+        """Add wall time to a stage."""
+        self.log.append({"kind": "stage", "stage": stage, "seconds": seconds})
 
     def steps(self, event: Mapping[str, Any]) -> int:
         """Steps of the whole run, as the ranks said at their start."""
@@ -54,15 +58,23 @@ def open_run(folder: Folder, job: Job) -> Iterator[OpenRun]:
     """
     folder.write_bytes("job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
     with (folder.path / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JobError(f"another `tuneyard run` is at work on {folder}; wait for it or stop it first") from None
+        if not _lock(lock):
+            time.sleep(0.2)  # `tuneyard status` holds it for a moment when it looks
+        if not _lock(lock):
+            raise JobError(f"another `tuneyard run` is at work on {folder}; wait for it or stop it first")
         opened = OpenRun(folder, job)
         try:
             yield opened
         finally:
             opened.log.close()
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def finished_result(folder: Folder) -> RunResult | None:

@@ -74,6 +74,23 @@ def run_status(storage: Folder, run: str | None = None) -> list[RunStatus]:
     return sorted(found, key=lambda one: math.inf if one.event_age_s is None else one.event_age_s)
 
 
+def headline(one: RunStatus) -> dict[str, str]:
+    """The fields worth a column on a terminal, as texts."""
+    age = "" if one.event_age_s is None else f"{one.event_age_s:,.0f} s ago"
+    best = "" if one.best_value is None else f"{one.metric} {one.best_value:.4f} at {one.best_step}"
+    return {
+        "run": one.run,
+        "state": one.state,
+        "step": f"{one.step} of {one.steps}" if one.steps else str(one.step),
+        "checkpoint": "" if one.last_checkpoint is None else str(one.last_checkpoint),
+        "best": best,
+        "loss": "" if one.loss is None else f"{one.loss:.4f}",
+        "tokens/s": "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}",
+        "last event": age,
+        "registered": one.registered or "",
+    }
+
+
 def _choose(names: list[str], wanted: str, runs: Folder) -> list[str]:
     wanted = wanted.rstrip("/").rpartition("/")[2]
     chosen = [name for name in names if name == wanted] or [name for name in names if name.startswith(wanted)]

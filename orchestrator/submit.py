@@ -68,7 +68,7 @@ def connect(address: str) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it tells of every upload
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:

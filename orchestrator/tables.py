@@ -10,7 +10,7 @@ from rich.table import Table
 from orchestrator.doctor import Check
 from orchestrator.plan import Plan
 from orchestrator.registry_read import ModelVersion, RegisteredModel
-from orchestrator.status import RunStatus
+from orchestrator.status import RunStatus, headline
 from trainers.data.manifest import ShardManifest
 from trainers.job import Job
 from trainers.runs import Evaluation
@@ -98,8 +98,8 @@ def evaluations_table(job: Job, records: Sequence[Evaluation]) -> None:
 
 def status_table(found: Sequence[RunStatus]) -> None:
     """One line a run."""
-    names = list(RunStatus.model_fields)
-    show("runs", names, [[getattr(one, name) for name in names] for one in found])
+    lines = [headline(one) for one in found]
+    show("runs", list(lines[0]) if lines else ("no runs yet",), [list(line.values()) for line in lines])
 
 
 def models_table(found: Sequence[RegisteredModel]) -> None:

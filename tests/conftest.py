@@ -1,13 +1,26 @@
 """Fixtures that several packages' tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.ray_head import ray_head
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none may wait for it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
 )
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[str]:
+    """Address of the dashboard of a Ray head of two cores."""
+    with ray_head() as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

@@ -82,3 +82,44 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
             messages.append({"role": "assistant", "content": f"the film is {'good' if index % 2 else 'not good'}"})
         rows.append({"messages": messages})
     return rows
+
+
+def shard_locally(job: Any) -> Any:
+    """A job's shards, written in this process as the data stage's tasks would."""
+    from trainers.data.keys import manifest_of, plan_splits
+    from trainers.data.manifest import MANIFEST, Shards, shards_folder
+    from trainers.data.readers import plan_units, task_columns
+    from trainers.data.shard_writer import ShardWork, write_unit
+    from trainers.storage import Folder
+    from trainers.tasks import EncodeRules
+
+    manifests = []
+    for plan in plan_splits(job, job.model.path):
+        folder = shards_folder(Folder(job.storage), plan.key)
+        rules = EncodeRules(job.data.max_length, job.overlong)
+        work = ShardWork(folder, plan, job.task, task_columns(job), rules, job.model.path)
+        records = {unit.index: write_unit(work, unit) for unit in plan_units(plan.sources)}
+        manifest = manifest_of(plan, job.task, records)
+        folder.write_bytes(MANIFEST, manifest.model_dump_json().encode())
+        manifests.append(manifest)
+    return Shards(train=manifests[0], eval=manifests[1])
+
+
+def tiny_job(folder: Path, model: Path, task: str, rows: list[dict[str, Any]], **sections: Any) -> Any:
+    """A job over `rows`, a fifth of them for evaluation, with its data under `folder`."""
+    from trainers.job_file import parse_job
+
+    held_out = max(len(rows) // 5, 1)
+    train, held = write_rows(folder / "train.jsonl", rows[held_out:]), write_rows(folder / "dev.jsonl", rows[:held_out])
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "task": task,
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": [str(train)], "eval": [str(held)], "max_length": 64},
+        "train": {"global_batch_size": 8, "steps": 6, "learning_rate": 1e-3, "warmup_ratio": 0.0},
+        "checkpoint": {"every_steps": 3},
+        "storage": str(folder / "storage"),
+    }
+    for name, values in sections.items():
+        raw[name] = {**raw.get(name, {}), **values} if isinstance(values, dict) else values
+    return parse_job(raw)

@@ -22,11 +22,12 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
     """
     import deepspeed
     import torch
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     # DeepSpeed's all-reduce over shared memory is compiled at first use and waits for ever on a peer that died
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)  # finds the process group that join_world made
+    unset_hf_deepspeed_config()
     partition_on_load = HfDeepSpeedConfig(config) if config["zero_optimization"]["stage"] == 3 else None
     torch.manual_seed(job.train.seed)  # a new head is initialized alike at any world size
     model = task.load_model(model_path, pad_id=pad_id, **load_options(job))

@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from orchestrator.status import run_status
+from orchestrator.status import headline, run_status
 from trainers.errors import JobError
 from trainers.job_file import parse_job
 from trainers.runs import Evaluation, RegisteredVersion, RunResult
@@ -74,6 +74,8 @@ def test_progress_is_told_from_events_checkpoints_and_evaluations(storage):
     assert (one.metric, one.best_step, one.best_value) == ("accuracy", 10, 0.7)
     assert (one.loss, one.tokens_per_s) == (1 / 20, 120.0)
     assert 9 <= one.event_age_s < 60
+    told = headline(one)
+    assert (told["step"], told["checkpoint"], told["best"]) == ("20 of 50", "20", "accuracy 0.7000 at 10")
 
 
 def test_the_steps_planned_are_those_the_ranks_named_at_their_start(storage):
@@ -155,6 +157,7 @@ def test_a_run_just_begun_has_a_state(storage):
     (storage / "runs" / "new-00000000").write_bytes("driver.lock", b"")
     assert only(storage).state == "interrupted"
     assert only(storage).best_step is None
+    assert headline(only(storage))["best"] == ""
 
 
 def test_a_long_run_is_read_from_its_end(storage):

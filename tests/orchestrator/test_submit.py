@@ -1,16 +1,10 @@
 """Submitting through Ray Jobs to a real head node: logs come as they are written, exit codes pass through."""
 
-import contextlib
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -21,50 +15,6 @@ from trainers.errors import JobError, PlacementError
 from trainers.job_file import parse_job
 
 pytestmark = pytest.mark.cluster
-
-
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-@pytest.fixture(scope="module")
-def head():
-    """A Ray head of our own, whose PATH knows no Python of ours; ended with all it started, and nothing else is."""
-    folder = tempfile.mkdtemp(prefix="ty-")  # short: Ray's socket paths must stay under 108 bytes
-    gcs, dashboard, agent, agent_grpc, client = free_ports(5)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--temp-dir={folder}/ray"]
-    command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=1"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
-    command += [f"--ray-client-server-port={client}", "--object-store-memory=100000000", "--disable-usage-stats"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"PATH": "/usr/bin:/bin", "RAY_AUTH_MODE": "disabled"}
-    with Path(folder, "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        deadline = time.monotonic() + 90
-        while not answers(f"{address}/api/version"):
-            assert process.poll() is None and time.monotonic() < deadline, Path(folder, "log").read_text()
-            time.sleep(0.2)
-        yield address
-    finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def answers(url):
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as reply:
-        return reply.status == 200
-    return False
 
 
 @pytest.fixture
@@ -89,7 +39,7 @@ def test_the_job_runs_this_code_on_the_resolved_job_and_its_exit_code_is_returne
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     program = (
-        'import os, sys, orchestrator, trainers; from trainers.job import load_job; job = load_job("job.yaml"); '
+        'import os, sys, orchestrator, trainers; from trainers.job_file import load_job; job = load_job("job.yaml"); '
         "print(job.storage, job.train.steps); print(trainers.__file__, orchestrator.__file__); "
         'print(sys.executable); print(os.environ.get("HF_HUB_OFFLINE"), os.environ.get("HF_TOKEN")); sys.exit(75)'
     )

@@ -102,7 +102,19 @@ def _local(engine: Any, parameter: Any, kind: str, span: Span) -> Any:
         return whole.narrow(0, 0, length)
     if not span.trainable:
         return parameter.data.flatten()
-    return parameter._hp_mapping.get_hp_fragment(None if kind == "weight" else kind)
+    return _fragment(engine, parameter._hp_mapping, kind)
+
+
+def _fragment(engine: Any, mapping: Any, kind: str) -> Any:
+    """ZeRO-1 and -2: this rank's fragment of a parameter, inside the flat partition of its group.
+
+    DeepSpeed 0.19 links moments to parameters after the first group's first step, when the other groups have none yet,
+    so its own accessor knows those of one group only.
+    """
+    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    address = mapping.hp_fragment_address
+    values = flat.data if kind == "weight" else engine.optimizer.optimizer.state[flat][kind]
+    return values.narrow(0, address.start, address.numel)
 
 
 def restore_state(engine: Any, read: Read, optimizer_steps: int) -> None:
@@ -157,7 +169,6 @@ def _padded(values: Any, length: int) -> Any:
 
 def _restore_fragments(engine: Any, read: Read) -> None:
     """ZeRO-1 and -2: the fragments this rank owns, and the whole working weights, which every rank holds."""
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
         parameter.data.copy_(read("weight", name, 0, parameter.numel()).view(parameter.shape))
         mapping = parameter._hp_mapping if parameter.requires_grad else None
@@ -165,5 +176,4 @@ def _restore_fragments(engine: Any, read: Read) -> None:
             continue
         address = mapping.lp_fragment_address
         for kind in KINDS:
-            fragment = mapping.get_hp_fragment(None if kind == "weight" else kind)
-            fragment.data.copy_(read(kind, name, address.start, address.start + address.numel))
+            _fragment(engine, mapping, kind).copy_(read(kind, name, address.start, address.start + address.numel))

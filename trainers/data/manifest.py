@@ -14,7 +14,7 @@ KEPT, TRUNCATED, SPLIT = "kept", "truncated", "split"
 class Record(BaseModel):
     """Base of the records that stages leave behind as JSON: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class ShardRecord(Record):

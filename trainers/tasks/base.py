@@ -154,6 +154,7 @@ class Task(ABC):
         """The pretrained model with this task's head, by transformers' from_pretrained."""
         import transformers
 
+        transformers.logging.set_verbosity_error()  # it reports a new head as missing weights
         config = self.load_config(path, pad_id, trust_remote_code)
         auto: Any = getattr(transformers, self.auto_class)
         model: torch.nn.Module = auto.from_pretrained(

@@ -1,0 +1,322 @@
+"""The whole line on a tiny model, through the command line as a user runs it: once, again, killed, four ways."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.ray_head import answers, free_ports
+from tests.tiny import film_rows, make_bert, tiny_job
+from trainers.run_log import read_events
+from trainers.storage import Folder
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+MARK = "TUNEYARD_TEST_PROCESS"
+"""An environment variable that marks every process a command starts."""
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"} | extra
+
+
+def call(*words: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=environment(**extra), capture_output=True, text=True, timeout=400, check=False)
+
+
+def tuneyard(*words: str) -> subprocess.CompletedProcess[str]:
+    return call(sys.executable, "-m", "orchestrator", *words)
+
+
+@pytest.fixture(scope="module")
+def job_file(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    job = tiny_job(
+        folder,
+        make_bert(folder / "model", tiny_tokenizer),
+        "classify",
+        [row for row in film_rows(240) if "not" not in row["text"]],
+        train={"steps": 24, "learning_rate": 5e-3},
+        scale={"workers": 2},
+        checkpoint={"every_steps": 6, "keep": 3},
+    )
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(job.model_dump(mode="json")), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(job_file: Path) -> Path:
+    """The run folder of one undisturbed `tuneyard run`."""
+    done = tuneyard("run", str(job_file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "report" in done.stdout
+    return find_run(job_file, "tiny")
+
+
+def find_run(job_file: Path, name: str) -> Path:
+    (run,) = (job_file.parent / "storage" / "runs").glob(f"{name}-????????")
+    return run
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in read_events(Folder(str(run))) if event["kind"] == "step"}
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "result.json").read_text())
+
+
+def test_the_run_folder_holds_what_is_documented(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    documented = "job.yaml plan.json result.json events.jsonl report.html checkpoints evals export tensorboard logs"
+    assert set(documented.split()) <= names
+    result = result_of(finished)
+    assert result["status"] == "done"
+    assert (result["steps"], result["restarts"]) == (24, 0)
+    assert set(result["seconds"]) == {"shard", "train", "evaluate", "register"}
+    assert 0 < result["goodput"] <= 1
+    assert json.loads((finished / "plan.json").read_text())["steps"] == 24
+
+
+def test_every_kept_checkpoint_is_evaluated_and_the_best_is_registered(finished: Path) -> None:
+    result = result_of(finished)
+    kept = {path.name for path in (finished / "checkpoints").iterdir()}
+    assert {"step-00000012", "step-00000018", "step-00000024"} <= kept
+    evaluated = {f"step-{one['step']:08d}": one["metrics"]["accuracy"] for one in result["evaluations"]}
+    assert kept <= set(evaluated)
+    assert result["best"]["value"] == max(evaluated.values()) > 0.5
+    assert result["registry"] | {"source": ""} == {
+        "model": "tiny",
+        "version": 1,
+        "alias": "champion",
+        "step": result["best"]["step"],
+        "source": "",
+        "decision": "promoted: the model has no champion yet",
+    }
+    assert [path.name for path in (finished / "export").iterdir()] == [f"step-{result['best']['step']:08d}"]
+
+
+def test_the_export_opens_with_plain_from_pretrained_and_answers_as_evaluated(finished: Path, job_file: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = result_of(finished)["registry"]["source"]
+    model = AutoModelForSequenceClassification.from_pretrained(source).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    rows = [json.loads(line) for line in (job_file.parent / "dev.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        logits = model(**tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True)).logits
+    said = [model.config.id2label[int(index)] for index in logits.argmax(-1)]
+    correct = sum(word == row["label"] for word, row in zip(said, rows, strict=True))
+    assert correct / len(rows) == result_of(finished)["best"]["metrics"]["accuracy"]
+
+
+def test_the_same_command_again_does_nothing_twice(finished: Path, job_file: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (job_file.parent / "storage").rglob("*") if path.is_file()}
+    began = time.monotonic()
+    again = tuneyard("run", str(job_file))
+    assert again.returncode == 0
+    assert "already done" in again.stdout
+    assert time.monotonic() - began < 15
+    after = {path: path.stat().st_mtime_ns for path in (job_file.parent / "storage").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_status_and_registry_answer_in_json(finished: Path, job_file: Path) -> None:
+    storage = str(job_file.parent / "storage")
+    (status,) = json.loads(tuneyard("status", "tiny", "--storage", storage, "--json").stdout)
+    assert (status["state"], status["step"]) == ("done", 24)
+    (model,) = json.loads(tuneyard("registry", "list", "--storage", storage, "--json").stdout)
+    assert model["model"] == "tiny"
+    (version,) = json.loads(tuneyard("registry", "show", "tiny", "--storage", storage, "--json").stdout)
+    assert version["champion"] is True
+    assert version["lineage"]["data.train.rows_in"] == "96"
+    ledger = json.loads(tuneyard("ledger", str(finished), "--json").stdout)
+    assert [(split["split"], split["rows_in"]) for split in ledger] == [("train", 96), ("eval", 24)]
+
+
+def test_evaluating_again_gives_the_same_metrics(finished: Path, job_file: Path) -> None:
+    best = result_of(finished)["best"]
+    again = tuneyard("evaluate", str(job_file), "--step", str(best["step"]), "--json")
+    (record,) = json.loads(again.stdout[again.stdout.index("[\n") :])
+    assert record["metrics"] == best["metrics"]
+    folder = result_of(finished)["registry"]["source"]
+    (record,) = json.loads(tuneyard("evaluate", str(job_file), "--model", folder, "--json").stdout)
+    assert record["metrics"] == pytest.approx(best["metrics"], abs=1e-6)
+
+
+def test_a_checkpoint_exports_by_hand(finished: Path, tmp_path: Path) -> None:
+    done = tuneyard("export", str(finished), "--step", "24", "--out", str(tmp_path / "model"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    refused = tuneyard("export", str(finished), "--step", "5", "--out", str(tmp_path / "other"))
+    assert refused.returncode == 2
+    assert "--step 5 is not committed" in refused.stderr
+    assert "24]" in refused.stderr
+
+
+@pytest.fixture
+def tensorboard(finished: Path) -> Iterator[str]:
+    """Address of a real TensorBoard over the run folder."""
+    (port,) = free_ports(1)
+    words = [sys.executable, "-m", "tensorboard.main", "--logdir", str(finished / "tensorboard"), "--port", str(port)]
+    server = subprocess.Popen([*words, "--host", "127.0.0.1", "--load_fast=false"], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not answers(f"http://127.0.0.1:{port}/data/environment"):
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/data/plugin/scalars"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_tensorboard_shows_every_curve_on_one_step_axis(tensorboard: str, finished: Path) -> None:
+    def read(path: str) -> Any:
+        with urllib.request.urlopen(f"{tensorboard}/{path}", timeout=10) as reply:
+            return json.load(reply)
+
+    deadline = time.monotonic() + 30
+    while not (tags := read("tags")):
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    ((run, names),) = tags.items()
+    wanted = "train/loss train/learning_rate train/grad_norm speed/tokens_per_s speed/step_s speed/data_wait_s"
+    assert {*wanted.split(), "memory/peak_gib", "eval/accuracy", "eval/loss"} <= set(names)
+
+    def curve(tag: str) -> dict[int, float]:
+        query = urllib.parse.urlencode({"run": run, "tag": tag})
+        return {step: value for _, step, value in read(f"scalars?{query}")}
+
+    assert curve("train/loss") == pytest.approx(losses(finished), rel=1e-6)
+    evaluated = {one["step"]: one["metrics"]["accuracy"] for one in result_of(finished)["evaluations"]}
+    assert curve("eval/accuracy") == pytest.approx(evaluated, rel=1e-6)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_without_ray_give_the_same_losses(finished: Path, job_file: Path, launcher: str) -> None:
+    configuration = Path(__file__).parents[2] / "ds_configs" / "accelerate-2proc.yaml"
+    (port,) = free_ports(1)
+    start = {
+        "torchrun": ["torchrun", "--nproc-per-node=2", f"--master-port={port}"],
+        "accelerate": ["accelerate", "launch", f"--config_file={configuration}", f"--main_process_port={port}"],
+    }[launcher]
+    done = call(*start, "-m", "trainers", str(job_file), "--set", f"name={launcher}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(find_run(job_file, launcher)) == losses(finished)
+
+
+def test_a_job_submitted_to_a_cluster_gives_the_same_losses(finished: Path, job_file: Path, head: str) -> None:
+    done = call(
+        sys.executable, "-m", "orchestrator", "submit", str(job_file), "--address", head, "--set", "name=submitted",
+        RAY_AUTH_MODE="disabled",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "registered submitted version 1" in done.stdout
+    assert losses(find_run(job_file, "submitted")) == losses(finished)
+
+
+def test_ray_job_submit_by_hand_gives_the_same_losses(finished: Path, job_file: Path, head: str) -> None:
+    program = f"{Path(sys.executable).parent}/tuneyard"
+    done = call(
+        "ray", "job", "submit", "--address", head, "--", program, "run", str(job_file), "--set", "name=byhand",
+        RAY_AUTH_MODE="disabled",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(find_run(job_file, "byhand")) == losses(finished)
+
+
+def test_a_submitted_jobs_exit_status_is_passed_on(job_file: Path, head: str) -> None:
+    done = call(
+        sys.executable, "-m", "orchestrator", "submit", str(job_file), "--address", head,
+        "--set", "name=toolarge", "--set", "scale.cpus_per_worker=64", RAY_AUTH_MODE="disabled",
+    )  # fmt: skip
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "2 workers of 64 CPUs and 0 GPUs need 128 CPUs" in done.stdout + done.stderr
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Living processes whose environment carries the mark."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def run_until(job_file: Path, reached: Callable[[], bool]) -> None:
+    """Start `tuneyard run`, kill -9 its driver as soon as `reached`, and wait until all it started is gone."""
+    mark = uuid.uuid4().hex
+    words = [sys.executable, "-m", "orchestrator", "run", str(job_file), "--set", "name=killed"]
+    with (job_file.parent / "killed.log").open("ab") as log:
+        driver = subprocess.Popen(words, env=environment(**{MARK: mark}), stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert driver.poll() is None, (job_file.parent / "killed.log").read_text()
+        assert time.monotonic() < deadline, "the stage was not reached"
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    deadline = time.monotonic() + 60
+    while left := marked_processes(mark):
+        assert time.monotonic() < deadline, f"orphans: {left}"
+        time.sleep(0.2)
+
+
+def test_a_driver_killed_in_each_stage_is_finished_by_the_same_command(finished: Path, job_file: Path) -> None:
+    """Killed while sharding, training, evaluating and registering; ends with the losses of the undisturbed run."""
+    storage = job_file.parent / "storage"
+    job_file = job_file.with_name("killed.yaml")  # its own data, so that its shards are not there yet
+    raw = yaml.safe_load(job_file.with_name("job.yaml").read_text())
+    again = job_file.with_name("train-again.jsonl")
+    again.write_text(job_file.with_name("train.jsonl").read_text() + "\n", encoding="utf-8")
+    raw["data"]["train"] = [str(again)]
+    job_file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    known = {path.name for path in (storage / "shards").iterdir()}
+
+    def runs() -> list[Path]:
+        return list((storage / "runs").glob("killed-????????"))
+
+    def new_shards() -> bool:
+        return any(path.name not in known for path in (storage / "shards").iterdir())
+
+    def trained() -> bool:
+        return bool(runs()) and len(losses(runs()[0])) >= 8
+
+    def evaluated() -> bool:
+        return bool(runs()) and any((runs()[0] / "evals").glob("*.json"))
+
+    def registering() -> bool:
+        return bool(runs()) and any(e.get("stage") == "evaluate" for e in read_events(Folder(str(runs()[0])))[-1:])
+
+    for stage in (new_shards, trained, evaluated, registering):
+        run_until(job_file, stage)
+    done = tuneyard("run", str(job_file), "--set", "name=killed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = runs()
+    assert losses(run) == losses(finished)
+    result = result_of(run)
+    assert result["status"] == "done"
+    assert result["restarts"] >= 1
+    versions = json.loads(tuneyard("registry", "show", "killed", "--storage", str(storage), "--json").stdout)
+    assert [version["version"] for version in versions] == [1]
+    starts = [event["step"] for event in read_events(Folder(str(run))) if event["kind"] == "start"]
+    assert starts[0] == 0
+    assert starts[-1] in (6, 12, 18, 24)

@@ -1,0 +1,60 @@
+"""A real Ray head node for tests, with its dashboard, on ports and in a folder of its own."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that were free a moment ago."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextlib.contextmanager
+def ray_head() -> Iterator[str]:
+    """A Ray head of our own, whose PATH knows no Python of ours; ended with all it started, and nothing else is."""
+    folder = tempfile.mkdtemp(prefix="ty-")  # short: Ray's socket paths must stay under 108 bytes
+    gcs, dashboard, agent, agent_grpc, client = free_ports(5)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--temp-dir={folder}/ray"]
+    command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
+    command += [f"--ray-client-server-port={client}", "--object-store-memory=100000000", "--disable-usage-stats"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PATH": "/usr/bin:/bin", "RAY_AUTH_MODE": "disabled"}
+    with Path(folder, "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 90
+        while not answers(f"{address}/api/version"):
+            assert process.poll() is None and time.monotonic() < deadline, Path(folder, "log").read_text()
+            time.sleep(0.2)
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP server replies there."""
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as reply:
+        return reply.status == 200
+    return False
