@@ -21,7 +21,7 @@ from trainers.data.readers import Unit
 from trainers.data.shard_writer import ShardWork
 from trainers.errors import TuneyardError
 
-TASKS_A_CPU, UNITS_A_TASK = 8, 8
+TASKS_A_CPU, UNITS_A_TASK = 8, 32
 """Tasks that each core gets at least, and units a task at most."""
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 

@@ -30,6 +30,8 @@ from trainers.tasks import EncodeRules, Task, load_task
 ENCODE_ROWS = 4000
 ENCODE_CHARS = 2 * 2**20
 """Rows and characters that are tokenized at once; what tokenizers gives takes about 150 bytes a token."""
+COMMITS = 8
+"""Shards that may be on their way to the disk: files synced at the same time share a commit of the journal."""
 MALFORMED, CONTAMINATED = "dropped:malformed", "removed:in_evaluation"
 
 
@@ -76,21 +78,21 @@ class StagedShard:
 
 
 def write_units(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[Unit, ShardRecord]]:
-    """Write units one after another; while one is synced to disk, the next is tokenized. Those done are passed over.
+    """Write units one after another; while some are synced to disk, the next is tokenized. Those done are passed over.
 
     Raises:
         DataError: where a file is damaged beyond a single row.
         JobError: where the tokenizer cannot be loaded.
         TokenizerDiffers: where the split has to be written without the quick tokenizer.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="commit") as thread:
+    with ThreadPoolExecutor(COMMITS, thread_name_prefix="commit") as threads:
         waiting: list[tuple[Unit, Future[ShardRecord]]] = []
         for unit in units:
             if record := finished_shard(work.folder, unit.index):
                 yield unit, record
                 continue
-            waiting.append((unit, thread.submit(write_unit(work, unit).commit)))
-            if len(waiting) > 1:
+            waiting.append((unit, threads.submit(write_unit(work, unit).commit)))
+            if len(waiting) > COMMITS:
                 done, future = waiting.pop(0)
                 yield done, future.result()
         for done, future in waiting:
