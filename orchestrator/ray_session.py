@@ -4,15 +4,16 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from orchestrator.reaper import guarded
 from trainers.errors import PlacementError
 from trainers.job import ScaleSection
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shards travel through files, not through Ray's object store, so a small one is enough."""
-JOIN_WAIT_S = 60.0
+JOIN_WAIT_S = 20.0
 """How long to wait for the nodes of a joined cluster to appear."""
 
 
@@ -31,13 +32,14 @@ def ray_session(address: str | None = None) -> Iterator[Any]:
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS")
-    started_here = not ray.is_initialized()
-    if started_here:
-        _start(ray, address)
-    try:
+    if ray.is_initialized():
         yield ray
-    finally:
-        if started_here:
+        return
+    with guarded() if address is None else nullcontext():
+        _start(ray, address)
+        try:
+            yield ray
+        finally:
             ray.shutdown()
 
 

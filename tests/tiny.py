@@ -21,6 +21,7 @@ def make_bert(folder: Path, tokenizer: Path, seed: int = 0, dropout: float = 0.1
         max_position_embeddings=64,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
+        initializer_range=0.2,  # at 0.02 so small a model takes hundreds of steps to leave the start
         pad_token_id=0,
     )
     return _save(BertModel(config), folder, tokenizer)

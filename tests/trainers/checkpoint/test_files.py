@@ -1,0 +1,186 @@
+"""Checkpoint files without an engine: committed or absent, damage found, any span read back, who may be deleted."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage, quarantine
+from trainers.checkpoint.retention import deletable
+from trainers.checkpoint.slices import RankState
+from trainers.checkpoint.tensor_file import spec_of, write_tensors
+from trainers.checkpoint.writing import Attempt, CheckpointState, clean_uncommitted, commit, write_rank
+from trainers.runs import step_name
+from trainers.storage import Folder
+
+WEIGHT = torch.arange(10, dtype=torch.float32)
+
+
+def write_step(checkpoints: Folder, step: int, world_size: int = 2, attempt: str = "one") -> Folder:
+    """A committed checkpoint of one parameter of ten values, split over the ranks."""
+    folder = checkpoints / step_name(step)
+    part = -(-10 // world_size)
+    for rank in range(world_size):
+        values = WEIGHT[rank * part : (rank + 1) * part] + step
+        tensors = {f"{kind}/w": values.clone() for kind in ("weight", "exp_avg", "exp_avg_sq")}
+        write_rank(folder, Attempt(attempt, rank, world_size), RankState(tensors, {"w": rank * part}))
+    commit(folder, Attempt(attempt, 0, world_size), state_of(step, world_size))
+    return folder
+
+
+def state_of(step: int, world_size: int) -> CheckpointState:
+    return CheckpointState(
+        step=step,
+        world_size=world_size,
+        zero_stage=3,
+        shapes={"w": [10]},
+        trainable=("w",),
+        tokens=1,
+        train_key="k",
+        job="j",
+    )
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Folder:
+    return Folder(str(tmp_path / "checkpoints"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 10), st.integers(0, 10))
+def test_any_span_reads_back_whatever_world_size_wrote_it(
+    tmp_path_factory: pytest.TempPathFactory, world_size: int, start: int, end: int
+) -> None:
+    folder = write_step(Folder(str(tmp_path_factory.mktemp("any"))), 7, world_size)
+    start, end = min(start, end), max(start, end)
+    assert CheckpointReader(folder).read("exp_avg", "w", start, end).equal(WEIGHT[start:end] + 7)
+
+
+def test_a_span_that_no_file_covers_is_an_error(checkpoints: Folder) -> None:
+    with pytest.raises(ValueError, match="has no values from 10 to 12"):
+        CheckpointReader(write_step(checkpoints, 1)).read("weight", "w", 5, 12)
+
+
+def test_files_open_with_the_safetensors_library(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5, dtype=torch.bfloat16),
+        "b": torch.randn(2, 2, dtype=torch.float64),
+        "c": torch.tensor(True),
+        "d": torch.empty(0, 4),
+        "e": torch.arange(7, dtype=torch.int8),
+    }
+    with (tmp_path / "x.safetensors").open("wb") as stream:
+        found = write_tensors(
+            stream, [spec_of(k, t) for k, t in tensors.items()], tensors.__getitem__, {"format": "pt"}
+        )
+    assert found.bytes == (tmp_path / "x.safetensors").stat().st_size
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        for name, tensor in tensors.items():
+            assert file.get_tensor(name).equal(tensor)
+            assert file.get_tensor(name).dtype == tensor.dtype
+
+
+def test_the_marker_comes_last_and_readers_see_nothing_before_it(
+    checkpoints: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = Folder.write_bytes
+
+    def noting(self: Folder, name: str, data: bytes) -> None:
+        assert committed_steps(checkpoints) == []
+        written.append(name)
+        write(self, name, data)
+
+    monkeypatch.setattr(Folder, "write_bytes", noting)
+    write_step(checkpoints, 3)
+    assert written[-3:] == ["state.json", "manifest.json", "COMMITTED"]
+    assert committed_steps(checkpoints) == [3]
+
+
+@pytest.mark.parametrize(
+    "name", ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors", "state.json", "manifest.json"]
+)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_every_damage_to_every_file_is_found(checkpoints: Folder, name: str, damage: str) -> None:
+    folder = write_step(checkpoints, 1)
+    assert find_damage(folder) is None
+    path = folder.path / name
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+    elif damage == "truncate":
+        path.write_bytes(bytes(data[:-1]))
+    else:
+        path.unlink()
+    found = find_damage(folder)
+    assert found is not None
+    assert name in found or "manifest" in found
+
+
+def test_ranks_that_share_the_checking_find_it_together(checkpoints: Folder) -> None:
+    folder = write_step(checkpoints, 1, world_size=3)
+    path = folder.path / "rank-00001-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-2])
+    found = [find_damage(folder, slice(rank, None, 2)) for rank in range(2)]
+    assert sum(one is not None for one in found) == 1
+
+
+def test_a_quarantined_checkpoint_is_out_of_sight_with_its_reason(checkpoints: Folder) -> None:
+    write_step(checkpoints, 1)
+    write_step(checkpoints, 2)
+    quarantine(checkpoints, 2, "a bit flipped")
+    assert committed_steps(checkpoints) == [1]
+    assert (checkpoints / "damaged-step-00000002").read_bytes("QUARANTINED") == b"a bit flipped"
+    assert write_step(checkpoints, 2).exists("COMMITTED")
+
+
+def test_leftovers_of_a_killed_attempt_are_removed_and_never_taken_for_this_ones(checkpoints: Folder) -> None:
+    write_step(checkpoints, 1)
+    torn = checkpoints / step_name(2)
+    write_rank(torn, Attempt("killed", 0, 2), RankState({"weight/w": WEIGHT}, {"w": 0}))
+    write_rank(torn, Attempt("killed", 1, 2), RankState({"weight/w": WEIGHT}, {"w": 0}))
+    write_rank(torn, Attempt("new", 0, 2), RankState({"weight/w": WEIGHT + 1}, {"w": 0}))
+    late = threading.Timer(
+        0.3, write_rank, (torn, Attempt("new", 1, 2), RankState({"weight/w": WEIGHT + 2}, {"w": 10}))
+    )
+    late.start()
+    commit(torn, Attempt("new", 0, 2), state_of(2, 2))
+    assert find_damage(torn) is None
+    assert CheckpointReader(torn).read("weight", "w", 10, 20).equal(WEIGHT + 2)
+    write_rank(checkpoints / step_name(3), Attempt("killed", 0, 2), RankState({"weight/w": WEIGHT}, {"w": 0}))
+    assert clean_uncommitted(checkpoints) == [step_name(3)]
+    assert committed_steps(checkpoints) == [1, 2]
+
+
+def test_a_rank_that_cannot_write_costs_this_checkpoint_and_says_why(
+    checkpoints: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_step(checkpoints, 1)
+    folder = checkpoints / step_name(2)
+    write_rank(folder, Attempt("a", 0, 2), RankState({"weight/w": WEIGHT}, {"w": 0}))
+
+    def full(self: Folder, name: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "open_output", full)
+        patch.setattr(Folder, "write_bytes", lambda self, name, data: (self.path / name).write_bytes(data))
+        write_rank(folder, Attempt("a", 1, 2), RankState({"weight/w": WEIGHT}, {"w": 0}))
+    with pytest.raises(OSError, match=r"rank 1: OSError: \[Errno 28\] No space left on device"):
+        commit(folder, Attempt("a", 0, 2), state_of(2, 2))
+    assert committed_steps(checkpoints) == [1]
+
+
+@given(st.sets(st.integers(0, 100)), st.integers(1, 5), st.sets(st.integers(0, 100)))
+def test_retention_never_deletes_the_newest_or_a_pinned_one(committed: set[int], keep: int, pinned: set[int]) -> None:
+    gone = deletable(sorted(committed), keep, pinned)
+    left = committed - set(gone)
+    assert set(sorted(committed)[-keep:]) <= left
+    assert committed & pinned <= left
+    assert len(left) <= keep + len(pinned)

@@ -1,0 +1,181 @@
+"""What rows become: targets, decoded; drops with their reasons; packed documents that cannot see each other."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny import chat_rows, make_llama
+from trainers.data.tokenizer import Encoder
+from trainers.tasks import Encoded, EncodeRules, Row, load_task
+from trainers.tasks.base import IGNORE
+
+RULES = EncodeRules(max_length=256, overlong="truncate")
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+)
+TRIMMING = (
+    "{% for message in messages %}[{{ message['role'] | upper }}] {{ message['content'] | trim }}<|im_end|>{% endfor %}"
+)
+STRIPS_THINKING = (
+    "{% for message in messages %}{% set content = message['content'] %}"
+    "{% if message['role'] == 'assistant' and not loop.last %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ content }}<|im_end|>\n{% endfor %}"
+)
+HIDES = "{% for message in messages %}{{ message['content'] | upper }}{% endfor %}"
+
+
+@pytest.fixture
+def encoder(tiny_chat_tokenizer: Path) -> Encoder:
+    return Encoder(tiny_chat_tokenizer)
+
+
+def encode_one(row: dict[str, Any], encoder: Encoder, rules: EncodeRules = RULES, task: str = "sft") -> Encoded:
+    (encoded,) = load_task(task).encode([row], encoder, rules)
+    return encoded
+
+
+def targets(encoded: Encoded, encoder: Encoder) -> list[str]:
+    """The text of each span of targets."""
+    (sequence,) = encoded.sequences
+    spans = sequence.extra["spans"]
+    pairs = zip(spans[::2], spans[1::2], strict=True)
+    return [encoder.tokenizer.decode(sequence.input_ids[start:end]) for start, end in pairs]
+
+
+@pytest.mark.parametrize("template", [None, SMOLLM2, TRIMMING, STRIPS_THINKING])
+def test_only_what_the_assistant_says_is_a_target(encoder: Encoder, template: str | None) -> None:
+    if template:
+        encoder.tokenizer.chat_template = template
+    messages = [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": "is the film good?"},
+        {"role": "assistant", "content": "the film is good"},
+        {"role": "user", "content": "the film is good"},
+        {"role": "assistant", "content": "so you said: 🎬 naïve"},
+    ]
+    encoded = encode_one({"messages": messages}, encoder)
+    found = [text.lstrip() for text in targets(encoded, encoder)]  # byte-level BPE joins the space before to the word
+    assert found == ["the film is good<|im_end|>", "so you said: 🎬 naïve<|im_end|>"]
+
+
+def test_every_conversation_of_many_decodes_to_its_assistant_turns(encoder: Encoder) -> None:
+    for row in chat_rows(40):
+        said = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+        assert targets(encode_one(row, encoder), encoder) == [f"{text}<|im_end|>" for text in said]
+
+
+def test_prompt_and_completion_are_a_conversation(encoder: Encoder) -> None:
+    encoded = encode_one({"prompt": "a film?", "completion": "good"}, encoder)
+    assert targets(encoded, encoder) == ["good<|im_end|>"]
+
+
+def test_target_counts_agree_with_the_labels_of_the_batch(encoder: Encoder) -> None:
+    import pyarrow as pa
+
+    task = load_task("sft")
+    encoded = task.encode(chat_rows(12), encoder, RULES)
+    sequences = [one.sequences[0] for one in encoded]
+    table = pa.table({"spans": pa.array([one.extra["spans"] for one in sequences], pa.list_(pa.int32()))})
+    rows = [Row(i, np.array(one.input_ids, dtype=np.int32), one.extra) for i, one in enumerate(sequences)]
+    batch = task.collate([rows[:5], rows[5:9], rows[9:]], pad_id=0)
+    counted = task.count_targets(table)
+    assert batch.segments is not None
+    per_document = [int(((batch.segments == i) & (batch.labels != IGNORE)).sum()) for i in range(12)]
+    assert per_document == counted.tolist()
+    assert batch.tokens == sum(len(one.input_ids) for one in sequences)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, "missing_messages"),
+        ({"messages": "hello"}, "messages_not_a_list"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "unknown_role"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "content_not_a_string"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no_target"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}, "no_target"),
+    ],
+)
+def test_unusable_conversations_are_dropped_with_the_reason(encoder: Encoder, row: dict[str, Any], reason: str) -> None:
+    assert encode_one(row, encoder).outcome == f"dropped:{reason}"
+
+
+def test_a_template_that_rewrites_what_is_said_is_not_guessed_at(encoder: Encoder) -> None:
+    encoder.tokenizer.chat_template = HIDES
+    assert encode_one(chat_rows(1)[0], encoder).outcome == "dropped:template_hides_the_turns"
+
+
+def test_a_conversation_cut_before_the_answer_is_dropped_not_trained_on_nothing(encoder: Encoder) -> None:
+    messages = [{"role": "user", "content": "film " * 300}, {"role": "assistant", "content": "good"}]
+    assert encode_one({"messages": messages}, encoder).outcome == "dropped:no_target"
+
+
+def test_overlong_policies(encoder: Encoder) -> None:
+    row = {"text": "the film is good " * 20}
+    whole = encode_one(row, encoder, EncodeRules(10_000, "truncate"), "pretrain")
+    length = len(whole.sequences[0].input_ids)
+    assert whole.outcome == "kept"
+    assert whole.sequences[0].input_ids[-1] == encoder.eos_id
+    cut = encode_one(row, encoder, EncodeRules(16, "truncate"), "pretrain")
+    assert (cut.outcome, cut.tokens_lost, len(cut.sequences[0].input_ids)) == ("truncated", length - 16, 16)
+    split = encode_one(row, encoder, EncodeRules(16, "split"), "pretrain")
+    pieces = [list(one.input_ids) for one in split.sequences]
+    assert split.outcome == "split"
+    assert list(chain(*pieces)) == list(whole.sequences[0].input_ids)
+    assert all(2 <= len(piece) <= 16 for piece in pieces)
+    assert encode_one(row, encoder, EncodeRules(16, "drop"), "pretrain").outcome == "dropped:overlong"
+
+
+@pytest.mark.parametrize("length", range(14, 20))
+def test_no_window_of_a_split_document_is_without_a_target(encoder: Encoder, length: int) -> None:
+    from trainers.tasks.pretrain import _fit
+
+    windows = _fit(list(range(length)), EncodeRules(8, "split")).sequences
+    assert list(chain(*(one.input_ids for one in windows))) == list(range(length))
+    assert min(len(one.input_ids) for one in windows) >= 2
+
+
+def test_classification_truncates_as_transformers_does(tiny_tokenizer: Path) -> None:
+    encoder = Encoder(tiny_tokenizer)
+    row = {"text": "the film is very good and the plot is good", "text_pair": "the acting is bad", "label": 1}
+    encoded = encode_one(row, encoder, EncodeRules(10, "truncate"), "classify")
+    expected = encoder.tokenizer(row["text"], row["text_pair"], truncation="longest_first", max_length=10)
+    assert list(encoded.sequences[0].input_ids) == expected["input_ids"]
+    start = expected["token_type_ids"].index(1) if "token_type_ids" in expected else 0
+    assert encoded.sequences[0].extra["pair_start"] in (start, expected["input_ids"].index(3) + 1)
+    assert encoded.sequences[0].extra["label"] == "1"
+    assert encoded.outcome == "truncated"
+
+
+def packed_logits(model: Any, first: list[int], second: list[int], task: Any) -> Any:
+    """Logits of the second of two documents in one sequence, after a padded neighbour line."""
+    import torch
+
+    rows = [Row(i, np.array(ids, dtype=np.int32), {"spans": [1, len(ids)]}) for i, ids in enumerate((first, second))]
+    batch = task.collate([rows, rows[:1]], pad_id=0)
+    inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
+    with torch.no_grad():
+        return model(**inputs, **task.forward_options).logits[0, len(first) : len(first) + len(second)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_documents_do_not_see_each_other(tmp_path: Path, tiny_chat_tokenizer: Path, attention: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = make_llama(tmp_path / "model", tiny_chat_tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
+    task, second = load_task("sft"), [11, 12, 13, 14]
+    one, other = ([5, 6, 7], [50, 60, 70])
+    assert packed_logits(model, one, second, task).equal(packed_logits(model, other, second, task))
+    with torch.no_grad():
+        alone = model(torch.tensor([second])).logits[0]
+    assert torch.allclose(packed_logits(model, one, second, task), alone, atol=1e-5)
+    task.forward_options = {"use_cache": True}  # what transformers does by default: the documents then see each other
+    assert not packed_logits(model, one, second, task).equal(packed_logits(model, other, second, task))
