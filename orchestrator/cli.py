@@ -212,7 +212,7 @@ def submit(
 
 @app.command()
 def doctor(
-    storage: Annotated[str | None, typer.Option(help="Storage folder to look at.")] = None,
+    storage: Annotated[str, typer.Option(help="Storage folder to look at.")] = ".",
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:

@@ -1,8 +1,9 @@
 """Ends what a killed driver leaves behind: Ray's helper processes outlive their raylet by up to a minute.
 
 The driver starts this file as a process of its own and holds a pipe to it. Whatever way the driver ends, the pipe
-closes; then every process that carries the driver's mark in its environment is killed. Imports nothing but the standard
-library, so it starts in a few hundredths of a second. Linux only: elsewhere nothing is guarded.
+closes; then every process of its Ray session is killed. They are known by the log files they hold open, whose folder is
+named after the driver (their environment is no mark: Ray's process titles overwrite it). Imports nothing but the
+standard library, so it starts in a few hundredths of a second. Linux only: elsewhere nothing is guarded.
 """
 
 import contextlib
@@ -11,11 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-MARK = "TUNEYARD_SESSION"
+SESSION_TIME = "session_%Y-%m-%d_%H-%M-%S"
+"""How Ray begins the name of a session's folder; it ends with the process that called ray.init."""
 GRACE_S = 5.0
 """Time in which processes may end by themselves before they are killed."""
 WATCH_S = 15.0
@@ -24,45 +25,48 @@ WATCH_S = 15.0
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Mark every process started in the block, and have the marked ones ended once this process is gone or done."""
-    if not Path("/proc/self/environ").exists():
+    """Have the Ray session that this process starts in the block ended once the block, or this process, has ended."""
+    if not Path("/proc/self/fd").exists():
         yield
         return
-    mark = uuid.uuid4().hex
     guard = subprocess.Popen(
-        [sys.executable, "-S", "-E", __file__, mark],
+        [sys.executable, "-S", "-E", __file__, str(os.getpid()), time.strftime(SESSION_TIME)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    os.environ[MARK] = mark
     try:
         yield
     finally:
-        del os.environ[MARK]
         assert guard.stdin is not None
         guard.stdin.close()
 
 
-def marked(mark: str) -> list[int]:
-    """Living processes that carry the mark."""
-    entry, found = f"{MARK}={mark}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+def session_processes(driver: int, since: str) -> list[int]:
+    """Living processes that hold files of a Ray session which this driver started at that time or later."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if entry in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
+            files = (str(file.readlink()) for file in (folder / "fd").iterdir())
+            if any(_is_of(file, driver, since) for file in files):
+                found.append(int(folder.name))
     return found
 
 
-def reap(mark: str) -> None:
-    """Give marked processes a moment, then kill them until none are left."""
+def _is_of(file: str, driver: int, since: str) -> bool:
+    names = [part for part in file.split("/") if part.startswith("session_")]
+    return any(name.endswith(f"_{driver}") and name[: len(since)] >= since for name in names)
+
+
+def reap(driver: int, since: str) -> None:
+    """Give the session's processes a moment, then kill them until none are left."""
     deadline = time.monotonic() + GRACE_S
-    while marked(mark) and time.monotonic() < deadline:
+    while session_processes(driver, since) and time.monotonic() < deadline:
         time.sleep(0.2)
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
-        for process in marked(mark):
+        for process in session_processes(driver, since):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.5)
@@ -70,4 +74,4 @@ def reap(mark: str) -> None:
 
 if __name__ == "__main__":
     sys.stdin.buffer.read()  # returns when the driver's end of the pipe closes
-    reap(sys.argv[1])
+    reap(int(sys.argv[1]), sys.argv[2])

@@ -41,7 +41,8 @@ class LocalHooks:
         """Record an event and print it as a line; only rank 0 does."""
         self._log = self._log or RunLog(self._run)
         self._log.append(event)
-        print(describe(event), flush=True)
+        if event["kind"] != "history":
+            print(describe(event), flush=True)
         if event["kind"] == "checkpoint":
             checkpoints = self._run / "checkpoints"
             for step in deletable(committed_steps(checkpoints), self._keep, ()):

@@ -4,6 +4,7 @@ It knows steps, not files or launchers: data comes from `StepSource`, progress l
 """
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,10 @@ from trainers.batches import StepBatch, StepSource
 from trainers.schedule import Schedule
 from trainers.tasks import Task
 from trainers.world import World
+
+Event = dict[str, Any]
+HISTORY = 1000
+"""Steps whose events a checkpoint carries."""
 
 
 class Hooks(Protocol):
@@ -27,8 +32,8 @@ class Hooks(Protocol):
 class Saver(Protocol):
     """Writes checkpoints."""
 
-    def save(self, step: int, tokens: int) -> None:
-        """Commit the state after `step` steps; called by every rank."""
+    def save(self, progress: "Progress") -> None:
+        """Commit the state after `progress.step` steps; called by every rank."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Progress:
     step: int
     """Optimizer steps done."""
     tokens: int
+    history: tuple[Event, ...] = ()
+    """The last steps' events. They go into each checkpoint, because a controller that is killed may not have heard of
+    steps whose checkpoint is committed."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def train(
 ) -> LoopOutcome:
     """Run steps start.step ... settings.steps, saving every `every_steps` and at the end."""
     step, tokens, stopped = start.step, start.tokens, None
+    history = deque(start.history, maxlen=HISTORY)
     while step < settings.steps and stopped is None:
         began = time.perf_counter()
         batch = source.next(step)
@@ -84,9 +93,12 @@ def train(
         loss, stopped = _agree(loss_sum / batch.targets, hooks.stop_reason(), world)
         if world.rank == 0:
             seconds = time.perf_counter() - began
-            hooks.emit(_step_event(step, loss, schedule.rate(step - 1), engine_norm, batch, seconds, waited, tokens))
+            history.append(
+                _step_event(step, loss, schedule.rate(step - 1), engine_norm, batch, seconds, waited, tokens)
+            )
+            hooks.emit(history[-1])
         if stopped or step == settings.steps or step % settings.every_steps == 0:
-            saver.save(step, tokens)
+            saver.save(Progress(step, tokens, tuple(history)))
     return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
 
 
@@ -138,9 +150,10 @@ def _agree(local: Any, reason: str | None, world: World) -> tuple[float, str | N
 
 def _step_event(
     step: int, loss: float, rate: float, norm: Any, batch: StepBatch, seconds: float, waited: float, tokens: int
-) -> dict[str, Any]:
+) -> Event:
     return {
         "kind": "step",
+        "time": time.time(),
         "step": step,
         "loss": loss,
         "learning_rate": rate,

@@ -66,6 +66,7 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
     )
     start = checkpointer.resume()
     if world.rank == 0:
+        hooks.emit({"kind": "history", "events": list(start.history)})
         hooks.emit({"kind": "start", "step": start.step, "steps": order.steps, "world_size": world.size})
     settings = LoopSettings(order.steps, job.checkpoint.every_steps, job.train.seed)
     outcome = train(engine, task, source, schedule, settings, start, world, hooks, checkpointer)

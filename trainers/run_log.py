@@ -1,7 +1,7 @@
 """The run's own record: events.jsonl, and the same numbers for TensorBoard.
 
 One process owns it: the controller under Ray, rank 0 without. Events are flat dictionaries with `kind` and `time`:
-start, step, checkpoint, checkpoint_skipped, checkpoint_quarantined, evaluation, restart, stop, done.
+history, start, step, checkpoint, checkpoint_skipped, checkpoint_quarantined, evaluation, stage, done.
 """
 
 import json
@@ -33,6 +33,7 @@ class RunLog:
         run.path.mkdir(parents=True, exist_ok=True)
         self._stream = (run.path / EVENTS).open("a", encoding="utf-8")
         self._repair()
+        self._steps = {event["step"] for event in read_events(run) if event["kind"] == "step"}
 
     def _repair(self) -> None:
         """End a line that a killed process left open."""
@@ -45,8 +46,15 @@ class RunLog:
                     self._stream.write("\n")
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Record one event."""
+        """Record one event. A history gives the steps among it that were never heard of."""
         event = {"time": time.time(), **event}
+        if event["kind"] == "history":
+            for missed in event["events"]:
+                if missed["step"] not in self._steps:
+                    self.append(missed)
+            return
+        if event["kind"] == "step":
+            self._steps.add(event["step"])
         self._stream.write(json.dumps(event, ensure_ascii=False) + "\n")
         self._stream.flush()
         if event["kind"] == "start":

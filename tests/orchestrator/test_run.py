@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.reaper import SESSION_TIME, session_processes
 from tests.ray_head import answers, free_ports
 from tests.tiny import film_rows, make_bert, tiny_job
 from trainers.run_log import read_events
@@ -247,6 +248,84 @@ def test_a_submitted_jobs_exit_status_is_passed_on(job_file: Path, head: str) ->
     )  # fmt: skip
     assert done.returncode == 3, done.stdout + done.stderr
     assert "2 workers of 64 CPUs and 0 GPUs need 128 CPUs" in done.stdout + done.stderr
+
+
+def test_stopped_by_sigterm_then_evaluated_beside_training_and_stopped_early(job_file: Path) -> None:
+    """One worker on two cores leaves one to evaluate with; a metric that never improves ends the run early."""
+    sets = {
+        "name": "stopped", "scale.workers": "1", "train.steps": "4000", "train.learning_rate": "1e-12",
+        "checkpoint.every_steps": "50", "checkpoint.keep": "1", "evaluate.early_stopping": "{patience: 2}",
+    }  # fmt: skip
+    words = ["run", str(job_file), *(word for name, value in sets.items() for word in ("--set", f"{name}={value}"))]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", *words],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    runs = job_file.parent / "storage" / "runs"
+    deadline = time.monotonic() + 120
+    while not any(len(losses(run)) >= 5 for run in runs.glob("stopped-????????")):
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGTERM)
+    _, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 75, errors.decode()
+    run = find_run(job_file, "stopped")
+    assert result_of(run)["status"] == "preempted"
+    stopped_at = max(losses(run))
+    assert (run / "checkpoints" / f"step-{stopped_at:08d}" / "COMMITTED").exists()
+
+    done = tuneyard(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = read_events(Folder(str(run)))
+    assert [event["step"] for event in events if event["kind"] == "start"] == [0, stopped_at]
+    assert [event["stopped"] for event in events if event["kind"] == "done"] == ["preempted", "early_stopping"]
+    kinds = [event["kind"] for event in events]
+    assert kinds.index("evaluation") < len(kinds) - 1 - kinds[::-1].index("done")
+    result = result_of(run)
+    assert result["steps"] < 4000
+    left = {path.name for path in (run / "checkpoints").iterdir()}
+    assert f"step-{result['best']['step']:08d}" in left
+    assert len(left) <= 3
+
+
+def test_a_killed_worker_is_restarted_from_the_newest_checkpoint(finished: Path, job_file: Path) -> None:
+    """Losses of the steps before and after the kill are those of an undisturbed run."""
+    words = [
+        "run",
+        str(job_file),
+        "--set",
+        "name=wounded",
+        "--set",
+        "train.steps=150",
+        "--set",
+        "checkpoint.every_steps=5",
+    ]
+    started = time.strftime(SESSION_TIME)
+    with (job_file.parent / "wounded.log").open("wb") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", *words], env=environment(), stdout=log, stderr=log
+        )
+    runs = job_file.parent / "storage" / "runs"
+    deadline = time.monotonic() + 120
+    while not any(len(losses(run)) >= 7 for run in runs.glob("wounded-????????")):
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = [p for p in session_processes(driver.pid, started) if "ray::RayTrainWorker" in command_of(p)]
+    os.kill(workers[-1], signal.SIGKILL)
+    assert driver.wait(timeout=240) == 0, (job_file.parent / "wounded.log").read_text()
+    run = find_run(job_file, "wounded")
+    starts = [event["step"] for event in read_events(Folder(str(run))) if event["kind"] == "start"]
+    assert len(starts) == 2
+    assert starts[1] >= 5
+    assert result_of(run)["restarts"] == 1
+    assert set(losses(run)) == set(range(1, 151))
+    undisturbed = tuneyard(*words[:2], "--set", "name=unhurt", *words[4:])
+    assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
+    assert losses(run) == losses(find_run(job_file, "unhurt"))
 
 
 def marked_processes(mark: str) -> list[int]:

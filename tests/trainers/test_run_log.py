@@ -52,3 +52,15 @@ def test_a_line_that_a_kill_cut_short_is_left_out_and_not_joined_to_the_next(tmp
 
 def test_a_run_without_events_has_none(tmp_path: Path) -> None:
     assert read_events(Folder(str(tmp_path))) == []
+
+
+def test_steps_that_a_killed_controller_never_heard_of_come_back_from_the_checkpoint(tmp_path: Path) -> None:
+    run = Folder(str(tmp_path))
+    train(run, 0, 3, loss=2.0)  # the controller died here; the ranks went on and committed step 6
+    log = RunLog(run)
+    steps = [{"kind": "step", "step": step, "loss": 1.0, "learning_rate": 0.1, "time": 5.0} for step in range(2, 7)]
+    log.append({"kind": "history", "events": steps})
+    log.append({"kind": "start", "step": 6, "steps": 10, "world_size": 2})
+    log.close()
+    assert curve(tmp_path, "train/loss") == {1: 2.0, 2: 2.0, 3: 2.0, 4: 1.0, 5: 1.0, 6: 1.0}
+    assert [event["step"] for event in read_events(run) if event["kind"] == "step"] == [1, 2, 3, 4, 5, 6]

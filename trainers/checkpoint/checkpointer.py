@@ -31,9 +31,9 @@ class Checkpointer:
     emit: Emit
     """Called on rank 0 only."""
 
-    def save(self, step: int, tokens: int) -> None:
-        """Commit the state after `step` steps; where storage refuses, that checkpoint is lost and the run goes on."""
-        began = time.perf_counter()
+    def save(self, progress: Progress) -> None:
+        """Commit the state; where storage refuses, that checkpoint is lost and the run goes on."""
+        began, step = time.perf_counter(), progress.step
         folder = self.checkpoints / step_name(step)
         state = copy_state(self.engine)
         copied = time.perf_counter() - began
@@ -41,7 +41,8 @@ class Checkpointer:
         if self.world.rank:
             return
         try:
-            commit(folder, self.attempt, state_record(self.engine, step, tokens, self.train_key, self.job))
+            record = state_record(self.engine, step, progress.tokens, self.train_key, self.job)
+            commit(folder, self.attempt, record, progress.history)
         except OSError as error:
             folder.delete()
             self.emit({"kind": "checkpoint_skipped", "step": step, "reason": str(error)})
@@ -75,7 +76,7 @@ class Checkpointer:
         saved = dict(reader.buffers())
         for name, buffer in persistent_buffers(self.engine.module):
             buffer.copy_(saved[name])
-        return Progress(state.step, state.tokens)
+        return Progress(state.step, state.tokens, tuple(reader.history()))
 
 
 def new_attempt(world: World) -> Attempt:

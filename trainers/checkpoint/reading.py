@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from trainers.checkpoint.writing import COMMITTED, MANIFEST, STATE, CheckpointManifest, CheckpointState
+from trainers.checkpoint.writing import COMMITTED, HISTORY, MANIFEST, STATE, CheckpointManifest, CheckpointState
 from trainers.runs import parse_step, step_name
 from trainers.storage import Folder
 
@@ -116,6 +116,11 @@ class CheckpointReader:
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Events of the last steps before this checkpoint, oldest first."""
+        events: list[dict[str, Any]] = self.folder.read_json(HISTORY)
+        return events
 
     def buffers(self) -> Iterable[tuple[str, Any]]:
         """Persistent buffers by name."""

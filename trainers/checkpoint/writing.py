@@ -6,6 +6,7 @@ A vote carries the attempt that wrote it, so leftovers of a killed attempt are n
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from trainers.checkpoint.tensor_file import spec_of, write_tensors
 from trainers.data.manifest import Record
 from trainers.storage import Folder
 
-COMMITTED, MANIFEST, STATE = "COMMITTED", "manifest.json", "state.json"
+COMMITTED, MANIFEST, STATE, HISTORY = "COMMITTED", "manifest.json", "state.json", "history.json"
+Event = dict[str, Any]
 VOTE_TIMEOUT_S = 600.0
 POLL_S = 0.02
 
@@ -95,20 +97,24 @@ def write_rank(folder: Folder, attempt: Attempt, state: RankState) -> None:
     folder.write_bytes(vote_file(attempt.rank, attempt.world_size), vote.model_dump_json().encode())
 
 
-def commit(folder: Folder, attempt: Attempt, state: CheckpointState) -> None:
+def commit(folder: Folder, attempt: Attempt, state: CheckpointState, history: Sequence[Event] = ()) -> None:
     """Rank 0: wait for every vote, then write manifest and marker.
+
+    Args:
+        history: events of the last steps.
 
     Raises:
         OSError: where a rank could not write, its vote did not come, or the disk is full; nothing is committed then.
     """
     files = _gather_votes(folder, attempt)
-    files[STATE] = _write(folder, STATE, state)
-    digest = _write(folder, MANIFEST, CheckpointManifest(files=files)).digest
+    files[HISTORY] = _write(folder, HISTORY, json.dumps(list(history)))
+    files[STATE] = _write(folder, STATE, state.model_dump_json(indent=1))
+    digest = _write(folder, MANIFEST, CheckpointManifest(files=files).model_dump_json(indent=1)).digest
     folder.write_bytes(COMMITTED, digest.encode())
 
 
-def _write(folder: Folder, name: str, record: Record) -> FileRecord:
-    data = record.model_dump_json(indent=1).encode()
+def _write(folder: Folder, name: str, text: str) -> FileRecord:
+    data = text.encode()
     folder.write_bytes(name, data)
     return FileRecord(bytes=len(data), digest=xxhash.xxh3_128_hexdigest(data))
 

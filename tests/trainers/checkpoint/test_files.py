@@ -98,7 +98,7 @@ def test_the_marker_comes_last_and_readers_see_nothing_before_it(
 
     monkeypatch.setattr(Folder, "write_bytes", noting)
     write_step(checkpoints, 3)
-    assert written[-3:] == ["state.json", "manifest.json", "COMMITTED"]
+    assert written[-4:] == ["history.json", "state.json", "manifest.json", "COMMITTED"]
     assert committed_steps(checkpoints) == [3]
 
 
