@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 CODE = """
-import resource, sys
+import sys
 from trainers.data.keys import plan_splits
 from trainers.data.readers import plan_units, task_columns
 from trainers.data.shard_writer import ShardWork, write_units
@@ -28,7 +28,9 @@ plan, _ = plan_splits(job, model)
 work = ShardWork(Folder(storage), plan, "pretrain", task_columns(job), EncodeRules(4096, "split"),
                  TokenizerSpec(**json.loads(open(spec).read())))
 tokens = sum(record.tokens for _, record in write_units(work, plan_units(plan.sources)))
-print(tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# VmHWM, since ru_maxrss starts from the parent's size
+peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(tokens, int(peak) / 1024)
 """
 
 

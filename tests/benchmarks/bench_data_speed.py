@@ -200,7 +200,7 @@ def main() -> None:
         folder = Path(place)
         for name in arguments.only:
             task, model, peers = plans[name]
-            megabytes = arguments.peer_mb if name == "wordpiece" else arguments.mb
+            megabytes = arguments.mb / 4 if name == "wordpiece" else arguments.mb
             measured: dict[str, list[float]] = {}
             sizes = {"ours": megabytes, **{peer: size for peer, _, size in peers}}
             for _ in range(arguments.repeats):

@@ -88,12 +88,49 @@ def test_bytes_that_the_vocabulary_lacks_are_left_to_tokenizers(quick: Encoder) 
     assert np.array_equal(one.ids, other.ids) and np.array_equal(one.offsets, other.offsets)
 
 
-def test_a_vocabulary_that_is_no_bpe_is_left_to_tokenizers(tiny_tokenizer: Path) -> None:
+def test_a_vocabulary_of_whole_words_is_left_to_tokenizers(tiny_tokenizer: Path) -> None:
     encoder = Encoder(read_spec(tiny_tokenizer))
     assert encoder.library == "tokenizers" and encoder.bytes_of_ids is None
     tokens = encoder.encode_ids(["a good film", ("a film", "the plot"), ""])
     assert tokens[1].tolist() == encoder.tokenizer("a film", "the plot")["input_ids"]
     assert tokens[2].tolist() == [2, 3]
+
+
+@pytest.fixture(scope="module", params=[True, False])
+def wordpiece(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyzT0123456789.,!'-[]<|>"]
+    words += ["##" + char for char in "abcdefghijklmnopqrstuvwxyz0123456789"] + [
+        "the",
+        "film",
+        "##ing",
+        "é",
+        "日",
+        "本",
+    ]
+    folder = tmp_path_factory.mktemp("wordpiece")
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=request.param).save_pretrained(folder)
+    encoder = Encoder(read_spec(folder))
+    assert encoder.library == "remembered words"
+    return encoder
+
+
+def test_adversarial_texts_give_the_word_pieces_of_hugging_face(wordpiece: Encoder) -> None:
+    texts = [*ADVERSARIAL, "[CLS] The [mask] [MASK] film", "FILMING the-film, 3.14!", "x" * 101, "a\tb\nc\x0bd"]
+    for special in (True, False):
+        tokens = wordpiece.encode_ids(texts, special)
+        expected = wordpiece.tokenizer(texts, add_special_tokens=special)["input_ids"]
+        assert [tokens[place].tolist() for place in range(len(texts))] == expected
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.characters(max_codepoint=0x17F, exclude_categories=("Cs",))), min_size=1, max_size=6))
+def test_any_texts_give_the_word_pieces_of_hugging_face(wordpiece: Encoder, texts: list[str]) -> None:
+    tokens = wordpiece.encode_ids(texts)
+    assert [tokens[place].tolist() for place in range(len(texts))] == wordpiece.tokenizer(texts)["input_ids"]
+    assert [list(one.ids) for one in wordpiece.encode_light(texts)] == wordpiece.tokenizer(texts)["input_ids"]
 
 
 def test_ids_that_differ_are_noticed_in_the_batch_that_draws_them(quick: Encoder) -> None:

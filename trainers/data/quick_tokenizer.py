@@ -1,17 +1,18 @@
-"""gigatoken in front of tokenizers: the same ids many times sooner, checked on a sample of every batch.
+"""Quicker ways to tokenizers' ids, checked on a sample of every batch: gigatoken, and remembered words for WordPiece.
 
-It applies to byte-level and SentencePiece-style BPE. Texts with bytes that the vocabulary cannot spell go to
+gigatoken applies to byte-level and SentencePiece-style BPE. Texts with bytes that the vocabulary cannot spell go to
 tokenizers, and so does a whole vocabulary that gigatoken does not load. Begin at `open_quick`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from trainers.data.encoded import Array, Tokens, starts_of
+from trainers.data.word_tokenizer import open_words
 
 SAMPLE_CHARS = 20_000
 """A text drawn for the check is skipped the more often the longer it is than this: a check costs 1.4 µs a token."""
@@ -23,36 +24,25 @@ class TokenizerDiffers(Exception):
 
 
 class QuickTokenizer:
-    """One tokenizer loaded by gigatoken.
+    """A quick way to tokenizers' ids.
 
     Args:
-        quick: gigatoken's tokenizer.
-        exact: tokenizers' own.
-        limit: ids from here on stand for bytes that the vocabulary does not have.
+        library: its name.
+        bare: gives the ids of texts without special tokens around.
+        prefix: ids that the tokenizer puts before a text.
+        suffix: ids that it puts after.
     """
 
-    def __init__(self, quick: Any, exact: Any, limit: int, prefix: Sequence[int], suffix: Sequence[int]) -> None:
-        self._quick, self._exact, self._limit = quick, exact, limit
+    def __init__(
+        self, library: str, bare: Callable[[list[str]], Tokens], prefix: Sequence[int], suffix: Sequence[int]
+    ) -> None:
+        self.library, self._bare = library, bare
         self._prefix, self._suffix = np.array(prefix, np.int32), np.array(suffix, np.int32)
 
     def encode(self, texts: list[str], special: bool) -> Tokens:
         """Ids of texts; `special` puts the special tokens around each."""
-        if not texts:
-            return Tokens.of([])
-        layout = self._quick.encode_batch(texts, parallel=False).layout
-        tokens = Tokens(np.asarray(layout.content.data).view(np.int32), np.asarray(layout.offsets.data))
-        if len(tokens.ids) and int(tokens.ids.max()) >= self._limit:
-            tokens = self._spelled_out(texts, tokens)
+        tokens = self._bare(texts) if texts else Tokens.of([])
         return self._surrounded(tokens) if special and (len(self._prefix) or len(self._suffix)) else tokens
-
-    def _spelled_out(self, texts: list[str], tokens: Tokens) -> Tokens:
-        """The same with the texts that the vocabulary cannot spell done by tokenizers."""
-        places = np.unique(np.searchsorted(tokens.offsets, np.flatnonzero(tokens.ids >= self._limit), side="right") - 1)
-        exact = self._exact.encode_batch_fast([texts[place] for place in places], add_special_tokens=False)
-        lists: list[Any] = [tokens[place] for place in range(len(tokens))]
-        for place, one in zip(places.tolist(), exact, strict=True):
-            lists[place] = one.ids
-        return Tokens.of(lists)
 
     def _surrounded(self, tokens: Tokens) -> Tokens:
         before, after = len(self._prefix), len(self._suffix)
@@ -69,25 +59,55 @@ class QuickTokenizer:
         return Tokens(ids, offsets)
 
 
-def open_quick(backend_json: str, exact: Any) -> QuickTokenizer | None:
-    """gigatoken's tokenizer for tokenizers' JSON, or None where it does not load it or cannot add its specials."""
-    import gigatoken
+class GigaTokenizer:
+    """One vocabulary loaded by gigatoken; ids from `limit` on stand for bytes that the vocabulary does not have."""
 
+    def __init__(self, quick: Any, exact: Any, limit: int) -> None:
+        self._quick, self._exact, self._limit = quick, exact, limit
+
+    def encode(self, texts: list[str]) -> Tokens:
+        """Ids of texts; those that the vocabulary cannot spell are done by tokenizers."""
+        layout = self._quick.encode_batch(texts, parallel=False).layout
+        tokens = Tokens(np.asarray(layout.content.data).view(np.int32), np.asarray(layout.offsets.data))
+        if not len(tokens.ids) or int(tokens.ids.max()) < self._limit:
+            return tokens
+        places = np.unique(np.searchsorted(tokens.offsets, np.flatnonzero(tokens.ids >= self._limit), side="right") - 1)
+        exact = self._exact.encode_batch_fast([texts[place] for place in places], add_special_tokens=False)
+        lists: list[Any] = [tokens[place] for place in range(len(tokens))]
+        for place, one in zip(places.tolist(), exact, strict=True):
+            lists[place] = one.ids
+        return Tokens.of(lists)
+
+
+def open_quick(backend_json: str, exact: Any) -> QuickTokenizer | None:
+    """The quick way for tokenizers' JSON, or None where there is none, or it cannot add the tokenizer's specials."""
     config = json.loads(backend_json)
     around = _specials_around(exact)
-    if config["model"].get("type") != "BPE" or around is None:
+    if around is None:
         return None
-    vocabulary = config["model"]["vocab"]
+    if giga := _open_giga(config, exact):
+        return QuickTokenizer("gigatoken", giga.encode, *around)
+    if words := open_words(config, exact):
+        return QuickTokenizer("remembered words", words.encode, *around)
+    return None
+
+
+def _open_giga(config: dict[str, Any], exact: Any) -> GigaTokenizer | None:
+    import gigatoken
+
+    if config["model"].get("type") != "BPE":
+        return None
+    vocabulary = dict(config["model"]["vocab"])
     limit = max([*vocabulary.values(), *(one["id"] for one in config["added_tokens"]), -1]) + 1
     if not config["model"].get("byte_fallback"):
         # gigatoken asks for all 256 bytes; those that a vocabulary lacks get ids of their own, found again afterwards
         missing = [char for char in _byte_characters() if char not in vocabulary]
         vocabulary.update({char: limit + place for place, char in enumerate(missing)})
+    whole = {**config, "model": {**config["model"], "vocab": vocabulary}}
     try:
-        quick = gigatoken.Tokenizer.from_json(json.dumps(config))
+        return GigaTokenizer(gigatoken.Tokenizer.from_json(json.dumps(whole)), exact, limit)
     except Exception:  # whatever it says, it does not load this vocabulary
         return None
-    return QuickTokenizer(quick, exact, limit, *around)
 
 
 def check_sample(texts: Sequence[str], tokens: Tokens, exact: Any, special: bool) -> None:
@@ -104,7 +124,7 @@ def check_sample(texts: Sequence[str], tokens: Tokens, exact: Any, special: bool
         at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
         raise TokenizerDiffers(
             f"at token {at} of a text that begins with {text[:40]!r}, tokenizers gives {expected[at : at + 4]} "
-            f"and gigatoken {found[at : at + 4]}"
+            f"and the quick way {found[at : at + 4]}"
         )
 
 

@@ -43,6 +43,14 @@ class TokenizerSpec:
     pad_id: int
 
 
+@dataclass(frozen=True)
+class LightEncoding:
+    """Ids of a single text."""
+
+    ids: Array
+    type_ids: tuple[int, ...] = ()
+
+
 class Encoder:
     """A fast (Rust) tokenizer without padding or truncation of its own.
 
@@ -76,8 +84,8 @@ class Encoder:
 
     @property
     def library(self) -> str:
-        """What makes the ids: gigatoken or tokenizers."""
-        return "gigatoken" if self._quick else "tokenizers"
+        """What makes the ids: gigatoken, remembered words or tokenizers."""
+        return self._quick.library if self._quick else "tokenizers"
 
     @cached_property
     def bytes_of_ids(self) -> Array | None:
@@ -99,6 +107,13 @@ class Encoder:
     def encode(self, texts: Sequence[Any], special: bool = True) -> list[Any]:
         """Encodings of texts, or of (text, pair) tuples, without character offsets."""
         return list(self._backend.encode_batch_fast(list(texts), add_special_tokens=special))
+
+    def encode_light(self, texts: Sequence[Any]) -> list[Any]:
+        """`encode`, with special tokens, for callers who want ids and type_ids alone; no type_ids means all are 0."""
+        if self._quick is None or any(isinstance(text, tuple) for text in texts):
+            return self.encode(texts)
+        tokens = self.encode_ids(texts)
+        return [LightEncoding(tokens[place]) for place in range(len(tokens))]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Any]:
         """Encodings of texts that already hold their special tokens, with character offsets."""

@@ -34,7 +34,7 @@ class Classify(Task):
         """Tokenize texts; rows without text or label are dropped with the reason."""
         reasons = [_refusal(row) for row in rows]
         texts = [_text(row) for row, reason in zip(rows, reasons, strict=True) if reason is None]
-        encodings = iter(zip(texts, encoder.encode(texts), strict=True))
+        encodings = iter(zip(texts, encoder.encode_light(texts), strict=True))
         return [
             Encoded.dropped(reason) if reason else _fit(*next(encodings), str(row["label"]), encoder, rules)
             for row, reason in zip(rows, reasons, strict=True)
