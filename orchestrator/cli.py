@@ -166,14 +166,22 @@ def status(
 
 
 @app.command()
-def ledger(run: Annotated[str, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
+def ledger(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    reason: Annotated[str | None, typer.Option(help="Show the rows with this outcome, e.g. malformed.")] = None,
+    step: Annotated[int | None, typer.Option(help="Show which rows the tokens of this step came from.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Account for every data row of a run."""
+    from orchestrator.ledger import ledger_report, print_ledger
     from orchestrator.reevaluate import shards_of_run
-    from orchestrator.tables import ledger_rows, ledger_table
 
+    report = ledger_report(run, reason, step)
+    if as_json:
+        _print_json(report)
+        return
     shards = shards_of_run(run)
-    splits = [shards.train, shards.eval]
-    _print_json(ledger_rows(splits)) if as_json else ledger_table(splits)
+    print_ledger(report, [shards.train, shards.eval])
 
 
 @registry_app.command("list")

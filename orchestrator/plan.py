@@ -92,12 +92,13 @@ def plan_job(job: Job, model: ModelFolder) -> Plan:
 
 
 def count_sequences(job: Job, shards: Shards) -> tuple[int, int, int]:
-    """Rows, tokens and sequences of an epoch, counted."""
+    """Rows, tokens and sequences of an epoch, counted; a mixture's repeats are counted each time."""
     from trainers.data.dataset import ShardSet
 
     folder = shards_folder(Folder(job.storage), shards.train.key)
-    packs = index_packs(job, ShardSet(folder, shards.train, job_task(job, shards.train)))
-    return shards.train.total("rows"), shards.train.total("tokens"), len(packs)
+    held = ShardSet(folder, shards.train, job_task(job, shards.train))
+    packs = index_packs(job, held)
+    return len(packs.rows), int(packs.sums(held.lengths).sum()), len(packs)
 
 
 def estimate_sequences(job: Job, model: ModelFolder) -> tuple[int, int, int]:

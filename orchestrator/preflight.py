@@ -67,7 +67,7 @@ def check_batches(job: Job) -> None:
 def check_data(job: Job) -> None:
     """Every file is there, is what its name says, and has the task's columns."""
     problems: list[str] = []
-    for where, patterns in (("data.train", job.data.train), ("data.eval", job.data.eval)):
+    for where, patterns in (("data.train", job.data.train_paths), ("data.eval", job.data.eval)):
         try:
             sources = find_sources(patterns, job.data.format, where)
             check_columns(sources, task_columns(job), needed_fields(job.task), where)

@@ -1,35 +1,50 @@
 """The data stage: rows to committed shards, one Ray Data task a unit.
 
-Reading, tokenizing and writing a unit is one task, because rows as JSON gives them (values of mixed types, malformed
-lines) do not pass unchanged through the Arrow blocks between Ray Data's operators, and a unit without rows would leave
-no block behind. Ray Data places the tasks, retries those whose worker died, and streams back one small record each,
-which is all the driver ever holds. No pool of actors: on a small machine it leaves no core to those that feed it.
-Begin at `write_shards`.
+Ray Data places the tasks (see `spreading`) and streams back one small record a shard, which is all the driver ever
+holds. No process group is alive meanwhile: nothing here imports torch. Begin at `write_shards`.
 """
 
 import logging
-import os
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass, replace
 
+from orchestrator.spreading import run_apart, spread
 from trainers.data.budget import check_shards
+from trainers.data.dataset import ShardSet
+from trainers.data.duplicates import DedupMode, find_duplicates, print_unit
+from trainers.data.index import (
+    EXAMPLES,
+    Contamination,
+    contamination_name,
+    find_contamination,
+    write_counts,
+    write_texts,
+)
 from trainers.data.keys import SplitPlan, explain_miss, manifest_of, plan_splits, write_key
-from trainers.data.manifest import MANIFEST, ShardManifest, ShardRecord, Shards, read_manifest, shards_folder
-from trainers.data.readers import Unit, check_columns, needed_fields, plan_units, task_columns
-from trainers.data.shard_writer import ShardWork, finished_shards, write_unit
-from trainers.errors import JobError, TuneyardError
+from trainers.data.manifest import MANIFEST, Record, ShardManifest, ShardRecord, Shards, read_manifest, shards_folder
+from trainers.data.quick_tokenizer import TokenizerDiffers
+from trainers.data.readers import Unit, check_columns, needed_fields, plan_units, read_unit, task_columns
+from trainers.data.shard_writer import CONTAMINATED, ShardWork, finished_shards, record_name, write_units
+from trainers.data.tokenizer import encoder_of, read_spec
+from trainers.errors import JobError
 from trainers.job import Job
 from trainers.storage import TEMPORARY, Folder
-from trainers.tasks import encode_rules
+from trainers.tasks import encode_rules, load_task
 
 log = logging.getLogger(__name__)
 STALE_S = 3600
 """Temporary files older than this were left by a killed run; younger ones may be another run's."""
+FALLBACK, DEDUPED = "fallback.json", "duplicates.json"
+PRINTS_A_PART = 16_000_000
+"""Fingerprints looked through at once: half a gigabyte."""
+SCAN_SHARDS = 256
+
+
+class Printed(Record):
+    """A unit whose rows are fingerprinted."""
+
+    prints: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ def write_shards(job: Job, model_path: str, on_progress: Report | None = None) -
     Args:
         job: the job.
         model_path: folder of the prepared model, for its tokenizer.
-        on_progress: called on the driver after each unit.
+        on_progress: called on the driver after each few units.
 
     Raises:
         JobError: for files or columns that are not there.
@@ -61,11 +76,19 @@ def write_shards(job: Job, model_path: str, on_progress: Report | None = None) -
     plans = plan_splits(job, model_path)
     storage = Folder(job.storage)
     committed = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in plans}
-    _check_sources(job, [plan for plan in plans if committed[plan.name] is None])
-    manifests = [committed[plan.name] or _write_split(job, plan, model_path, on_progress) for plan in plans]
-    shards = Shards(train=manifests[0], eval=manifests[1])
+    missing = [plan for plan in plans if committed[plan.name] is None]
+    _check_sources(job, missing)
+    for plan in reversed(missing) if job.data.decontaminate == "drop" else missing:
+        committed[plan.name] = SplitStage(job, plan, model_path, on_progress).write()
+    shards = Shards(train=_there(committed["train"]), eval=_there(committed["eval"]))
+    check_contamination(storage, shards)
     check_shards(job, shards)
     return shards
+
+
+def _there(manifest: ShardManifest | None) -> ShardManifest:
+    assert manifest is not None
+    return manifest
 
 
 def _check_sources(job: Job, plans: Sequence[SplitPlan]) -> None:
@@ -81,89 +104,128 @@ def _check_sources(job: Job, plans: Sequence[SplitPlan]) -> None:
         raise JobError(list(problems))
 
 
-def _write_split(job: Job, plan: SplitPlan, model_path: str, on_progress: Report | None) -> ShardManifest:
-    """Write the units of a split that are missing, then its manifest."""
-    storage = Folder(job.storage)
-    folder = shards_folder(storage, plan.key)
-    if reason := explain_miss(storage, plan):
-        log.info(reason)
-    started = time.monotonic()
-    _clean(folder)
-    write_key(folder, plan)
-    units = plan_units(plan.sources)
-    records = finished_shards(folder, units)
-    work = ShardWork(
-        folder=folder,
-        plan=plan,
-        task=job.task,
-        columns=task_columns(job),
-        rules=encode_rules(job),
-        model_path=model_path,
-        trust_remote_code=job.model.trust_remote_code,
-    )
-    rows, tokens = sum(one.rows for one in records.values()), sum(one.tokens for one in records.values())
-    for number, record in _write_units(work, [unit for unit in units if unit.index not in records]):
-        records[number] = record
-        rows, tokens = rows + record.rows, tokens + record.tokens
-        if on_progress:
-            on_progress(ShardProgress(plan.name, len(records), len(units), rows, tokens))
-    manifest = manifest_of(plan, job.task, records)
-    folder.write_bytes(MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
-    log.info(
-        f"sharded {manifest.rows_in:,} {plan.name} rows into {len(units)} files "
-        f"({manifest.total('bytes') / 2**20:,.1f} MiB, {tokens:,} tokens) in {time.monotonic() - started:.1f} s"
-    )
-    return manifest
+class SplitStage:
+    """Writes the units of one split that are missing, then its manifest."""
+
+    def __init__(self, job: Job, plan: SplitPlan, model_path: str, on_progress: Report | None) -> None:
+        self._plan, self._report = plan, on_progress
+        self._storage = Folder(job.storage)
+        self._folder = shards_folder(self._storage, plan.key)
+        self._units = plan_units(plan.sources)
+        self._work = ShardWork(
+            folder=self._folder,
+            plan=plan,
+            task=job.task,
+            columns=task_columns(job),
+            rules=encode_rules(job),
+            tokenizer=read_spec(model_path, job.model.trust_remote_code),
+        )
+
+    def write(self) -> ShardManifest:
+        """Write, or finish, the split."""
+        if reason := explain_miss(self._storage, self._plan):
+            log.info(reason)
+        started = time.monotonic()
+        _clean(self._folder)
+        write_key(self._folder, self._plan)
+        if self._plan.dedup and not self._folder.exists(DEDUPED):
+            self._find_duplicates(self._plan.dedup)
+        manifest = self._write_units()
+        self._folder.sync()
+        self._folder.write_bytes(MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        log.info(
+            f"sharded {manifest.rows_in:,} {self._plan.name} rows into {len(self._units)} files "
+            f"({manifest.total('bytes') / 2**20:,.1f} MiB, {manifest.total('tokens'):,} tokens) "
+            f"in {time.monotonic() - started:.1f} s with {manifest.tokenizer}"
+        )
+        return manifest
+
+    def _write_units(self) -> ShardManifest:
+        """Write every unit with one library: with tokenizers from the start again where the quick one is caught out."""
+        reason = self._folder.read_json(FALLBACK)["reason"] if self._folder.exists(FALLBACK) else None
+        while True:
+            work = replace(self._work, quick=reason is None)
+            try:
+                records = self._records(work)
+            except TokenizerDiffers as error:
+                reason = str(error)
+                log.warning(f"{self._plan.name}: tokenizing again with tokenizers: {reason}")
+                for unit in self._units:
+                    self._folder.delete(record_name(unit.index))
+                self._folder.write_json(FALLBACK, {"reason": reason})
+                continue
+            library = encoder_of(work.tokenizer, work.quick).library
+            manifest = manifest_of(self._plan, self._work.task, records, library, reason)
+            run_apart(finish_index, self._folder, manifest)
+            return manifest
+
+    def _records(self, work: ShardWork) -> dict[int, ShardRecord]:
+        records = finished_shards(self._folder, self._units)
+        rows, tokens = sum(one.rows for one in records.values()), sum(one.tokens for one in records.values())
+        todo = [unit for unit in self._units if unit.index not in records]
+        for number, record in spread(write_group, work, todo, ShardRecord):
+            records[number] = record
+            rows, tokens = rows + record.rows, tokens + record.tokens
+            if self._report:
+                self._report(ShardProgress(self._plan.name, len(records), len(self._units), rows, tokens))
+        return records
+
+    def _find_duplicates(self, mode: DedupMode) -> None:
+        """Fingerprint the units, then settle hash range by hash range; the rows found are left out by the writers."""
+        done = [printed for _, printed in spread(print_group, self._work, self._units, Printed)]
+        parts = max(sum(one.prints for one in done) // PRINTS_A_PART, 1)
+        numbers = [unit.index for unit in self._units]
+        found = sum(run_apart(find_duplicates, self._folder, numbers, part, parts, mode) for part in range(parts))
+        self._folder.write_json(DEDUPED, {"mode": mode, "removed": found})
+        for name in self._folder.list():
+            if name.startswith(("prints-", "signatures-")):
+                self._folder.delete(name)
 
 
-def _write_units(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[int, ShardRecord]]:
-    """Records of the units as they are finished, in whatever order. Raises what a unit raised."""
-    if not units:
-        return
-    import ray
-
-    shared = ray.put((work, tuple(units)))  # once, not once a task: it holds every file's name
-
-    def write(row: dict[str, Any]) -> dict[str, Any]:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core; the other tasks have the others
-        job, todo = _fetch(shared)
-        unit = todo[row["id"]]
-        try:
-            return {"unit": unit.index, "record": write_unit(job, unit).model_dump_json(), "error": b""}
-        except TuneyardError as error:  # as a value: Ray would wrap it and log its traceback
-            return {"unit": unit.index, "record": "", "error": pickle.dumps(error)}
-
-    with _quiet_ray_data():
-        done = ray.data.range(len(units), override_num_blocks=len(units)).map(write, num_cpus=1)
-        for row in done.iter_rows():
-            if row["error"]:
-                raise pickle.loads(row["error"])
-            yield int(row["unit"]), ShardRecord.model_validate_json(row["record"])
+def write_group(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[int, str]]:
+    """Write some units, in a process of their own."""
+    for unit, record in write_units(work, units):
+        yield unit.index, record.model_dump_json()
 
 
-@lru_cache(maxsize=1)
-def _fetch(shared: Any) -> tuple[ShardWork, tuple[Unit, ...]]:
-    """What the driver put into the object store, unpacked once a process."""
-    import ray
+def print_group(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[int, str]]:
+    """Fingerprint some units, in a process of their own."""
+    assert work.plan.dedup is not None
+    for unit in units:
+        rows = read_unit(unit, work.plan.sources[unit.file], work.columns)
+        mine = ((row, fields) for row, fields in rows if work.plan.holds(unit.file, row))
+        count = print_unit(work.folder, unit.index, mine, work.plan.dedup)
+        yield unit.index, Printed(prints=count).model_dump_json()
 
-    fetched: tuple[ShardWork, tuple[Unit, ...]] = ray.get(shared)
-    return fetched
+
+def finish_index(folder: Folder, manifest: ShardManifest) -> None:
+    """What readers want to know of a whole split without opening its shards; in a process of its own."""
+    shards = ShardSet(folder, manifest, load_task(manifest.task))
+    lengths, targets = shards.scan()
+    write_counts(folder, lengths, targets)
+    if manifest.split == "eval":
+        write_texts(folder, manifest)
 
 
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data without bars and without notes on each execution; the program shows progress itself."""
-    import ray.data
-
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = context.enable_progress_bars, context.print_on_execution_start, logger.level
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars, context.print_on_execution_start, level = before
-        logger.setLevel(level)
+def check_contamination(storage: Folder, shards: Shards) -> Contamination:
+    """Count the training rows that the evaluation set holds too, once for a pair of splits, and warn of them."""
+    folder, other = shards_folder(storage, shards.train.key), shards_folder(storage, shards.eval.key)
+    name = contamination_name(shards.eval.key)
+    if folder.exists(name):
+        return Contamination.model_validate(folder.read_json(name))
+    train = shards.train
+    groups = [train.shards[start : start + SCAN_SHARDS] for start in range(0, len(train.shards), SCAN_SHARDS)]
+    found = [run_apart(find_contamination, folder, train.sources, group, other) for group in groups]
+    examples = [example for one in found for example in one.examples][:EXAMPLES]
+    total = Contamination(rows=sum(one.rows for one in found), examples=tuple(examples))
+    folder.write_json(name, total.model_dump(mode="json"))
+    kept = total.rows - train.outcomes.get(CONTAMINATED, 0)
+    if kept > 0:
+        log.warning(
+            f"{kept:,} of {train.rows_in:,} training rows say what an evaluation row says (first: {examples[0]}); "
+            "data.decontaminate: drop leaves them out"
+        )
+    return total
 
 
 def _clean(folder: Folder) -> None:

@@ -91,6 +91,7 @@ def shard_locally(job: Any) -> Any:
     from trainers.data.manifest import MANIFEST, Shards, shards_folder
     from trainers.data.readers import plan_units, task_columns
     from trainers.data.shard_writer import ShardWork, write_unit
+    from trainers.data.tokenizer import read_spec
     from trainers.storage import Folder
     from trainers.tasks import encode_rules
 
@@ -98,8 +99,8 @@ def shard_locally(job: Any) -> Any:
     for plan in plan_splits(job, job.model.path):
         folder = shards_folder(Folder(job.storage), plan.key)
         rules = encode_rules(job)
-        work = ShardWork(folder, plan, job.task, task_columns(job), rules, job.model.path)
-        records = {unit.index: write_unit(work, unit) for unit in plan_units(plan.sources)}
+        work = ShardWork(folder, plan, job.task, task_columns(job), rules, read_spec(job.model.path))
+        records = {unit.index: write_unit(work, unit).commit() for unit in plan_units(plan.sources)}
         manifest = manifest_of(plan, job.task, records)
         folder.write_bytes(MANIFEST, manifest.model_dump_json().encode())
         manifests.append(manifest)

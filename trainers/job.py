@@ -24,7 +24,10 @@ FormatName = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text"]
 TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrain": (("text",), ()),
     "mlm": (("text",), ()),
-    "sft": (("messages",), ("prompt", "completion")),
+    "sft": (
+        ("messages",),
+        ("prompt", "completion", "conversations", "instruction", "input", "output", "system", "history", "tools"),
+    ),
     "classify": (("text", "label"), ("text_pair",)),
     "tag": (("tokens", "tags"), ()),
     "extract": (("question", "context", "answers"), ("id",)),
@@ -57,11 +60,22 @@ class ModelSection(Section):
     """Train low-rank adapters only."""
 
 
+class SourceSection(Section):
+    """One part of a mixture."""
+
+    path: str
+    """A path, glob, folder or data set, as `data.train` takes it."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """How often each of its rows is shown an epoch: 2 shows all twice, 0.5 a half of them, drawn by the seed."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Instead of a weight: tokens an epoch, reached by leaving rows out or by showing them again."""
+
+
 class DataSection(Section):
     """Which rows, and how they become sequences."""
 
-    train: Strings
-    """Paths, globs or folders; local or s3://, gs://, hdfs://."""
+    train: Annotated[tuple[str | SourceSection, ...], Field(strict=False)]
+    """Paths, globs or folders; local or s3://, gs://, hdfs://; hf:// data sets. Or {path, weight}, {path, tokens}."""
     eval: Strings = ()
     """The same for evaluation; or `eval_fraction`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -90,6 +104,20 @@ class DataSection(Section):
     """seq2seq: longest target in tokens; max_length bounds the source, or for causal models both together."""
     chat_template: str | None = None
     """sft: a Jinja template, or the path of one, in place of the tokenizer's."""
+    dedup: Literal["exact", "near"] | None = None
+    """Leave out training rows that repeat an earlier one: in all but case and outer white space, or nearly."""
+    decontaminate: Literal["report", "drop"] = "report"
+    """Training rows that say what an evaluation row says: counted, or left out as well."""
+
+    @property
+    def train_paths(self) -> tuple[str, ...]:
+        """The paths of `train`, without weights."""
+        return tuple(one if isinstance(one, str) else one.path for one in self.train)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether any part of the training data has a weight or a number of tokens."""
+        return any(not isinstance(one, str) and (one.weight or one.tokens) for one in self.train)
 
 
 class TrainSection(Section):

@@ -18,7 +18,7 @@ from trainers.job import TASK_FIELDS, Job, names_folder
 from trainers.storage import is_remote
 from trainers.task_fields import FIELD_TASKS, PACKING_TASKS, SPLITTING_TASKS
 
-BRANCHES = ("Elastic", "int", "constrained-int")
+BRANCHES = ("Elastic", "int", "constrained-int", "str", "SourceSection")
 """Names that pydantic puts into a location for the branch of a union; no key of ours."""
 
 
@@ -62,6 +62,9 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
     problems = []
     if bool(data.get("eval")) == (data.get("eval_fraction") is not None):
         problems.append("data: give either eval (files) or eval_fraction (a share of the training rows), one of them")
+    for entry in data["train"] if isinstance(data.get("train"), list) else []:
+        if isinstance(entry, dict) and entry.get("weight") is not None and entry.get("tokens") is not None:
+            problems.append(f"data.train: {entry.get('path')} has a weight and a number of tokens; give one of them")
     if (train.get("epochs") is None) == (train.get("steps") is None):
         problems.append("train: give either epochs or steps, one of them")
     if (
@@ -178,6 +181,8 @@ def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     """The same job with every path made absolute; values of a wrong type are left for the schema to refuse."""
 
     def local(value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            return {**value, "path": local(value["path"])}
         if not isinstance(value, str) or is_remote(value):
             return value
         return str((base / Path(value.removeprefix("file://")).expanduser()).resolve())
@@ -195,7 +200,7 @@ def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:
         data["chat_template"] = local(template)
     for key in ("train", "eval"):
         value = data.get(key)
-        if isinstance(value, str):
+        if isinstance(value, str | dict):
             data[key] = [local(value)]
         elif isinstance(value, list):
             data[key] = [local(item) for item in value]

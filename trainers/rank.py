@@ -6,13 +6,16 @@ from trainers.batch_plan import plan_batches
 from trainers.batches import StepSource
 from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
 from trainers.data.dataset import ShardSet
+from trainers.data.index import load_packs
 from trainers.data.manifest import ShardManifest
+from trainers.data.mixture import draw_mixture, entries_of_rows, shares_of
 from trainers.data.order import Order, plan_order
 from trainers.data.packing import PackIndex, one_row_each, pack_rows
 from trainers.data.tokenizer import load_encoder
 from trainers.deepspeed_config import derive_config
 from trainers.distill import load_objective
 from trainers.engine import build_engine
+from trainers.isolation import check_isolation
 from trainers.job import Job
 from trainers.loop import Hooks, LoopOutcome, LoopSettings, train
 from trainers.model_source import ModelFolder
@@ -52,6 +55,8 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
     order = job_order(job, len(packs))
     objective = load_objective(job, task, pad_id, world)
     engine = build_engine(job, task, request.model.path, pad_id, derive_config(job, plan), world)
+    if job.packing:
+        check_isolation(engine, task, shards, pad_id, job.model.attention, world.device)
     source = StepSource(shards, packs, order, plan, world.rank, task, pad_id)
     schedule = Schedule(job.train.schedule, job.train.learning_rate, order.steps, job.train.warmup_ratio)
     checkpointer = Checkpointer(
@@ -83,10 +88,13 @@ def job_task(job: Job, shards: ShardManifest) -> Task:
 
 
 def index_packs(job: Job, shards: ShardSet) -> PackIndex:
-    """Which rows share a sequence; every rank computes the same."""
-    if job.packing:
-        return pack_rows(shards.lengths, job.data.max_length, job.train.seed)
-    return one_row_each(len(shards.lengths))
+    """Which rows share a sequence: the index beside the shards, or the same made anew; every rank gets the same."""
+    capacity, seed = job.data.max_length, job.train.seed
+    if shards.manifest.entries:
+        rows = draw_mixture(entries_of_rows(shards.manifest), shards.lengths, shares_of(job), seed)
+        packs = pack_rows(shards.lengths[rows], capacity, seed) if job.packing else one_row_each(len(rows))
+        return PackIndex(packs.offsets, rows[packs.rows])
+    return load_packs(shards.folder, shards.lengths, capacity, seed) if job.packing else one_row_each(len(shards))
 
 
 def job_order(job: Job, sequences: int) -> Order:

@@ -46,7 +46,12 @@ class Folder:
     uri: str
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.uri.rstrip('/')}/{name}")
+        place, question, options = self._split()
+        return Folder(f"{place.rstrip('/')}/{name}{question}{options}")
+
+    def _split(self) -> tuple[str, str, str]:
+        """The place and the options of a URI, such as ?endpoint_override=host:port; a local path has none."""
+        return (self.uri, "", "") if self.is_local else self.uri.partition("?")
 
     def __str__(self) -> str:
         return self.uri
@@ -54,7 +59,13 @@ class Folder:
     @property
     def name(self) -> str:
         """The last part of the path."""
-        return PurePosixPath(self.uri).name
+        return PurePosixPath(self._split()[0]).name
+
+    @property
+    def parent(self) -> "Folder":
+        """The folder that holds this one."""
+        place, question, options = self._split()
+        return Folder(f"{place.rstrip('/').rpartition('/')[0]}{question}{options}")
 
     @property
     def is_local(self) -> bool:
@@ -110,22 +121,29 @@ class Folder:
     @contextmanager
     def open_output(self, name: str) -> Iterator[pa.NativeFile]:
         """A stream whose file appears under `name`, whole and synced, when the block ends without an exception."""
+        staged = self.stage_output(name)
+        try:
+            yield staged.stream
+            staged.commit()
+            if staged.final is not None:
+                _sync(staged.final.parent)
+        finally:
+            staged.discard()
+
+    def stage_output(self, name: str) -> "StagedFile":
+        """A file that appears when it is committed; for writers that commit several and sync the folder once."""
         fs, path = self._resolve(name)
         fs.create_dir(path.rpartition("/")[0], recursive=True)
         if not self.is_local:
-            with fs.open_output_stream(path) as stream:
-                yield stream
-            return
+            return StagedFile(fs.open_output_stream(path), None, None)
         final = Path(path)
         partial = final.parent / f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"
-        try:
-            with pa.OSFile(str(partial), "wb") as stream:
-                yield stream
-            _sync(partial)
-            partial.replace(final)
-            _sync(final.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+        return StagedFile(pa.OSFile(str(partial), "wb"), partial, final)
+
+    def sync(self) -> None:
+        """Make the names of committed files durable; object stores have nothing to sync."""
+        if self.is_local and self.path.is_dir():
+            _sync(self.path)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file, atomically and durably."""
@@ -155,6 +173,30 @@ class Folder:
             raise JobError(
                 f"storage {self.uri!r} cannot be written ({error}): name a folder or bucket you may write to"
             ) from error
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A file being written that nobody can see yet."""
+
+    stream: pa.NativeFile
+    partial: Path | None
+    """Its temporary name; None on object stores, where closing the stream is what makes the object appear."""
+    final: Path | None
+
+    def commit(self, durable: bool = True) -> None:
+        """Close it, sync its content unless told otherwise, and give it its name."""
+        self.stream.close()
+        if self.partial is not None and self.final is not None:
+            if durable:
+                _sync(self.partial)
+            self.partial.replace(self.final)
+
+    def discard(self) -> None:
+        """Remove it unless it was committed."""
+        if self.partial is not None:
+            self.stream.close()
+            self.partial.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

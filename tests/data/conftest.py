@@ -15,6 +15,7 @@ from trainers.data.manifest import Shards, shards_folder
 from trainers.data.readers import plan_units, task_columns
 from trainers.data.shard_writer import ShardWork, write_unit
 from trainers.data.sources import SourceFile, find_sources
+from trainers.data.tokenizer import read_spec
 from trainers.job import Job
 from trainers.job_file import parse_job
 from trainers.storage import Folder
@@ -116,8 +117,8 @@ def shard_here() -> Callable[[Job], Shards]:
         for plan in plan_splits(job, job.model.path):
             folder = shards_folder(Folder(job.storage), plan.key)
             rules = encode_rules(job)
-            work = ShardWork(folder, plan, job.task, task_columns(job), rules, job.model.path)
-            records = {unit.index: write_unit(work, unit) for unit in plan_units(plan.sources, unit_bytes)}
+            work = ShardWork(folder, plan, job.task, task_columns(job), rules, read_spec(job.model.path))
+            records = {unit.index: write_unit(work, unit).commit() for unit in plan_units(plan.sources, unit_bytes)}
             manifests[plan.name] = manifest_of(plan, job.task, records)
             folder.write_json("manifest.json", manifests[plan.name].model_dump(mode="json"))
         return Shards(train=manifests["train"], eval=manifests["eval"])

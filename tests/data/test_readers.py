@@ -15,6 +15,7 @@ from trainers.data.formats.base import Span
 from trainers.data.readers import Unit, check_columns, needed_fields, plan_units, read_unit
 from trainers.data.sources import SourceFile, find_sources
 from trainers.errors import DataError, JobError
+from trainers.job import TASK_FIELDS
 
 ROWS = [{"text": f"row {index} ünï", "label": "good" if index % 2 else "bad"} for index in range(7)]
 COLUMNS = {"text": "text", "label": "label"}
@@ -243,7 +244,7 @@ def test_an_empty_file_has_no_columns_to_miss(tmp_path: Path, source_of: Any) ->
         assert read_all(source, 100) == []
 
 
-SFT = {"messages": "messages", "prompt": "prompt", "completion": "completion"}
+SFT = {field: field for fields in TASK_FIELDS["sft"] for field in fields}
 
 
 @pytest.mark.parametrize(
@@ -251,10 +252,10 @@ SFT = {"messages": "messages", "prompt": "prompt", "completion": "completion"}
     [
         ({"messages": []}, SFT, None),
         ({"prompt": "a", "completion": "b"}, SFT, None),
-        ({"prompt": "a"}, SFT, "no column 'completion' (nor 'messages')"),
-        ({"conversation": []}, SFT, "no column 'messages' (nor 'prompt' and 'completion')"),
+        ({"prompt": "a"}, SFT, "no column 'completion' (nor 'messages', nor 'conversations'"),
+        ({"conversation": []}, SFT, "no column 'messages' (nor 'prompt' and 'completion', nor"),
         ({"ask": "a", "answer": "b"}, {**SFT, "prompt": "ask", "completion": "answer"}, None),
-        ({"ask": "a"}, {**SFT, "prompt": "ask", "completion": "answer"}, "no column 'answer' (nor 'messages')"),
+        ({"ask": "a"}, {**SFT, "prompt": "ask", "completion": "answer"}, "no column 'answer' (nor 'messages', nor"),
     ],
 )
 def test_sft_needs_messages_or_prompt_and_completion(

@@ -36,7 +36,7 @@ def rows_of(count: int) -> list[RawRow]:
 
 def write(folder: Folder, rows: list[RawRow], model: Path, task: str = "classify", **rules: Any) -> Any:
     limits = EncodeRules(**{"max_length": 16, "overlong": "truncate", **rules})
-    return write_shard(folder, 3, 1, iter(rows), load_task(task), load_encoder(str(model)), limits)
+    return write_shard(folder, 3, 1, iter(rows), load_task(task), load_encoder(str(model)), limits).commit()
 
 
 def read(folder: Folder, name: str) -> pa.Table:

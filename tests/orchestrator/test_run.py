@@ -145,7 +145,7 @@ def test_status_and_registry_answer_in_json(finished: Path, job_file: Path) -> N
     assert version["champion"] is True
     assert version["lineage"]["data.train.rows_in"] == "96"
     ledger = json.loads(tuneyard("ledger", str(finished), "--json").stdout)
-    assert [(split["split"], split["rows_in"]) for split in ledger] == [("train", 96), ("eval", 24)]
+    assert [(split["split"], split["rows_in"]) for split in ledger["splits"]] == [("train", 96), ("eval", 24)]
 
 
 def test_evaluating_again_gives_the_same_metrics(finished: Path, job_file: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_second_run_writes_nothing_and_starts_no_task(
     def no_task(*_: Any) -> Any:
         raise AssertionError("a committed split was read again")
 
-    monkeypatch.setattr(stage, "_write_units", no_task)
+    monkeypatch.setattr(stage, "spread", no_task)
     assert write_shards(job, str(tiny_tokenizer)) == first
     assert stamps(job) == before
 

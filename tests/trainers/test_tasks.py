@@ -1,5 +1,6 @@
 """What rows become: targets, decoded; drops with their reasons; packed documents that cannot see each other."""
 
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import chat_rows, make_llama
-from trainers.data.tokenizer import Encoder
+from trainers.data.tokenizer import Encoder, read_spec
 from trainers.tasks import Encoded, EncodeRules, Row, load_task
 from trainers.tasks.base import IGNORE
 
@@ -27,12 +28,17 @@ STRIPS_THINKING = (
     "{% set content = content.split('</think>')[-1] %}{% endif %}"
     "<|im_start|>{{ message['role'] }}\n{{ content }}<|im_end|>\n{% endfor %}"
 )
-HIDES = "{% for message in messages %}{{ message['content'] | upper }}{% endfor %}"
+SHOUTS = "{% for message in messages %}{{ message['content'] | upper }}<|im_end|>{% endfor %}"
+HIDES = "{% for message in messages | reverse %}{{ message['content'] | upper }}{% endfor %}"
 
 
 @pytest.fixture
-def encoder(tiny_chat_tokenizer: Path) -> Encoder:
-    return Encoder(tiny_chat_tokenizer)
+def encoder(tiny_chat_tokenizer: Path) -> Iterator[Encoder]:
+    """An encoder of its own; the tokenizer behind it is the process's, so its template is put back."""
+    own = Encoder(read_spec(tiny_chat_tokenizer))
+    template = own.tokenizer.chat_template
+    yield own
+    own.tokenizer.chat_template = template
 
 
 def encode_one(row: dict[str, Any], encoder: Encoder, rules: EncodeRules = RULES, task: str = "sft") -> Encoded:
@@ -106,7 +112,15 @@ def test_unusable_conversations_are_dropped_with_the_reason(encoder: Encoder, ro
     assert encode_one(row, encoder).outcome == f"dropped:{reason}"
 
 
-def test_a_template_that_rewrites_what_is_said_is_not_guessed_at(encoder: Encoder) -> None:
+def test_a_template_that_changes_what_is_said_is_followed(encoder: Encoder) -> None:
+    encoder.tokenizer.chat_template = SHOUTS
+    (spoken,) = {
+        text for row in chat_rows(4) for text in targets(encode_one(row, encoder), encoder) if "NOT" not in text
+    }
+    assert spoken == "THE FILM IS GOOD<|im_end|>"
+
+
+def test_a_template_that_hides_the_turns_is_not_guessed_at(encoder: Encoder) -> None:
     encoder.tokenizer.chat_template = HIDES
     assert encode_one(chat_rows(1)[0], encoder).outcome == "dropped:template_hides_the_turns"
 
@@ -133,16 +147,18 @@ def test_overlong_policies(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("length", range(14, 20))
-def test_no_window_of_a_split_document_is_without_a_target(encoder: Encoder, length: int) -> None:
+def test_no_window_of_a_split_document_is_without_a_target(length: int) -> None:
+    from trainers.data.encoded import Tokens
     from trainers.tasks.pretrain import _fit
 
-    windows = _fit(list(range(length)), EncodeRules(8, "split")).sequences
-    assert list(chain(*(one.input_ids for one in windows))) == list(range(length))
-    assert min(len(one.input_ids) for one in windows) >= 2
+    document = Tokens(np.arange(length, dtype=np.int32), np.array([0, length]))
+    (encoded,) = Encoded.unpack(_fit(document, EncodeRules(8, "split")))
+    assert list(chain(*(one.input_ids for one in encoded.sequences))) == list(range(length))
+    assert min(len(one.input_ids) for one in encoded.sequences) >= 2
 
 
 def test_classification_truncates_as_transformers_does(tiny_tokenizer: Path) -> None:
-    encoder = Encoder(tiny_tokenizer)
+    encoder = Encoder(read_spec(tiny_tokenizer))
     row = {"text": "the film is very good and the plot is good", "text_pair": "the acting is bad", "label": 1}
     encoded = encode_one(row, encoder, EncodeRules(10, "truncate"), "classify")
     expected = encoder.tokenizer(row["text"], row["text_pair"], truncation="longest_first", max_length=10)

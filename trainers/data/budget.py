@@ -35,7 +35,8 @@ def _refusal(job: Job, manifest: ShardManifest) -> str | None:
         why = " after data.eval_fraction took its share; give more rows or data.eval" if job.data.eval_fraction else ""
         return f"{name}: the data set is empty: no rows in {files}{why}"
     folder = shards_folder(Folder(job.storage), manifest.key)
-    kept, dropped, total = manifest.rows_in - manifest.dropped, manifest.dropped, manifest.rows_in
+    dropped, total = manifest.dropped, manifest.rows_in
+    kept = total - dropped - manifest.removed
     if kept == 0:
         return f"{name}: not one of {total:,} rows can be used\n{_account(job, manifest, folder)}"
     if job.overlong == "error" and (count := manifest.outcomes.get(OVERLONG, 0)):

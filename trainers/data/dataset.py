@@ -1,17 +1,21 @@
 """Reading shards back: any sequence of a split by its place, and the lengths of all of them without reading a token.
 
-Files are memory-mapped where storage is local and opened when first needed; only so many stay open. Knows nothing of
-order or packing. Begin at `ShardSet`.
+Files are memory-mapped, from a local copy where storage is remote, and opened when first needed; only so many stay
+open. Knows nothing of order or packing. Begin at `ShardSet`.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections import OrderedDict
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from trainers.data.index import read_counts
 from trainers.data.manifest import ShardManifest, ShardRecord
 from trainers.data.shard_files import ORIGIN, shard_schema
 from trainers.errors import DataError
@@ -62,6 +66,13 @@ class ShardSet:
 
     @cached_property
     def _counts(self) -> tuple[Array, Array]:
+        """Lengths and targets: from the index beside the shards, or from the shards where there is none."""
+        counts = read_counts(self.folder)
+        if counts is None or len(counts) != len(self):
+            return self.scan()
+        return np.ascontiguousarray(counts["length"]), counts["targets"].astype(np.int64)
+
+    def scan(self) -> tuple[Array, Array]:
         """Lengths and targets in one pass over the shards, none of which stays open for it."""
         lengths = np.zeros(len(self), dtype=np.int32)
         targets = np.zeros(len(self), dtype=np.int64)
@@ -104,7 +115,7 @@ class _OpenShard:
 
     def __init__(self, folder: Folder, record: ShardRecord, task: Task) -> None:
         try:
-            reader = pa.ipc.open_file(folder.open_input(record.file))
+            reader = pa.ipc.open_file(_nearby(folder, record).open_input(record.file))
             self.batches = [_Batch(reader.get_batch(index)) for index in range(reader.num_record_batches)]
         except (OSError, pa.ArrowException) as error:
             raise _damaged(folder, record, str(error)) from error
@@ -117,6 +128,16 @@ class _OpenShard:
         """The record batch that holds a row of this shard, and the row's place in it."""
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         return self.batches[number], place - int(self._starts[number])
+
+
+def _nearby(folder: Folder, record: ShardRecord) -> Folder:
+    """Where a shard can be memory-mapped: remote ones are copied whole to this machine, once for all its processes."""
+    if folder.is_local:
+        return folder
+    near = Folder(str(Path(tempfile.gettempdir()) / f"tuneyard-{os.getuid()}" / "shards" / folder.name))
+    if not near.exists(record.file) or near.size(record.file) != record.bytes:
+        near.write_bytes(record.file, folder.read_bytes(record.file))
+    return near
 
 
 def _damaged(folder: Folder, record: ShardRecord, found: str) -> DataError:

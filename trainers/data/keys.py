@@ -7,7 +7,7 @@ nor torch nor a tokenizer, so that every launcher can find the shards. Begin at 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +15,16 @@ import xxhash
 
 from trainers.data import readers
 from trainers.data.budget import check_shards
+from trainers.data.duplicates import DedupMode
 from trainers.data.manifest import MANIFEST, ShardManifest, Shards, read_manifest, shards_folder
-from trainers.data.sources import SourceFile, find_sources, source_key
+from trainers.data.sources import SourceFile, entries_of, find_sources, source_key
 from trainers.data.tokenizer import TOKENIZER_FILES
 from trainers.errors import JobError
 from trainers.job import Job
 from trainers.storage import Folder
 from trainers.tasks.options import read_template
 
-ENCODER_VERSION = 1
+ENCODER_VERSION = 2
 """Raised whenever the same inputs would give other shards."""
 KEY = "key.json"
 """What a folder of shards is made from; written first, where the manifest is written last."""
@@ -40,6 +41,12 @@ class SplitPlan:
     """Share of the rows held out for eval, where both splits are read from the same files."""
     key_parts: Mapping[str, str]
     """Digest of each thing that decides what the shards hold."""
+    dedup: DedupMode | None = None
+    """Which repeats are left out."""
+    eval_key: str | None = None
+    """Shards whose rows are left out of this split."""
+    entries: tuple[int, ...] = ()
+    """For each source the entry of data.train that names it, where a mixture tells them apart."""
 
     @property
     def key(self) -> str:
@@ -67,7 +74,7 @@ def plan_splits(job: Job, model_path: str) -> tuple[SplitPlan, SplitPlan]:
     found: dict[SplitName, tuple[SourceFile, ...]] = {}
     problems: list[str] = []
     fraction = job.data.eval_fraction
-    patterns_of: dict[SplitName, Sequence[str]] = {"train": job.data.train, "eval": job.data.eval}
+    patterns_of: dict[SplitName, Sequence[str]] = {"train": job.data.train_paths, "eval": job.data.eval}
     for name, patterns in patterns_of.items():
         try:
             found[name] = find_sources(patterns, job.data.format, f"data.{name}")
@@ -78,7 +85,23 @@ def plan_splits(job: Job, model_path: str) -> tuple[SplitPlan, SplitPlan]:
     tokenizer = _tokenizer_digest(Path(model_path))
     if fraction is not None:
         found["eval"] = found["train"]
-    return _plan(job, "train", found["train"], tokenizer), _plan(job, "eval", found["eval"], tokenizer)
+    evaluation = _plan(job, "eval", found["eval"], tokenizer)
+    return _training_plan(job, _plan(job, "train", found["train"], tokenizer), evaluation), evaluation
+
+
+def _training_plan(job: Job, plan: SplitPlan, evaluation: SplitPlan) -> SplitPlan:
+    """The training split with what applies to it alone; only what is asked for becomes a part of the key."""
+    parts = dict(plan.key_parts)
+    entries: tuple[int, ...] = ()
+    if job.data.dedup:
+        parts["dedup"] = job.data.dedup
+    if job.data.decontaminate == "drop":
+        parts["decontaminate"] = evaluation.key
+    if job.data.is_mixture:
+        entries = entries_of(plan.sources, job.data.train_paths, job.data.format)
+        parts["mixture"] = _digest(entries)
+    eval_key = evaluation.key if job.data.decontaminate == "drop" else None
+    return replace(plan, key_parts=parts, dedup=job.data.dedup, eval_key=eval_key, entries=entries)
 
 
 def shard_keys(job: Job, model_path: str) -> tuple[str, str]:
@@ -126,7 +149,13 @@ def explain_miss(storage: Folder, plan: SplitPlan) -> str | None:
     return f"the {plan.name} shards {name} do not fit any more: {' and '.join(changed)} changed"
 
 
-def manifest_of(plan: SplitPlan, task: str, records: Mapping[int, Any]) -> ShardManifest:
+def manifest_of(
+    plan: SplitPlan,
+    task: str,
+    records: Mapping[int, Any],
+    library: str = "tokenizers",
+    fallback_reason: str | None = None,
+) -> ShardManifest:
     """The manifest of a finished split, from the records of its shards by number."""
     return ShardManifest(
         key=plan.key,
@@ -135,6 +164,9 @@ def manifest_of(plan: SplitPlan, task: str, records: Mapping[int, Any]) -> Shard
         task=task,
         sources=tuple(source.uri for source in plan.sources),
         shards=tuple(records[index] for index in sorted(records)),
+        tokenizer=library,
+        fallback_reason=fallback_reason,
+        entries=plan.entries,
     )
 
 

@@ -22,6 +22,8 @@ class ShardRecord(Record):
 
     file: str
     ledger: str
+    source: int
+    """The file it was read from, as an index into the manifest's sources."""
     rows: int
     """Sequences in `file` (a split input row gives several)."""
     tokens: int
@@ -31,7 +33,7 @@ class ShardRecord(Record):
     digest: str
     """xxh3-128 of `file`."""
     outcomes: dict[str, int]
-    """Input rows by outcome: kept, truncated, split, or dropped:REASON."""
+    """Input rows by outcome: kept, truncated, split, dropped:REASON, or removed:REASON where the job asked for that."""
     tokens_lost: int
     """Tokens cut off from truncated rows."""
     labels: dict[str, int] = {}
@@ -51,6 +53,12 @@ class ShardManifest(Record):
     sources: tuple[str, ...]
     """The files read; `file` in shards and ledgers is an index into this."""
     shards: tuple[ShardRecord, ...]
+    tokenizer: str = "tokenizers"
+    """The library that made the ids; which one never changes them."""
+    fallback_reason: str | None = None
+    """Where a quicker library was caught giving other ids, so that the split was written without it."""
+    entries: tuple[int, ...] = ()
+    """For each source the entry of data.train that names it, where a mixture tells them apart."""
 
     def total(self, name: str) -> int:
         """Sum of one numeric field (rows, tokens, targets, bytes, tokens_lost) over the shards."""
@@ -73,8 +81,13 @@ class ShardManifest(Record):
 
     @property
     def dropped(self) -> int:
-        """Input rows that train nothing."""
+        """Input rows that could not be used."""
         return sum(count for outcome, count in self.outcomes.items() if outcome.startswith("dropped:"))
+
+    @property
+    def removed(self) -> int:
+        """Input rows left out because the job asked for it: duplicates, or rows of the evaluation set."""
+        return sum(count for outcome, count in self.outcomes.items() if outcome.startswith("removed:"))
 
 
 class Shards(Record):

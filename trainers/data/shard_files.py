@@ -1,8 +1,9 @@
-"""The two Arrow files of a shard, written record batch by record batch so that memory stays flat.
+"""The two Arrow files of a shard, written batch by batch so that memory stays flat.
 
 shard-*.arrow, uncompressed so that it can be memory-mapped: input_ids list<int32>, file int32, row int64, part int32
     (place among the sequences of a split row), then what the task cannot derive.
-ledger-*.arrow: file int32, row int64, outcome, tokens int32 (in all its sequences), tokens_lost int32.
+ledger-*.arrow: file int32, row int64, outcome, tokens int32 (in all its sequences), tokens_lost int32, text uint64
+    (digest of what the row says, see `text_digest`; 0 where it is malformed).
 """
 
 from collections import Counter
@@ -12,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from trainers.tasks import Encoded, Sequence, Task
+from trainers.data.encoded import Array, EncodedBatch
+from trainers.tasks import Task
 
 BATCH_TOKENS = 2**18
 BATCH_ROWS = 2**14
@@ -25,6 +27,7 @@ LEDGER_SCHEMA = pa.schema(
         ("outcome", pa.dictionary(pa.int32(), pa.string())),
         ("tokens", pa.int32()),
         ("tokens_lost", pa.int32()),
+        ("text", pa.uint64()),
     ]
 )
 
@@ -44,8 +47,6 @@ class SequenceFile:
         self._schema = shard_schema(task)
         self._sink = _DigestingSink(stream)
         self._writer = pa.ipc.new_file(self._sink, self._schema)
-        self._pending: list[tuple[int, int, Sequence]] = []
-        self._pending_tokens = 0
 
     @property
     def bytes(self) -> int:
@@ -57,45 +58,44 @@ class SequenceFile:
         """xxh3-128 of what was written."""
         return str(self._sink.hasher.hexdigest())
 
-    def add(self, row: int, encoded: Encoded) -> None:
-        """Append the sequences of one input row."""
-        for part, sequence in enumerate(encoded.sequences):
-            self._pending.append((row, part, sequence))
-            self._pending_tokens += len(sequence.input_ids)
-            if self._pending_tokens >= BATCH_TOKENS or len(self._pending) >= BATCH_ROWS:
-                self._flush()
+    def add(self, rows: Array, encoded: EncodedBatch) -> None:
+        """Append the sequences of some input rows, whose identities are `rows`, int64 [rows]."""
+        start = 0
+        while start < len(encoded.tokens):
+            stop = _batch_end(encoded.tokens.offsets, start)
+            self._write(rows, encoded, start, stop)
+            start = stop
 
     def close(self) -> None:
-        """Write what is pending and the footer."""
-        self._flush()
+        """Write the footer."""
         self._writer.close()
         self.labels = dict(sorted(self.labels.items()))
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        batch = self._batch()
+    def _write(self, rows: Array, encoded: EncodedBatch, start: int, stop: int) -> None:
+        offsets = encoded.tokens.offsets[start : stop + 1]
+        ids = encoded.tokens.ids[offsets[0] : offsets[-1]]
+        columns: list[Any] = [
+            pa.ListArray.from_arrays(pa.array((offsets - offsets[0]).astype(np.int32)), pa.array(ids)),
+            pa.array(np.full(stop - start, self._file, dtype=np.int32)),
+            pa.array(rows[encoded.row[start:stop]]),
+            pa.array(encoded.part[start:stop]),
+            *(encoded.extra[name].slice(start, stop - start) for name, _ in self._task.extra_schema),
+        ]
+        batch = pa.record_batch(columns, schema=self._schema)
         self._writer.write_batch(batch)
         self.rows += batch.num_rows
-        self.tokens += self._pending_tokens
+        self.tokens += len(ids)
         self.targets += int(self._task.count_targets(pa.Table.from_batches([batch])).sum())
-        shown = Counter(label for _, _, one in self._pending for label in self._task.labels_of(one.extra))
-        for label, count in shown.items():
-            self.labels[label] = self.labels.get(label, 0) + count
-        self._pending, self._pending_tokens = [], 0
+        if self._task.has_labels:
+            extras = batch.select([name for name, _ in self._task.extra_schema]).to_pylist()
+            for label, count in Counter(label for extra in extras for label in self._task.labels_of(extra)).items():
+                self.labels[label] = self.labels.get(label, 0) + count
 
-    def _batch(self) -> pa.RecordBatch:
-        rows, parts, sequences = zip(*self._pending, strict=True)
-        ids = [np.asarray(one.input_ids, dtype=np.int32) for one in sequences]
-        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-        columns: list[Any] = [
-            pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(ids))),
-            pa.array(np.full(len(rows), self._file, dtype=np.int32)),
-            pa.array(rows, pa.int64()),
-            pa.array(parts, pa.int32()),
-            *(pa.array([one.extra[name] for one in sequences], kind) for name, kind in self._task.extra_schema),
-        ]
-        return pa.record_batch(columns, schema=self._schema)
+
+def _batch_end(offsets: Array, start: int) -> int:
+    """Where a record batch that begins at sequence `start` ends: past the sequence that reaches either limit."""
+    full = int(np.searchsorted(offsets, offsets[start] + BATCH_TOKENS, side="left"))
+    return min(max(full, start + 1), start + BATCH_ROWS, len(offsets) - 1)
 
 
 class LedgerFile:
@@ -110,42 +110,37 @@ class LedgerFile:
         )
         self._counts: dict[str, int] = {}
         self._codes: dict[str, int] = {}
-        self._pending: list[tuple[int, int, int, int]] = []
 
     @property
     def outcomes(self) -> dict[str, int]:
         """Input rows by outcome."""
         return dict(sorted(self._counts.items()))
 
-    def add(self, row: int, encoded: Encoded) -> None:
-        """Note the outcome of one input row."""
-        code = self._codes.setdefault(encoded.outcome, len(self._codes))
-        self._counts[encoded.outcome] = self._counts.get(encoded.outcome, 0) + 1
-        self.tokens_lost += encoded.tokens_lost
-        tokens = sum(len(sequence.input_ids) for sequence in encoded.sequences)
-        self._pending.append((row, code, tokens, encoded.tokens_lost))
-        if len(self._pending) >= BATCH_ROWS:
-            self._flush()
-
-    def close(self) -> None:
-        """Write what is pending and the footer."""
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if not self._pending:
+    def add(self, rows: Array, encoded: EncodedBatch, texts: Array) -> None:
+        """Note the outcomes of some input rows; `texts` holds the digest of what each says, uint64 [rows]."""
+        if not len(rows):
             return
-        rows, codes, tokens, lost = zip(*self._pending, strict=True)
-        outcome = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(list(self._codes), pa.string()))
+        counts = np.bincount(encoded.codes, minlength=len(encoded.outcomes)).tolist()
+        shown = [(code, name) for code, name in enumerate(encoded.outcomes) if counts[code]]
+        recode = np.zeros(len(encoded.outcomes), dtype=np.int32)
+        for code, name in shown:
+            recode[code] = self._codes.setdefault(name, len(self._codes))
+            self._counts[name] = self._counts.get(name, 0) + counts[code]
+        self.tokens_lost += int(encoded.tokens_lost.sum())
+        names = pa.array(list(self._codes), pa.string())
         columns = [
             pa.array(np.full(len(rows), self._file, dtype=np.int32)),
-            pa.array(rows, pa.int64()),
-            outcome,
-            pa.array(tokens, pa.int32()),
-            pa.array(lost, pa.int32()),
+            pa.array(rows),
+            pa.DictionaryArray.from_arrays(pa.array(recode[encoded.codes]), names),
+            pa.array(encoded.tokens_of_rows()),
+            pa.array(encoded.tokens_lost),
+            pa.array(texts),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=LEDGER_SCHEMA))
-        self._pending = []
+
+    def close(self) -> None:
+        """Write the footer."""
+        self._writer.close()
 
 
 class _DigestingSink:

@@ -1,29 +1,38 @@
 """One unit of rows to one shard: sequences, a ledger line for each input row, and a record that commits both.
 
 Owns the layout of shard files and what "done" means for one of them. Memory is bounded by a batch, not by the unit.
-Knows no Ray; the stage that spreads units over a cluster is `orchestrator.shards`. Begin at `write_unit`.
+Knows no Ray; the stage that spreads units over a cluster is `orchestrator.shards`. Begin at `write_units`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
+from trainers.data.duplicates import read_removed
+from trainers.data.encoded import Array, EncodedBatch, insert_rows
 from trainers.data.formats import RawRow
+from trainers.data.index import contained, read_texts
 from trainers.data.keys import SplitPlan
 from trainers.data.manifest import ShardRecord
 from trainers.data.readers import Unit, read_unit
 from trainers.data.shard_files import LedgerFile, SequenceFile
-from trainers.data.tokenizer import Encoder, load_encoder
-from trainers.storage import Folder
-from trainers.tasks import Encoded, EncodeRules, Task, load_task
+from trainers.data.texts import text_digests
+from trainers.data.tokenizer import Encoder, TokenizerSpec, encoder_of
+from trainers.storage import Folder, StagedFile
+from trainers.tasks import EncodeRules, Task, load_task
 
-ENCODE_ROWS = 1000
+ENCODE_ROWS = 4000
 ENCODE_CHARS = 2 * 2**20
-"""Rows and characters that are tokenized at once; a tokenizer's result takes about 150 bytes a token."""
-MALFORMED = "malformed"
+"""Rows and characters that are tokenized at once; what tokenizers gives takes about 150 bytes a token."""
+COMMITS = 8
+"""Shards that may be on their way to the disk: files synced at the same time share a commit of the journal."""
+MALFORMED, CONTAMINATED = "dropped:malformed", "removed:in_evaluation"
 
 
 @dataclass(frozen=True)
@@ -36,48 +45,111 @@ class ShardWork:
     columns: Mapping[str, str]
     """For each field of the task, the data's column."""
     rules: EncodeRules
-    model_path: str
-    trust_remote_code: bool = False
+    tokenizer: TokenizerSpec
+    quick: bool = True
+    """Use the quick tokenizer where it applies."""
 
 
-def write_unit(work: ShardWork, unit: Unit) -> ShardRecord:
-    """Read, tokenize and write one unit. Doing it again gives the same bytes.
+@dataclass(frozen=True)
+class StagedShard:
+    """A shard whose files are written but not yet synced or named."""
+
+    folder: Folder
+    number: int
+    files: tuple[StagedFile, ...]
+    record: ShardRecord
+
+    def commit(self) -> ShardRecord:
+        """Sync and name the files, then write the record.
+
+        The record itself and the names are made durable with the manifest: until then a crash of the machine costs at
+        most shards that are written again, as sizes and records that are not whole do not count.
+        """
+        try:
+            for file in self.files:
+                file.commit()
+        finally:
+            for file in self.files:
+                file.discard()
+        record = self.folder.stage_output(record_name(self.number))
+        record.stream.write(self.record.model_dump_json().encode())
+        record.commit(durable=False)
+        return self.record
+
+
+def write_units(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[Unit, ShardRecord]]:
+    """Write units one after another; while some are synced to disk, the next is tokenized. Those done are passed over.
 
     Raises:
-        DataError: where the file is damaged beyond a single row.
+        DataError: where a file is damaged beyond a single row.
         JobError: where the tokenizer cannot be loaded.
+        TokenizerDiffers: where the split has to be written without the quick tokenizer.
     """
+    with ThreadPoolExecutor(COMMITS, thread_name_prefix="commit") as threads:
+        waiting: list[tuple[Unit, Future[ShardRecord]]] = []
+        for unit in units:
+            if record := finished_shard(work.folder, unit.index):
+                yield unit, record
+                continue
+            waiting.append((unit, threads.submit(write_unit(work, unit).commit)))
+            if len(waiting) > COMMITS:
+                done, future = waiting.pop(0)
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
+
+
+def write_unit(work: ShardWork, unit: Unit) -> StagedShard:
+    """Read, tokenize and write one unit; `commit` ends it. Doing it again gives the same bytes."""
     rows = read_unit(unit, work.plan.sources[unit.file], work.columns)
-    mine = ((row, fields) for row, fields in rows if work.plan.holds(unit.file, row))
-    encoder = load_encoder(work.model_path, work.trust_remote_code)
-    return write_shard(work.folder, unit.index, unit.file, mine, load_task(work.task), encoder, work.rules)
+    mine = ((row, fields) for row, fields in rows if work.plan.holds(unit.file, row)) if work.plan.fraction else rows
+    dedup, eval_key = work.plan.dedup, work.plan.eval_key
+    removed = read_removed(work.folder, unit.index, dedup) if dedup else {}
+    held_out = read_texts(work.folder.parent / eval_key) if eval_key else None
+    encoder = encoder_of(work.tokenizer, work.quick)
+    return write_shard(
+        work.folder, unit.index, unit.file, mine, load_task(work.task), encoder, work.rules, removed, held_out
+    )
 
 
 def write_shard(
     folder: Folder,
     number: int,
     file: int,
-    rows: Iterator[RawRow],
+    rows: Iterable[RawRow],
     task: Task,
     encoder: Encoder,
     rules: EncodeRules,
-) -> ShardRecord:
-    """Encode rows of one file into shard `number` and commit it by writing its record last."""
+    removed: Mapping[int, str] = MappingProxyType({}),
+    held_out: Array | None = None,
+) -> StagedShard:
+    """Encode rows of one file into shard `number`, which nobody sees before `commit`.
+
+    Args:
+        removed: for rows that are left out on request, the outcome that the ledger gives them.
+        held_out: digests of texts that are left out, uint64, sorted.
+    """
     stem = f"{number:05d}"
     shard, ledger = f"shard-{stem}.arrow", f"ledger-{stem}.arrow"
-    with ExitStack() as files:
-        sequence_file = SequenceFile(files.enter_context(folder.open_output(shard)), task, file)
-        ledger_file = LedgerFile(files.enter_context(folder.open_output(ledger)), file)
+    with ExitStack() as unfinished:
+        files = [folder.stage_output(name) for name in (shard, ledger)]
+        for one in files:
+            unfinished.callback(one.discard)
+        sequence_file, ledger_file = SequenceFile(files[0].stream, task, file), LedgerFile(files[1].stream, file)
         for batch in _batches(rows):
-            encoded = _encode(batch, task, encoder, rules)
-            for (row, _), one in zip(batch, encoded, strict=True):
-                ledger_file.add(row, one)
-                sequence_file.add(row, one)
+            places = np.array([row for row, _ in batch], dtype=np.int64)
+            texts = text_digests(fields for _, fields in batch)
+            seen = contained(texts, held_out) if held_out is not None else None
+            encoded = _encode(batch, task, encoder, rules, removed, seen)
+            ledger_file.add(places, encoded, texts)
+            sequence_file.add(places, encoded)
         sequence_file.close()
         ledger_file.close()
+        unfinished.pop_all()
     record = ShardRecord(
         file=shard,
         ledger=ledger,
+        source=file,
         rows=sequence_file.rows,
         tokens=sequence_file.tokens,
         targets=sequence_file.targets,
@@ -87,8 +159,7 @@ def write_shard(
         tokens_lost=ledger_file.tokens_lost,
         labels=sequence_file.labels,
     )
-    folder.write_json(_record_name(number), record.model_dump(mode="json"))
-    return record
+    return StagedShard(folder, number, tuple(files), record)
 
 
 def finished_shards(folder: Folder, units: Sequence[Unit]) -> dict[int, ShardRecord]:
@@ -97,31 +168,35 @@ def finished_shards(folder: Folder, units: Sequence[Unit]) -> dict[int, ShardRec
     return {
         unit.index: record
         for unit in units
-        if _record_name(unit.index) in held and (record := _read_record(folder, unit.index, held))
+        if record_name(unit.index) in held and (record := finished_shard(folder, unit.index))
     }
 
 
-def _read_record(folder: Folder, number: int, held: set[str]) -> ShardRecord | None:
+def finished_shard(folder: Folder, number: int) -> ShardRecord | None:
+    """The record of one unit, if it was committed here and its files are as it says."""
     try:
-        record = ShardRecord.model_validate_json(folder.read_bytes(_record_name(number)))
-    except ValidationError:
+        record = ShardRecord.model_validate_json(folder.read_bytes(record_name(number)))
+        whole = folder.size(record.file) == record.bytes and folder.exists(record.ledger)
+    except (ValidationError, FileNotFoundError):
         return None
-    whole = {record.file, record.ledger} <= held and folder.size(record.file) == record.bytes
     return record if whole else None
 
 
-def _record_name(number: int) -> str:
+def record_name(number: int) -> str:
+    """The file that commits a unit."""
     return f"shard-{number:05d}.json"
 
 
-def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
     """Consecutive rows, bounded in number and in characters."""
     batch: list[RawRow] = []
     chars = 0
     for row in rows:
         batch.append(row)
-        chars += _chars(row[1])
-        if len(batch) == ENCODE_ROWS or chars >= ENCODE_CHARS:
+        if row[1] is not None:
+            for value in row[1].values():
+                chars += len(value) if isinstance(value, str) else _chars(value)
+        if len(batch) >= ENCODE_ROWS or chars >= ENCODE_CHARS:
             yield batch
             batch, chars = [], 0
     if batch:
@@ -136,10 +211,22 @@ def _chars(value: Any) -> int:
     return sum(map(_chars, value)) if isinstance(value, list) else 0
 
 
-def _encode(batch: Sequence[RawRow], task: Task, encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
-    """One result a row; malformed rows never reach the task."""
-    whole = [fields for _, fields in batch if fields is not None]
-    encoded = task.encode(whole, encoder, rules) if whole else []
-    assert len(encoded) == len(whole), f"{type(task).__name__}.encode gave {len(encoded)} results for {len(whole)} rows"
-    results = iter(encoded)
-    return [Encoded.dropped(MALFORMED) if fields is None else next(results) for _, fields in batch]
+def _encode(
+    batch: Sequence[RawRow],
+    task: Task,
+    encoder: Encoder,
+    rules: EncodeRules,
+    removed: Mapping[int, str],
+    seen: Array | None,
+) -> EncodedBatch:
+    """One outcome a row; malformed and removed rows never reach the task."""
+    outcomes = [MALFORMED if fields is None else removed.get(row) for row, fields in batch]
+    for place in np.flatnonzero(seen).tolist() if seen is not None else ():
+        outcomes[place] = outcomes[place] or CONTAMINATED
+    whole = [
+        fields for (_, fields), outcome in zip(batch, outcomes, strict=True) if fields is not None and outcome is None
+    ]
+    if len(whole) == len(batch):
+        return task.encode_batch(whole, encoder, rules)
+    places = np.array([place for place, outcome in enumerate(outcomes) if outcome is None], dtype=np.int64)
+    return insert_rows(task.encode_batch(whole, encoder, rules), places, outcomes)

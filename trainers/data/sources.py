@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import xxhash
 
+from trainers.data.hub_datasets import SCHEME, arrow_files
 from trainers.errors import JobError
 from trainers.job import FormatName
 from trainers.storage import filesystem_of, is_remote
@@ -84,12 +85,22 @@ def find_sources(patterns: Sequence[str], format: FormatName | None, where: str)
     for pattern in patterns:
         try:
             for one in _resolve(pattern, format):
-                named[one.uri] = (one, *_kind(one.uri, one.name, format))
+                kind = None if pattern.startswith(SCHEME) else format
+                named[one.uri] = (one, *_kind(one.uri, one.name, kind))
         except JobError as error:
             problems += error.problems
     if problems:
         raise JobError(problems, where)
     return tuple(_source(*named[uri], where=where) for uri in sorted(named))
+
+
+def entries_of(sources: Sequence[SourceFile], patterns: Sequence[str], format: FormatName | None) -> tuple[int, ...]:
+    """For each source the first of the patterns that names it."""
+    entry: dict[str, int] = {}
+    for place, pattern in enumerate(patterns):
+        for named in _resolve(pattern, format):
+            entry.setdefault(named.uri, place)
+    return tuple(entry[source.uri] for source in sources)
 
 
 def source_key(sources: Sequence[SourceFile]) -> str:
@@ -150,8 +161,8 @@ def _digest(named: _Named) -> str:
 
 def _resolve(pattern: str, format: FormatName | None) -> list[_Named]:
     """The files of one pattern. Raises JobError where there are none."""
-    if pattern.startswith("hf://"):
-        raise JobError(f"{pattern}: hf:// is not read yet; save the data set as parquet and name that folder")
+    if pattern.startswith(SCHEME):
+        return [_Named(file, _look(file)) for file in arrow_files(pattern)]
     try:
         return _resolve_place(pattern, format)
     except (OSError, pa.ArrowException) as error:
@@ -169,12 +180,12 @@ def _resolve_place(pattern: str, format: FormatName | None) -> list[_Named]:
         if info.type == pafs.FileType.Directory:
             return _under(place, options, _folder_files(place + options, info.path, format))
         if not wild:
-            raise JobError(f"{pattern}: no such file or folder{_hint(place)}")
+            raise JobError(f"{pattern}: no such file or folder{_hint(place, options)}")
     root = place[: place.rfind("/", 0, wild.start())]
     fs, base = filesystem_of((root or "/") + options)
     infos = list(_expand(fs, base, place[len(root) + 1 :].split("/")))
     if not infos:
-        raise JobError(f"{pattern}: matches no file{_hint(place)}")
+        raise JobError(f"{pattern}: matches no file{_hint(place, options)}")
     return _under(root, options, infos)
 
 
@@ -243,14 +254,14 @@ def _folder_files(pattern: str, path: str, format: FormatName | None) -> list[pa
     raise JobError(f"{pattern}: {asked} in this folder (it holds {held}). Use a glob to name files of other names")
 
 
-def _hint(path: str) -> str:
+def _hint(path: str, options: str = "") -> str:
     """What exists nearest to a path that does not: a similar name in the same folder, or the folder that is missing."""
     parent, _, name = path.rstrip("/").rpartition("/")
     if not parent or parent.endswith(":/"):
         return ""
-    if _look(parent).type != pafs.FileType.Directory:
-        return f"; the folder {parent} does not exist" + (_hint(parent))
-    fs, inner = filesystem_of(parent)
+    if _look(parent + options).type != pafs.FileType.Directory:
+        return f"; the folder {parent} does not exist" + _hint(parent, options)
+    fs, inner = filesystem_of(parent + options)
     names = sorted(info.base_name for info in _list(fs, inner))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if near:

@@ -1,11 +1,18 @@
-"""The model's tokenizer, as the data stage uses it: batches in, ids and character offsets out."""
+"""The model's tokenizer, as the data stage uses it: batches of texts in, ids and character offsets out.
+
+`load_encoder` reads it with transformers, once; `Encoder.spec` is what other processes need in order to have the same
+one in milliseconds, without transformers. Which library makes the ids is `quick_tokenizer`'s affair.
+"""
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from trainers.data.encoded import Array, Tokens
+from trainers.data.quick_tokenizer import QuickTokenizer, bytes_of_ids, check_sample, open_quick
 from trainers.errors import DataError, JobError
 
 TOKENIZER_FILES = (
@@ -24,44 +31,94 @@ TOKENIZER_FILES = (
 """Files of a model folder that decide which ids a text becomes; their digest is part of the shard key."""
 
 
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer as one process hands it to another."""
+
+    folder: str
+    trust_remote_code: bool
+    backend: str
+    """tokenizers' own JSON."""
+    eos_id: int | None
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class LightEncoding:
+    """Ids of a single text."""
+
+    ids: Array
+    type_ids: tuple[int, ...] = ()
+
+
 class Encoder:
     """A fast (Rust) tokenizer without padding or truncation of its own.
 
-    Raises:
-        JobError: where the folder holds no fast tokenizer.
+    Args:
+        spec: what `read_spec` gave, in this process or another.
+        quick: use a quicker library where it loads this tokenizer; what it gives is checked on a sample.
     """
 
-    def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
-        from transformers import AutoTokenizer  # 1.6 s: only the processes that tokenize pay it
+    def __init__(self, spec: TokenizerSpec, quick: bool = True) -> None:
+        from tokenizers import Tokenizer
 
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise JobError(f"model.path: no tokenizer can be loaded from {folder}: {error}") from error
-        if not self.tokenizer.is_fast:
-            raise JobError(f"model.path: {folder} has only a slow tokenizer; convert it to tokenizer.json first")
-        self._backend = self.tokenizer.backend_tokenizer
-        self.is_encoder_decoder = _is_encoder_decoder(Path(folder))
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self.spec = spec
+        self.quick = quick
+        self._backend = Tokenizer.from_str(spec.backend)
+        self._quick: QuickTokenizer | None = open_quick(spec.backend, self._backend) if quick else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer."""
+        return _load_tokenizer(self.spec.folder, self.spec.trust_remote_code)
+
+    @cached_property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model reads with one part and writes with another."""
+        return _is_encoder_decoder(Path(self.spec.folder))
 
     @property
     def eos_id(self) -> int | None:
         """Id of the end-of-sequence token, if there is one."""
-        eos: int | None = self.tokenizer.eos_token_id
-        return eos
+        return self.spec.eos_id
 
     @property
     def pad_id(self) -> int:
         """Id that fills short sequences; never attended to, never a target."""
-        for value in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if value is not None:
-                return int(value)
-        return 0
+        return self.spec.pad_id
+
+    @property
+    def library(self) -> str:
+        """What makes the ids: gigatoken, remembered words or tokenizers."""
+        return self._quick.library if self._quick else "tokenizers"
+
+    @cached_property
+    def bytes_of_ids(self) -> Array | None:
+        """Bytes of text that each id stands for, int32 [vocabulary]; None where ids do not spell the text out."""
+        return bytes_of_ids(json.loads(self.spec.backend))
+
+    def encode_ids(self, texts: Sequence[Any], special: bool = True) -> Tokens:
+        """Ids of texts, or of (text, pair) tuples, as arrays: the way to go for many.
+
+        Raises:
+            TokenizerDiffers: where the quick library is caught giving other ids than tokenizers does.
+        """
+        if self._quick is None or any(isinstance(text, tuple) for text in texts):
+            return Tokens.of([one.ids for one in self.encode(texts, special)])
+        tokens = self._quick.encode(list(texts), special)
+        check_sample(texts, tokens, self._backend, special)
+        return tokens
 
     def encode(self, texts: Sequence[Any], special: bool = True) -> list[Any]:
         """Encodings of texts, or of (text, pair) tuples, without character offsets."""
         return list(self._backend.encode_batch_fast(list(texts), add_special_tokens=special))
+
+    def encode_light(self, texts: Sequence[Any]) -> list[Any]:
+        """`encode`, with special tokens, for callers who want ids and type_ids alone; no type_ids means all are 0."""
+        if self._quick is None or any(isinstance(text, tuple) for text in texts):
+            return self.encode(texts)
+        tokens = self.encode_ids(texts)
+        return [LightEncoding(tokens[place]) for place in range(len(tokens))]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Any]:
         """Encodings of texts that already hold their special tokens, with character offsets."""
@@ -120,14 +177,29 @@ class Encoder:
             raise JobError("task mlm: the tokenizer has no mask token; choose an encoder such as BERT or RoBERTa")
         return int(self.tokenizer.mask_token_id)
 
-    def render(self, messages: Sequence[dict[str, Any]], template: str | None = None) -> str:
-        """A conversation as a chat template writes it, the model's own by default. Raises DataError where none is."""
-        if template is None and self.tokenizer.chat_template is None:
+    def render(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
+        """A conversation as the model's chat template writes it. Raises DataError where there is no template."""
+        if self.tokenizer.chat_template is None:
             raise DataError(
                 "the tokenizer has no chat template, which task sft needs: choose an instruction-tuned model, or give "
                 "one in data.chat_template"
             )
-        return str(self.tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False))
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments))
+
+
+def read_spec(folder: str | Path, trust_remote_code: bool = False) -> TokenizerSpec:
+    """The tokenizer of a model folder, read with transformers.
+
+    Raises:
+        JobError: where the folder holds no fast tokenizer.
+    """
+    tokenizer = _load_tokenizer(str(folder), trust_remote_code)
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(int(value) for value in ids if value is not None)
+    return TokenizerSpec(str(folder), trust_remote_code, backend.to_str(), tokenizer.eos_token_id, pad_id)
 
 
 def _is_encoder_decoder(folder: Path) -> bool:
@@ -139,4 +211,23 @@ def _is_encoder_decoder(folder: Path) -> bool:
 @lru_cache(maxsize=2)
 def load_encoder(folder: str, trust_remote_code: bool = False) -> Encoder:
     """The encoder of a model folder, loaded once a process."""
-    return Encoder(folder, trust_remote_code)
+    return Encoder(read_spec(folder, trust_remote_code))
+
+
+@lru_cache(maxsize=2)
+def encoder_of(spec: TokenizerSpec, quick: bool) -> Encoder:
+    """The encoder of a spec, made once a process."""
+    return Encoder(spec, quick)
+
+
+@lru_cache(maxsize=2)
+def _load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer  # 1.6 s: only processes that read a spec or render chats pay it
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise JobError(f"model.path: no tokenizer can be loaded from {folder}: {error}") from error
+    if not tokenizer.is_fast:
+        raise JobError(f"model.path: {folder} has only a slow tokenizer; convert it to tokenizer.json first")
+    return tokenizer

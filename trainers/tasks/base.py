@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
+from trainers.data.encoded import Array as Array
+from trainers.data.encoded import BatchBuilder, EncodedBatch
 from trainers.data.manifest import KEPT, TRUNCATED
 from trainers.errors import JobError
 from trainers.job import Job, Overlong
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from trainers.data.tokenizer import Encoder
 
-Array = np.ndarray[Any, np.dtype[Any]]
 IGNORE = -100
 """Label of positions the loss skips."""
 
@@ -68,6 +68,18 @@ class Encoded:
         """A row that became one sequence."""
         return Encoded(TRUNCATED if tokens_lost else KEPT, (sequence,), tokens_lost)
 
+    @staticmethod
+    def unpack(batch: EncodedBatch) -> list[Encoded]:
+        """One record a row, out of a batch."""
+        sequences: list[list[Sequence]] = [[] for _ in batch.codes]
+        for place, row in enumerate(batch.row.tolist()):
+            extra = {name: values[place].as_py() for name, values in batch.extra.items()}
+            sequences[row].append(Sequence(batch.tokens[place].tolist(), extra))
+        return [
+            Encoded(batch.outcomes[code], tuple(own), int(lost))
+            for code, own, lost in zip(batch.codes, sequences, batch.tokens_lost, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -94,6 +106,8 @@ class Task(ABC):
     """transformers' class that puts this task's head on a model."""
     forward_options: Mapping[str, Any] = MappingProxyType({})
     """Arguments of every forward pass beside the batch."""
+    has_labels: bool = False
+    """Whether rows show labels of a closed set, as `labels_of` tells."""
     new_head: bool = False
     """Whether the pretrained model lacks the head, so that it says nothing before training."""
 
@@ -104,6 +118,15 @@ class Task(ABC):
     @abstractmethod
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
         """Tokenize rows, given as the task's fields; one result each, in order."""
+
+    def encode_batch(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+        """`encode` as arrays. A task that is given many rows overrides this one and does without Python lists."""
+        builder = BatchBuilder(self.extra_schema)
+        encoded = self.encode(rows, encoder, rules)
+        assert len(encoded) == len(rows), f"{type(self).__name__}.encode: {len(encoded)} results for {len(rows)} rows"
+        for one in encoded:
+            builder.add(one.outcome, one.sequences, one.tokens_lost)
+        return builder.build()
 
     @abstractmethod
     def count_targets(self, table: pa.Table) -> Array:

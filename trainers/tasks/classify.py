@@ -32,13 +32,14 @@ class Classify(Task):
     metric = "accuracy"
     auto_class = "AutoModelForSequenceClassification"
     new_head = True
+    has_labels = True
     metrics_known = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "mcc", "auroc", "loss")
 
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
         """Tokenize texts; rows without text or label are dropped with the reason."""
         reasons = [_refusal(row, rules.options.several_labels) for row in rows]
         texts = [_text(row) for row, reason in zip(rows, reasons, strict=True) if reason is None]
-        encodings = iter(zip(texts, encoder.encode(texts), strict=True))
+        encodings = iter(zip(texts, encoder.encode_light(texts), strict=True))
         return [
             Encoded.dropped(reason) if reason else fit_pair(*next(encodings), _shown(row["label"]), encoder, rules)
             for row, reason in zip(rows, reasons, strict=True)

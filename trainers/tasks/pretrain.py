@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainers.data.manifest import SPLIT
-from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence
+from trainers.data.encoded import EncodedBatch, Tokens, insert_rows, starts_of
+from trainers.data.manifest import KEPT, SPLIT, TRUNCATED
+from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row
 from trainers.tasks.causal import CausalTask
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from trainers.data.tokenizer import Encoder
 
+OUTCOMES = (KEPT, TRUNCATED, SPLIT, "dropped:overlong", "dropped:no_target")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -31,12 +33,19 @@ class Pretrain(CausalTask):
     smaller_is_better = frozenset({"loss", "perplexity", "bits_per_byte"})
 
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+        """One record a row; the work is `encode_batch`'s."""
+        return Encoded.unpack(self.encode_batch(rows, encoder, rules))
+
+    def encode_batch(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Tokenize texts, end each with EOS and apply the length policy."""
-        reasons = [text_refusal(row.get("text")) for row in rows]
-        encodings = iter(encoder.encode([row["text"] for row, why in zip(rows, reasons, strict=True) if why is None]))
-        return [
-            Encoded.dropped(why) if why else _fit(_ended(next(encodings).ids, encoder.eos_id), rules) for why in reasons
-        ]
+        refusals = [text_refusal(row.get("text")) for row in rows]
+        reasons = [f"dropped:{why}" if why else None for why in refusals]
+        texts = [row["text"] for row, reason in zip(rows, reasons, strict=True) if reason is None]
+        batch = _fit(_ended(encoder.encode_ids(texts), encoder.eos_id), rules)
+        if len(texts) == len(rows):
+            return batch
+        places = np.array([place for place, reason in enumerate(reasons) if reason is None], dtype=np.int64)
+        return insert_rows(batch, places, reasons)
 
     def count_targets(self, table: pa.Table) -> Array:
         """Length minus one: nothing predicts the first token."""
@@ -93,25 +102,41 @@ def text_refusal(text: Any) -> str | None:
         return "missing_text"
     if not isinstance(text, str):
         return "text_not_a_string"
-    return None if text.strip() else "empty_text"
+    return "empty_text" if not text or text.isspace() else None
 
 
-def _ended(ids: list[int], eos_id: int | None) -> list[int]:
-    return ids if eos_id is None or (ids and ids[-1] == eos_id) else [*ids, eos_id]
+def _ended(tokens: Tokens, eos_id: int | None) -> Tokens:
+    """The same with EOS after each text that does not end with it."""
+    if eos_id is None or not len(tokens):
+        return tokens
+    lengths = tokens.lengths
+    last = tokens.ids[np.maximum(tokens.offsets[1:] - 1, 0)] if len(tokens.ids) else np.zeros(len(tokens), np.int32)
+    missing = (lengths == 0) | (last != eos_id)
+    offsets = starts_of(lengths + missing)
+    ids = np.insert(tokens.ids, tokens.offsets[1:][missing], eos_id)
+    return Tokens(ids, offsets)
 
 
-def _fit(ids: list[int], rules: EncodeRules) -> Encoded:
-    """Whole, cut, split into equal windows, or dropped. No window is without a target."""
-    limit = rules.max_length
-    if len(ids) < 2:
-        return Encoded.dropped("no_target")
-    if len(ids) <= limit:
-        return Encoded.whole(Sequence(ids))
-    if rules.overlong == "truncate":
-        return Encoded.whole(Sequence(ids[:limit]), len(ids) - limit)
-    if rules.overlong != "split":
-        return Encoded.dropped("overlong")
-    windows = [ids[start : start + limit] for start in range(0, len(ids), limit)]
-    if len(windows[-1]) < 2:  # move one token over, so that no window is without a target
-        windows[-1].insert(0, windows[-2].pop())
-    return Encoded(SPLIT, tuple(Sequence(window) for window in windows))
+def _fit(tokens: Tokens, rules: EncodeRules) -> EncodedBatch:
+    """Each text whole, cut, split into equal windows, or dropped. No window is without a target."""
+    lengths, limit = tokens.lengths, rules.max_length
+    long, short = lengths > limit, lengths < 2
+    windows = np.where(short, 0, 1)
+    codes = np.where(short, 4, 0)
+    if rules.overlong == "split":
+        windows, codes = np.where(long, -(-lengths // limit), windows), np.where(long, 2, codes)
+    elif rules.overlong == "truncate":
+        codes = np.where(long, 1, codes)
+    else:
+        windows, codes = np.where(long, 0, windows), np.where(long, 3, codes)
+    row = np.repeat(np.arange(len(lengths)), windows)
+    part = np.arange(len(row)) - np.repeat(starts_of(windows)[:-1], windows)
+    size = np.minimum(lengths[row] - part * limit, limit)
+    start = tokens.offsets[row] + part * limit
+    orphan = np.flatnonzero((size == 1) & (part > 0))  # move one token over, so that no window is without a target
+    size[orphan], start[orphan] = 2, start[orphan] - 1
+    size[orphan - 1] -= 1
+    lost = np.where(codes == 1, lengths - limit, 0)
+    return EncodedBatch(
+        tokens.take(start, size), row, part.astype(np.int32), OUTCOMES, codes.astype(np.int32), lost.astype(np.int32)
+    )

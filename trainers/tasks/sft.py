@@ -1,7 +1,7 @@
 """sft: supervised fine-tuning on conversations, with the loss on assistant turns only.
 
-A row: {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}, or
-{"prompt": "Hi", "completion": "Hello!"}.
+A row: {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}, or any of the
+other shapes that `trainers.data.conversations` reads.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from trainers.data.chat_render import Rendered, renderer_of
+from trainers.data.conversations import read_messages, read_tools
+from trainers.data.encoded import BatchBuilder, EncodedBatch, Tokens, insert_rows, starts_of
+from trainers.data.manifest import KEPT, TRUNCATED
 from trainers.tasks.base import Array, Encoded, EncodeRules, Row, Sequence
 from trainers.tasks.causal import CausalTask, token_metrics
 from trainers.tasks.generation import generate_texts
@@ -21,23 +25,29 @@ from trainers.tasks.texts import overlap_metrics, overlap_scores
 if TYPE_CHECKING:
     from trainers.data.tokenizer import Encoder
 
-ROLES = ("system", "user", "assistant", "tool")
-Span = tuple[int, int]
+OUTCOMES = (KEPT, TRUNCATED, "dropped:overlong", "dropped:no_target")
+SPANS = pa.list_(pa.int32())
 
 
 class Sft(CausalTask):
     """Targets are what the assistant says, up to and including the token that ends its turn."""
 
-    extra_schema = (("spans", pa.list_(pa.int32())),)
+    extra_schema = (("spans", SPANS),)
     metrics_known = ("loss", "perplexity", "token_accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match")
 
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+        """One record a row; the work is `encode_batch`'s."""
+        return Encoded.unpack(self.encode_batch(rows, encoder, rules))
+
+    def encode_batch(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Render each conversation with the chat template, tokenize it, and find the assistant's tokens."""
         rendered = [_render(row, encoder, rules.options.chat_template) for row in rows]
-        encodings = iter(encoder.encode_with_offsets([one[0] for one in rendered if not isinstance(one, str)]))
-        return [
-            Encoded.dropped(one) if isinstance(one, str) else _fit(next(encodings), one[1], rules) for one in rendered
-        ]
+        whole = [one for one in rendered if not isinstance(one, str)]
+        batch = _encode(whole, encoder, rules)
+        if len(whole) == len(rows):
+            return batch
+        places = np.array([place for place, one in enumerate(rendered) if not isinstance(one, str)], dtype=np.int64)
+        return insert_rows(batch, places, [f"dropped:{one}" if isinstance(one, str) else None for one in rendered])
 
     def count_targets(self, table: pa.Table) -> Array:
         """Tokens inside the assistant's spans."""
@@ -77,82 +87,81 @@ class Sft(CausalTask):
         return {**token_metrics(judged), **(overlap_metrics(judged) if "rougeL" in judged else {})}
 
 
-def read_messages(row: Mapping[str, Any]) -> list[dict[str, Any]] | str:
-    """The conversation of a row, or the reason why there is none."""
-    messages = row.get("messages")
-    if messages is None and row.get("prompt") is not None and row.get("completion") is not None:
-        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-    if messages is None:
-        return "missing_messages"
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        return "messages_not_a_list"
-    if any(message.get("role") not in ROLES for message in messages):
-        return "unknown_role"
-    if not all(isinstance(message.get("content"), str) for message in messages):
-        return "content_not_a_string"
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        return "no_target"
-    return [dict(message) for message in messages]
-
-
-def _render(row: Mapping[str, Any], encoder: Encoder, template: str | None) -> tuple[str, list[Span]] | str:
-    """The conversation as text with the assistant's character spans, or the reason for dropping the row."""
+def _render(row: Mapping[str, Any], encoder: Encoder, template: str | None) -> Rendered | str:
+    """The conversation as text with the assistant's spans, or the reason for dropping the row."""
     messages = read_messages(row)
     if isinstance(messages, str):
         return messages
-    return find_assistant_spans(messages, encoder, template) or "template_hides_the_turns"
+    return renderer_of(encoder, encoder.quick, template).render(messages, read_tools(row)) or "template_hides_the_turns"
 
 
-def find_assistant_spans(
-    messages: Seq[dict[str, Any]], encoder: Encoder, template: str | None = None
-) -> tuple[str, list[Span]] | None:
-    """Where the assistant speaks in the rendered conversation.
+def _encode(rendered: Seq[Rendered], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+    texts = [one.text for one in rendered]
+    sizes = encoder.bytes_of_ids
+    if sizes is not None:
+        tokens = encoder.encode_ids(texts, special=False)
+        running = starts_of(sizes[tokens.ids])
+        spelled = np.diff(running[tokens.offsets])
+        if np.array_equal(spelled, [len(text) if text.isascii() else len(text.encode()) for text in texts]):
+            return _fit(tokens, running, rendered, rules)
+    return _fit_by_offsets(rendered, encoder, rules)
 
-    Each assistant turn is rendered once more with a marker for its content; what stands before and after the marker
-    must stand before and after the content in the real text. None where a template rewrites contents so that this
-    fails. The turn ends with the first special token after the content, which the model must learn to say.
+
+def _fit(tokens: Tokens, running: Array, rendered: Seq[Rendered], rules: EncodeRules) -> EncodedBatch:
+    """Bytes to tokens for all spans at once, then the length policy.
+
+    Args:
+        running: int64 [tokens + 1]: bytes of all texts before each token.
     """
-    text = encoder.render(messages, template)
-    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    markers = {turn: f"\ue000turn{turn}\ue001" for turn in turns}
-    told = [{**m, "content": markers[i]} if i in markers else m for i, m in enumerate(messages)]
-    marked = encoder.render(told, template)
-    spans: list[Span] = []
-    cursor = 0
-    for turn in turns:
-        before, found, marked = marked.partition(markers[turn])
-        if not found or not text.startswith(before, cursor):
-            return None
-        start = cursor + len(before)
-        content = messages[turn]["content"]
-        said = content if text.startswith(content, start) else content.strip()
-        if not text.startswith(said, start):
-            return None
-        end = start + len(said)
-        spans.append((start, end + _turn_end(marked, encoder)))
-        cursor = end
-    return (text, spans) if text[cursor:] == marked else None
+    lengths, limit = tokens.lengths, rules.max_length
+    counts = np.fromiter((len(one.spans) for one in rendered), np.int64, len(rendered))
+    row = np.repeat(np.arange(len(rendered)), counts)
+    spans = np.array([span for one in rendered for span in one.spans], dtype=np.int64).reshape(-1, 2)
+    spans += running[tokens.offsets[row]][:, None]
+    first = np.searchsorted(running[1:], spans[:, 0], side="right") - tokens.offsets[row]
+    last = np.searchsorted(running[:-1], spans[:, 1], side="left") - tokens.offsets[row]
+    first, last = np.maximum(first, 1), np.minimum(last, limit)  # nothing predicts the first token
+    told = first < last
+    has_target = np.bincount(row[told], minlength=len(rendered)) > 0
+    long = lengths > limit
+    kept_when_long = OUTCOMES.index(TRUNCATED if rules.overlong == "truncate" else "dropped:overlong")
+    codes = np.where(long, kept_when_long, np.where(has_target, 0, 3))
+    codes = np.where((codes == 1) & ~has_target, 3, codes).astype(np.int32)
+    kept = codes <= 1
+    told &= kept[row]
+    where = np.flatnonzero(kept)
+    offsets = starts_of(2 * np.bincount(row[told], minlength=len(rendered))[where])
+    flat = np.stack([first[told], last[told]], axis=1).ravel().astype(np.int32)
+    return EncodedBatch(
+        tokens=tokens.take(tokens.offsets[where], np.minimum(lengths[where], limit)),
+        row=where,
+        part=np.zeros(len(where), np.int32),
+        outcomes=OUTCOMES,
+        codes=codes,
+        tokens_lost=np.where(codes == 1, lengths - limit, 0).astype(np.int32),
+        extra={"spans": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(flat))},
+    )
 
 
-def _turn_end(after: str, encoder: Encoder) -> int:
-    """Characters of the special token that directly follows a turn, 0 where there is none."""
-    special = (token for token in encoder.tokenizer.all_special_tokens if after.startswith(token))
-    return len(max(special, key=len, default=""))
+def _fit_by_offsets(rendered: Seq[Rendered], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+    """The same for tokenizers whose ids do not spell the text out: by the character offsets that they report."""
+    builder = BatchBuilder((("spans", SPANS),))
+    for one, encoding in zip(rendered, encoder.encode_with_offsets([one.text for one in rendered]), strict=True):
+        raw = one.text.encode()
+        spans = [(len(raw[:start].decode()), len(raw[:end].decode())) for start, end in one.spans]
+        lost = max(len(encoding.ids) - rules.max_length, 0)
+        ids = encoding.ids[: rules.max_length]
+        told = _token_spans(encoding.offsets[: len(ids)], spans)
+        if lost and rules.overlong != "truncate":
+            builder.add("dropped:overlong", (), 0)
+        elif not told:
+            builder.add("dropped:no_target", (), 0)
+        else:
+            builder.add(TRUNCATED if lost else KEPT, (Sequence(ids, {"spans": told}),), lost)
+    return builder.build()
 
 
-def _fit(encoding: Any, spans: Seq[Span], rules: EncodeRules) -> Encoded:
-    """Character spans to token spans, then the length policy."""
-    lost = max(len(encoding.ids) - rules.max_length, 0)
-    if lost and rules.overlong != "truncate":
-        return Encoded.dropped("overlong")
-    ids = encoding.ids[: rules.max_length]
-    token_spans = _token_spans(encoding.offsets[: len(ids)], spans)
-    if not token_spans:
-        return Encoded.dropped("no_target")
-    return Encoded.whole(Sequence(ids, {"spans": token_spans}), lost)
-
-
-def _token_spans(offsets: Seq[Span], spans: Seq[Span]) -> list[int]:
+def _token_spans(offsets: Seq[tuple[int, int]], spans: Seq[tuple[int, int]]) -> list[int]:
     """Flat [start, end, start, end, ...] over tokens that overlap a character span; token 0 is never a target."""
     starts = np.array([start for start, _ in offsets], dtype=np.int64)
     ends = np.array([end for _, end in offsets], dtype=np.int64)

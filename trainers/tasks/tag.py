@@ -36,6 +36,7 @@ class Tag(Task):
     metric = "f1"
     auto_class = "AutoModelForTokenClassification"
     new_head = True
+    has_labels = True
     metrics_known = ("f1", "precision", "recall", "strict_f1", "strict_precision", "strict_recall", "accuracy", "loss")
 
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:

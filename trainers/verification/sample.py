@@ -51,7 +51,7 @@ def take_specimen(job: Job, model_path: str, folder: Path) -> Specimen:
     plain = replace(rules.options, label_smoothing=0.0, class_weights=None, dropout=None, generate=None)
     task = load_task(job.task, plain)
     plan, _ = plan_splits(job, model_path)
-    record = write_shard(Folder(str(folder)), 0, 0, _first_rows(job, plan), task, encoder, rules)
+    record = write_shard(Folder(str(folder)), 0, 0, _first_rows(job, plan), task, encoder, rules).commit()
     if not record.rows:
         reasons = ", ".join(f"{name} ({count})" for name, count in record.outcomes.items())
         raise DataError(f"verify: none of the first {ROWS} training rows can be used: {reasons}")

@@ -1,10 +1,11 @@
 """parquet and arrow: rows numbered from 0, units of whole row groups or record batches, other columns never read.
 
-An .arrow file may be of the file kind (as Feather 2 is) or of the stream kind (as `datasets` caches are); only the
-first can be split.
+An .arrow file may be of the file kind (as Feather 2 is) or of the stream kind (as `datasets` caches are); in a stream
+a unit's record batches are found by stepping over those before them.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -60,13 +61,10 @@ class ArrowIpc:
             raise not_as_named(source, "an Arrow IPC file", describe_file(source, str(error)), RENAME) from error
 
     def plan(self, source: SourceFile, unit_bytes: int) -> list[Span]:
-        """Record batches, taken as equally large; the stream kind whole."""
+        """Record batches, taken as equally large."""
         with _open_ipc(source) as reader:
-            if not isinstance(reader, pa.RecordBatchFileReader):
-                return [Span()]
-            count = reader.num_record_batches
-            rows = [reader.get_batch(index).num_rows for index in range(count)]
-            return _group([(one, source.size // count) for one in rows], unit_bytes)
+            rows = [batch.num_rows for batch in _batches(reader, Span())]  # memory-mapped: no column is read
+            return _group([(one, source.size // len(rows)) for one in rows], unit_bytes)
 
     def read(self, source: SourceFile, span: Span, columns: Sequence[str]) -> Iterator[RawRow]:
         """Rows of the span's record batches, slice by slice."""
@@ -89,7 +87,7 @@ def _open_ipc(source: SourceFile) -> Any:
 
 def _batches(reader: Any, span: Span) -> Iterator[pa.RecordBatch]:
     if not isinstance(reader, pa.RecordBatchFileReader):
-        return iter(reader)
+        return islice(reader, span.start, span.stop)
     stop = reader.num_record_batches if span.stop is None else span.stop
     return (reader.get_batch(index) for index in range(span.start, stop))
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import orjson
+
 from trainers.data.formats.base import PEEK_ROWS, RawRow, Span, has_lone_surrogate, not_as_named, open_stream
 from trainers.data.formats.sniff import RENAME, read_text_head
 from trainers.data.sources import SourceFile
@@ -73,10 +75,17 @@ def iterate_lines(source: SourceFile, span: Span) -> Iterator[tuple[int, bytes]]
 def parse_object(line: bytes) -> dict[str, Any] | None:
     """A JSON object, or None where the line is not one, is not UTF-8, or holds half a surrogate pair."""
     try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        value = _parse_as_python_does(line)
+    return value if isinstance(value, dict) else None
+
+
+def _parse_as_python_does(line: bytes) -> Any:
+    """What orjson refuses and Python's reader takes (NaN, deeper nesting); None for what neither does."""
+    try:
         value = json.loads(line.decode())
     except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict):
         return None
     if b"\\ud" in line or b"\\uD" in line:
         return None if has_lone_surrogate(json.dumps(value, ensure_ascii=False)) else value

@@ -1,0 +1,95 @@
+"""Spreads the units of the data stage over the cluster by Ray Data, and takes back one small record a unit.
+
+Reading, tokenizing and writing a unit is one task, because rows as JSON gives them (values of mixed types, malformed
+lines) do not pass unchanged through the Arrow blocks between Ray Data's operators, and a unit without rows would leave
+no block behind. Ray Data retries tasks whose worker died. No pool of actors: on a small machine it leaves no core to
+those that feed it. Begin at `spread`.
+"""
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from trainers.data.manifest import Record
+from trainers.data.quick_tokenizer import TokenizerDiffers
+from trainers.data.readers import Unit
+from trainers.data.shard_writer import ShardWork
+from trainers.errors import TuneyardError
+
+TASKS_A_CPU, UNITS_A_TASK = 8, 32
+"""Tasks that each core gets at least, and units a task at most."""
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a Ray task, so that the driver holds none of what it reads."""
+    import ray
+
+    return ray.get(ray.remote(num_cpus=1)(function).remote(*arguments))
+
+
+def spread(
+    function: Callable[[ShardWork, Sequence[Unit]], Iterator[tuple[int, str]]],
+    work: ShardWork,
+    units: Sequence[Unit],
+    kind: type[AnyRecord],
+) -> Iterator[tuple[int, AnyRecord]]:
+    """Apply a function to groups of units over the cluster: records by unit, in any order. Raises what one raised."""
+    if not units:
+        return
+    import ray
+
+    groups = _grouped(units, int(ray.cluster_resources().get("CPU", 1)))
+    shared = ray.put((work, groups))  # once, not once a task: it holds every file's name
+
+    def apply(row: dict[str, Any]) -> dict[str, Any]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core; the other tasks have the others
+        task, todo = _fetch(shared)
+        try:
+            return {"records": json.dumps(list(function(task, todo[row["id"]]))), "error": b""}
+        except (TuneyardError, TokenizerDiffers) as error:  # as a value: Ray would wrap it and log its traceback
+            return {"records": "[]", "error": pickle.dumps(error)}
+
+    with _quiet_ray_data():
+        done = ray.data.range(len(groups), override_num_blocks=len(groups)).map(apply, num_cpus=1)
+        for row in done.iter_rows():
+            if row["error"]:
+                raise pickle.loads(row["error"])
+            for number, record in json.loads(row["records"]):
+                yield number, kind.model_validate_json(record)
+
+
+def _grouped(units: Sequence[Unit], cpus: int) -> tuple[tuple[Unit, ...], ...]:
+    """Units for one task each: several where there are many, so that writing one overlaps with reading the next."""
+    size = min(max(len(units) // (cpus * TASKS_A_CPU), 1), UNITS_A_TASK)
+    return tuple(tuple(units[start : start + size]) for start in range(0, len(units), size))
+
+
+@lru_cache(maxsize=1)
+def _fetch(shared: Any) -> tuple[ShardWork, tuple[tuple[Unit, ...], ...]]:
+    """What the driver put into the object store, unpacked once a process."""
+    import ray
+
+    fetched: tuple[ShardWork, tuple[tuple[Unit, ...], ...]] = ray.get(shared)
+    return fetched
+
+
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Ray Data without bars and without notes on each execution; the program shows progress itself."""
+    import ray.data
+
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.enable_progress_bars, context.print_on_execution_start, logger.level
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start, level = before
+        logger.setLevel(level)

@@ -1,0 +1,78 @@
+"""Peak resident memory of one writer of shards: from 100 MB to 2 GB of input, and for one document of 64 MB.
+
+python tests/benchmarks/bench_data_memory.py --bpe FOLDER [--mb 100 400 2000]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CODE = """
+import sys
+from trainers.data.keys import plan_splits
+from trainers.data.readers import plan_units, task_columns
+from trainers.data.shard_writer import ShardWork, write_units
+from trainers.data.tokenizer import TokenizerSpec
+from trainers.job_file import parse_job
+from trainers.storage import Folder
+from trainers.tasks import EncodeRules
+import json, pickle
+path, model, storage, spec = sys.argv[1:]
+job = parse_job({"name": "b", "task": "pretrain", "model": {"path": model},
+                 "data": {"train": [path], "eval": [path], "max_length": 4096},
+                 "train": {"global_batch_size": 2, "steps": 1, "learning_rate": 1e-4}, "storage": storage})
+plan, _ = plan_splits(job, model)
+work = ShardWork(Folder(storage), plan, "pretrain", task_columns(job), EncodeRules(4096, "split"),
+                 TokenizerSpec(**json.loads(open(spec).read())))
+tokens = sum(record.tokens for _, record in write_units(work, plan_units(plan.sources)))
+# VmHWM, since ru_maxrss starts from the parent's size
+peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(tokens, int(peak) / 1024)
+"""
+
+
+def peak_mib(path: Path, model: str, folder: Path) -> tuple[int, float]:
+    from dataclasses import asdict
+
+    from trainers.data.tokenizer import read_spec
+
+    spec = folder / "spec.json"
+    spec.write_text(json.dumps(asdict(read_spec(model))))
+    with tempfile.TemporaryDirectory() as storage:
+        command = [sys.executable, "-c", CODE, str(path), model, storage, str(spec)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    tokens, peak = done.stdout.split()
+    return int(tokens), float(peak)
+
+
+def main() -> None:
+    from bench_data_speed import write_input
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bpe", required=True)
+    parser.add_argument("--mb", type=float, nargs="*", default=[100, 400, 2000])
+    arguments = parser.parse_args()
+    print("| input | tokens | peak MiB of one writer |\n| --- | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        base = write_input("pretrain", folder, min(arguments.mb)).read_bytes()
+        for size in arguments.mb:
+            path = folder / f"{size:g}.jsonl"
+            with path.open("wb") as stream:
+                while stream.tell() < size * 1e6:
+                    stream.write(base)
+            tokens, peak = peak_mib(path, arguments.bpe, folder)
+            print(f"| {path.stat().st_size / 1e6:,.0f} MB | {tokens:,} | {peak:,.0f} |", flush=True)
+            path.unlink()
+        text = "\n".join(json.loads(line)["text"] for line in base.splitlines())[: 64 * 2**20]
+        one = folder / "one.jsonl"
+        one.write_text(json.dumps({"text": text}) + "\n")
+        tokens, peak = peak_mib(one, arguments.bpe, folder)
+        print(f"| one document of {len(text) / 2**20:.0f} MiB | {tokens:,} | {peak:,.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Rows to committed shards, beside the usual tools, in one run: byte-level BPE, WordPiece and chats.
+
+python tests/benchmarks/bench_data_speed.py [--mb 400] [--peer-mb 16] [--repeats 3] [--bpe FOLDER] [--wordpiece FOLDER]
+
+The text is the Python source of the installed packages, cut into documents, no document twice. Peers read a part of
+it, as their rate does not depend on the amount. Medians are given.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DOCUMENT_CHARS = {"pretrain": 2500, "classify": 250, "sft": 700}
+
+
+def documents(chars: int, limit_bytes: float) -> Iterator[str]:
+    root, size = Path(np.__file__).parents[1], 0
+    for path in sorted(root.rglob("*.py")):
+        text = path.read_text(errors="ignore")
+        for start in range(0, len(text), chars):
+            if text[start : start + chars].strip():
+                size += len(text[start : start + chars].encode())
+                yield text[start : start + chars]
+        if size > limit_bytes:
+            return
+
+
+def row_of(task: str, text: str, number: int) -> dict[str, Any]:
+    if task != "sft":
+        return {"text": text, "label": str(number % 2)}
+    third = len(text) // 3
+    said = [text[:third], text[third : 2 * third], text[2 * third :], f"done {number}"]
+    roles = ("user", "assistant", "user", "assistant")
+    return {"messages": [{"role": role, "content": part or "?"} for role, part in zip(roles, said, strict=True)]}
+
+
+def write_input(task: str, folder: Path, megabytes: float) -> Path:
+    path = folder / f"{task}-{megabytes:g}.jsonl"
+    if not path.exists():
+        with path.open("w") as stream:
+            for number, text in enumerate(documents(DOCUMENT_CHARS[task], megabytes * 1e6)):
+                stream.write(json.dumps(row_of(task, text, number)) + "\n")
+    return path
+
+
+def ours(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
+    """Seconds and tokens."""
+    from orchestrator.shards import write_shards
+    from trainers.job_file import parse_job
+
+    storage = folder / "storage"
+    shutil.rmtree(storage, ignore_errors=True)
+    small = folder / f"{task}-eval.jsonl"
+    small.write_text(json.dumps(row_of(task, "a few words of text", 0)) + "\n")
+    data = {"train": [str(path)], "eval": [str(small)], "max_length": 4096, "max_drop_fraction": 1.0}
+    train = {"global_batch_size": 2, "steps": 1, "learning_rate": 1e-4}
+    job = parse_job({"name": "b", "task": task, "model": {"path": model}, "data": data, "train": train,
+                     "storage": str(storage)})  # fmt: skip
+    started = time.perf_counter()
+    shards = write_shards(job, model)
+    seconds = time.perf_counter() - started
+    assert task == "classify" or shards.train.tokenizer == "gigatoken", shards.train.fallback_reason
+    return seconds, shards.train.total("tokens")
+
+
+def with_datasets(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
+    """datasets.map(batched=True, num_proc=2) and save_to_disk."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(folder / "cache"))
+
+    def encode(batch: Any) -> Any:
+        return {"input_ids": tokenizer(batch["text"])["input_ids"]}
+
+    started = time.perf_counter()
+    done = loaded.map(encode, batched=True, num_proc=2, remove_columns=loaded.column_names)
+    done.save_to_disk(folder / "saved")
+    seconds = time.perf_counter() - started
+    return seconds, sum(map(len, done["input_ids"]))
+
+
+def with_masks_by_prefix(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
+    """Chats as trainers without generation tags in the template do it: the conversation rendered and tokenized turn by
+    turn, each prefix's length telling where the assistant speaks; two processes.
+    """
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(folder / "cache"))
+
+    def encode(row: Any) -> Any:
+        messages = row["messages"]
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        mask = [0] * len(ids)
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                asked = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, return_dict=False)
+                start, end = len(asked), len(tokenizer.apply_chat_template(messages[: turn + 1], return_dict=False))
+                mask[start:end] = [1] * (end - start)
+        return {"input_ids": ids, "assistant_masks": mask}
+
+    started = time.perf_counter()
+    done = loaded.map(encode, num_proc=2, remove_columns=loaded.column_names)
+    done.save_to_disk(folder / "saved")
+    seconds = time.perf_counter() - started
+    return seconds, sum(map(len, done["input_ids"]))
+
+
+def with_generation_tags(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
+    """Chats by apply_chat_template(return_assistant_tokens_mask=True), one run of the template a row; two processes."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    loaded = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(folder / "cache"))
+
+    def encode(row: Any) -> Any:
+        done = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        return {"input_ids": done["input_ids"], "assistant_masks": done["assistant_masks"]}
+
+    started = time.perf_counter()
+    done = loaded.map(encode, num_proc=2, remove_columns=loaded.column_names)
+    done.save_to_disk(folder / "saved")
+    seconds = time.perf_counter() - started
+    return seconds, sum(map(len, done["input_ids"]))
+
+
+def _tokenize_part(model: str, texts: list[str], task: str) -> tuple[float, int]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from trainers.data.tokenizer import Encoder, read_spec
+
+    encoder = Encoder(read_spec(model))
+    started = time.perf_counter()
+    tokens = 0
+    for start in range(0, len(texts), 1000):
+        part = texts[start : start + 1000]
+        if encoder._quick is not None:
+            tokens += len(encoder._quick.encode(part, False).ids)
+        else:
+            tokens += sum(len(one.ids) for one in encoder._backend.encode_batch_fast(part))
+    return time.perf_counter() - started, tokens
+
+
+def tokenizer_alone(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
+    """The tokenizer itself on the same texts, already in memory as strings, in two processes."""
+    rows = [json.loads(line) for line in path.open()]
+    texts = [row["text"] if task != "sft" else "\n".join(m["content"] for m in row["messages"]) for row in rows]
+    with ProcessPoolExecutor(2) as pool:
+        parts = list(pool.map(_tokenize_part, [model] * 2, [texts[::2], texts[1::2]], [task] * 2))
+    return max(seconds for seconds, _ in parts), sum(tokens for _, tokens in parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mb", type=float, default=400)
+    parser.add_argument("--peer-mb", type=float, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bpe", required=True, help="model folder with a byte-level BPE and a chat template")
+    parser.add_argument("--wordpiece", required=True, help="model folder with a WordPiece tokenizer")
+    parser.add_argument("--only", nargs="*", default=["bpe", "wordpiece", "chat"])
+    arguments = parser.parse_args()
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    plans: dict[str, tuple[str, str, list[tuple[str, Callable[..., Any], float]]]] = {
+        "bpe": ("pretrain", arguments.bpe, [("datasets.map + save_to_disk", with_datasets, arguments.peer_mb),
+                                            ("tokenizer alone", tokenizer_alone, arguments.mb)]),
+        "wordpiece": ("classify", arguments.wordpiece,
+                      [("datasets.map + save_to_disk", with_datasets, arguments.peer_mb),
+                       ("tokenizer alone", tokenizer_alone, arguments.peer_mb)]),
+        "chat": ("sft", arguments.bpe, [("prefix by prefix", with_masks_by_prefix, arguments.peer_mb / 4),
+                                        ("generation tags", with_generation_tags, arguments.peer_mb / 4)]),
+    }  # fmt: skip
+    print("| data | tool | input MB | M tokens/s (median) | ours is |\n| --- | --- | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for name in arguments.only:
+            task, model, peers = plans[name]
+            megabytes = arguments.mb / 4 if name == "wordpiece" else arguments.mb
+            measured: dict[str, list[float]] = {}
+            sizes = {"ours": megabytes, **{peer: size for peer, _, size in peers}}
+            for _ in range(arguments.repeats):
+                for tool, function, size in (("ours", ours, megabytes), *peers):
+                    seconds, tokens = function(task, write_input(task, folder, size), model, folder)
+                    measured.setdefault(tool, []).append(tokens / seconds / 1e6)
+                    for left in ("cache", "saved"):
+                        shutil.rmtree(folder / left, ignore_errors=True)
+            rates = {tool: statistics.median(values) for tool, values in measured.items()}
+            for tool, rate in rates.items():
+                print(f"| {name} | {tool} | {sizes[tool]:g} | {rate:.2f} | {rates['ours'] / rate:.2f} x |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Data and shards in a bucket, spoken to by the S3 protocol on loopback, and data sets of the `datasets` library."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from trainers.data.dataset import ShardSet
+from trainers.data.keys import plan_splits
+from trainers.data.manifest import read_manifest, shards_folder
+from trainers.data.sources import find_sources
+from trainers.errors import JobError
+from trainers.job_file import parse_job
+from trainers.storage import Folder
+from trainers.tasks import load_task
+
+ROWS = [{"text": f"a good film {index}", "label": "good"} for index in range(200)]
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Any]:
+    """A function from a key to its URI, in a bucket that a server on loopback keeps."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+                          aws_access_key_id="testing", aws_secret_access_key="testing")  # fmt: skip
+    client.create_bucket(Bucket="yard")
+    options = f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    yield lambda key: f"s3://testing:testing@yard/{key}{options}"
+    server.stop()
+
+
+def put(uri: str, data: bytes) -> None:
+    folder, _, name = uri.partition("?")[0].rpartition("/")
+    Folder(f"{folder}?{uri.partition('?')[2]}").write_bytes(name, data)
+
+
+def plain_job(model: Path, storage: str, **data: Any) -> dict[str, Any]:
+    train = {"global_batch_size": 2, "epochs": 1, "learning_rate": 1e-4}
+    return {"name": "t", "task": "classify", "model": {"path": str(model)}, "data": data, "train": train,
+            "storage": storage}  # fmt: skip
+
+
+def test_globs_and_folders_of_a_bucket_keep_their_options(bucket: Any) -> None:
+    for name in ("one/a.jsonl", "one/b.jsonl.gz", "one/deep/c.jsonl"):
+        put(bucket(name), gzip.compress(lines(ROWS)) if name.endswith("gz") else lines(ROWS))
+    found = find_sources([bucket("one/*.jsonl"), bucket("one/*.gz")], None, "x")
+    assert [one.uri for one in found] == [bucket("one/a.jsonl"), bucket("one/b.jsonl.gz")]
+    assert len(find_sources([bucket("one/**/*.jsonl")], None, "x")) == 2
+    assert len(find_sources([bucket("one")], "jsonl", "x")) == 3
+    with pytest.raises(JobError, match="no such file"):
+        find_sources([bucket("one/z.jsonl")], None, "x")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_shards_are_written_to_a_bucket_and_read_from_a_local_copy(
+    bucket: Any, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from orchestrator.shards import write_shards
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    put(bucket("data/t.jsonl"), lines(ROWS))
+    put(bucket("data/e.jsonl"), lines(ROWS[:3]))
+    plain = plain_job(tiny_tokenizer, bucket("storage"), train=[bucket("data/t.jsonl")], eval=[bucket("data/e.jsonl")])
+    job = parse_job(plain)
+    shards = write_shards(job, str(tiny_tokenizer))
+    assert write_shards(job, str(tiny_tokenizer)) == shards
+    folder = shards_folder(Folder(job.storage), shards.train.key)
+    assert read_manifest(folder) == shards.train and "manifest.json" in folder.list()
+    held = ShardSet(folder, shards.train, load_task("classify"))
+    assert len(held) == 200 and held.origin(199)[0] == bucket("data/t.jsonl")
+    assert held.row(7).input_ids.tolist() == held.row(7).input_ids.tolist() and held.lengths.sum() > 0
+    copies = list(tmp_path.rglob("shard-*.arrow"))
+    assert [copy.stat().st_size for copy in copies] == [shards.train.shards[0].bytes]
+    local = parse_job({**plain, "storage": str(tmp_path / "local")})
+    assert write_shards(local, str(tiny_tokenizer)).train.shards == shards.train.shards
+
+
+def test_gs_and_hdfs_are_left_to_pyarrow(tmp_path: Path) -> None:
+    from trainers.storage import filesystem_of
+
+    fs, path = filesystem_of("gs://anonymous@yard/key?endpoint_override=127.0.0.1:1&scheme=http")
+    assert (fs.type_name, path) == ("gcs", "yard/key")
+    with pytest.raises(JobError, match="cannot use 'hdfs://"):  # no libhdfs here: a message, not a traceback
+        filesystem_of("hdfs://nowhere:1/key")
+
+
+def test_a_data_set_of_the_hubs_library_is_read_offline(tmp_path: Path, make_job: Any, shard_here: Any) -> None:
+    import datasets
+
+    made = datasets.DatasetDict({split: datasets.Dataset.from_list(ROWS) for split in ("train", "test")})
+    made.save_to_disk(tmp_path / "saved")
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(lines(ROWS))
+    for place in (tmp_path / "saved", folder):
+        uri = f"hf://{place}:train"
+        (source,) = find_sources([uri], None, "x")
+        assert source.format == "arrow"
+        job = make_job(train=[uri], eval=[folder / "train.jsonl"])
+        assert shard_here(job).train.outcomes == {"kept": 200}
+
+
+@pytest.mark.parametrize("uri", ["hf://squad", "hf:///nowhere:train", "hf://a/b:train[:10%]"])
+def test_a_data_set_that_is_not_there_is_refused(uri: str) -> None:
+    with pytest.raises(JobError, match=r"hf://DATASET"):
+        find_sources([uri], None, "x")
+
+
+def test_a_stream_of_record_batches_is_split_into_units(tmp_path: Path, source_of: Any) -> None:
+    from trainers.data.readers import plan_units, read_unit
+
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=20)
+    source = source_of(tmp_path / "x.arrow")
+    units = plan_units([source], 2000)
+    assert len(units) > 3
+    found = [row for unit in units for row in read_unit(unit, source, {"text": "text", "label": "label"})]
+    assert found == list(enumerate(ROWS))
+
+
+def test_the_key_is_the_same_wherever_the_bytes_lie(bucket: Any, tmp_path: Path, tiny_tokenizer: Path) -> None:
+    (tmp_path / "t.jsonl").write_bytes(lines(ROWS))
+    put(bucket("data/t.jsonl"), lines(ROWS))
+    jobs = [plain_job(tiny_tokenizer, str(tmp_path), train=[uri], eval=[uri])
+            for uri in (str(tmp_path / "t.jsonl"), bucket("data/t.jsonl"))]  # fmt: skip
+    here, there = (plan_splits(parse_job(one), str(tiny_tokenizer)) for one in jobs)
+    assert [plan.key for plan in here] == [plan.key for plan in there]
