@@ -232,6 +232,7 @@ def test_no_secret_reaches_the_registry(storage, monkeypatch):
 def manifest_of(split):
     shard = ShardRecord(
         file="shard-00000.arrow",
+        source=0,
         ledger="ledger-00000.arrow",
         rows=9,
         tokens=90,

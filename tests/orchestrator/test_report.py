@@ -53,6 +53,7 @@ def shards_of(labels=("ai", "coding", EVIL)):
     def manifest(split, rows):
         shard = ShardRecord(
             file="f",
+            source=0,
             ledger="l",
             rows=rows,
             tokens=rows * 30,
