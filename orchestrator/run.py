@@ -27,7 +27,6 @@ from orchestrator.screen import Screen
 from orchestrator.selection import choose_metric, select
 from orchestrator.shards import write_shards
 from orchestrator.training import finished_training, record_event, thin_out, train
-from orchestrator.verify import verify_first_launch
 from trainers.data.keys import load_shards
 from trainers.data.manifest import Shards, shards_folder
 from trainers.errors import Preempted, TuneyardError
@@ -75,7 +74,6 @@ def run_job(job: Job, address: str | None, screen: Screen) -> tuple[Folder, RunR
     with ray_session(address), screen.live():
         began = time.monotonic()
         shards = write_shards(job, model.path, screen.on_shards)
-        verify_first_launch(job, model, screen)
         with open_run(run_folder(job, model.digest, shards), job) as opened:
             opened.note_stage("shard", time.monotonic() - began)
             plan = plan_job(job, model)
