@@ -15,6 +15,8 @@ from trainers.storage import Folder
 LINES_PER_STAGE = 20
 """Off a terminal, a stage prints about this many lines, however long it is."""
 ANNOUNCED = ("start", "checkpoint", "checkpoint_skipped", "checkpoint_quarantined", "evaluation", "stop")
+COLUMNS = 6
+"""Metrics in the final table."""
 PRINTED = ("checkpoint_skipped", "checkpoint_quarantined")
 """Events that a terminal shows as lines between its bars; elsewhere ANNOUNCED."""
 
@@ -81,7 +83,8 @@ class Screen:
 
     def _evaluations(self, result: RunResult, metric: str) -> None:
         done = [one for one in result.evaluations if one.status == "done"]
-        names = sorted({name for one in done for name in one.metrics}, key=lambda name: (name != metric, name))
+        every = dict.fromkeys(name for one in done for name in one.metrics)
+        names = sorted(every, key=lambda name: name != metric)[:COLUMNS]  # the report has them all
         table = Table(title=f"evaluations, by {metric}")
         table.add_column("step", justify="right")
         for name in names:
