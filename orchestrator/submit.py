@@ -176,7 +176,8 @@ async def _print_logs(client: "JobSubmissionClient", submission_id: str) -> None
                 printed, heard = max(printed, seen), time.monotonic()
                 print(fresh, end="", flush=True)
         with contextlib.suppress(RuntimeError, OSError):
-            if client.get_job_status(submission_id).is_terminal():
+            if client.get_job_status(submission_id).is_terminal():  # the tail may have broken before the last lines
+                print(client.get_job_logs(submission_id)[printed:], end="", flush=True)
                 return
             heard = time.monotonic()
         if time.monotonic() - heard > LOST_AFTER_S:

@@ -85,7 +85,7 @@ def best_threshold(margin: Array, score: Array, answerable: Array) -> tuple[floa
     """
     order = np.argsort(margin, kind="stable")
     gains = np.where(answerable[order], score[order], np.where(score[order] > 0, 0.0, -1.0))
-    totals = np.concatenate([[0.0], np.cumsum(gains)]) + float((~answerable).sum())
+    totals = np.cumsum(np.concatenate([[float((~answerable).sum())], gains]))  # in the script's order: ties round alike
     place = int(np.argmax(totals))
     at = float(margin[order[place - 1]]) if place else 0.0
     return 100.0 * float(totals[place]) / len(margin), at
