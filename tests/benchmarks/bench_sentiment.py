@@ -24,7 +24,7 @@ LEARNING_RATE, BATCH, MAX_LENGTH, WEIGHT_DECAY, WARMUP_RATIO = 5e-5, 32, 128, 0.
 def main() -> None:
     """Run both, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=lambda word: Path(word).resolve(), required=True)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", choices=["ours", "trainer"])
