@@ -30,6 +30,8 @@ class Checkpointer:
     job: str
     emit: Emit
     """Called on rank 0 only."""
+    skipped: frozenset[int] = frozenset()
+    """Steps, counted from 0, that made no update."""
 
     def save(self, progress: Progress) -> None:
         """Commit the state; where storage refuses, that checkpoint is lost and the run goes on."""
@@ -72,7 +74,8 @@ class Checkpointer:
                 f"{reader.folder} was written by another job or from other data (shards {state.train_key}, now "
                 f"{self.train_key}); remove the run folder to start over"
             )
-        restore_state(self.engine, reader.read, state.step)
+        updates = state.step - sum(step < state.step for step in self.skipped)
+        restore_state(self.engine, reader.read, updates)
         saved = dict(reader.buffers())
         for name, buffer in persistent_buffers(self.engine.module):
             buffer.copy_(saved[name])
