@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.keeper import Ending
+from trainers.stacks import code_line, parse_stacks
 
 VICTIM = re.compile(
     r"connection (closed|reset)|peer closed|timed? ?out|ProcessGroup|NCCL|gloo|Broken pipe|DistBackendError|"
@@ -18,6 +19,8 @@ VICTIM = re.compile(
     re.IGNORECASE,
 )
 """What a rank says whose peer has gone."""
+CRASH = re.compile(r"^ +what\(\): +(.+)$", re.MULTILINE)
+"""What C++ says of an exception that nobody caught."""
 SHM_FULL_BYTES = 16 * 2**20
 OUT_OF_MEMORY = re.compile(r"out of memory|MemoryError|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
 
@@ -74,8 +77,13 @@ def _explain_signal(ending: Ending) -> tuple[str, str]:
         )
     if name == "SIGBUS" and 0 <= ending.shm_free_bytes < SHM_FULL_BYTES:
         return "was killed by SIGBUS, and /dev/shm is full", SHM_REMEDY
-    return f"was killed by {name}", ""
+    said = CRASH.search(ending.log_tail)
+    line = code_line(parse_stacks(ending.log_tail)[-1:])
+    what = f"was killed by {name}" + (f" at {line}" if line else "") + (f": {said[1].strip()}" if said else "")
+    return what, MISMATCH_REMEDY if "collective mismatch" in what else ""
 
+
+MISMATCH_REMEDY = "A rank left out a collective that the others took part in, or took part in another one"
 
 SHM_REMEDY = "Give the container more shared memory (docker run --shm-size=8g, or an emptyDir of medium Memory)"
 

@@ -220,7 +220,7 @@ def _why(controller: Controller, seen: Seen) -> Failure:
 def _steer(controller: Controller, seen: Seen) -> Failure | None:
     """One round of decisions while the ranks work; a failure where they hang."""
     job, group, pool = controller.request.job, controller.group, controller.pool
-    if controller.asked_to_stop():
+    if controller.asked_to_stop() or any(beat.told for beat in seen.beats.values()):
         group.ask_to_stop("preempted")
     patience = job.evaluate.early_stopping
     if patience and out_of_patience(pool.records, *controller.metric, patience.patience):

@@ -10,6 +10,8 @@ from tests.ray_head import ray_head
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none may wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+FAULTS = str(Path(__file__).parent / "faults")
+os.environ["PYTHONPATH"] = os.pathsep.join([FAULTS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

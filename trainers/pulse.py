@@ -20,7 +20,7 @@ STOPS: tuple[StopReason, ...] = get_args(StopReason)
 
 _BEAT = struct.Struct("<qqd")
 _STOP = struct.Struct("<q")
-_STOP_AT = 64
+_STOP_AT, _TOLD_AT = 64, 72
 _SIZE = 128
 
 
@@ -33,6 +33,8 @@ class Beat:
     phase: Phase
     age_s: float
     """Seconds since it entered that phase."""
+    told: bool = False
+    """Whether it got SIGTERM; the others must hear of it too, for it may be waiting for them."""
 
 
 class Pulse:
@@ -51,7 +53,12 @@ class Pulse:
     def read(self) -> Beat:
         """The last beat."""
         step, phase, since = _BEAT.unpack_from(self._page, 0)
-        return Beat(step, PHASES[phase], time.monotonic() - since)
+        (told,) = _STOP.unpack_from(self._page, _TOLD_AT)
+        return Beat(step, PHASES[phase], time.monotonic() - since, bool(told))
+
+    def tell(self) -> None:
+        """The rank got SIGTERM."""
+        _STOP.pack_into(self._page, _TOLD_AT, 1)
 
     def ask_to_stop(self, reason: StopReason) -> None:
         """The keeper asks the rank to stop at the end of its step."""

@@ -19,9 +19,9 @@ class StopSignal:
     a process that has not ended by itself then ends with exit code 75.
     """
 
-    def __init__(self, grace_s: float) -> None:
+    def __init__(self, grace_s: float, pulse: Pulse | None = None) -> None:
         self.came = False
-        self._grace_s = grace_s
+        self._grace_s, self._pulse = grace_s, pulse
         self._ear, mouth = os.pipe()
         os.set_blocking(mouth, False)
         signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
@@ -32,12 +32,14 @@ class StopSignal:
         while signal.SIGTERM not in os.read(self._ear, 64):
             pass
         self.came = True
+        if self._pulse:
+            self._pulse.tell()
         time.sleep(self._grace_s)
         os._exit(Preempted.exit_code)
 
-    def reason(self, pulse: Pulse | None = None) -> StopReason | None:
+    def reason(self) -> StopReason | None:
         """preempted after SIGTERM, else what the keeper asked."""
-        return "preempted" if self.came else pulse.stop_reason() if pulse else None
+        return "preempted" if self.came else self._pulse.stop_reason() if self._pulse else None
 
 
 class PipeHooks:
@@ -53,7 +55,7 @@ class PipeHooks:
 
     def stop_reason(self) -> StopReason | None:
         """Why to stop, if this rank was told."""
-        return self._stop.reason(self._pulse)
+        return self._stop.reason()
 
     def at(self, phase: Phase, step: int) -> None:
         """Enter a phase."""

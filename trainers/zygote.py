@@ -130,7 +130,8 @@ def _reap(*_: Any) -> None:
 def _live(hatch: Hatch) -> NoReturn:
     """Be a rank to the end; never returns."""
     files = Path(hatch.files)
-    stop = StopSignal(hatch.job.checkpoint.grace_s)
+    pulse = Pulse(pulse_file(files))
+    stop = StopSignal(hatch.job.checkpoint.grace_s, pulse)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -139,8 +140,9 @@ def _live(hatch: Hatch) -> NoReturn:
     os.environ.update(hatch.environment)
     events = events_file(files).open("w", encoding="utf-8")
     stacks = stacks_file(files).open("w")
+    faulthandler.enable()  # a crash leaves its Python stack in the log
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
-    hooks = PipeHooks(events, Pulse(pulse_file(files)), stop)
+    hooks = PipeHooks(events, pulse, stop)
     code = _run(hatch.request(), hooks)
     sys.stdout.flush()
     sys.stderr.flush()
