@@ -25,6 +25,9 @@ UNREACHABLE_S = 10.0
 START_S = 60.0
 """A keeper must be up within this; its node is left alone for as long where it is not."""
 WARM_S = 120.0
+PATIENCE_S = 5.0
+"""How long resources that are busy may take to come free before fewer workers are taken: what the shards' tasks held is
+reported free with a delay."""
 
 
 @dataclass
@@ -84,19 +87,30 @@ class WorkerGroup:
         Raises:
             PlacementError: where it does not hold the smallest within `wait_s`.
         """
-        deadline = time.monotonic() + wait_s
+        began = time.monotonic()
         while True:
-            size = largest_size(fitting_sizes(self._job), self._candidates())
-            if size is not None:
-                wanted = spread(size, self._candidates())
+            candidates = self._candidates()
+            size, waited = largest_size(fitting_sizes(self._job), candidates), time.monotonic() - began
+            if size is not None and (waited > PATIENCE_S or size == self._possible_size()):
+                wanted = spread(size, candidates)
                 if all(self._hold(node, len(ranks)) for node, ranks in wanted.items()):
                     for node in self._held.keys() - wanted.keys():
                         self._drop(node)
                     self.layout = wanted
                     return
-            elif time.monotonic() > deadline:
+            elif size is None and waited > wait_s:
                 raise PlacementError(self._nothing_fits(wait_s))
             time.sleep(0.2)
+
+    def _possible_size(self) -> int | None:
+        """The world size once everything that is busy now were free."""
+        now = time.monotonic()
+        nodes = [
+            Slots(node["NodeID"], slots_of(node["Resources"], self._cpus, self._gpus))
+            for node in ray.nodes()
+            if node["Alive"] and self._shunned.get(node["NodeID"], 0.0) < now
+        ]
+        return largest_size(fitting_sizes(self._job), nodes)
 
     def _nothing_fits(self, wait_s: float) -> str:
         room = {node.node[:8]: node.slots for node in self._candidates()}
