@@ -14,12 +14,13 @@ from typing import Any
 from orchestrator.evaluation_pool import EvaluationPool
 from orchestrator.mailbox import Event, Mailbox, RayHooks
 from orchestrator.selection import Mode, out_of_patience, select
+from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
 from trainers.errors import EvaluationError, Preempted, TrainingError, TuneyardError
 from trainers.rank import TrainRequest, run_rank
 from trainers.run_log import RunLog, read_events
-from trainers.runs import Evaluation, step_name
+from trainers.runs import Evaluation
 from trainers.storage import Folder
 
 POLL_S = 0.1
@@ -139,7 +140,7 @@ def thin_out(run: Folder, keep: int, pool: EvaluationPool, metric: tuple[str, Mo
     """Delete checkpoints that nothing needs: not among the newest, not the best, not being evaluated."""
     checkpoints = run / "checkpoints"
     for step in deletable(committed_steps(checkpoints), keep, pinned_steps(pool, metric)):
-        checkpoints.delete(step_name(step))
+        remove_checkpoint(checkpoints, step)
 
 
 def pinned_steps(pool: EvaluationPool, metric: tuple[str, Mode]) -> set[int]:

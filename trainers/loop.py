@@ -39,7 +39,13 @@ class Saver(Protocol):
     """Writes checkpoints."""
 
     def save(self, progress: "Progress") -> None:
-        """Commit the state after `progress.step` steps; called by every rank."""
+        """Take a copy of the state after `progress.step` steps and begin to write it; called by every rank."""
+
+    def poll(self) -> None:
+        """Tell of a commit that has happened since; does not wait."""
+
+    def finish(self) -> None:
+        """Wait until the save in flight is committed, or lost."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ def train(
             hooks.emit(history[-1])
         if stopped or step == settings.steps or step % settings.every_steps == 0:
             saver.save(Progress(step, tokens, tuple(history)))
+        saver.poll()
+    saver.finish()
     return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
 
 

@@ -69,11 +69,14 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
         hooks.emit,
     )
     start = checkpointer.resume()
+    host_bytes = checkpointer.prepare()
     if world.rank == 0:
         hooks.emit({"kind": "history", "events": list(start.history)})
-        hooks.emit({"kind": "start", "step": start.step, "steps": order.steps, "world_size": world.size})
+        found = {"step": start.step, "steps": order.steps, "world_size": world.size, "checkpoint_bytes": host_bytes}
+        hooks.emit({"kind": "start", **found})
     settings = LoopSettings(order.steps, job.checkpoint.every_steps, job.train.seed)
     outcome = train(engine, objective, source, schedule, settings, start, world, hooks, checkpointer)
+    checkpointer.close()
     if world.rank == 0:
         done = {"step": outcome.progress.step, "tokens": outcome.progress.tokens, "stopped": outcome.stopped}
         hooks.emit({"kind": "done", **done})
