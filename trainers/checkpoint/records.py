@@ -88,3 +88,8 @@ def rank_file(rank: int, world_size: int) -> str:
 def vote_file(rank: int, world_size: int) -> str:
     """Name of a rank's vote."""
     return f"rank-{rank:05d}-of-{world_size:05d}.json"
+
+
+def last_word_file(save: Save) -> str:
+    """Name of the empty file that stands for a bad vote where there is no room to write one."""
+    return f"rank-{save.rank:05d}-of-{save.world_size:05d}.{save.id}.failed"

@@ -26,7 +26,7 @@ def carry_out(request: SaveRequest, data: memoryview) -> SaveReport:
         vote = _vote(folder, request, data)
         if request.state is None:
             return SaveReport(step=request.step, error=vote.error)
-        done = commit(folder, save, request.state, request.history, blind=vote.file is None)
+        done = commit(folder, vote, save.world_size, request.state, request.history)
         return SaveReport(step=request.step, bytes=done)
     except OSError as error:
         if save.rank == 0 and not folder.exists(COMMITTED):
@@ -36,15 +36,13 @@ def carry_out(request: SaveRequest, data: memoryview) -> SaveReport:
 
 def _vote(folder: Folder, request: SaveRequest, data: memoryview) -> Vote:
     """This rank's vote; one that a writer cast before it died stands."""
-    cast = read_vote(folder, request.save.rank, request.save.world_size)
-    if cast is not None and cast.save == request.save.id:
+    cast = read_vote(folder, request.save)
+    if cast is not None:
         return cast
     refusal = f"{folder} is committed already" if folder.exists(COMMITTED) else request.refusal
     if refusal is None:
         return write_share(folder, request.save, data, request.total_bytes)
-    vote = Vote(save=request.save.id, error=refusal)
-    cast_vote(folder, request.save, vote)
-    return vote
+    return cast_vote(folder, request.save, Vote(save=request.save.id, error=refusal))
 
 
 def _listen(lengths: "queue.Queue[int]") -> None:

@@ -7,6 +7,7 @@ that it belongs to, so leftovers of a killed attempt are never taken for this on
 
 import shutil
 import time
+from pathlib import Path
 
 import xxhash
 
@@ -20,6 +21,7 @@ from trainers.checkpoint.records import (
     FileRecord,
     Save,
     Vote,
+    last_word_file,
     rank_file,
     vote_file,
 )
@@ -44,8 +46,7 @@ def write_share(folder: Folder, save: Save, data: memoryview, total_bytes: int) 
         vote = Vote(save=save.id, file=write_file(folder, rank_file(save.rank, save.world_size), data))
     except OSError as error:
         vote = Vote(save=save.id, error=f"{type(error).__name__}: {error}")
-    cast_vote(folder, save, vote)
-    return vote
+    return cast_vote(folder, save, vote)
 
 
 def check_space(folder: Folder, num_bytes: int) -> None:
@@ -57,12 +58,20 @@ def check_space(folder: Folder, num_bytes: int) -> None:
     if not folder.is_local:
         return
     folder.path.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.path).free
+    there = sum(_size_of(path) for path in folder.path.iterdir())  # by ranks that began earlier
+    free = shutil.disk_usage(folder.path).free + there
     if num_bytes > free:
         raise OSError(
             f"the checkpoint needs {num_bytes:,} bytes and {free:,} are free in {folder.path}: make room or set "
             "checkpoint.keep lower"
         )
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # renamed since
+        return 0
 
 
 def write_file(folder: Folder, name: str, data: memoryview) -> FileRecord:
@@ -76,22 +85,28 @@ def write_file(folder: Folder, name: str, data: memoryview) -> FileRecord:
     return FileRecord(bytes=len(data), digest=digest.hexdigest())
 
 
-def cast_vote(folder: Folder, save: Save, vote: Vote) -> None:
-    """Leave a rank's vote beside its file."""
-    folder.write_bytes(vote_file(save.rank, save.world_size), vote.model_dump_json().encode())
+def cast_vote(folder: Folder, save: Save, vote: Vote) -> Vote:
+    """Leave a rank's vote beside its file. An empty file is a bad vote: it finds its place on the fullest disk."""
+    try:
+        folder.write_bytes(vote_file(save.rank, save.world_size), vote.model_dump_json().encode())
+    except OSError as error:
+        vote = Vote(save=save.id, error=vote.error or f"its vote: {error}")
+        if folder.is_local:
+            (folder.path / last_word_file(save)).touch()
+    return vote
 
 
-def commit(folder: Folder, save: Save, state: CheckpointState, history: str = "[]", blind: bool = False) -> int:
+def commit(folder: Folder, own: Vote, world_size: int, state: CheckpointState, history: str = "[]") -> int:
     """Rank 0: wait for every vote, then write manifest and marker. Returns the bytes of all files.
 
     Args:
+        own: rank 0's vote.
         history: events of the last steps, as JSON.
-        blind: this rank's own file failed, so that others may be unable to vote.
 
     Raises:
         OSError: where a rank could not write, its vote did not come, or the disk is full; nothing is committed then.
     """
-    files = _gather_votes(folder, save, BLIND_TIMEOUT_S if blind else VOTE_TIMEOUT_S)
+    files = _gather_votes(folder, own, world_size)
     files[HISTORY] = _write(folder, HISTORY, history)
     files[STATE] = _write(folder, STATE, state.model_dump_json(indent=1))
     digest = _write(folder, MANIFEST, CheckpointManifest(files=files).model_dump_json(indent=1)).digest
@@ -105,29 +120,33 @@ def _write(folder: Folder, name: str, text: str) -> FileRecord:
     return FileRecord(bytes=len(data), digest=xxhash.xxh3_128_hexdigest(data))
 
 
-def _gather_votes(folder: Folder, save: Save, timeout_s: float) -> dict[str, FileRecord]:
+def _gather_votes(folder: Folder, own: Vote, world_size: int) -> dict[str, FileRecord]:
     """Every rank's file. Waits for all votes, so that nobody is still writing when this raises."""
-    deadline = time.monotonic() + timeout_s
-    votes = {rank: _await_vote(folder, save, rank, deadline) for rank in range(save.world_size)}
+    deadline = time.monotonic() + (VOTE_TIMEOUT_S if own.file else BLIND_TIMEOUT_S)
+    votes: dict[int, Vote | None] = {0: own}
+    for rank in range(1, world_size):
+        votes[rank] = _await_vote(folder, Save(id=own.save, rank=rank, world_size=world_size), deadline)
     bad = {rank: vote.error if vote else "no vote came" for rank, vote in votes.items() if not vote or not vote.file}
     if bad:
         reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in bad.items())
         raise OSError(f"{folder.name} is not committed: {reasons}")
-    return {rank_file(rank, save.world_size): vote.file for rank, vote in votes.items() if vote and vote.file}
+    return {rank_file(rank, world_size): vote.file for rank, vote in votes.items() if vote and vote.file}
 
 
-def _await_vote(folder: Folder, save: Save, rank: int, deadline: float) -> Vote | None:
-    while time.monotonic() < deadline:
-        vote = read_vote(folder, rank, save.world_size)
-        if vote is not None and vote.save == save.id:
-            return vote
+def _await_vote(folder: Folder, save: Save, deadline: float) -> Vote | None:
+    while (vote := read_vote(folder, save)) is None and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    return None
+    return vote
 
 
-def read_vote(folder: Folder, rank: int, world_size: int) -> Vote | None:
-    """A rank's vote, if there is one."""
+def read_vote(folder: Folder, save: Save) -> Vote | None:
+    """A rank's vote in a save, if it has cast one."""
     try:
-        return Vote.model_validate_json(folder.read_bytes(vote_file(rank, world_size)))
+        vote = Vote.model_validate_json(folder.read_bytes(vote_file(save.rank, save.world_size)))
     except FileNotFoundError:
-        return None
+        vote = None
+    if vote is not None and vote.save == save.id:
+        return vote
+    if folder.is_local and (folder.path / last_word_file(save)).exists():
+        return Vote(save=save.id, error="its disk was too full to say why it failed")
+    return None

