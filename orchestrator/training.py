@@ -16,12 +16,13 @@ from orchestrator.evaluation_pool import EvaluationPool
 from orchestrator.hang import blame, is_hung, stand
 from orchestrator.selection import Mode, out_of_patience, select
 from orchestrator.workers import Seen, WorkerGroup, draining_nodes
+from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
 from trainers.errors import EvaluationError, Preempted, TrainingError, TuneyardError
 from trainers.rank import TrainRequest
 from trainers.run_log import RunLog, read_events
-from trainers.runs import Evaluation, step_name
+from trainers.runs import Evaluation
 from trainers.storage import Folder
 
 Event = dict[str, Any]
@@ -305,7 +306,7 @@ def thin_out(run: Folder, keep: int, pool: EvaluationPool, metric: tuple[str, Mo
     """Delete checkpoints that nothing needs: not among the newest, not the best, not being evaluated."""
     checkpoints = run / "checkpoints"
     for step in deletable(committed_steps(checkpoints), keep, pinned_steps(pool, metric)):
-        checkpoints.delete(step_name(step))
+        remove_checkpoint(checkpoints, step)
 
 
 def pinned_steps(pool: EvaluationPool, metric: tuple[str, Mode]) -> set[int]:

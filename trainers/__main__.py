@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
 from trainers.data.keys import load_shards
@@ -21,7 +22,7 @@ from trainers.model_source import find_model
 from trainers.pulse import Phase, StopReason
 from trainers.rank import TrainRequest, run_rank
 from trainers.run_log import RunLog
-from trainers.runs import run_folder, step_name
+from trainers.runs import run_folder
 from trainers.stopping import StopSignal
 from trainers.storage import Folder
 
@@ -43,7 +44,7 @@ class LocalHooks:
         if event["kind"] == "checkpoint":
             checkpoints = self._run / "checkpoints"
             for step in deletable(committed_steps(checkpoints), self._keep, ()):
-                checkpoints.delete(step_name(step))
+                remove_checkpoint(checkpoints, step)
 
     def stop_reason(self) -> StopReason | None:
         """preempted after SIGTERM."""

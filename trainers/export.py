@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trainers.checkpoint.reading import CheckpointReader, find_damage
+from trainers.checkpoint.records import FileRecord
 from trainers.checkpoint.tensor_file import TensorSpec, write_tensors
-from trainers.checkpoint.writing import FileRecord
 from trainers.data.manifest import Record
 from trainers.data.tokenizer import load_encoder
 from trainers.errors import EvaluationError

@@ -45,7 +45,13 @@ class Saver(Protocol):
     """Writes checkpoints."""
 
     def save(self, progress: "Progress") -> None:
-        """Commit the state after `progress.step` steps; called by every rank."""
+        """Take a copy of the state after `progress.step` steps and begin to write it; called by every rank."""
+
+    def poll(self) -> None:
+        """Tell of a commit that has happened since; does not wait."""
+
+    def finish(self) -> None:
+        """Wait until the save in flight is committed, or lost."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +138,12 @@ def train(
             hooks.at("save", step)
             saver.save(Progress(step, tokens, tuple(history)))
             saved = step
+        saver.poll()
     meter.close()
     hooks.at("save", step)
     if saved != step:
         saver.save(Progress(step, tokens, tuple(history)))
+    saver.finish()
     return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
 
 

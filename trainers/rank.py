@@ -85,18 +85,23 @@ def _attempt(request: TrainRequest, hooks: Hooks, world: World) -> LoopOutcome:
         skipped.numbers,
     )
     start = checkpointer.resume()
+    host_bytes = checkpointer.prepare()
     if world.rank == 0:
         hooks.emit({"kind": "history", "events": list(start.history)})
-        hooks.emit({"kind": "start", "step": start.step, "steps": order.steps, "world_size": world.size})
+        found = {"step": start.step, "steps": order.steps, "world_size": world.size, "checkpoint_bytes": host_bytes}
+        hooks.emit({"kind": "start", **found})
     settings = LoopSettings(
         order.steps, job.checkpoint.every_steps, job.train.seed, job.train.spike_factor, skipped.numbers
     )
     try:
         outcome = train(engine, objective, source, schedule, settings, start, world, hooks, checkpointer)
     except Diverged as error:
+        checkpointer.finish()
         listed = add_skipped(skipped, skipped_step(error, source.sequences(error.step), source.origins(error.step)))
         _roll_back(request.run, listed, engine, source, world)
         raise
+    finally:
+        checkpointer.close()
     if world.rank == 0:
         done = {"step": outcome.progress.step, "tokens": outcome.progress.tokens, "stopped": outcome.stopped}
         hooks.emit({"kind": "done", **done})

@@ -4,17 +4,18 @@ import json
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from trainers.checkpoint.writing import COMMITTED, HISTORY, MANIFEST, STATE, CheckpointManifest, CheckpointState
+from trainers.checkpoint.records import COMMITTED, HISTORY, MANIFEST, STATE, CheckpointManifest, CheckpointState
 from trainers.runs import parse_step, step_name
 from trainers.storage import Folder
 
 CHUNK_BYTES = 1 << 24
+TENSORS = ".safetensors"
 
 
 def committed_steps(checkpoints: Folder) -> list[int]:
@@ -36,7 +37,10 @@ def find_damage(folder: Folder, share: slice = slice(None)) -> str | None:
         files = CheckpointManifest.model_validate_json(data).files
     except (OSError, ValueError) as error:
         return f"its manifest cannot be read: {error}"
-    for name in sorted(files)[share]:
+    ranked = sorted(
+        files, key=lambda name: (not name.endswith(TENSORS), name)
+    )  # rank r of n checks rank r's file of n,
+    for name in ranked[share]:  # whose bytes it is about to restore from: they come from storage once
         problem = _file_damage(folder, name, files[name].bytes, files[name].digest)
         if problem:
             return problem
@@ -68,6 +72,26 @@ def quarantine(checkpoints: Folder, step: int, reason: str) -> None:
         folder.path.rename(target)
 
 
+def open_newest(
+    checkpoints: Folder, damage_of: Callable[[Folder], str | None], emit: Callable[[Mapping[str, Any]], None] | None
+) -> "CheckpointReader | None":
+    """The newest committed checkpoint that is whole, or None where there is none.
+
+    Args:
+        damage_of: what is wrong with a checkpoint; the same answer on every rank.
+        emit: on the one rank that sets damaged ones aside, told of each.
+    """
+    for step in reversed(committed_steps(checkpoints)):
+        folder = checkpoints / step_name(step)
+        damage = damage_of(folder)
+        if damage is None:
+            return CheckpointReader(folder)
+        if emit:
+            quarantine(checkpoints, step, damage)
+            emit({"kind": "checkpoint_quarantined", "step": step, "reason": damage})
+    return None
+
+
 class CheckpointReader:
     """Reads spans of parameters from the rank files of one committed checkpoint."""
 
@@ -78,7 +102,7 @@ class CheckpointReader:
         self._downloads = None if folder.is_local else tempfile.TemporaryDirectory(prefix="tuneyard-")
         self._spans: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
         for name in sorted(manifest.files):
-            if name.endswith(".safetensors"):
+            if name.endswith(TENSORS):
                 self._index(self._open(name))
         for spans in self._spans.values():
             spans.sort(key=lambda span: span[0])

@@ -35,6 +35,17 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class FileLayout:
+    """Where everything of a safetensors file lies, before there is any value."""
+
+    header: bytes
+    offsets: dict[str, int]
+    """First byte of each tensor, counted from the start of the file."""
+    num_bytes: int
+    """Size of the whole file."""
+
+
+@dataclass(frozen=True)
 class FileDigest:
     """Size and xxh3-128 of a whole file."""
 
@@ -45,6 +56,22 @@ class FileDigest:
 def spec_of(name: str, tensor: Any) -> TensorSpec:
     """The spec of a tensor at hand."""
     return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def plan_file(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> FileLayout:
+    """Lay out the file that `write_tensors` would write."""
+    ordered = _in_file_order(specs)
+    header = _header(ordered, metadata)
+    offsets, end = {}, len(header)
+    for spec in ordered:
+        offsets[spec.name] = end
+        end += spec.num_bytes
+    return FileLayout(header, offsets, end)
+
+
+def _in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Wide types first, which keeps every tensor aligned."""
+    return sorted(specs, key=lambda spec: (-WIDTHS[DTYPES[spec.dtype]], spec.name))
 
 
 def write_tensors(
@@ -58,7 +85,7 @@ def write_tensors(
     Raises:
         ValueError: where a tensor is not what its spec said.
     """
-    ordered = sorted(specs, key=lambda spec: (-WIDTHS[DTYPES[spec.dtype]], spec.name))  # keeps every tensor aligned
+    ordered = _in_file_order(specs)
     digest = xxhash.xxh3_128()
     written = 0
     for chunk in _chunks(ordered, load, metadata):

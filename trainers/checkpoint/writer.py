@@ -1,0 +1,67 @@
+"""The process beside each rank that puts its checkpoints on storage. Starts without torch, in a third of a second.
+
+It reads the rank's state out of shared memory and hears of each save by a line on its standard input, whose length of
+JSON then stands in a second piece of shared memory: a pipe that fills up would hold the rank back. It answers with a
+line on its standard output. When its input closes the rank is gone, and it goes too, even in the middle of a file.
+"""
+
+import mmap
+import os
+import queue
+import sys
+import threading
+
+from trainers.checkpoint.records import COMMITTED, SaveReport, SaveRequest, Vote
+from trainers.checkpoint.writing import cast_vote, commit, read_vote, write_share
+from trainers.storage import Folder
+
+NICENESS = 19
+"""The steps come first: a saturated processor gives this process 1.5 % of itself."""
+
+
+def carry_out(request: SaveRequest, data: memoryview) -> SaveReport:
+    """Write, vote and, on rank 0, commit. Where storage refuses, that checkpoint is lost and its folder is removed."""
+    folder, save = Folder(request.folder), request.save
+    try:
+        vote = _vote(folder, request, data)
+        if request.state is None:
+            return SaveReport(step=request.step, error=vote.error)
+        done = commit(folder, vote, save.world_size, request.state, request.history)
+        return SaveReport(step=request.step, bytes=done)
+    except OSError as error:
+        if save.rank == 0 and not folder.exists(COMMITTED):
+            folder.delete()
+        return SaveReport(step=request.step, error=str(error))
+
+
+def _vote(folder: Folder, request: SaveRequest, data: memoryview) -> Vote:
+    """This rank's vote; one that a writer cast before it died stands."""
+    cast = read_vote(folder, request.save)
+    if cast is not None:
+        return cast
+    refusal = f"{folder} is committed already" if folder.exists(COMMITTED) else request.refusal
+    if refusal is None:
+        return write_share(folder, request.save, data, request.total_bytes)
+    return cast_vote(folder, request.save, Vote(save=request.save.id, error=refusal))
+
+
+def _listen(lengths: "queue.Queue[int]") -> None:
+    """Pass on each request's length; end the process when the rank has ended."""
+    for line in sys.stdin:
+        lengths.put(int(line))
+    os._exit(1)
+
+
+def main(data_descriptor: int, request_descriptor: int) -> None:
+    """Serve one rank for as long as it lives."""
+    os.nice(NICENESS)
+    with mmap.mmap(data_descriptor, 0, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as data:
+        lengths: queue.Queue[int] = queue.Queue()
+        threading.Thread(target=_listen, args=(lengths,), daemon=True).start()
+        while True:
+            request = SaveRequest.model_validate_json(os.pread(request_descriptor, lengths.get(), 0))
+            print(carry_out(request, data).model_dump_json(), flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
