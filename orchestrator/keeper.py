@@ -28,7 +28,8 @@ from trainers.stacks import read_stacks
 from trainers.zygote import Mode, events_file, hatch_of, pulse_file, stacks_file
 
 STACKS_WAIT_S, KILL_WAIT_S = 1.0, 5.0
-LOG_TAIL_BYTES = 4000
+LOG_TAIL_BYTES = 64 << 10
+"""The stacks of a crash and the list of loaded modules after them take some 20 kB."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 One process owns it: the controller under Ray, rank 0 without. Events are flat dictionaries with `kind` and `time`:
 history, start, step, straggler, checkpoint, checkpoint_skipped, checkpoint_quarantined, rolled_back, hang, restart,
-evaluation, stage, done.
+evaluation, stage_start, stage, goodput, done.
 """
 
 import json
@@ -62,6 +62,8 @@ class RunLog:
             self._open_tensorboard(int(event["step"]))
         elif event["kind"] == "step":
             self._scalars(event, {tag: event[field] for field, tag in STEP_SCALARS.items() if field in event})
+        elif event["kind"] == "goodput":
+            self._scalars(event, {f"goodput/{name}": event[name] for name in event.keys() - {"kind", "time", "step"}})
         elif event["kind"] == "straggler":
             self._scalars(event, {"straggler/rank": event["rank"], "straggler/lag_s": event["lag_s"]})
         elif event["kind"] == "evaluation":
