@@ -23,6 +23,7 @@ from tests.crashing import (
     start_light,
     wait_for_bytes,
 )
+from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import committed_steps, find_damage
 from trainers.checkpoint.records import rank_file
 from trainers.runs import step_name
@@ -37,7 +38,7 @@ SIZE = 3 * 4 * VALUES
 def whole_steps(checkpoints: Path) -> list[int]:
     """Committed steps whose digests hold."""
     place = Folder(str(checkpoints))
-    return [step for step in committed_steps(place) if find_damage(place / step_name(step)) is None]
+    return [step for step in committed_steps(place) if find_damage(LocalCopies(place / step_name(step))) is None]
 
 
 def await_bytes(job: Launched, checkpoints: Path, step: int, dice: random.Random) -> None:

@@ -143,10 +143,12 @@ def test_cpu_offload_trains_and_resumes_as_zero3(two_ranks: dict[str, dict[int, 
 def test_frozen_parameters_resume_and_stay(two_ranks: dict[str, dict[int, float]], film_job: Job) -> None:
     from safetensors.torch import load_file
 
+    from trainers.checkpoint.local_copies import LocalCopies
     from trainers.checkpoint.reading import CheckpointReader
 
     assert list(two_ranks["frozen resumed"]) == [3, 4, 5, 6]
-    reader = CheckpointReader(Folder(film_job.storage) / "runs" / "frozen" / "checkpoints" / "step-00000006")
+    checkpoint = Folder(film_job.storage) / "runs" / "frozen" / "checkpoints" / "step-00000006"
+    reader = CheckpointReader(LocalCopies(checkpoint))
     before = load_file(Path(film_job.model.path) / "model.safetensors")
     name = "embeddings.word_embeddings.weight"
     assert reader.read("weight", f"bert.{name}", 0, before[name].numel()).equal(before[name].flatten())

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainers.checkpoint.cleaning import clean_leftovers
 from trainers.checkpoint.host_buffer import HostBuffer
+from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, find_damage, open_newest
 from trainers.checkpoint.records import CheckpointState, Save, SaveReport, SaveRequest
 from trainers.checkpoint.slices import parameter_shapes, persistent_buffers, rank_share, restore_state, stage_of
@@ -115,9 +116,9 @@ class Checkpointer:
         reader = open_newest(self.checkpoints, self._find_damage, self.emit if first else None)
         return self._restore(reader) if reader else Progress(0, 0)
 
-    def _find_damage(self, folder: Folder) -> str | None:
+    def _find_damage(self, files: LocalCopies) -> str | None:
         """Every rank checks its share of the files, and all hear what one of them found."""
-        return first_word(find_damage(folder, slice(self.world.rank, None, self.world.size)), self.world)
+        return first_word(find_damage(files, slice(self.world.rank, None, self.world.size)), self.world)
 
     def _restore(self, reader: CheckpointReader) -> Progress:
         state = reader.state

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from trainers.checkpoint.cleaning import clean_leftovers, remove_checkpoint
+from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage, quarantine
 from trainers.checkpoint.records import CheckpointState, Save, Vote
 from trainers.checkpoint.retention import deletable
@@ -80,12 +81,12 @@ def test_any_span_reads_back_whatever_world_size_wrote_it(
 ) -> None:
     folder = write_step(Folder(str(tmp_path_factory.mktemp("any"))), 7, world_size)
     start, end = min(start, end), max(start, end)
-    assert CheckpointReader(folder).read("exp_avg", "w", start, end).equal(WEIGHT[start:end] + 7)
+    assert CheckpointReader(LocalCopies(folder)).read("exp_avg", "w", start, end).equal(WEIGHT[start:end] + 7)
 
 
 def test_a_span_that_no_file_covers_is_an_error(checkpoints: Folder) -> None:
     with pytest.raises(ValueError, match="has no values from 10 to 12"):
-        CheckpointReader(write_step(checkpoints, 1)).read("weight", "w", 5, 12)
+        CheckpointReader(LocalCopies(write_step(checkpoints, 1))).read("weight", "w", 5, 12)
 
 
 def test_files_open_with_the_safetensors_library(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_the_marker_comes_last_and_readers_see_nothing_before_it(
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_every_damage_to_every_file_is_found(checkpoints: Folder, name: str, damage: str) -> None:
     folder = write_step(checkpoints, 1)
-    assert find_damage(folder) is None
+    assert find_damage(LocalCopies(folder)) is None
     path = folder.path / name
     data = bytearray(path.read_bytes())
     if damage == "flip":
@@ -154,7 +155,7 @@ def test_every_damage_to_every_file_is_found(checkpoints: Folder, name: str, dam
         path.write_bytes(bytes(data[:-1]))
     else:
         path.unlink()
-    found = find_damage(folder)
+    found = find_damage(LocalCopies(folder))
     assert found is not None
     assert name in found or "manifest" in found
 
@@ -163,7 +164,7 @@ def test_ranks_that_share_the_checking_find_it_together(checkpoints: Folder) -> 
     folder = write_step(checkpoints, 1, world_size=3)
     path = folder.path / "rank-00001-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-2])
-    found = [find_damage(folder, slice(rank, None, 2)) for rank in range(2)]
+    found = [find_damage(LocalCopies(folder), slice(rank, None, 2)) for rank in range(2)]
     assert sum(one is not None for one in found) == 1
 
 
@@ -184,8 +185,8 @@ def test_leftovers_of_a_killed_launch_are_never_taken_for_this_ones(checkpoints:
     late = threading.Timer(0.3, write_rank, (torn, save_of(1, save="new"), WEIGHT + 2, 10))
     late.start()
     commit(torn, vote_of(torn, save="new"), 2, state_of(2, 2))
-    assert find_damage(torn) is None
-    assert CheckpointReader(torn).read("weight", "w", 10, 20).equal(WEIGHT + 2)
+    assert find_damage(LocalCopies(torn)) is None
+    assert CheckpointReader(LocalCopies(torn)).read("weight", "w", 10, 20).equal(WEIGHT + 2)
 
 
 def test_a_start_removes_what_was_never_committed_and_files_without_a_name(checkpoints: Folder) -> None:
@@ -198,7 +199,7 @@ def test_a_start_removes_what_was_never_committed_and_files_without_a_name(check
     assert "never committed" in reason
     assert not partial.exists()
     assert [path.name for path in checkpoints.path.iterdir()] == [step_name(1)]
-    assert find_damage(whole) is None
+    assert find_damage(LocalCopies(whole)) is None
 
 
 def test_a_commit_that_lost_its_marker_is_set_aside_not_deleted(checkpoints: Folder) -> None:
