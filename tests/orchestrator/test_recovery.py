@@ -53,7 +53,7 @@ def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing
         {"kind": "raise", "rank": 0, "step": 6},
         {"kind": "memory", "rank": 1, "step": 9},
     ]
-    run = run_training(with_(job, scale={"max_failures": 2}), "failing", *faults)
+    run = run_training(job, "failing", *faults)
     assert losses(run) == undisturbed
     causes = [event["cause"] for event in events_of(run, "restart")]
     assert "rank 1" in causes[0]
@@ -65,7 +65,7 @@ def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing
     assert "train.micro_batch_size" in causes[2]
     starts = [event["step"] for event in events_of(run, "start")]
     assert starts == sorted(starts)
-    assert starts[-1] in (4, 8)  # the checkpoint of step 8 may still have been under way
+    assert set(starts) <= {0, 4, 8}  # a checkpoint that was still being written when its rank died is lost
     assert "not on speaking terms" in (run / "logs" / "rank-00000.log").read_text()
 
 
