@@ -10,7 +10,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.keeper import Ending
+from orchestrator.sightings import Ending
 from trainers.stacks import code_line, parse_stacks
 
 VICTIM = re.compile(

@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from trainers.pulse import Beat, Pulse, StopReason
+from orchestrator.sightings import Ending, Look, Place, free_bytes, interface_of, oom_kills
+from trainers.pulse import Pulse, StopReason
 from trainers.rank import TrainRequest
 from trainers.stacks import read_stacks
 from trainers.zygote import Mode, events_file, hatch_of, pulse_file, stacks_file
@@ -30,52 +29,6 @@ from trainers.zygote import Mode, events_file, hatch_of, pulse_file, stacks_file
 STACKS_WAIT_S, KILL_WAIT_S = 1.0, 5.0
 LOG_TAIL_BYTES = 64 << 10
 """The stacks of a crash and the list of loaded modules after them take some 20 kB."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """What the others must know of a node."""
-
-    node: str
-    """Ray's id of it."""
-    address: str
-    interface: str | None
-    """Network interface that has the address; None where none has (a host behind address translation)."""
-    gpus: tuple[str, ...]
-    """Ids of the GPUs that Ray gave to the keeper."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a rank ended."""
-
-    rank: int
-    code: int
-    """Exit code; minus the signal where one killed it."""
-    at: float
-    """Wall time."""
-    failed: dict[str, Any] | None
-    """Its own last words, where it had any."""
-    log_tail: str
-    max_rss_bytes: int
-    oom_kills: int
-    """Processes of this container or machine that the kernel killed for memory while the rank ran."""
-    shm_free_bytes: int
-    node: str
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a keeper sees at one moment."""
-
-    beats: dict[int, Beat]
-    """By rank, of those alive."""
-    processes: dict[int, int]
-    """Process id by rank."""
-    events: list[dict[str, Any]]
-    """Since the last look, in order."""
-    endings: list[Ending]
-    """Of every rank that has ended."""
 
 
 @dataclass
@@ -225,7 +178,7 @@ class Keeper:
             log_tail=_tail(rank.log),
             max_rss_bytes=max_rss_bytes,
             oom_kills=oom_kills() - rank.oom_kills,
-            shm_free_bytes=_free_bytes("/dev/shm"),
+            shm_free_bytes=free_bytes("/dev/shm"),
             node=socket.gethostname(),
         )
 
@@ -296,32 +249,3 @@ def _ray_gpus() -> list[Any]:
     import ray
 
     return list(ray.get_gpu_ids())
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has an address: what gloo and NCCL must be told on hosts with several."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address == address for one in addresses):
-            return str(name)
-    return None
-
-
-def oom_kills() -> int:
-    """Processes killed for memory so far, in this cgroup (v2 or v1), or on the machine."""
-    for path, key in (
-        ("/sys/fs/cgroup/memory.events", "oom_kill"),
-        ("/sys/fs/cgroup/memory/memory.oom_control", "oom_kill"),
-        ("/proc/vmstat", "oom_kill"),
-    ):
-        with contextlib.suppress(OSError):
-            for line in Path(path).read_text().splitlines():
-                if line.split()[0] == key:
-                    return int(line.split()[1])
-    return 0
-
-
-def _free_bytes(path: str) -> int:
-    try:
-        return shutil.disk_usage(path).free
-    except OSError:
-        return -1

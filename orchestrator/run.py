@@ -27,7 +27,8 @@ from orchestrator.run_folder import OpenRun, finished_result, open_run, summariz
 from orchestrator.screen import Screen
 from orchestrator.selection import choose_metric, select
 from orchestrator.shards import write_shards
-from orchestrator.training import finished_training, record_event, thin_out, train
+from orchestrator.training import thin_out, train
+from orchestrator.watch import finished_training, record_event
 from trainers.data.keys import load_shards
 from trainers.data.manifest import Shards, shards_folder
 from trainers.divergence import read_skipped

@@ -7,7 +7,6 @@ started again, it goes on from there.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import ray
 
@@ -15,17 +14,16 @@ from orchestrator.causes import find_cause, is_victim
 from orchestrator.evaluation_pool import EvaluationPool
 from orchestrator.hang import blame, is_hung, stand
 from orchestrator.selection import Mode, out_of_patience, select
+from orchestrator.watch import Event, Failure, TrainOutcome, Watch, record_event
 from orchestrator.workers import Seen, WorkerGroup, draining_nodes
 from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
 from trainers.errors import EvaluationError, Preempted, TrainingError, TuneyardError
 from trainers.rank import TrainRequest
-from trainers.run_log import RunLog, read_events
-from trainers.runs import Evaluation
+from trainers.run_log import RunLog
 from trainers.storage import Folder
 
-Event = dict[str, Any]
 POLL_S = 0.1
 LOOK_EVERY_S = 1.0
 """How often hangs, new nodes and preemption notices are looked for."""
@@ -33,53 +31,6 @@ PLACE_WAIT_S = 300.0
 """How long lost room may take to come back before the run ends."""
 LAST_WORDS_S, LOST_WAIT_S = 0.5, 3.0
 """After the first rank has failed: how long the others get to say more, and how long a lost node takes to show."""
-GOES_ON = ("preempted", "resize")
-"""Reasons to stop after which the training is not over."""
-
-
-@dataclass(frozen=True)
-class TrainOutcome:
-    """What the training stage leaves behind, beside the checkpoints."""
-
-    steps: int
-    tokens: int
-    restarts: int
-
-
-@dataclass
-class Watch:
-    """What the controller has heard from the ranks so far."""
-
-    starts: int = 0
-    tokens: int = 0
-    step_times: list[float] = field(default_factory=list)
-    """Seconds of the steps of this launch."""
-    commits: int = 0
-    done: Event | None = None
-    refused: Event | None = None
-
-    def note(self, event: Event) -> None:
-        """Take in one event."""
-        if event["kind"] == "start":
-            self.starts += 1
-            self.step_times.clear()
-        elif event["kind"] == "step":
-            self.step_times.append(event["step_s"])
-            self.tokens = event["tokens"]
-        elif event["kind"] == "checkpoint":
-            self.commits += 1
-        elif event["kind"] == "done":
-            self.done = event
-        elif event["kind"] == "refused":
-            self.refused = self.refused or event
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Ranks that ended, or hung, before their last step."""
-
-    cause: str
-    lost_nodes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -100,12 +51,6 @@ class Controller:
         """Record an event and pass it on."""
         self.log.append(event)
         self.on_event(event)
-
-
-def finished_training(run: Folder) -> Event | None:
-    """The event that ended this run's training for good, if its last checkpoint is there."""
-    ends = [event for event in read_events(run) if event["kind"] == "done" and event["stopped"] not in GOES_ON]
-    return ends[-1] if ends and ends[-1]["step"] in committed_steps(run / "checkpoints") else None
 
 
 def train(
@@ -289,17 +234,6 @@ def _check_stop(watch: Watch) -> None:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def record_event(record: Evaluation) -> Event:
-    """An evaluation as an event of the run's log."""
-    return {
-        "kind": "evaluation",
-        "step": record.step,
-        "status": record.status,
-        "metrics": record.metrics,
-        "error": record.error,
-    }
 
 
 def thin_out(run: Folder, keep: int, pool: EvaluationPool, metric: tuple[str, Mode]) -> None:

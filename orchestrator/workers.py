@@ -13,8 +13,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.keeper import Ending, Keeper, Look, Place
+from orchestrator.keeper import Keeper
 from orchestrator.placing import Slots, fitting_sizes, largest_size, slots_of, spread
+from orchestrator.sightings import Ending, Look, Place
 from trainers.errors import PlacementError
 from trainers.job import Job
 from trainers.pulse import Beat, StopReason
