@@ -1,7 +1,8 @@
 """The run's own record: events.jsonl, and the same numbers for TensorBoard.
 
 One process owns it: the controller under Ray, rank 0 without. Events are flat dictionaries with `kind` and `time`:
-history, start, step, checkpoint, checkpoint_skipped, checkpoint_quarantined, evaluation, stage, done.
+history, start, step, checkpoint, checkpoint_skipped, checkpoint_quarantined, evaluation, stage, done. A checkpoint's
+event comes after its commit, which later steps may precede; its `step` says whose it is.
 """
 
 import json
