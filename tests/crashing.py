@@ -80,7 +80,9 @@ def _context(preload: list[str]) -> Any:
     return context
 
 
-def start_light(folder: Path, checkpoints: Path, steps: int, values: int, first: int = 0, keep: int = 3) -> Launched:
+def start_light(
+    folder: Path, checkpoints: Path | str, steps: int, values: int, first: int = 0, keep: int = 3
+) -> Launched:
     """A job of two ranks that saves steps first+1 ... steps, each rank `values` numbers of each kind."""
     context = _context(["tests.crashing"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ def start_light(folder: Path, checkpoints: Path, steps: int, values: int, first:
 
 
 def _light_rank(
-    folder: Path, checkpoints: Path, rank: int, first: int, steps: int, values: int, keep: int, barrier: Any
+    folder: Path, checkpoints: Path | str, rank: int, first: int, steps: int, values: int, keep: int, barrier: Any
 ) -> None:
     from trainers.checkpoint.host_buffer import HostBuffer
     from trainers.checkpoint.slices import Piece, RankShare
@@ -118,7 +120,7 @@ def _light_rank(
         buffer.fill()
         state = _state(step, values) if rank == 0 else None
         save = Save(id=f"{folder.name}-{step}", rank=rank, world_size=WORLD)
-        place = str(checkpoints / step_name(step))
+        place = str(Folder(str(checkpoints)) / step_name(step))
         link.send(SaveRequest(save=save, step=step, folder=place, total_bytes=2 * buffer.num_bytes, state=state))
         report = link.hear(60)
         _note_writer(folder, rank, link.process.pid)
@@ -159,7 +161,7 @@ class Found:
     told: list[dict[str, Any]] = field(default_factory=list)
 
 
-def next_start(checkpoints: Path, values: int) -> Found:
+def next_start(checkpoints: Path | str, values: int) -> Found:
     """What a light job's next start loads. Raises AssertionError where a single value of it is wrong."""
     place, found = Folder(str(checkpoints)), Found(0)
     for step, reason in clean_leftovers(place):

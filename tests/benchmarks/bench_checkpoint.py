@@ -100,11 +100,8 @@ def save_ours(engine: Any, world: Any, place: Path, width: int, repeats: int) ->
         began = time.perf_counter()
         keeper.save(Progress(number, 0))
         blocked.append(time.perf_counter() - began)
-        for _ in range(200):
-            seconds, at_work = train_step(engine, width), writing(keeper, world)
-            if not at_work:
-                break
-            busy.append(seconds)
+        while writing(keeper, world):  # so each of these steps begins beside the writers
+            busy.append(train_step(engine, width))
         keeper.finish()
         meet(world)
         shutil.rmtree(place / f"step-{number:08d}", ignore_errors=True)

@@ -138,6 +138,7 @@ class Checkpointer:
         """End the writer and free its memory."""
         if self._writing is not None:
             self._writing.link.close()
+            self._writing.buffer.close()
             self._writing = None
 
 

@@ -52,6 +52,14 @@ class HostBuffer:
         if self._pinned:
             torch.cuda.synchronize()
 
+    def close(self) -> None:
+        """Unlock the pages; the memory goes with the last that holds it."""
+        import torch
+
+        if self._pinned:
+            pointer = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pointer))
+
 
 def allocate(num_bytes: int) -> int:
     """Descriptor of that much shared memory, with every page there."""

@@ -5,6 +5,7 @@ JSON then stands in a second piece of shared memory: a pipe that fills up would 
 line on its standard output. When its input closes the rank is gone, and it goes too, even in the middle of a file.
 """
 
+import contextlib
 import mmap
 import os
 import queue
@@ -60,7 +61,9 @@ def main(data_descriptor: int, request_descriptor: int) -> None:
         threading.Thread(target=_listen, args=(lengths,), daemon=True).start()
         while True:
             request = SaveRequest.model_validate_json(os.pread(request_descriptor, lengths.get(), 0))
-            print(carry_out(request, data).model_dump_json(), flush=True)
+            report = carry_out(request, data)
+            with contextlib.suppress(BrokenPipeError):  # the rank has ended meanwhile, as `_listen` is about to find
+                print(report.model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":
