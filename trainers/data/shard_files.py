@@ -6,7 +6,6 @@ ledger-*.arrow: file int32, row int64, outcome, tokens int32 (in all its sequenc
     (digest of what the row says, see `text_digest`; 0 where it is malformed).
 """
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -87,8 +86,7 @@ class SequenceFile:
         self.tokens += len(ids)
         self.targets += int(self._task.count_targets(pa.Table.from_batches([batch])).sum())
         if self._task.has_labels:
-            extras = batch.select([name for name, _ in self._task.extra_schema]).to_pylist()
-            for label, count in Counter(label for extra in extras for label in self._task.labels_of(extra)).items():
+            for label, count in self._task.count_labels(batch).items():
                 self.labels[label] = self.labels.get(label, 0) + count
 
 
