@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.spreading import run_apart, spread
+from orchestrator.spreading import run_apart, spread, start_workers
 from trainers.data.budget import check_shards
 from trainers.data.dataset import ShardSet
 from trainers.data.duplicates import DedupMode, find_duplicates, print_unit
@@ -78,6 +78,8 @@ def write_shards(job: Job, model_path: str, on_progress: Report | None = None) -
     committed = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in plans}
     missing = [plan for plan in plans if committed[plan.name] is None]
     _check_sources(job, missing)
+    if missing:
+        start_workers()
     for plan in reversed(missing) if job.data.decontaminate == "drop" else missing:
         committed[plan.name] = SplitStage(job, plan, model_path, on_progress).write()
     shards = Shards(train=_there(committed["train"]), eval=_there(committed["eval"]))
