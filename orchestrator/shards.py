@@ -22,7 +22,15 @@ from trainers.data.index import (
     write_texts,
 )
 from trainers.data.keys import SplitPlan, explain_miss, manifest_of, plan_splits, write_key
-from trainers.data.manifest import MANIFEST, Record, ShardManifest, ShardRecord, Shards, read_manifest, shards_folder
+from trainers.data.manifest import (
+    Record,
+    ShardManifest,
+    ShardRecord,
+    Shards,
+    read_manifest,
+    shards_folder,
+    write_manifest,
+)
 from trainers.data.quick_tokenizer import TokenizerDiffers
 from trainers.data.readers import Unit, check_columns, needed_fields, plan_units, read_unit, task_columns
 from trainers.data.shard_writer import CONTAMINATED, ShardWork, finished_shards, record_name, write_units
@@ -134,7 +142,7 @@ class SplitStage:
             self._find_duplicates(self._plan.dedup)
         manifest = self._write_units()
         self._folder.sync()
-        self._folder.write_bytes(MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        write_manifest(self._folder, manifest)
         log.info(
             f"sharded {manifest.rows_in:,} {self._plan.name} rows into {len(self._units)} files "
             f"({manifest.total('bytes') / 2**20:,.1f} MiB, {manifest.total('tokens'):,} tokens) "

@@ -254,7 +254,6 @@ def measure(
     peers: list[tuple[str, Callable[..., Any], float]],
 ) -> None:
     """Let the tools take turns, and print their rates."""
-    print(f"\n{name}: workers and tokenizer started in {start_workers(task, model, folder):.1f} s\n")
     tools = (("ours", ours_started, megabytes), *peers)
     measured: dict[str, list[tuple[float, float]]] = {}
     for _ in range(repeats):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainers.data.keys import manifest_of, plan_splits
-from trainers.data.manifest import Shards, shards_folder
+from trainers.data.manifest import Shards, shards_folder, write_manifest
 from trainers.data.readers import plan_units, task_columns
 from trainers.data.shard_writer import ShardWork, write_unit
 from trainers.data.sources import SourceFile, find_sources
@@ -120,7 +120,7 @@ def shard_here() -> Callable[[Job], Shards]:
             work = ShardWork(folder, plan, job.task, task_columns(job), rules, read_spec(job.model.path))
             records = {unit.index: write_unit(work, unit).commit() for unit in plan_units(plan.sources, unit_bytes)}
             manifests[plan.name] = manifest_of(plan, job.task, records)
-            folder.write_json("manifest.json", manifests[plan.name].model_dump(mode="json"))
+            write_manifest(folder, manifests[plan.name])
         return Shards(train=manifests["train"], eval=manifests["eval"])
 
     return shard

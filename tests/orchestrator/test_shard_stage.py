@@ -219,6 +219,8 @@ def test_the_ledger_shows_counts_rows_and_the_origin_of_every_token(
 
 def peak_of_driver(job: Job, model: Path) -> tuple[int, int]:
     """Shards written, and the driver's peak of traced memory in bytes."""
+    first = write(Path(job.storage).parent / "first" / "t.jsonl", texts(3))
+    write_shards(text_job(first.parent, model, train=[str(first)], eval=[str(first)]), str(model))  # imports, not traced
     tracemalloc.start()
     shards = write_shards(job, str(model))
     peak = tracemalloc.get_traced_memory()[1]

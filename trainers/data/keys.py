@@ -17,6 +17,7 @@ from trainers.data import readers
 from trainers.data.budget import check_shards
 from trainers.data.duplicates import DedupMode
 from trainers.data.manifest import MANIFEST, ShardManifest, Shards, read_manifest, shards_folder
+from trainers.data.shard_table import ShardTable
 from trainers.data.sources import SourceFile, entries_of, find_sources, source_key
 from trainers.data.tokenizer import TOKENIZER_FILES
 from trainers.errors import JobError
@@ -163,7 +164,7 @@ def manifest_of(
         split=plan.name,
         task=task,
         sources=tuple(source.uri for source in plan.sources),
-        shards=tuple(records[index] for index in sorted(records)),
+        shards=ShardTable.of(records[index] for index in sorted(records)),
         tokenizer=library,
         fallback_reason=fallback_reason,
         entries=plan.entries,
