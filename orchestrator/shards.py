@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.spreading import run_apart, spread, start_workers
+from trainers.data.adoption import adopt_shards
 from trainers.data.budget import check_shards
 from trainers.data.dataset import ShardSet
 from trainers.data.duplicates import DedupMode, find_duplicates, print_unit
@@ -33,7 +34,8 @@ from trainers.data.manifest import (
 )
 from trainers.data.quick_tokenizer import TokenizerDiffers
 from trainers.data.readers import Unit, check_columns, needed_fields, plan_units, read_unit, task_columns
-from trainers.data.shard_writer import CONTAMINATED, ShardWork, finished_shards, record_name, write_units
+from trainers.data.shard_files import record_name
+from trainers.data.shard_writer import CONTAMINATED, ShardWork, finished_shards, write_units
 from trainers.data.tokenizer import encoder_of, read_spec
 from trainers.errors import JobError
 from trainers.job import Job
@@ -138,6 +140,8 @@ class SplitStage:
         started = time.monotonic()
         _clean(self._folder)
         write_key(self._folder, self._plan)
+        if taken := adopt_shards(self._storage, self._folder, self._plan, self._units):
+            log.info(f"{taken:,} of {len(self._units):,} {self._plan.name} shards taken over: their files are the same")
         if self._plan.dedup and not self._folder.exists(DEDUPED):
             self._find_duplicates(self._plan.dedup)
         manifest = self._write_units()

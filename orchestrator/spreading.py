@@ -29,6 +29,7 @@ LIMITS_S = 0.02
 """How often Ray Data asks what it may use: it starts with leave for one task alone, and asks again after a second."""
 MOST_STARTED = 256
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+GroupFunction = Callable[[ShardWork, Sequence[Unit]], Iterator[tuple[int, str]]]
 
 
 def start_workers() -> None:
@@ -61,7 +62,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def spread(
-    function: Callable[[ShardWork, Sequence[Unit]], Iterator[tuple[int, str]]],
+    function: GroupFunction,
     work: ShardWork,
     units: Sequence[Unit],
     kind: type[AnyRecord],
@@ -75,11 +76,9 @@ def spread(
     shared = ray.put((work, groups))  # once, not once a task: it holds every file's name
 
     def apply(row: dict[str, Any]) -> dict[str, Any]:
-        check_alone()
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core; the other tasks have the others
         task, todo = _fetch(shared)
         try:
-            return {"records": json.dumps(list(function(task, todo[row["id"]]))), "error": b""}
+            return {"records": json.dumps(run_group(function, task, todo[row["id"]])), "error": b""}
         except (TuneyardError, TokenizerDiffers) as error:  # as a value: Ray would wrap it and log its traceback
             return {"records": "[]", "error": pickle.dumps(error)}
 
@@ -91,6 +90,13 @@ def spread(
                 raise pickle.loads(row["error"])
             for number, record in json.loads(row["records"]):
                 yield number, kind.model_validate_json(record)
+
+
+def run_group(function: GroupFunction, work: ShardWork, units: Sequence[Unit]) -> list[tuple[int, str]]:
+    """Apply a function to some units, in the process of a task. Raises RuntimeError where a process group is alive."""
+    check_alone()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core; the other tasks have the others
+    return list(function(work, units))
 
 
 def _grouped(units: Sequence[Unit], cpus: int) -> tuple[tuple[Unit, ...], ...]:

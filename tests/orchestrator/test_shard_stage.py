@@ -220,7 +220,9 @@ def test_the_ledger_shows_counts_rows_and_the_origin_of_every_token(
 def peak_of_driver(job: Job, model: Path) -> tuple[int, int]:
     """Shards written, and the driver's peak of traced memory in bytes."""
     first = write(Path(job.storage).parent / "first" / "t.jsonl", texts(3))
-    write_shards(text_job(first.parent, model, train=[str(first)], eval=[str(first)]), str(model))  # imports, not traced
+    write_shards(
+        text_job(first.parent, model, train=[str(first)], eval=[str(first)]), str(model)
+    )  # imports, not traced
     tracemalloc.start()
     shards = write_shards(job, str(model))
     peak = tracemalloc.get_traced_memory()[1]
@@ -278,6 +280,52 @@ def test_conversations_of_all_shapes_make_one_split(tmp_path: Path, tiny_chat_to
     for index in range(20):
         ids = [held.row(index + 20 * kind).input_ids.tolist() for kind in range(3)]
         assert ids[0] == ids[1] == ids[2]
+
+
+def test_a_changed_template_does_conversations_again_and_says_so(
+    tmp_path: Path, tiny_chat_tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "orchestrator.shards")
+    path = write(tmp_path / "c.jsonl", chat_rows(12))
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}")
+
+    def shard(task: str, **data: Any) -> Shards:
+        plain = plain_job(tmp_path, tiny_chat_tokenizer, train=[str(path)], eval=[str(path)], **data)
+        return write_shards(parse_job({**plain, "task": task}), str(tiny_chat_tokenizer))
+
+    first = shard("sft")
+    second = shard("sft", chat_template=str(template))
+    assert f"the train shards {first.train.key} do not fit any more: form changed" in caplog.text
+    assert f"the eval shards {first.eval.key} do not fit any more: form changed" in caplog.text
+    assert "taken over" not in caplog.text
+    assert [one.digest for one in first.train.shards] != [one.digest for one in second.train.shards]
+    caplog.clear()
+    assert shard("sft") == first and not caplog.text
+
+
+def test_no_unit_is_written_in_a_process_that_belongs_to_a_process_group(
+    tmp_path: Path, tiny_chat_tokenizer: Path
+) -> None:
+    """Every task asks before it tokenizes, and so does the driver; here the group is that of one rank."""
+    import torch.distributed
+
+    from orchestrator.spreading import run_group
+
+    path = write(tmp_path / "t.jsonl", texts(3))
+    job = text_job(tmp_path, tiny_chat_tokenizer, train=[str(path)], eval=[str(path)])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="process group is alive"):
+            write_shards(job, str(tiny_chat_tokenizer))
+        asked: Any = run_group
+        with pytest.raises(RuntimeError, match="process group is alive"):
+            asked(lambda work, units: iter([(0, "written")]), None, [])
+        assert not list(Path(job.storage).rglob("shard-*"))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert asked(lambda work, units: iter([(0, "written")]), None, []) == [(0, "written")]
+    assert write_shards(job, str(tiny_chat_tokenizer)).train.rows_in == 3
 
 
 def test_the_data_stage_loads_no_torch(tmp_path: Path, tiny_chat_tokenizer: Path) -> None:

@@ -129,7 +129,12 @@ def load_shards(job: Job, model_path: str) -> Shards | None:
 
 def write_key(folder: Folder, plan: SplitPlan) -> None:
     """Note in a folder of shards what it is made from."""
-    folder.write_json(KEY, {"split": plan.name, "key_parts": dict(plan.key_parts)})
+    folder.write_json(KEY, {"split": plan.name, "key_parts": dict(plan.key_parts), "sources": identity_of(plan)})
+
+
+def identity_of(plan: SplitPlan) -> list[list[str | None]]:
+    """What decides the rows of each source."""
+    return [[source.digest, source.format, source.compression] for source in plan.sources]
 
 
 def explain_miss(storage: Folder, plan: SplitPlan) -> str | None:

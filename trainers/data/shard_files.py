@@ -31,6 +31,21 @@ LEDGER_SCHEMA = pa.schema(
 )
 
 
+def shard_name(number: int) -> str:
+    """The file of a unit's sequences."""
+    return f"shard-{number:05d}.arrow"
+
+
+def ledger_name(number: int) -> str:
+    """The file of a unit's ledger."""
+    return f"ledger-{number:05d}.arrow"
+
+
+def record_name(number: int) -> str:
+    """The file that commits a unit."""
+    return f"shard-{number:05d}.json"
+
+
 def shard_schema(task: Task) -> pa.Schema:
     """Columns of a shard file of this task."""
     return pa.schema([("input_ids", pa.list_(pa.int32())), *ORIGIN, *task.extra_schema])
