@@ -141,7 +141,7 @@ class Folder:
         fs, path = self._resolve(name)
         fs.create_dir(path.rpartition("/")[0], recursive=True)
         if not self.is_local:
-            return StagedFile(fs.open_output_stream(path), None, None)
+            return StagedFile(fs.open_output_stream(path, compression=None), None, None)  # as it is, also *.gz
         final = Path(path)
         partial = final.parent / f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"
         return StagedFile(pa.OSFile(str(partial), "wb"), partial, final)
