@@ -141,15 +141,11 @@ def surround(tokens: Tokens, prefix: Sequence[int], suffix: Sequence[int]) -> To
     if not before and not after:
         return tokens
     offsets = starts_of(tokens.lengths + before + after)
-    ids = np.empty(offsets[-1], np.int32)
-    inner = np.arange(len(tokens.ids)) + np.repeat(
-        offsets[:-1] + before - tokens.offsets[:-1] + tokens.offsets[0], tokens.lengths
-    )
-    ids[inner] = tokens.ids
-    for place, number in enumerate(prefix):
-        ids[offsets[:-1] + place] = number
-    for place, number in enumerate(suffix):
-        ids[offsets[1:] - after + place] = number
+    ids, inner = np.empty(offsets[-1], np.int32), np.ones(offsets[-1], bool)  # a byte a token, where places take 16
+    for starts, numbers in ((offsets[:-1], prefix), (offsets[1:] - after, suffix)):
+        for place, number in enumerate(numbers):
+            ids[starts + place], inner[starts + place] = number, False
+    ids[inner] = tokens.ids[tokens.offsets[0] : tokens.offsets[-1]]
     return Tokens(ids, offsets)
 
 
