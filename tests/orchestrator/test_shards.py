@@ -187,15 +187,17 @@ def test_a_changed_source_does_its_own_shards_again_and_no_others(
     caplog.set_level("INFO", "orchestrator.shards")
     data = {"train": files, "eval": [str(tmp_path / "05.jsonl")], "max_drop_fraction": 0.1}
     job = make_job(tmp_path, tiny_tokenizer, **data)
-    first, before = write_shards(job, str(tiny_tokenizer)), stamps(job)
+    first = write_shards(job, str(tiny_tokenizer))
     with (tmp_path / "03.jsonl").open("a") as stream:
         stream.write(json.dumps({"text": "a new film", "label": "good"}) + "\n")
     os.utime(tmp_path / "04.jsonl")  # touched, but not changed
+    shards_folder(Folder(job.storage), first.train.key).write_bytes("shard-00006.arrow", b"short")
+    before = stamps(job)
     seen: list[ShardProgress] = []
     second = write_shards(job, str(tiny_tokenizer), seen.append)
-    assert [one.units_done for one in seen] == [12] and second.eval == first.eval
+    assert [one.units_done for one in seen] == [11, 12] and second.eval == first.eval
     assert f"the train shards {first.train.key} do not fit any more: sources changed" in caplog.text
-    assert "11 of 12 train shards taken over" in caplog.text
+    assert "10 of 12 train shards taken over" in caplog.text
     assert second.train.rows_in == first.train.rows_in + 1
     assert {path: stamp for path, stamp in stamps(job).items() if path in before} == before
     clean = make_job(tmp_path, tiny_tokenizer, "clean", **data)

@@ -4,12 +4,14 @@ that stands at the same place among the files, gives the same bytes again. Begin
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from trainers.data.keys import KEY, SplitPlan, identity_of
 from trainers.data.manifest import MANIFEST, ShardRecord, read_manifest
 from trainers.data.readers import Unit
 from trainers.data.shard_files import ledger_name, record_name, shard_name
+from trainers.data.shard_writer import finished_shard
 from trainers.storage import Folder
 
 
@@ -49,7 +51,7 @@ def _alike(storage: Folder, plan: SplitPlan) -> Iterator[tuple[Folder, list[Any]
 
 
 def _pairs(todo: Sequence[Unit], units: Sequence[Unit], other: Folder) -> Iterator[tuple[Unit, ShardRecord]]:
-    """Each unit with the shard that holds it there: the shards of a file are its units in their order."""
+    """Each unit with the shard that holds it there, if that is whole: the shards of a file are its units in order."""
     manifest = read_manifest(other) if todo else None
     if manifest is None:
         return
@@ -60,7 +62,8 @@ def _pairs(todo: Sequence[Unit], units: Sequence[Unit], other: Folder) -> Iterat
     for place, file in enumerate(manifest.shards.numbers("source").tolist()):
         there.setdefault(file, place)
     for unit in todo:
-        yield unit, manifest.shards[there[unit.file] + unit.index - first[unit.file]]
+        if record := finished_shard(other, there[unit.file] + unit.index - first[unit.file]):
+            yield unit, record
 
 
 def _take(other: Folder, folder: Folder, number: int, record: ShardRecord) -> None:
@@ -71,9 +74,10 @@ def _take(other: Folder, folder: Folder, number: int, record: ShardRecord) -> No
 
 
 def _copy(other: Folder, old: str, folder: Folder, new: str) -> None:
-    """Give a file a second name, which costs no room, or copy it where storage has no such thing."""
+    """Give a file a second name, which costs no room, or copy it where the storage has no such thing."""
     if folder.is_local and other.is_local:
         (folder.path / new).unlink(missing_ok=True)
-        os.link(other.path / old, folder.path / new)
-    else:
-        folder.write_bytes(new, other.read_bytes(old))
+        with suppress(OSError):  # some network file systems have no second names
+            os.link(other.path / old, folder.path / new)
+            return
+    folder.write_bytes(new, other.read_bytes(old))
