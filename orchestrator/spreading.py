@@ -6,6 +6,7 @@ no block behind. Ray Data retries tasks whose worker died. No pool of actors: on
 those that feed it. Begin at `spread`.
 """
 
+import gc
 import json
 import logging
 import os
@@ -28,6 +29,8 @@ end of a task for its last sync."""
 LIMITS_S = 0.02
 """How often Ray Data asks what it may use: it starts with leave for one task alone, and asks again after a second."""
 MOST_STARTED = 256
+ALLOCATIONS = 200_000
+"""New objects until Python looks for cycles. Rows have none, and to look every 700 objects took a seventh of a task."""
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 GroupFunction = Callable[[ShardWork, Sequence[Unit]], Iterator[tuple[int, str]]]
 
@@ -96,7 +99,12 @@ def run_group(function: GroupFunction, work: ShardWork, units: Sequence[Unit]) -
     """Apply a function to some units, in the process of a task. Raises RuntimeError where a process group is alive."""
     check_alone()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task has one core; the other tasks have the others
-    return list(function(work, units))
+    before = gc.get_threshold()
+    gc.set_threshold(ALLOCATIONS, *before[1:])
+    try:
+        return list(function(work, units))
+    finally:
+        gc.set_threshold(*before)
 
 
 def _grouped(units: Sequence[Unit], cpus: int) -> tuple[tuple[Unit, ...], ...]:
