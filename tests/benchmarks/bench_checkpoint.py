@@ -27,7 +27,7 @@ MIB = 1 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=1.2, help="state of all ranks: fp32 weights and moments")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--folder", default=None)
     arguments = parser.parse_args()
     layers = 16
@@ -96,7 +96,7 @@ def save_ours(engine: Any, world: Any, place: Path, width: int, repeats: int) ->
     total = keeper.prepare()
     blocked, quiet, busy = [], [], []
     for number in range(1, repeats + 1):
-        quiet += [train_step(engine, width) for _ in range(4)]
+        quiet += [train_step(engine, width) for _ in range(2)]
         began = time.perf_counter()
         keeper.save(Progress(number, 0))
         blocked.append(time.perf_counter() - began)

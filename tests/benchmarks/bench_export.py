@@ -42,7 +42,8 @@ def main() -> None:
         ours = (job, str(folder / "ours" / step_name(1)), str(folder / "export"))
         limit = found["largest"] + ALLOWANCE
         print(f"state {found['state'] / 1e9:.2f} GB, limit {limit / 2**20:.0f} MiB\n")
-        print("| | limited | seconds | without a limit: peak MiB, mapped files included | seconds |\n| --- | --- | ---: | ---: | ---: |")
+        print("| | limited | seconds | without a limit: peak MiB, mapped files included | seconds |")
+        print("| --- | --- | ---: | ---: | ---: |")
         theirs = (str(folder / "theirs"), str(folder / "fp32"))
         for name, code, words in (("ours", EXPORT, ours), ("zero_to_fp32", ZERO_TO_FP32, theirs)):
             how, seconds, _ = run(code, words, limit)

@@ -68,6 +68,8 @@ class SaveRequest(Record):
     """On rank 0, whose writer commits."""
     history: str = "[]"
     """Events of the last steps, as JSON."""
+    settle_s: float = 0.0
+    """How long to wait before writing, while other ranks of the machine copy: both need the memory's bandwidth."""
     refusal: str | None = None
     """Why this rank has nothing to write, which is then its vote."""
 
@@ -78,6 +80,8 @@ class SaveReport(Record):
     step: int
     error: str | None = None
     bytes: int = 0
+    at: float = 0.0
+    """When, by the machine's monotonic clock."""
 
 
 def rank_file(rank: int, world_size: int) -> str:

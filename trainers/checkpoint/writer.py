@@ -11,6 +11,7 @@ import os
 import queue
 import sys
 import threading
+import time
 
 from trainers.checkpoint.records import COMMITTED, SaveReport, SaveRequest, Vote
 from trainers.checkpoint.writing import cast_vote, commit, read_vote, write_share
@@ -28,7 +29,7 @@ def carry_out(request: SaveRequest, data: memoryview) -> SaveReport:
         if request.state is None:
             return SaveReport(step=request.step, error=vote.error)
         done = commit(folder, vote, save.world_size, request.state, request.history)
-        return SaveReport(step=request.step, bytes=done)
+        return SaveReport(step=request.step, bytes=done, at=time.monotonic())
     except OSError as error:
         if save.rank == 0 and not folder.exists(COMMITTED):
             folder.delete()
@@ -42,6 +43,7 @@ def _vote(folder: Folder, request: SaveRequest, data: memoryview) -> Vote:
         return cast
     refusal = f"{folder} is committed already" if folder.exists(COMMITTED) else request.refusal
     if refusal is None:
+        time.sleep(request.settle_s)
         return write_share(folder, request.save, data, request.total_bytes)
     return cast_vote(folder, request.save, Vote(save=request.save.id, error=refusal))
 
