@@ -70,6 +70,8 @@ class SaveRequest(Record):
     """Events of the last steps, as JSON."""
     settle_s: float = 0.0
     """How long to wait before writing, while other ranks of the machine copy: both need the memory's bandwidth."""
+    rest: float = 0.0
+    """How long to rest after each piece, in times of what it took; nobody rests once the rank waits."""
     refusal: str | None = None
     """Why this rank has nothing to write, which is then its vote."""
 
