@@ -267,14 +267,14 @@ def _engine_rank(folder: Path, saver: str, rank: int, port: int, steps: int, loa
     os._exit(0)
 
 
-def make_engine(world: Any, width: int, layers: int = 4) -> Any:
-    """A ZeRO-3 engine over a stack of square layers."""
+def make_engine(world: Any, width: int = 64, layers: int = 4, model: Any = None) -> Any:
+    """A ZeRO-3 engine over a model, or a stack of square layers."""
     import deepspeed
     import torch
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.manual_seed(0)
-    model = torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(layers)])
+    model = model or torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(layers)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     config = {
         "train_batch_size": 4 * world.size,

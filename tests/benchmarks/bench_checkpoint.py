@@ -27,7 +27,7 @@ MIB = 1 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=1.2, help="state of all ranks: fp32 weights and moments")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--folder", default=None)
     arguments = parser.parse_args()
     layers = 16
@@ -96,7 +96,7 @@ def save_ours(engine: Any, world: Any, place: Path, width: int, repeats: int) ->
     total = keeper.prepare()
     blocked, quiet, busy = [], [], []
     for number in range(1, repeats + 1):
-        quiet += [train_step(engine, width) for _ in range(4)]
+        quiet += [train_step(engine, width) for _ in range(2)]
         began = time.perf_counter()
         keeper.save(Progress(number, 0))
         blocked.append(time.perf_counter() - began)
@@ -159,6 +159,8 @@ def report(found: list[dict[str, Any]]) -> None:
         return statistics.median(max(pair) for pair in zip(*(one[name] for one in found), strict=True))
 
     first = found[0]
+    figures = ("copy_s", "blocked_s", "deepspeed_s", "quiet_s", "busy_s")
+    print("all of rank 0:", {name: [round(seconds, 3) for seconds in first[name]] for name in figures})
     copy, ours, theirs = longest("copy_s"), longest("blocked_s"), longest("deepspeed_s")
     whole = statistics.median(event["seconds"] for event in first["events"])
     quiet, busy = statistics.median(first["quiet_s"]), statistics.median(first["busy_s"])
@@ -171,9 +173,6 @@ def report(found: list[dict[str, Any]]) -> None:
     print(f"| step, no writer at work | {quiet:.3f} | |")
     print(f"| step, writers at work ({len(first['busy_s'])} steps) | {busy:.3f} | {busy / quiet - 1:+.1%} |")
     print(f"\nxxh3-128: {statistics.median(one['digest_bytes_per_s'] for one in found) / 1e9:.1f} GB/s a rank")
-    print(
-        "all figures:", {k: [round(x, 4) for x in first[k]] for k in ("copy_s", "blocked_s", "deepspeed_s", "busy_s")}
-    )
 
 
 if __name__ == "__main__":

@@ -68,6 +68,10 @@ class SaveRequest(Record):
     """On rank 0, whose writer commits."""
     history: str = "[]"
     """Events of the last steps, as JSON."""
+    settle_s: float = 0.0
+    """How long to wait before writing, while other ranks of the machine copy: both need the memory's bandwidth."""
+    rest: float = 0.0
+    """How long to rest after each piece, in times of what it took; nobody rests once the rank waits."""
     refusal: str | None = None
     """Why this rank has nothing to write, which is then its vote."""
 
@@ -78,6 +82,8 @@ class SaveReport(Record):
     step: int
     error: str | None = None
     bytes: int = 0
+    at: float = 0.0
+    """When, by the machine's monotonic clock."""
 
 
 def rank_file(rank: int, world_size: int) -> str:

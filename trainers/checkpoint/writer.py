@@ -11,6 +11,8 @@ import os
 import queue
 import sys
 import threading
+import time
+from functools import partial
 
 from trainers.checkpoint.records import COMMITTED, SaveReport, SaveRequest, Vote
 from trainers.checkpoint.writing import cast_vote, commit, read_vote, write_share
@@ -20,36 +22,47 @@ NICENESS = 19
 """The steps come first: a saturated processor gives this process 1.5 % of itself."""
 
 
-def carry_out(request: SaveRequest, data: memoryview) -> SaveReport:
+def carry_out(request: SaveRequest, data: memoryview, hurry: threading.Event) -> SaveReport:
     """Write, vote and, on rank 0, commit. Where storage refuses, that checkpoint is lost and its folder is removed."""
     folder, save = Folder(request.folder), request.save
     try:
-        vote = _vote(folder, request, data)
+        vote = _vote(folder, request, data, hurry)
         if request.state is None:
             return SaveReport(step=request.step, error=vote.error)
         done = commit(folder, vote, save.world_size, request.state, request.history)
-        return SaveReport(step=request.step, bytes=done)
+        return SaveReport(step=request.step, bytes=done, at=time.monotonic())
     except OSError as error:
         if save.rank == 0 and not folder.exists(COMMITTED):
             folder.delete()
         return SaveReport(step=request.step, error=str(error))
 
 
-def _vote(folder: Folder, request: SaveRequest, data: memoryview) -> Vote:
+def _vote(folder: Folder, request: SaveRequest, data: memoryview, hurry: threading.Event) -> Vote:
     """This rank's vote; one that a writer cast before it died stands."""
     cast = read_vote(folder, request.save)
     if cast is not None:
         return cast
     refusal = f"{folder} is committed already" if folder.exists(COMMITTED) else request.refusal
     if refusal is None:
-        return write_share(folder, request.save, data, request.total_bytes)
+        hurry.wait(request.settle_s)
+        rest = partial(_rest, hurry, request.rest)
+        return write_share(folder, request.save, data, request.total_bytes, rest)
     return cast_vote(folder, request.save, Vote(save=request.save.id, error=refusal))
 
 
-def _listen(lengths: "queue.Queue[int]") -> None:
-    """Pass on each request's length; end the process when the rank has ended."""
+def _rest(hurry: threading.Event, times: float, worked_s: float) -> None:
+    """Leave the machine to the steps for a while, unless the rank waits."""
+    hurry.wait(worked_s * times)
+
+
+def _listen(lengths: "queue.Queue[int]", hurry: threading.Event) -> None:
+    """Pass on each request's length, or with 0 that the rank waits; end the process when the rank has ended."""
     for line in sys.stdin:
-        lengths.put(int(line))
+        if length := int(line):
+            hurry.clear()
+            lengths.put(length)
+        else:
+            hurry.set()
     os._exit(1)
 
 
@@ -58,10 +71,11 @@ def main(data_descriptor: int, request_descriptor: int) -> None:
     os.nice(NICENESS)
     with mmap.mmap(data_descriptor, 0, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as data:
         lengths: queue.Queue[int] = queue.Queue()
-        threading.Thread(target=_listen, args=(lengths,), daemon=True).start()
+        hurry = threading.Event()
+        threading.Thread(target=_listen, args=(lengths, hurry), daemon=True).start()
         while True:
             request = SaveRequest.model_validate_json(os.pread(request_descriptor, lengths.get(), 0))
-            report = carry_out(request, data)
+            report = carry_out(request, data, hurry)
             with contextlib.suppress(BrokenPipeError):  # the rank has ended meanwhile, as `_listen` is about to find
                 print(report.model_dump_json(), flush=True)
 

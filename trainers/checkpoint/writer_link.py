@@ -21,7 +21,7 @@ class WriterLink:
         self._data = data_descriptor
         self._request = os.memfd_create("tuneyard-request")
         self._pending: SaveRequest | None = None
-        self._deaths = 0
+        self._deaths, self._hurried = 0, False
         self._heard = b""
         self._start()
 
@@ -47,17 +47,25 @@ class WriterLink:
     def send(self, request: SaveRequest) -> None:
         """Have a save carried out; the one before must have been heard of."""
         assert not self.busy, "one save at a time: the buffer is still being read"
-        self._deaths = 0
+        self._deaths, self._hurried = 0, False
         self._hand_over(request)
 
     def _hand_over(self, request: SaveRequest) -> None:
-        assert self.process.stdin is not None
         self._pending = request
         data = request.model_dump_json().encode()
         os.ftruncate(self._request, 0)
         os.pwrite(self._request, data, 0)
+        self._say(len(data))
+
+    def hurry(self) -> None:
+        """Let the writer know that the rank waits for it."""
+        self._hurried = True
+        self._say(0)
+
+    def _say(self, number: int) -> None:
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died: `hear` finds its output closed and replaces it
-            self.process.stdin.write(f"{len(data)}\n".encode())
+            self.process.stdin.write(f"{number}\n".encode())
 
     def hear(self, wait_s: float = 0.0) -> SaveReport | None:
         """What became of the save in flight, or None while that is open.
@@ -87,6 +95,8 @@ class WriterLink:
         if self._deaths >= DEATHS:
             again = again.model_copy(update={"refusal": f"its writer process died {self._deaths} times ({status})"})
         self._hand_over(again)
+        if self._hurried:
+            self.hurry()
 
     def give_up(self, reason: str) -> SaveReport:
         """Kill a writer that takes too long; on ranks whose vote is waited for, its successor says why."""

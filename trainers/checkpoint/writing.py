@@ -5,8 +5,10 @@ that it belongs to, so leftovers of a killed attempt are never taken for this on
 (`writer.py`) runs this beside the training.
 """
 
+import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -31,19 +33,24 @@ VOTE_TIMEOUT_S = 600.0
 BLIND_TIMEOUT_S = 10.0
 """How long votes are waited for where this rank's own file failed: the others may be unable even to vote."""
 POLL_S = 0.02
+PIECE_BYTES = 1 << 25
+"""Written and synced, before the writer rests."""
 CHUNK_BYTES = 1 << 22
 """Written and digested at once: what the digest has just read is still in the processor's cache when it is written."""
 
 
-def write_share(folder: Folder, save: Save, data: memoryview, total_bytes: int) -> Vote:
+def write_share(
+    folder: Folder, save: Save, data: memoryview, total_bytes: int, rest: Callable[[float], object] = float
+) -> Vote:
     """Write this rank's file, then its vote. A failure to write becomes the vote.
 
     Args:
         total_bytes: what all ranks are about to write, for the check of the disk.
+        rest: called after each piece with the seconds that it took.
     """
     try:
         check_space(folder, total_bytes)
-        vote = Vote(save=save.id, file=write_file(folder, rank_file(save.rank, save.world_size), data))
+        vote = Vote(save=save.id, file=write_file(folder, rank_file(save.rank, save.world_size), data, rest))
     except OSError as error:
         vote = Vote(save=save.id, error=f"{type(error).__name__}: {error}")
     return cast_vote(folder, save, vote)
@@ -74,15 +81,26 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-def write_file(folder: Folder, name: str, data: memoryview) -> FileRecord:
-    """Write one file, whole and synced or not at all, and digest it on the way."""
+def write_file(folder: Folder, name: str, data: memoryview, rest: Callable[[float], object]) -> FileRecord:
+    """Write one file, whole and synced or not at all, and digest it on the way.
+
+    Each piece is synced by itself: the kernel flushes a whole file without regard for the writer's low priority.
+    """
     digest = xxhash.xxh3_128()
     with folder.open_output(name) as stream:
-        for start in range(0, len(data), CHUNK_BYTES):
-            chunk = data[start : start + CHUNK_BYTES]
-            digest.update(chunk)
-            stream.write(chunk)
+        for start in range(0, len(data), PIECE_BYTES):
+            began = time.monotonic()
+            for chunk in _chunks(data[start : start + PIECE_BYTES]):
+                digest.update(chunk)
+                stream.write(chunk)
+            if folder.is_local:
+                os.fdatasync(stream.fileno())
+            rest(time.monotonic() - began)
     return FileRecord(bytes=len(data), digest=digest.hexdigest())
+
+
+def _chunks(data: memoryview) -> Iterator[memoryview]:
+    return (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
 
 
 def cast_vote(folder: Folder, save: Save, vote: Vote) -> Vote:
