@@ -241,3 +241,21 @@ def doctor(
     _print_json([one.model_dump(mode="json") for one in checks]) if as_json else checks_table(checks)
     if any(check.status == "fail" for check in checks):
         raise JobError("some checks failed, see above")
+
+
+@app.command()
+def goodput(
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that train together.")],
+    node_mtbf_hours: Annotated[float, typer.Option(min=0.01, help="Mean time between failures of one node, hours.")],
+    save_s: Annotated[float, typer.Option(min=0.001, help="Seconds that a save holds up the steps.")] = 1.0,
+    restart_s: Annotated[float, typer.Option(min=0.0, help="Seconds from a failure to the next step.")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """What failures will cost on a cluster, and how often to save."""
+    from orchestrator.goodput import Cluster, forecast
+    from orchestrator.tables import show
+
+    found = forecast(Cluster(nodes, node_mtbf_hours, save_s, restart_s))
+    _print_json(found) if as_json else show(
+        "share of useful time, by the seconds between saves", list(found[0]), [list(row.values()) for row in found]
+    )

@@ -11,11 +11,18 @@ from trainers.data.index import Contamination, contamination_name
 from trainers.data.ledger import LedgerLine, TracedPiece, ledger_lines, trace_step
 from trainers.data.manifest import ShardManifest, Shards, shards_folder
 from trainers.data.mixture import describe_mixture
+from trainers.divergence import read_skipped
 from trainers.errors import JobError
 from trainers.job import Job
 from trainers.rank import index_packs, job_order, job_task
 from trainers.storage import Folder
 
+TABLES = {
+    "mixture": "mixture: what an epoch shows",
+    "skipped_steps": "rows of steps that were left out because the loss diverged",
+    "rows": "rows",
+    "step": "tokens of the step",
+}
 SHOWN = 20
 """Rows in a table; --json gives all."""
 
@@ -28,6 +35,12 @@ def ledger_report(run: str, reason: str | None, step: int | None) -> dict[str, A
     """
     job, shards = job_of_run(run), shards_of_run(run)
     report: dict[str, Any] = {"splits": ledger_rows([shards.train, shards.eval]), **_beside(job, shards)}
+    skipped = read_skipped(Folder(run)).steps
+    report["skipped_steps"] = [
+        {"step": one.step + 1, "reason": one.reason, "file": file, "row": row}
+        for one in skipped
+        for file, row in one.rows
+    ]
     if reason is not None:
         report["rows"] = [line.model_dump() for line in rows_of(job, shards, reason)]
         if not report["rows"]:
@@ -59,7 +72,7 @@ def print_ledger(report: dict[str, Any], shards_of: list[ShardManifest]) -> None
     ledger_table(shards_of)
     if report["contamination"]:
         print(f"{report['contamination']['rows']:,} training rows say what an evaluation row says")
-    for name, title in (("mixture", "mixture: what an epoch shows"), ("rows", "rows"), ("step", "tokens of the step")):
+    for name, title in TABLES.items():
         lines = report.get(name) or []
         if lines:
             show(title, list(lines[0]), [list(line.values()) for line in islice(lines, SHOWN)])

@@ -12,14 +12,20 @@ import yaml
 
 from orchestrator.mlflow_client import hide_credentials
 from trainers.data.manifest import ShardManifest, Shards
+from trainers.divergence import SkippedSteps
 from trainers.job import Job
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "ray", "pyarrow", "numpy", "scikit-learn", "mlflow")
 
 
-def lineage(job: Job, shards: Shards, model_digest: str) -> dict[str, str]:
-    """What a registered version says of its making: everything needed to make it again."""
+def lineage(job: Job, shards: Shards, model_digest: str, skipped: SkippedSteps) -> dict[str, str]:
+    """What a registered version says of its making: everything needed to make it again.
+
+    Args:
+        skipped: steps that the run left out because their loss diverged.
+    """
     metric = job.evaluate.metric
+    left_out = "; ".join(f"step {one.step + 1}: {one.reason}, {len(one.rows)} rows" for one in skipped.steps)
     return {
         "job": resolved_yaml(job),
         "job.identity": job.identity(),
@@ -29,6 +35,7 @@ def lineage(job: Job, shards: Shards, model_digest: str) -> dict[str, str]:
         **_data("train", shards.train),
         **_data("eval", shards.eval),
         **({"evaluate.metric": metric} if metric else {}),
+        **({"train.skipped": left_out} if left_out else {}),
         **versions(),
         **code(),
     }

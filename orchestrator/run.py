@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator.evaluation import EvaluationRequest
 from orchestrator.evaluation_pool import EvaluationPool
+from orchestrator.goodput import account, share
 from orchestrator.lineage import lineage
 from orchestrator.mlflow_client import registry_uri
 from orchestrator.plan import plan_job
@@ -26,9 +27,11 @@ from orchestrator.run_folder import OpenRun, finished_result, open_run, summariz
 from orchestrator.screen import Screen
 from orchestrator.selection import choose_metric, select
 from orchestrator.shards import write_shards
-from orchestrator.training import finished_training, record_event, thin_out, train
+from orchestrator.training import thin_out, train
+from orchestrator.watch import finished_training, record_event
 from trainers.data.keys import load_shards
 from trainers.data.manifest import Shards, shards_folder
+from trainers.divergence import read_skipped
 from trainers.errors import Preempted, TuneyardError
 from trainers.job import Job
 from trainers.judged import read_judged
@@ -71,7 +74,7 @@ def run_job(job: Job, address: str | None, screen: Screen) -> tuple[Folder, RunR
         if result is not None:
             screen.say(f"already done: {folder}")
             return folder, result
-    with ray_session(address), screen.live():
+    with _stopped_by_sigterm(), ray_session(address), screen.live():
         began = time.monotonic()
         shards = write_shards(job, model.path, screen.on_shards)
         with open_run(run_folder(job, model.digest, shards), job) as opened:
@@ -113,8 +116,17 @@ def train_stage(stages: Stages) -> EvaluationPool:
 
     with stages.opened.timed("train"), _stop_asked_for() as asked:
         train(request, pool, metric, gpus, stages.opened.log, show, asked)
+    note_goodput(stages)
     thin_out(stages.run, stages.job.checkpoint.keep, pool, metric)
     return pool
+
+
+def note_goodput(stages: Stages) -> None:
+    """Record what the wall time went into so far, for TensorBoard."""
+    events = stages.opened.events()
+    last = max((event["step"] for event in events if event["kind"] == "step"), default=0)
+    spent = account(events)
+    stages.opened.log.append({"kind": "goodput", "step": last, "share": share(spent), **spent})
 
 
 def evaluation_request(stages: Stages) -> EvaluationRequest:
@@ -139,7 +151,7 @@ def register_stage(stages: Stages, best: Evaluation) -> RegisteredVersion:
     job = stages.job
     with stages.opened.timed("register"):
         decision = weigh(stages, best)
-        parents = lineage(job, stages.shards, stages.model.digest)
+        parents = lineage(job, stages.shards, stages.model.digest, read_skipped(stages.run))
         version = register(job, stages.run, best, stages.run / "export" / step_name(best.step), parents, decision)
         for name in (stages.run / "export").list():
             if name != step_name(best.step):
@@ -177,7 +189,7 @@ def finish(stages: Stages, evaluations: list[Evaluation], best: Evaluation, vers
 
 def report(stages: Stages, result: RunResult) -> None:
     """Write report.html, also of a run that ended badly."""
-    parents = lineage(stages.job, stages.shards, stages.model.digest)
+    parents = lineage(stages.job, stages.shards, stages.model.digest, read_skipped(stages.run))
     write_report(stages.run, result, stages.job, stages.opened.events(), stages.shards, parents)
 
 
@@ -191,6 +203,20 @@ def _failures_recorded(stages: Stages) -> Iterator[None]:
         stages.run.write_bytes("result.json", result.model_dump_json(indent=1).encode())
         report(stages, result)
         raise
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM outside the training ends the run at once: every other stage is taken up where it was."""
+
+    def stop(*_: Any) -> None:
+        raise Preempted("stopped by SIGTERM; the same command goes on from there")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

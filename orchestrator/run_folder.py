@@ -8,6 +8,7 @@ from typing import Any, Literal, TextIO
 
 import yaml
 
+from orchestrator.goodput import account, share
 from trainers.errors import JobError
 from trainers.job import Job
 from trainers.run_log import RunLog, read_events
@@ -30,6 +31,7 @@ class OpenRun:
     def timed(self, stage: str) -> Iterator[None]:
         """Add the block's wall time to the stage, also where it ends with an exception."""
         began = time.monotonic()
+        self.log.append({"kind": "stage_start", "stage": stage})
         try:
             yield
         finally:
@@ -94,7 +96,7 @@ def summarize(opened: OpenRun, status: Literal["done", "failed", "preempted"], e
     for event in events:
         if event["kind"] == "stage":
             seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
-    productive = sum(float(event["step_s"]) for event in steps.values())
+    spent = account(events)
     last = steps[max(steps)] if steps else {}
     return RunResult(
         status=status,
@@ -102,6 +104,7 @@ def summarize(opened: OpenRun, status: Literal["done", "failed", "preempted"], e
         steps=int(last.get("step", 0)),
         tokens=int(last.get("tokens", 0)),
         restarts=max(sum(event["kind"] == "start" for event in events) - 1, 0),
-        goodput=min(productive / seconds["train"], 1.0) if seconds.get("train") else 0.0,
+        goodput=share(spent),
+        accounting=spent,
         seconds=seconds,
     )

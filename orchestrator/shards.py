@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.spreading import run_apart, spread
+from orchestrator.spreading import run_apart, spread, start_workers
+from trainers.data.adoption import adopt_shards
 from trainers.data.budget import check_shards
 from trainers.data.dataset import ShardSet
 from trainers.data.duplicates import DedupMode, find_duplicates, print_unit
@@ -22,10 +23,19 @@ from trainers.data.index import (
     write_texts,
 )
 from trainers.data.keys import SplitPlan, explain_miss, manifest_of, plan_splits, write_key
-from trainers.data.manifest import MANIFEST, Record, ShardManifest, ShardRecord, Shards, read_manifest, shards_folder
+from trainers.data.manifest import (
+    Record,
+    ShardManifest,
+    ShardRecord,
+    Shards,
+    read_manifest,
+    shards_folder,
+    write_manifest,
+)
 from trainers.data.quick_tokenizer import TokenizerDiffers
 from trainers.data.readers import Unit, check_columns, needed_fields, plan_units, read_unit, task_columns
-from trainers.data.shard_writer import CONTAMINATED, ShardWork, finished_shards, record_name, write_units
+from trainers.data.shard_files import record_name
+from trainers.data.shard_writer import CONTAMINATED, ShardWork, finished_shards, write_units
 from trainers.data.tokenizer import encoder_of, read_spec
 from trainers.errors import JobError
 from trainers.job import Job
@@ -78,6 +88,8 @@ def write_shards(job: Job, model_path: str, on_progress: Report | None = None) -
     committed = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in plans}
     missing = [plan for plan in plans if committed[plan.name] is None]
     _check_sources(job, missing)
+    if missing:
+        start_workers()
     for plan in reversed(missing) if job.data.decontaminate == "drop" else missing:
         committed[plan.name] = SplitStage(job, plan, model_path, on_progress).write()
     shards = Shards(train=_there(committed["train"]), eval=_there(committed["eval"]))
@@ -128,11 +140,13 @@ class SplitStage:
         started = time.monotonic()
         _clean(self._folder)
         write_key(self._folder, self._plan)
+        if taken := adopt_shards(self._storage, self._folder, self._plan, self._units):
+            log.info(f"{taken:,} of {len(self._units):,} {self._plan.name} shards taken over: their files are the same")
         if self._plan.dedup and not self._folder.exists(DEDUPED):
             self._find_duplicates(self._plan.dedup)
         manifest = self._write_units()
         self._folder.sync()
-        self._folder.write_bytes(MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        write_manifest(self._folder, manifest)
         log.info(
             f"sharded {manifest.rows_in:,} {self._plan.name} rows into {len(self._units)} files "
             f"({manifest.total('bytes') / 2**20:,.1f} MiB, {manifest.total('tokens'):,} tokens) "

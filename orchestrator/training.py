@@ -1,69 +1,56 @@
-"""Launches the ranks through Ray Train and watches over them: events, evaluations beside, retention, early stopping.
+"""Trains: launches the ranks, watches over them, and starts them again whatever happened. Begin at `train`.
 
-The controller decides, Ray Train places and restarts, the ranks do. Its state is what stands on storage: killed and
+The controller decides, keepers start and watch processes, the ranks do. Its state is what stands on storage: killed and
 started again, it goes on from there.
 """
 
-import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
+import ray
+
+from orchestrator.causes import find_cause, is_victim
 from orchestrator.evaluation_pool import EvaluationPool
-from orchestrator.mailbox import Event, Mailbox, RayHooks
+from orchestrator.hang import blame, is_hung, stand
 from orchestrator.selection import Mode, out_of_patience, select
+from orchestrator.watch import Event, Failure, TrainOutcome, Watch, record_event
+from orchestrator.workers import Seen, WorkerGroup, draining_nodes
+from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
 from trainers.errors import EvaluationError, Preempted, TrainingError, TuneyardError
-from trainers.rank import TrainRequest, run_rank
-from trainers.run_log import RunLog, read_events
-from trainers.runs import Evaluation, step_name
+from trainers.rank import TrainRequest
+from trainers.run_log import RunLog
 from trainers.storage import Folder
 
 POLL_S = 0.1
-
-
-@dataclass(frozen=True)
-class TrainOutcome:
-    """What the training stage leaves behind, beside the checkpoints."""
-
-    steps: int
-    tokens: int
-    restarts: int
-    seconds: float
-    productive_s: float
-    """Time of the steps that were kept."""
+LOOK_EVERY_S = 1.0
+"""How often hangs, new nodes and preemption notices are looked for."""
+PLACE_WAIT_S = 300.0
+"""How long lost room may take to come back before the run ends."""
+LAST_WORDS_S, LOST_WAIT_S = 0.5, 3.0
+"""After the first rank has failed: how long the others get to say more, and how long a lost node takes to show."""
 
 
 @dataclass
-class Watch:
-    """What the controller has heard from the ranks so far."""
+class Controller:
+    """What the rounds of one training share."""
 
-    starts: int = 0
-    tokens: int = 0
-    step_seconds: dict[int, float] = field(default_factory=dict)
-    done: Event | None = None
-    refused: Event | None = None
+    request: TrainRequest
+    pool: EvaluationPool
+    metric: tuple[str, Mode]
+    log: RunLog
+    on_event: Callable[[Event], None]
+    asked_to_stop: Callable[[], bool]
+    group: WorkerGroup
+    watch: Watch = field(default_factory=Watch)
+    looked: float = 0.0
 
     def note(self, event: Event) -> None:
-        """Take in one event."""
-        if event["kind"] == "start":
-            self.starts += 1
-        elif event["kind"] == "step":
-            self.step_seconds[event["step"]] = event["step_s"]
-            self.tokens = event["tokens"]
-        elif event["kind"] == "done":
-            self.done = event
-        elif event["kind"] == "refused":
-            self.refused = self.refused or event
-
-
-def finished_training(run: Folder) -> Event | None:
-    """The event that ended this run's training for good, if its last checkpoint is there."""
-    ends = [event for event in read_events(run) if event["kind"] == "done" and event["stopped"] != "preempted"]
-    return ends[-1] if ends and ends[-1]["step"] in committed_steps(run / "checkpoints") else None
+        """Record an event and pass it on."""
+        self.log.append(event)
+        self.on_event(event)
 
 
 def train(
@@ -84,62 +71,176 @@ def train(
 
     Raises:
         Preempted: after such a stop.
+        PlacementError: where the cluster has no room for the smallest number of workers.
         TrainingError: where the restarts are used up.
         TuneyardError: what the ranks refused, with its own exit code.
     """
-    began = time.monotonic()
-    mailbox, watch = Mailbox(), Watch()
-    fit = _Fit(request, gpus, mailbox)
+    group = WorkerGroup(request.job, gpus)
+    controller = Controller(request, pool, metric, log, on_event, asked_to_stop, group)
+    try:
+        _train(controller)
+    finally:
+        group.close()
+    watch = controller.watch
+    assert watch.done is not None
+    return TrainOutcome(steps=watch.done["step"], tokens=watch.tokens, restarts=max(watch.starts - 1, 0))
+
+
+def _train(controller: Controller) -> None:
+    """Launch until a launch ends well; failures in a row, with no new checkpoint between them, are counted."""
+    watch, failures = controller.watch, 0
     while True:
-        ended = not fit.is_alive()  # before the last fetch, so that no event is lost
-        for event in mailbox.fetch():
-            watch.note(event)
-            log.append(event)
-            on_event(event)
-        for record in pool.collect():
-            log.append(record_event(record))
-            on_event(record_event(record))
-        if ended:
-            break
-        _steer(request, pool, mailbox, metric, asked_to_stop)
+        watch.done, commits = None, watch.commits
+        controller.group.gather(PLACE_WAIT_S)
+        failure = _launch(controller)
+        if failure is None:
+            if watch.done is not None and watch.done["stopped"] == "resize":
+                continue
+            return _check_stop(watch)
+        failures = 1 if watch.commits > commits else failures + 1
+        allowed = controller.request.job.scale.max_failures
+        controller.note({"kind": "restart", "cause": failure.cause, "lost_nodes": list(failure.lost_nodes),
+                         "failures": failures})  # fmt: skip
+        if failures > allowed:
+            raise TrainingError(
+                f"training failed {failures} times in a row without a new checkpoint (scale.max_failures is "
+                f"{allowed}). The last time, {failure.cause}"
+            )
+        controller.group.kill()
+
+
+def _launch(controller: Controller) -> Failure | None:
+    """One launch of the ranks, to its end. None where every rank ended well."""
+    try:
+        controller.group.launch(controller.request)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        lost = controller.group.look(LOST_WAIT_S).lost
+        return Failure(f"a node went while the ranks were started: {_first_line(error)}", tuple(lost))
+    while True:
+        seen = _look(controller)
+        if seen.lost:
+            return Failure(f"lost the node {', '.join(node[:8] for node in seen.lost)}", tuple(seen.lost))
+        if any(ending.code for ending in seen.endings):
+            return _why(controller, seen)
+        if len(seen.endings) == controller.group.size:
+            return None
+        failure = _steer(controller, seen)
+        if failure is not None:
+            return failure
         time.sleep(POLL_S)
-    return _outcome(watch, fit.error, time.monotonic() - began)
 
 
-def record_event(record: Evaluation) -> Event:
-    """An evaluation as an event of the run's log."""
-    return {
-        "kind": "evaluation",
-        "step": record.step,
-        "status": record.status,
-        "metrics": record.metrics,
-        "error": record.error,
-    }
+def _look(controller: Controller, wait_s: float = POLL_S) -> Seen:
+    """Look at the ranks, and take in what they and the evaluations say."""
+    seen = controller.group.look(wait_s)
+    for event in seen.events:
+        controller.watch.note(event)
+        if event["kind"] != "failed":
+            controller.note(event)
+    for record in controller.pool.collect():
+        controller.note(record_event(record))
+    return seen
 
 
-def _steer(
-    request: TrainRequest,
-    pool: EvaluationPool,
-    mailbox: Mailbox,
-    metric: tuple[str, Mode],
-    asked_to_stop: Callable[[], bool],
-) -> None:
-    """One round of decisions while the ranks work."""
-    job = request.job
-    if asked_to_stop():
-        mailbox.ask_to_stop("preempted")
-    elif job.evaluate.early_stopping and out_of_patience(pool.records, *metric, job.evaluate.early_stopping.patience):
-        mailbox.ask_to_stop("early_stopping")
+def _why(controller: Controller, seen: Seen) -> Failure:
+    """Who failed first, once the others have had their moment to say so."""
+    began = time.monotonic()
+    endings = {ending.rank: ending for ending in seen.endings}
+    while time.monotonic() - began < LAST_WORDS_S or (
+        all(is_victim(one) for one in endings.values() if one.code) and time.monotonic() - began < LOST_WAIT_S
+    ):
+        time.sleep(POLL_S)
+        seen = _look(controller)
+        endings |= {ending.rank: ending for ending in seen.endings}
+        if seen.lost:
+            return Failure(f"lost the node {', '.join(node[:8] for node in seen.lost)}", tuple(seen.lost))
+    _check_refusal(controller.watch)
+    if any(ending.code == Preempted.exit_code for ending in endings.values()):
+        raise Preempted(
+            f"a rank was told to go and could not commit within checkpoint.grace_s "
+            f"({controller.request.job.checkpoint.grace_s:g} s); the same command goes on from the newest checkpoint"
+        )
+    return Failure(str(find_cause(list(endings.values()))))
+
+
+def _steer(controller: Controller, seen: Seen) -> Failure | None:
+    """One round of decisions while the ranks work; a failure where they hang."""
+    job, group, pool = controller.request.job, controller.group, controller.pool
+    if controller.asked_to_stop() or any(beat.told for beat in seen.beats.values()):
+        group.ask_to_stop("preempted")
+    patience = job.evaluate.early_stopping
+    if patience and out_of_patience(pool.records, *controller.metric, patience.patience):
+        group.ask_to_stop("early_stopping")
     if job.evaluate.while_training:
         pool.start_where_free()
-    thin_out(request.run, job.checkpoint.keep, pool, metric)
+    thin_out(controller.request.run, job.checkpoint.keep, pool, controller.metric)
+    if time.monotonic() - controller.looked < LOOK_EVERY_S:
+        return None
+    controller.looked = time.monotonic()
+    _heed_notices(controller)
+    if is_hung(seen.beats, job.scale.hang_after_s, controller.watch.step_times):
+        return _report_hang(controller, seen)
+    if group.size < job.scale.max_workers and controller.watch.step_times and group.can_grow():
+        group.ask_to_stop("resize")
+    return None
+
+
+def _heed_notices(controller: Controller) -> None:
+    """A node of ours is about to be taken away: go on without it where the job allows fewer workers, else stop."""
+    group = controller.group
+    going = draining_nodes() & group.layout.keys()
+    if not going:
+        return
+    left = sum(len(ranks) for node, ranks in group.layout.items() if node not in going)
+    if left >= controller.request.job.scale.min_workers:
+        group.shun(going)
+        group.ask_to_stop("resize")
+    else:
+        group.ask_to_stop("preempted")
+
+
+def _report_hang(controller: Controller, seen: Seen) -> Failure:
+    """Name the rank that holds up the others, with its line, then have everything started again."""
+    stacks = controller.group.stacks()
+    standings = [stand(rank, beat, *stacks.get(rank, ("?", ""))) for rank, beat in sorted(seen.beats.items())]
+    report = blame(standings)
+    culprit = report.culprit
+    place = {
+        "rank": culprit.rank,
+        "step": culprit.beat.step + 1,
+        "phase": culprit.beat.phase,
+        "line": str(culprit.line),
+    }
+    controller.note({"kind": "hang", **place, "report": str(report)})
+    return Failure(f"the ranks hung for {min(beat.age_s for beat in seen.beats.values()):.0f} s: {report}")
+
+
+def _check_refusal(watch: Watch) -> None:
+    """Raise what a rank refused, with its own exit code: starting again would only repeat it."""
+    if watch.refused is not None:
+        error = TuneyardError(watch.refused["error"])
+        error.exit_code = watch.refused["exit_code"]
+        raise error
+
+
+def _check_stop(watch: Watch) -> None:
+    """Raise Preempted where the ranks ended well, but early."""
+    assert watch.done is not None, "every rank ended well without a word"
+    if watch.done["stopped"] == "preempted":
+        raise Preempted(
+            f"stopped at step {watch.done['step']}, which is committed; the same command goes on from there"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def thin_out(run: Folder, keep: int, pool: EvaluationPool, metric: tuple[str, Mode]) -> None:
     """Delete checkpoints that nothing needs: not among the newest, not the best, not being evaluated."""
     checkpoints = run / "checkpoints"
     for step in deletable(committed_steps(checkpoints), keep, pinned_steps(pool, metric)):
-        checkpoints.delete(step_name(step))
+        remove_checkpoint(checkpoints, step)
 
 
 def pinned_steps(pool: EvaluationPool, metric: tuple[str, Mode]) -> set[int]:
@@ -149,97 +250,3 @@ def pinned_steps(pool: EvaluationPool, metric: tuple[str, Mode]) -> set[int]:
     except EvaluationError:
         best = set()
     return best | pool.running
-
-
-class _Fit(threading.Thread):
-    """Ray Train's blocking `fit`, beside the controller's loop."""
-
-    def __init__(self, request: TrainRequest, gpus: int, mailbox: Mailbox) -> None:
-        super().__init__(daemon=True, name="fit")
-        self.error: BaseException | None = None
-        self._trainer = _make_trainer(request, gpus, mailbox)
-        self.start()
-
-    def run(self) -> None:
-        """Fit, and keep what it raises."""
-        try:
-            self._trainer.fit()
-        except BaseException as error:
-            self.error = error
-
-
-def _make_trainer(request: TrainRequest, gpus: int, mailbox: Mailbox) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    scale = request.job.scale
-    elastic = scale.min_workers != scale.max_workers
-    return TorchTrainer(
-        _work,
-        train_loop_config={"request": request, "mailbox": mailbox.actor},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(
-            num_workers=(scale.min_workers, scale.max_workers) if elastic else scale.max_workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": scale.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
-            placement_strategy="PACK",
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{uuid.uuid4().hex[:8]}",
-            storage_path=str(request.run / "logs" / "ray"),
-            failure_config=FailureConfig(max_failures=scale.max_failures),
-        ),
-    )
-
-
-def _work(config: dict[str, Any]) -> None:
-    """What Ray runs on each rank: the bridge to `trainers`."""
-    hooks = RayHooks(config["mailbox"])
-    if hooks.ask_now() == "refused":  # a restart after a refusal would only repeat it
-        return
-    try:
-        run_rank(config["request"], hooks)
-    except TuneyardError as error:
-        hooks.emit({"kind": "refused", "error": str(error), "exit_code": error.exit_code})
-        raise
-
-
-def _outcome(watch: Watch, error: BaseException | None, seconds: float) -> TrainOutcome:
-    """Turn what was heard into a record or the right error."""
-    if watch.refused is not None:
-        raise _refusal(watch.refused)
-    if watch.done is None:
-        raise TrainingError(f"training ended before its last step: {explain_failure(error)}")
-    if watch.done["stopped"] == "preempted":
-        raise Preempted(
-            f"stopped at step {watch.done['step']}, which is committed; the same command goes on from there"
-        )
-    return TrainOutcome(
-        steps=watch.done["step"],
-        tokens=watch.tokens,
-        restarts=max(watch.starts - 1, 0),
-        seconds=seconds,
-        productive_s=sum(watch.step_seconds.values()),
-    )
-
-
-def _refusal(event: Event) -> TuneyardError:
-    error = TuneyardError(event["error"])
-    error.exit_code = event["exit_code"]
-    return error
-
-
-def explain_failure(error: BaseException | None) -> str:
-    """The first failing rank and its own words, out of what Ray Train raises."""
-    failures = getattr(error, "worker_failures", None)
-    if not failures:
-        return f"{type(error).__name__}: {error}" if error else "the ranks left without a word"
-    rank, cause = min(failures.items())
-    return f"rank {rank} of {len(failures)} failed: {_last_line(cause)}"
-
-
-def _last_line(cause: BaseException) -> str:
-    """What the innermost exception says; Ray wraps it into a printed traceback."""
-    inner = getattr(cause, "cause", None) or cause
-    lines = [line for line in str(inner).splitlines() if line.strip()]
-    return f"{type(inner).__name__}: {lines[-1] if lines else ''}"

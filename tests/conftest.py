@@ -10,6 +10,8 @@ from tests.ray_head import ray_head
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none may wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+FAULTS = str(Path(__file__).parent / "faults")
+os.environ["PYTHONPATH"] = os.pathsep.join([FAULTS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -36,6 +38,11 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with an encoder's tokenizer: one token a word, [CLS] and [SEP] around texts and pairs."""
+    return make_tokenizer(tmp_path_factory.mktemp("tiny_tokenizer"))
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """What `tiny_tokenizer` gives, in a folder."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -45,7 +52,6 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    folder = tmp_path_factory.mktemp("tiny_tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     return folder
 

@@ -85,10 +85,10 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def shard_locally(job: Any) -> Any:
-    """A job's shards, written in this process as the data stage's tasks would."""
+def shard_locally(job: Any, unit_bytes: int | None = None) -> Any:
+    """A job's shards, written in this process as the data stage's tasks would: no Ray, no checks, and no cache."""
     from trainers.data.keys import manifest_of, plan_splits
-    from trainers.data.manifest import MANIFEST, Shards, shards_folder
+    from trainers.data.manifest import Shards, shards_folder, write_manifest
     from trainers.data.readers import plan_units, task_columns
     from trainers.data.shard_writer import ShardWork, write_unit
     from trainers.data.tokenizer import read_spec
@@ -100,10 +100,9 @@ def shard_locally(job: Any) -> Any:
         folder = shards_folder(Folder(job.storage), plan.key)
         rules = encode_rules(job)
         work = ShardWork(folder, plan, job.task, task_columns(job), rules, read_spec(job.model.path))
-        records = {unit.index: write_unit(work, unit).commit() for unit in plan_units(plan.sources)}
-        manifest = manifest_of(plan, job.task, records)
-        folder.write_bytes(MANIFEST, manifest.model_dump_json().encode())
-        manifests.append(manifest)
+        records = {unit.index: write_unit(work, unit).commit() for unit in plan_units(plan.sources, unit_bytes)}
+        manifests.append(manifest_of(plan, job.task, records))
+        write_manifest(folder, manifests[-1])
     return Shards(train=manifests[0], eval=manifests[1])
 
 

@@ -5,37 +5,35 @@ and registers what was trained here.
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
 from trainers.data.keys import load_shards
 from trainers.data.manifest import check_labels, shards_folder
 from trainers.errors import JobError, Preempted, TuneyardError
-from trainers.job import Job
+from trainers.job import CheckpointSection, Job
 from trainers.job_file import load_job
 from trainers.loop import LoopOutcome
 from trainers.model_source import find_model
+from trainers.pulse import Phase, StopReason
 from trainers.rank import TrainRequest, run_rank
 from trainers.run_log import RunLog
-from trainers.runs import run_folder, step_name
+from trainers.runs import run_folder
+from trainers.stopping import StopSignal
 from trainers.storage import Folder
 
 
 class LocalHooks:
     """Hooks of a launch without a controller: rank 0 keeps the run's log and thins out its checkpoints."""
 
-    def __init__(self, run: Folder, keep: int) -> None:
-        self._run, self._keep = run, keep
+    def __init__(self, run: Folder, checkpoint: CheckpointSection) -> None:
+        self._run, self._keep = run, checkpoint.keep
         self._log: RunLog | None = None
-        self._stop: str | None = None
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def _on_sigterm(self, *_: Any) -> None:
-        self._stop = "preempted"
+        self._stop = StopSignal(checkpoint.grace_s)
 
     def emit(self, event: Mapping[str, Any]) -> None:
         """Record an event and print it as a line; only rank 0 does."""
@@ -46,11 +44,14 @@ class LocalHooks:
         if event["kind"] == "checkpoint":
             checkpoints = self._run / "checkpoints"
             for step in deletable(committed_steps(checkpoints), self._keep, ()):
-                checkpoints.delete(step_name(step))
+                remove_checkpoint(checkpoints, step)
 
-    def stop_reason(self) -> str | None:
+    def stop_reason(self) -> StopReason | None:
         """preempted after SIGTERM."""
-        return self._stop
+        return self._stop.reason()
+
+    def at(self, phase: Phase, step: int) -> None:
+        """Nobody watches the pulse here: the launcher sees deaths alone."""
 
 
 def describe(event: Mapping[str, Any]) -> str:
@@ -85,7 +86,7 @@ def main() -> None:
     try:
         job = load_job(arguments.job, arguments.set)
         request = make_request(job)
-        _finish(run_rank(request, LocalHooks(request.run, job.checkpoint.keep)))
+        _finish(run_rank(request, LocalHooks(request.run, job.checkpoint)))
     except TuneyardError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

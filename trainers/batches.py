@@ -5,7 +5,8 @@ take equal numbers of micro-batches: where a step holds fewer sequences than the
 copies without targets, which add nothing to the loss.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from trainers.data.order import Order
 from trainers.data.packing import PackIndex
 from trainers.tasks import Task
 from trainers.tasks.base import IGNORE, Batch
+
+POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,37 @@ class StepSource:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collate")
         self._ahead: tuple[int, Future[StepBatch]] | None = None
 
+    def ready(self, step: int, give_up: Callable[[], object]) -> bool:
+        """Wait until a step's batch is there; False where `give_up` says anything before that."""
+        while not wait([self._start(step)], timeout=POLL_S).done:
+            if give_up():
+                return False
+        return True
+
     def next(self, step: int) -> StepBatch:
         """Micro-batches of step `step` (counted from 0); starts on the one after it."""
-        ready = self._ahead[1] if self._ahead and self._ahead[0] == step else self._thread.submit(self._make, step)
-        batch = ready.result()
+        batch = self._start(step).result()
         if step + 1 < self._order.steps:
-            self._ahead = (step + 1, self._thread.submit(self._make, step + 1))
+            self._start(step + 1)
         return batch
+
+    def _start(self, step: int) -> Future[StepBatch]:
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = (step, self._thread.submit(self._make, step))
+        return self._ahead[1]
+
+    def sequences(self, step: int) -> Sequence[int]:
+        """Packs of the whole step."""
+        return [int(one) for one in self._order.step(step)]
+
+    def origins(self, step: int) -> list[tuple[str, int, int]]:
+        """(file, row, part) of every sequence of the whole step."""
+        packs = (self._packs.pack(sequence) for sequence in self.sequences(step))
+        return [self._shards.origin(int(row)) for pack in packs for row in pack]
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, step: int) -> StepBatch:
         sequences = self._order.step(step)

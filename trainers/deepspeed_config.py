@@ -14,6 +14,12 @@ from trainers.errors import JobError
 from trainers.job import Job
 
 SUPPORTED_STAGES = (1, 2, 3)
+UNSUPPORTED = {
+    "mics_shard_size": "shards within groups of ranks (MiCS), which checkpoints do not lay out",
+    "zero_quantized_weights": "keeps working weights quantized, from which checkpoints cannot be restored exactly",
+    "zero_quantized_nontrainable_weights": "keeps frozen weights quantized, which checkpoints cannot hold",
+}
+"""Options of zero_optimization under which a checkpoint would be wrong, and why."""
 OWNED_BY_THE_JOB = {
     "optimizer": "train.learning_rate and train.weight_decay (AdamW)",
     "scheduler": "train.schedule and train.warmup_ratio",
@@ -55,6 +61,11 @@ def derive_config(job: Job, batches: BatchPlan) -> dict[str, Any]:
         f"{job.train.deepspeed} sets {key!r}, which belongs to the job: {owner}"
         for key, owner in OWNED_BY_THE_JOB.items()
         if _is_on(template.get(key))
+    ]
+    problems += [
+        f"{job.train.deepspeed} sets zero_optimization.{option}, which {reason}: take it out of the file"
+        for option, reason in UNSUPPORTED.items()
+        if template["zero_optimization"].get(option, 0) not in (0, -1, False)
     ]
     problems += [
         f"{job.train.deepspeed} says {path} = {json.dumps(theirs)}, the job {json.dumps(ours)}: take it out of the file"

@@ -1,19 +1,21 @@
 """A committed checkpoint as a Hugging Face folder that plain from_pretrained opens.
 
-Streams: one tensor in memory at a time. The folder counts as written once `tuneyard.json` is there, which is after the
-result was opened again and every name and shape compared.
+Streams: 4 MiB of a tensor in memory at a time (whole tensors where adapters are merged). The folder counts as written
+once `tuneyard.json` is there, which is after the result was opened again and every name and shape compared.
 """
 
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, find_damage
-from trainers.checkpoint.tensor_file import TensorSpec, write_tensors
-from trainers.checkpoint.writing import FileRecord
+from trainers.checkpoint.records import FileRecord
+from trainers.checkpoint.tensor_file import TensorSpec, write_parts
 from trainers.data.manifest import Record
 from trainers.data.tokenizer import load_encoder
 from trainers.errors import EvaluationError
@@ -24,6 +26,8 @@ from trainers.tasks import Task
 
 PROVENANCE = "tuneyard.json"
 SHARD_BYTES = 5_000_000_000
+PART = 1 << 20
+"""Values of a weight in memory at once: 4 MiB in fp32."""
 INDEX = "model.safetensors.index.json"
 COPIED = (
     "tokenizer*",
@@ -61,10 +65,11 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
     """
     if out.exists(PROVENANCE):
         return Provenance.model_validate_json(out.read_bytes(PROVENANCE))
-    damage = find_damage(checkpoint)
+    stored = LocalCopies(checkpoint)
+    damage = find_damage(stored)
     if damage:
         raise EvaluationError(f"{checkpoint} cannot be exported: {damage}")
-    reader = CheckpointReader(checkpoint)
+    reader = CheckpointReader(stored)
     config = task.load_config(model_path, load_encoder(model_path).pad_id, job.model.trust_remote_code)
     _copy_side_files(Path(model_path), out)
     config.dtype = job.model.dtype
@@ -122,10 +127,17 @@ def _write_weights(reader: CheckpointReader, job: Job, specs: list[TensorSpec], 
     def read(name: str) -> Any:
         return reader.read("weight", name, 0, prod(shapes[name])).view(shapes[name])
 
-    weight = merged_reader(shapes, read, job.model.lora) if job.model.lora else read
+    merged = merged_reader(shapes, read, job.model.lora) if job.model.lora else None
 
-    def load(name: str) -> Any:
-        return buffers[name] if name in buffers else weight(name).to(getattr(torch, dtypes[name]))
+    def parts(name: str) -> Iterator[Any]:
+        if name in buffers:
+            yield buffers[name]
+        elif merged:
+            yield merged(name).to(getattr(torch, dtypes[name]))
+        else:
+            size = prod(shapes[name])
+            for start in range(0, size, PART):
+                yield reader.read("weight", name, start, min(start + PART, size)).to(getattr(torch, dtypes[name]))
 
     dtypes = {spec.name: spec.dtype for spec in specs}
     groups = _group(specs)
@@ -133,7 +145,7 @@ def _write_weights(reader: CheckpointReader, job: Job, specs: list[TensorSpec], 
     for number, group in enumerate(groups, 1):
         name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         with out.open_output(name) as stream:
-            digest = write_tensors(stream, group, load, {"format": "pt"})
+            digest = write_parts(stream, group, parts, {"format": "pt"})
         files[name] = FileRecord(bytes=digest.bytes, digest=digest.digest)
     if len(groups) > 1:
         places = {spec.name: name for name, group in zip(files, groups, strict=True) for spec in group}

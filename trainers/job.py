@@ -143,6 +143,9 @@ class TrainSection(Section):
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Orders the data, initializes new layers and drives dropout."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = 3.0
+    """A loss over this many times the largest of the last 1,000 steps rolls back to the last checkpoint and skips that
+    step; null rolls back only where loss or gradient are not finite."""
     deepspeed: str = "zero3"
     """A name in ds_configs/ or the path of a JSON file."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -179,7 +182,10 @@ class ScaleSection(Section):
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     """Also the number of threads of each rank on CPU."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts of the workers before the job fails."""
+    """Restarts in a row, without a new checkpoint between them, before the job fails."""
+    hang_after_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Seconds without progress after which the ranks are restarted, with a report of who hung where; auto: 20 times the
+    median step, at least 60, and 1,800 while loading."""
 
     @property
     def max_workers(self) -> int:
@@ -199,6 +205,9 @@ class CheckpointSection(Section):
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: Annotated[int, Field(ge=1)] = 3
     """Newest checkpoints that stay, beside the best one and those being evaluated."""
+    grace_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds between SIGTERM or a preemption notice and the end of the machine; a rank that has not committed by then
+    ends without."""
 
 
 class EarlyStopping(Section):

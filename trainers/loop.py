@@ -5,11 +5,14 @@ It knows steps, not files or launchers: data comes from `StepSource`, progress l
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trainers.batches import StepBatch, StepSource
+from trainers.busy import BusyMeter, Straggler, StragglerWatch
+from trainers.divergence import Diverged, divergence
+from trainers.pulse import STOPS, Phase, StopReason
 from trainers.schedule import Schedule
 from trainers.world import World
 
@@ -24,8 +27,11 @@ class Hooks(Protocol):
     def emit(self, event: Mapping[str, Any]) -> None:
         """Record an event."""
 
-    def stop_reason(self) -> str | None:
-        """Why to stop after this step (preempted, early_stopping), or None."""
+    def stop_reason(self) -> StopReason | None:
+        """Why to stop after this step, or None; cheap enough to ask many times a step."""
+
+    def at(self, phase: Phase, step: int) -> None:
+        """This rank enters a phase of step `step`, counted from 0."""
 
 
 class Objective(Protocol):
@@ -39,7 +45,13 @@ class Saver(Protocol):
     """Writes checkpoints."""
 
     def save(self, progress: "Progress") -> None:
-        """Commit the state after `progress.step` steps; called by every rank."""
+        """Take a copy of the state after `progress.step` steps and begin to write it; called by every rank."""
+
+    def poll(self) -> None:
+        """Tell of a commit that has happened since; does not wait."""
+
+    def finish(self) -> None:
+        """Wait until the save in flight is committed, or lost."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,10 @@ class LoopSettings:
     every_steps: int
     """Steps between checkpoints."""
     seed: int
+    spike_factor: float | None = None
+    """A loss over this many times the largest of the last HISTORY steps has diverged."""
+    skip: frozenset[int] = frozenset()
+    """Steps, counted from 0, that pass without training."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ class LoopOutcome:
     """How the loop ended."""
 
     progress: Progress
-    stopped: str | None
+    stopped: StopReason | None
     """The stop reason, or None where every step is done."""
 
 
@@ -84,28 +100,60 @@ def train(
     hooks: Hooks,
     saver: Saver,
 ) -> LoopOutcome:
-    """Run steps start.step ... settings.steps, saving every `every_steps` and at the end."""
-    step, tokens, stopped = start.step, start.tokens, None
+    """Run steps start.step ... settings.steps, saving every `every_steps` and at the end.
+
+    Raises:
+        Diverged: on every rank, before anything of the step is saved.
+    """
+    step, tokens, stopped, saved = start.step, start.tokens, None, start.step
     history = deque(start.history, maxlen=HISTORY)
-    while step < settings.steps and stopped is None:
+    meter, stragglers = BusyMeter(), StragglerWatch(world.size)
+    while step < settings.steps:
         began = time.perf_counter()
-        batch = source.next(step)
+        hooks.at("data", step)
+        source.ready(step, hooks.stop_reason)
         waited = time.perf_counter() - began
+        stopped = agree_to_stop(hooks.stop_reason(), world)
+        if stopped:
+            break
+        hooks.at("step", step)
+        if step in settings.skip:
+            step += 1
+            continue
         seed_step(settings.seed, step, world.rank)
         set_learning_rate(engine, schedule.rate(step))
+        batch = source.next(step)
         loss_sum = run_micro_batches(engine, objective, batch, world)
-        engine_norm = engine.get_global_grad_norm()
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        hooks.at("settle", step)
+        seconds = time.perf_counter() - began
+        loss, busy = _settle(loss_sum / batch.targets, seconds * meter.share(), world)
+        wrong = divergence(loss, norm, [event["loss"] for event in history], settings.spike_factor)
+        if wrong:
+            raise Diverged(step, loss, wrong)
         step, tokens = step + 1, tokens + batch.tokens
-        loss, stopped = _agree(loss_sum / batch.targets, hooks.stop_reason(), world)
-        if world.rank == 0:
-            seconds = time.perf_counter() - began
-            history.append(
-                _step_event(step, loss, schedule.rate(step - 1), engine_norm, batch, seconds, waited, tokens)
-            )
-            hooks.emit(history[-1])
-        if stopped or step == settings.steps or step % settings.every_steps == 0:
+        history.append(_step_event(step, loss, schedule.rate(step - 1), norm, batch, seconds, waited, tokens))
+        _tell(hooks, history[-1], stragglers.note(seconds, busy), world)
+        if step == settings.steps or step % settings.every_steps == 0:
+            hooks.at("save", step)
             saver.save(Progress(step, tokens, tuple(history)))
+            saved = step
+        saver.poll()
+    meter.close()
+    hooks.at("save", step)
+    if saved != step:
+        saver.save(Progress(step, tokens, tuple(history)))
+    saver.finish()
     return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
+
+
+def _tell(hooks: Hooks, event: Event, straggler: Straggler | None, world: World) -> None:
+    """Rank 0 reports a step, and the rank that the others waited for."""
+    if world.rank == 0:
+        hooks.emit(event)
+        if straggler:
+            lag = {"rank": straggler.rank, "lag_s": straggler.lag_s}
+            hooks.emit({"kind": "straggler", "step": event["step"], **lag})
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -146,21 +194,30 @@ def share_of_step(loss_sum: Any, targets: int, world_size: int) -> Any:
     return loss_sum * (world_size / targets)
 
 
-def _agree(local: Any, reason: str | None, world: World) -> tuple[float, str | None]:
-    """Sum the loss over ranks and settle, in the same collective, whether any rank was asked to stop."""
+def agree_to_stop(reason: StopReason | None, world: World) -> StopReason | None:
+    """Whether any rank was asked to stop, and why: the same answer on every rank."""
     import torch
     import torch.distributed as dist
 
-    reasons = (None, "preempted", "early_stopping")
-    flags = [float(reason == name) for name in reasons[1:]]
-    shared = torch.tensor([float(local), *flags], dtype=torch.float64, device=world.device)
+    votes = torch.tensor([float(reason == name) for name in STOPS], device=world.device)
+    dist.all_reduce(votes)
+    return next((name for name, count in zip(STOPS, votes.tolist(), strict=True) if count), None)
+
+
+def _settle(loss: Any, busy_s: float, world: World) -> tuple[float, Sequence[float]]:
+    """The loss summed over ranks, and how long each rank worked, in one collective."""
+    import torch
+    import torch.distributed as dist
+
+    shared = torch.zeros(1 + world.size, dtype=torch.float64, device=world.device)
+    shared[0], shared[1 + world.rank] = float(loss), busy_s
     dist.all_reduce(shared)
-    loss, *asked = shared.tolist()
-    return loss, next((name for name, votes in zip(reasons[1:], asked, strict=True) if votes), None)
+    total, *busy = shared.tolist()
+    return total, busy
 
 
 def _step_event(
-    step: int, loss: float, rate: float, norm: Any, batch: StepBatch, seconds: float, waited: float, tokens: int
+    step: int, loss: float, rate: float, norm: float, batch: StepBatch, seconds: float, waited: float, tokens: int
 ) -> Event:
     return {
         "kind": "step",
@@ -168,7 +225,7 @@ def _step_event(
         "step": step,
         "loss": loss,
         "learning_rate": rate,
-        "grad_norm": float(norm) if norm is not None else 0.0,
+        "grad_norm": norm,
         "tokens": tokens,
         "tokens_per_s": batch.tokens / seconds,
         "step_s": seconds,

@@ -1,10 +1,11 @@
 """What one rank does from launch to last checkpoint, whoever launched it. Build, build, build, train."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from trainers.batch_plan import plan_batches
 from trainers.batches import StepSource
-from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
+from trainers.checkpoint.checkpointer import Checkpointer, barrier, new_attempt
 from trainers.data.dataset import ShardSet
 from trainers.data.index import load_packs
 from trainers.data.manifest import ShardManifest
@@ -14,6 +15,7 @@ from trainers.data.packing import PackIndex, one_row_each, pack_rows
 from trainers.data.tokenizer import load_encoder
 from trainers.deepspeed_config import derive_config
 from trainers.distill import load_objective
+from trainers.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
 from trainers.engine import build_engine
 from trainers.isolation import check_isolation
 from trainers.job import Job
@@ -22,7 +24,7 @@ from trainers.model_source import ModelFolder
 from trainers.schedule import Schedule
 from trainers.storage import Folder
 from trainers.tasks import Task, load_task, task_options
-from trainers.world import join_world
+from trainers.world import World, join_world
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,22 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
 
     Raises:
         JobError: the job contradicts itself at this world size.
-        TrainingError: the checkpoints belong to something else.
+        TrainingError: the checkpoints belong to something else, or the loss diverged too often.
     """
+    hooks.at("load", 0)
+    world = join_world(request.job.scale.cpus_per_worker)
+    while True:
+        try:
+            return _attempt(request, hooks, world)
+        except Diverged as error:
+            if world.rank == 0:
+                hooks.emit({"kind": "rolled_back", "step": error.step + 1, "reason": error.reason})
+            hooks.at("load", error.step)
+
+
+def _attempt(request: TrainRequest, hooks: Hooks, world: World) -> LoopOutcome:
+    """Build everything, resume, and train until the end, a stop or a divergence."""
     job = request.job
-    world = join_world(job.scale.cpus_per_worker)
     task = job_task(job, request.train_shards)
     plan = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world.size, job.data.max_length)
     encoder = load_encoder(request.model.path, job.model.trust_remote_code)
@@ -54,6 +68,7 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
     packs = index_packs(job, shards)
     order = job_order(job, len(packs))
     objective = load_objective(job, task, pad_id, world)
+    skipped = read_skipped(request.run)
     engine = build_engine(job, task, request.model.path, pad_id, derive_config(job, plan), world)
     if job.packing:
         check_isolation(engine, task, shards, pad_id, job.model.attention, world.device)
@@ -67,17 +82,40 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
         request.train_shards.key,
         job.identity(),
         hooks.emit,
+        skipped.numbers,
     )
     start = checkpointer.resume()
+    host_bytes = checkpointer.prepare()
     if world.rank == 0:
         hooks.emit({"kind": "history", "events": list(start.history)})
-        hooks.emit({"kind": "start", "step": start.step, "steps": order.steps, "world_size": world.size})
-    settings = LoopSettings(order.steps, job.checkpoint.every_steps, job.train.seed)
-    outcome = train(engine, objective, source, schedule, settings, start, world, hooks, checkpointer)
+        found = {"step": start.step, "steps": order.steps, "world_size": world.size, "checkpoint_bytes": host_bytes}
+        hooks.emit({"kind": "start", **found})
+    settings = LoopSettings(
+        order.steps, job.checkpoint.every_steps, job.train.seed, job.train.spike_factor, skipped.numbers
+    )
+    try:
+        outcome = train(engine, objective, source, schedule, settings, start, world, hooks, checkpointer)
+    except Diverged as error:
+        checkpointer.finish()
+        listed = add_skipped(skipped, skipped_step(error, source.sequences(error.step), source.origins(error.step)))
+        _roll_back(request.run, listed, engine, source, world)
+        raise
+    finally:
+        checkpointer.close()
     if world.rank == 0:
         done = {"step": outcome.progress.step, "tokens": outcome.progress.tokens, "stopped": outcome.stopped}
         hooks.emit({"kind": "done", **done})
+    hooks.at("done", outcome.progress.step)
     return outcome
+
+
+def _roll_back(run: Folder, listed: SkippedSteps, engine: Any, source: StepSource, world: World) -> None:
+    """Write down what is left out from now on, on rank 0, and let go of the engine that diverged."""
+    if world.rank == 0:
+        write_skipped(run, listed)
+    barrier(world)
+    source.close()
+    engine.destroy()
 
 
 def job_task(job: Job, shards: ShardManifest) -> Task:

@@ -1,7 +1,9 @@
 """The run's own record: events.jsonl, and the same numbers for TensorBoard.
 
 One process owns it: the controller under Ray, rank 0 without. Events are flat dictionaries with `kind` and `time`:
-history, start, step, checkpoint, checkpoint_skipped, checkpoint_quarantined, evaluation, stage, done.
+history, start, step, straggler, checkpoint, checkpoint_skipped, checkpoint_quarantined, rolled_back, hang, restart,
+evaluation, stage_start, stage, goodput, done. A checkpoint's event comes after its commit, which later steps may
+precede; its `step` says whose it is.
 """
 
 import json
@@ -61,6 +63,10 @@ class RunLog:
             self._open_tensorboard(int(event["step"]))
         elif event["kind"] == "step":
             self._scalars(event, {tag: event[field] for field, tag in STEP_SCALARS.items() if field in event})
+        elif event["kind"] == "goodput":
+            self._scalars(event, {f"goodput/{name}": event[name] for name in event.keys() - {"kind", "time", "step"}})
+        elif event["kind"] == "straggler":
+            self._scalars(event, {"straggler/rank": event["rank"], "straggler/lag_s": event["lag_s"]})
         elif event["kind"] == "evaluation":
             self._scalars(event, {f"eval/{name}": value for name, value in event["metrics"].items()})
             self._picture(int(event["step"]), event["time"])

@@ -79,5 +79,7 @@ class RunResult(Record):
     restarts: int = 0
     goodput: float = 0.0
     """Share of the training stage's wall time that went into steps that were kept."""
+    accounting: dict[str, float] = {}
+    """Seconds of the run's wall time by what they went into; see orchestrator/goodput.py."""
     seconds: dict[str, float] = {}
     """Wall time by stage."""

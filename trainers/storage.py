@@ -23,6 +23,10 @@ TEMPORARY = ".tmp-"
 """Prefix of files that are not whole yet; readers ignore them."""
 
 
+GS_RETRY, GS_RETRY_S = "retry_limit_seconds", 60
+"""How long gs:// is asked again; pyarrow itself gives an unreachable place up after 15 minutes."""
+
+
 def is_remote(path: str) -> bool:
     """True for URIs such as s3://bucket/key; file:// and plain paths are local."""
     return "://" in path and not path.startswith("file://")
@@ -32,6 +36,8 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     """The file system that holds `path`, and the path as that file system writes it."""
     if not is_remote(path):
         return pafs.LocalFileSystem(), str(Path(path.removeprefix("file://")).absolute())
+    if path.startswith(("gs://", "gcs://")) and GS_RETRY not in path:
+        path += f"{'&' if '?' in path else '?'}{GS_RETRY}={GS_RETRY_S}"
     try:
         fs, inner = pafs.FileSystem.from_uri(path)
     except (pa.ArrowInvalid, OSError, NotImplementedError) as error:
@@ -135,7 +141,7 @@ class Folder:
         fs, path = self._resolve(name)
         fs.create_dir(path.rpartition("/")[0], recursive=True)
         if not self.is_local:
-            return StagedFile(fs.open_output_stream(path), None, None)
+            return StagedFile(fs.open_output_stream(path, compression=None), None, None)  # as it is, also *.gz
         final = Path(path)
         partial = final.parent / f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"
         return StagedFile(pa.OSFile(str(partial), "wb"), partial, final)

@@ -1,7 +1,7 @@
 """The launcher contract: five environment variables make a process a rank.
 
-Ray Train, `accelerate launch` and `torchrun` all set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; nothing
-else of the launcher is known here.
+Our keepers, `accelerate launch` and `torchrun` all set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
+nothing else of the launcher is known here.
 """
 
 import os

@@ -1,6 +1,8 @@
 """Peak resident memory of one writer of shards: from 100 MB to 2 GB of input, and for one document of 64 MB.
 
-python tests/benchmarks/bench_data_memory.py --bpe FOLDER [--mb 100 400 2000]
+python tests/benchmarks/bench_data_memory.py --bpe FOLDER --wordpiece FOLDER [--mb 100 400 2000]
+
+The document is tokenized by the quick way and by tokenizers, as after a fallback.
 """
 
 import argparse
@@ -19,14 +21,14 @@ from trainers.data.tokenizer import TokenizerSpec
 from trainers.job_file import parse_job
 from trainers.storage import Folder
 from trainers.tasks import EncodeRules
-import json, pickle
-path, model, storage, spec = sys.argv[1:]
+import json
+path, model, storage, spec, quick = sys.argv[1:]
 job = parse_job({"name": "b", "task": "pretrain", "model": {"path": model},
                  "data": {"train": [path], "eval": [path], "max_length": 4096},
                  "train": {"global_batch_size": 2, "steps": 1, "learning_rate": 1e-4}, "storage": storage})
 plan, _ = plan_splits(job, model)
 work = ShardWork(Folder(storage), plan, "pretrain", task_columns(job), EncodeRules(4096, "split"),
-                 TokenizerSpec(**json.loads(open(spec).read())))
+                 TokenizerSpec(**json.loads(open(spec).read())), quick == "True")
 tokens = sum(record.tokens for _, record in write_units(work, plan_units(plan.sources)))
 # VmHWM, since ru_maxrss starts from the parent's size
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -34,7 +36,7 @@ print(tokens, int(peak) / 1024)
 """
 
 
-def peak_mib(path: Path, model: str, folder: Path) -> tuple[int, float]:
+def peak_mib(path: Path, model: str, folder: Path, quick: bool = True) -> tuple[int, float]:
     from dataclasses import asdict
 
     from trainers.data.tokenizer import read_spec
@@ -42,7 +44,7 @@ def peak_mib(path: Path, model: str, folder: Path) -> tuple[int, float]:
     spec = folder / "spec.json"
     spec.write_text(json.dumps(asdict(read_spec(model))))
     with tempfile.TemporaryDirectory() as storage:
-        command = [sys.executable, "-c", CODE, str(path), model, storage, str(spec)]
+        command = [sys.executable, "-c", CODE, str(path), model, storage, str(spec), str(quick)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     tokens, peak = done.stdout.split()
     return int(tokens), float(peak)
@@ -53,12 +55,13 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bpe", required=True)
+    parser.add_argument("--wordpiece", required=True)
     parser.add_argument("--mb", type=float, nargs="*", default=[100, 400, 2000])
     arguments = parser.parse_args()
     print("| input | tokens | peak MiB of one writer |\n| --- | ---: | ---: |")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        base = write_input("pretrain", folder, min(arguments.mb)).read_bytes()
+        base = write_input("pretrain", folder, 100).read_bytes()
         for size in arguments.mb:
             path = folder / f"{size:g}.jsonl"
             with path.open("wb") as stream:
@@ -70,8 +73,12 @@ def main() -> None:
         text = "\n".join(json.loads(line)["text"] for line in base.splitlines())[: 64 * 2**20]
         one = folder / "one.jsonl"
         one.write_text(json.dumps({"text": text}) + "\n")
-        tokens, peak = peak_mib(one, arguments.bpe, folder)
-        print(f"| one document of {len(text) / 2**20:.0f} MiB | {tokens:,} | {peak:,.0f} |")
+        for kind, model in (("byte-level BPE", arguments.bpe), ("WordPiece", arguments.wordpiece)):
+            for quick in (True, False):
+                tokens, peak = peak_mib(one, model, folder, quick)
+                how = "the quick way" if quick else "tokenizers"
+                size = len(text) / 2**20
+                print(f"| one document of {size:.0f} MiB, {kind} by {how} | {tokens:,} | {peak:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,24 @@
 python tests/benchmarks/bench_data_order.py
 """
 
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from trainers.data.dataset import ShardSet
 from trainers.data.index import fold, unfold
-from trainers.data.manifest import ShardManifest, ShardRecord
-from trainers.data.order import plan_order
+from trainers.data.manifest import MANIFEST, TABLE, ShardManifest, write_manifest
 from trainers.data.packing import pack_rows
+from trainers.data.shard_table import SCHEMA, ShardTable
 from trainers.storage import Folder
-from trainers.tasks import load_task
 
 ROWS, SHARDS = 1_000_000, 1_000_000
 
@@ -51,22 +55,62 @@ def main() -> None:
         print(f"| {capacity} | {seconds:.2f} | {full:.4%} | {first_fit(lengths, capacity):.2%} |")
     stored = fold(packs)
     print(f"\nopening the stored index: {median_s(lambda: unfold(stored)) * 1e6:.0f} us")
-    records = [ShardRecord.model_construct(file=f"shard-{i:05d}.arrow", ledger="", source=0, rows=1000, tokens=500_000,
-                                           targets=1, bytes=1, digest="", outcomes={}, tokens_lost=0, labels={})
-               for i in range(SHARDS)]  # fmt: skip
-    manifest = ShardManifest.model_construct(key="k", key_parts={}, split="train", task="pretrain", sources=("a",),
-                                             shards=tuple(records), entries=())  # fmt: skip
-    started = time.perf_counter()
-    shards = ShardSet(Folder("nowhere"), manifest, load_task("pretrain"))
-    opened = time.perf_counter() - started
-    order = plan_order(len(shards), 1024, 1, None, 0)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Folder(place)
+        write_manifest(folder, million_shards())
+        files = [Path(place, name).stat().st_size / 1e6 for name in (MANIFEST, TABLE)]
+        command = [sys.executable, "-c", SEEK, place]
+        found = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(5)]
+    print(f"\na set of {SHARDS:,} shards and {SHARDS * 1000:,} rows, each time in a fresh process")
+    print(f"(manifest {files[0]:.3f} MB, table {files[1]:.0f} MB):")
+    for name in found[0]:
+        print(f"  {name}: {statistics.median(one[name] for one in found):.3f} s")
 
-    def seek() -> Any:
-        rows = order.step(int(draw.integers(order.steps)))
-        return np.searchsorted(shards._starts, rows, side="right") - 1
 
-    print(f"a set of {SHARDS:,} shards and {len(shards):,} rows: opened in {opened:.2f} s, "
-          f"a step of 1,024 found in {median_s(seek, 21) * 1e3:.2f} ms")  # fmt: skip
+def million_shards() -> ShardManifest:
+    """The manifest of a made-up split."""
+    number = np.arange(SHARDS)
+    names = {kind: [f"{kind}-{place:05d}.arrow" for place in range(SHARDS)] for kind in ("shard", "ledger")}
+    offsets = pa.array(np.arange(0, 2 * SHARDS + 1, 2, dtype=np.int32))
+    outcomes = pa.MapArray.from_arrays(offsets, pa.array(["dropped:malformed", "kept"] * SHARDS),
+                                       pa.array(np.tile([1, 1000], SHARDS)))  # fmt: skip
+    none = pa.MapArray.from_arrays(pa.array(np.zeros(SHARDS + 1, np.int32)), pa.array([], pa.string()),
+                                   pa.array([], pa.int64()))  # fmt: skip
+    columns = {
+        "file": names["shard"], "ledger": names["ledger"], "source": number % 1000, "rows": number * 0 + 1000,
+        "tokens": number + 500_000, "targets": number + 499_000, "bytes": number + 2_000_000,
+        "digest": [f"{place:032x}" for place in range(SHARDS)], "outcomes": outcomes, "tokens_lost": number * 0,
+        "labels": none,
+    }  # fmt: skip
+    table = ShardTable(pa.table(columns, schema=SCHEMA))
+    return ShardManifest(key="k", key_parts={}, split="train", task="pretrain", shards=table,
+                         sources=tuple(f"/data/{place}.jsonl" for place in range(1000)))  # fmt: skip
+
+
+SEEK = """
+import json, sys, time
+import numpy as np
+from trainers.data.dataset import ShardSet
+from trainers.data.manifest import read_manifest
+from trainers.data.order import plan_order
+from trainers.storage import Folder
+from trainers.tasks import load_task
+task, folder = load_task("pretrain"), Folder(sys.argv[1])
+times = [time.perf_counter()]
+manifest = read_manifest(folder)
+times.append(time.perf_counter())
+shards = ShardSet(folder, manifest, task)
+order = plan_order(len(shards), 1024, 1, None, 0)
+times.append(time.perf_counter())
+rows = order.step(order.steps - 2)
+records = [manifest.shards[int(np.searchsorted(shards._starts, row, side="right")) - 1] for row in rows]
+times.append(time.perf_counter())
+sums = manifest.rows_in, manifest.dropped, manifest.total("tokens")
+times.append(time.perf_counter())
+names = ("manifest read and its digest checked", "set opened", "a step of 1,024 and the records of its shards found",
+         "outcomes and tokens summed")
+print(json.dumps(dict(zip(names, np.diff(times).tolist()))))
+"""
 
 
 if __name__ == "__main__":

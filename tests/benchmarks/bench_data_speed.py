@@ -2,8 +2,9 @@
 
 python tests/benchmarks/bench_data_speed.py [--mb 400] [--peer-mb 16] [--repeats 3] [--bpe FOLDER] [--wordpiece FOLDER]
 
-The text is the Python source of the installed packages, cut into documents, no document twice. Peers read a part of
-it, as their rate does not depend on the amount. Medians are given.
+The text is the Python source of the installed packages, cut into documents, no document twice. Slow peers read a part
+of it, as their rate does not depend on the amount. Tools take turns; medians are given. Ray and its workers are started
+before, on other documents, and that time is printed apart: a tokenizer alone has no such start.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,9 +26,9 @@ import numpy as np
 DOCUMENT_CHARS = {"pretrain": 2500, "classify": 250, "sft": 700}
 
 
-def documents(chars: int, limit_bytes: float) -> Iterator[str]:
+def documents(chars: int, limit_bytes: float, last_first: bool = False) -> Iterator[str]:
     root, size = Path(np.__file__).parents[1], 0
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(root.rglob("*.py"), reverse=last_first):
         text = path.read_text(errors="ignore")
         for start in range(0, len(text), chars):
             if text[start : start + chars].strip():
@@ -44,11 +47,11 @@ def row_of(task: str, text: str, number: int) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": part or "?"} for role, part in zip(roles, said, strict=True)]}
 
 
-def write_input(task: str, folder: Path, megabytes: float) -> Path:
-    path = folder / f"{task}-{megabytes:g}.jsonl"
+def write_input(task: str, folder: Path, megabytes: float, last_first: bool = False) -> Path:
+    path = folder / f"{task}-{megabytes:g}{'-other' if last_first else ''}.jsonl"
     if not path.exists():
         with path.open("w") as stream:
-            for number, text in enumerate(documents(DOCUMENT_CHARS[task], megabytes * 1e6)):
+            for number, text in enumerate(documents(DOCUMENT_CHARS[task], megabytes * 1e6, last_first)):
                 stream.write(json.dumps(row_of(task, text, number)) + "\n")
     return path
 
@@ -149,11 +152,11 @@ def with_generation_tags(task: str, path: Path, model: str, folder: Path) -> tup
     return seconds, sum(map(len, done["input_ids"]))
 
 
-def _tokenize_part(model: str, texts: list[str], task: str) -> tuple[float, int]:
+def _tokenize_part(model: str, texts: list[str], quick: bool) -> tuple[float, int]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from trainers.data.tokenizer import Encoder, read_spec
 
-    encoder = Encoder(read_spec(model))
+    encoder = Encoder(read_spec(model), quick)
     started = time.perf_counter()
     tokens = 0
     for start in range(0, len(texts), 1000):
@@ -165,13 +168,54 @@ def _tokenize_part(model: str, texts: list[str], task: str) -> tuple[float, int]
     return time.perf_counter() - started, tokens
 
 
-def tokenizer_alone(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
-    """The tokenizer itself on the same texts, already in memory as strings, in two processes."""
-    rows = [json.loads(line) for line in path.open()]
-    texts = [row["text"] if task != "sft" else "\n".join(m["content"] for m in row["messages"]) for row in rows]
+def _alone(path: Path, model: str, quick: bool) -> tuple[float, float]:
+    texts = [json.loads(line)["text"] for line in path.open()]
     with ProcessPoolExecutor(2) as pool:
-        parts = list(pool.map(_tokenize_part, [model] * 2, [texts[::2], texts[1::2]], [task] * 2))
+        parts = list(pool.map(_tokenize_part, [model] * 2, [texts[::2], texts[1::2]], [quick] * 2))
     return max(seconds for seconds, _ in parts), sum(tokens for _, tokens in parts)
+
+
+def quick_alone(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
+    """The quick tokenizer on the same texts, already in memory as strings, in two processes, nothing written."""
+    return _alone(path, model, True)
+
+
+def tokenizers_alone(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
+    """The tokenizers library in the same way."""
+    return _alone(path, model, False)
+
+
+FILE_CODE = """
+import sys, time, numpy
+from gigatoken.gigatoken_rs import JsonlFileSource
+from trainers.data.tokenizer import Encoder, read_spec
+quick = Encoder(read_spec(sys.argv[1]))._quick._bare.__self__._quick
+started = time.perf_counter()
+ids = numpy.asarray(quick.encode_files(JsonlFileSource([sys.argv[2]]), parallel=True).layout.content.data)
+print(time.perf_counter() - started, len(ids))
+"""
+
+
+def gigatoken_on_the_file(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
+    """gigatoken on the same bytes: its own reader of jsonl files, with a thread a core, nothing written."""
+    done = subprocess.run([sys.executable, "-c", FILE_CODE, model, str(path)], capture_output=True, check=True)
+    seconds, tokens = map(float, done.stdout.split())
+    return seconds, tokens
+
+
+def ours_started(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
+    """Ours in a fresh Ray, whose workers have started and have loaded the tokenizer, on other documents."""
+    import ray
+
+    started = time.perf_counter()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    began = time.perf_counter()
+    ours(task, write_input(task, folder, 0.01, last_first=True), model, folder)
+    print(f"Ray started in {began - started:.1f} s, the first small split took {time.perf_counter() - began:.1f} s")
+    ours(task, write_input(task, folder, 70, last_first=True), model, folder)  # until every worker has had a task
+    found = ours(task, path, model, folder)
+    ray.shutdown()
+    return found
 
 
 def main() -> None:
@@ -183,35 +227,47 @@ def main() -> None:
     parser.add_argument("--wordpiece", required=True, help="model folder with a WordPiece tokenizer")
     parser.add_argument("--only", nargs="*", default=["bpe", "wordpiece", "chat"])
     arguments = parser.parse_args()
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
-    plans: dict[str, tuple[str, str, list[tuple[str, Callable[..., Any], float]]]] = {
-        "bpe": ("pretrain", arguments.bpe, [("datasets.map + save_to_disk", with_datasets, arguments.peer_mb),
-                                            ("tokenizer alone", tokenizer_alone, arguments.mb)]),
-        "wordpiece": ("classify", arguments.wordpiece,
-                      [("datasets.map + save_to_disk", with_datasets, arguments.peer_mb),
-                       ("tokenizer alone", tokenizer_alone, arguments.peer_mb)]),
-        "chat": ("sft", arguments.bpe, [("prefix by prefix", with_masks_by_prefix, arguments.peer_mb / 4),
-                                        ("generation tags", with_generation_tags, arguments.peer_mb / 4)]),
+    mb, few = arguments.mb, arguments.peer_mb
+    plans: dict[str, tuple[str, str, float, list[tuple[str, Callable[..., Any], float]]]] = {
+        "bpe": ("pretrain", arguments.bpe, mb, [("datasets.map + save_to_disk", with_datasets, few),
+                                                ("gigatoken alone on the file", gigatoken_on_the_file, mb),
+                                                ("gigatoken alone on strings", quick_alone, mb)]),
+        "wordpiece": ("classify", arguments.wordpiece, mb / 2, [("datasets.map + save_to_disk", with_datasets, few),
+                                                                ("tokenizers alone on strings", tokenizers_alone, few),
+                                                                ("words alone on strings", quick_alone, mb / 2)]),
+        "chat": ("sft", arguments.bpe, mb, [("prefix by prefix", with_masks_by_prefix, few / 4),
+                                            ("generation tags", with_generation_tags, few / 4)]),
     }  # fmt: skip
-    print("| data | tool | input MB | M tokens/s (median) | ours is |\n| --- | --- | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for name in arguments.only:
-            task, model, peers = plans[name]
-            megabytes = arguments.mb / 4 if name == "wordpiece" else arguments.mb
-            measured: dict[str, list[float]] = {}
-            sizes = {"ours": megabytes, **{peer: size for peer, _, size in peers}}
-            for _ in range(arguments.repeats):
-                for tool, function, size in (("ours", ours, megabytes), *peers):
-                    seconds, tokens = function(task, write_input(task, folder, size), model, folder)
-                    measured.setdefault(tool, []).append(tokens / seconds / 1e6)
-                    for left in ("cache", "saved"):
-                        shutil.rmtree(folder / left, ignore_errors=True)
-            rates = {tool: statistics.median(values) for tool, values in measured.items()}
-            for tool, rate in rates.items():
-                print(f"| {name} | {tool} | {sizes[tool]:g} | {rate:.2f} | {rates['ours'] / rate:.2f} x |", flush=True)
+            measure(name, folder, arguments.repeats, *plans[name])
+
+
+def measure(
+    name: str,
+    folder: Path,
+    repeats: int,
+    task: str,
+    model: str,
+    megabytes: float,
+    peers: list[tuple[str, Callable[..., Any], float]],
+) -> None:
+    """Let the tools take turns, and print their rates."""
+    tools = (("ours", ours_started, megabytes), *peers)
+    measured: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(repeats):
+        for tool, function, size in tools:
+            measured.setdefault(tool, []).append(function(task, write_input(task, folder, size), model, folder))
+            for left in ("cache", "saved"):
+                shutil.rmtree(folder / left, ignore_errors=True)
+    print("\n| data | tool | input MB | s | M tokens/s | ours is |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    rates = {tool: statistics.median(tokens / seconds / 1e6 for seconds, tokens in measured[tool]) for tool in measured}
+    for tool, _, size in tools:
+        seconds = statistics.median(one for one, _ in measured[tool])
+        ratio = f"{rates['ours'] / rates[tool]:.2f} x"
+        held = write_input(task, folder, size).stat().st_size / 1e6  # the installed packages may hold less
+        print(f"| {name} | {tool} | {held:,.0f} | {seconds:.2f} | {rates[tool]:.2f} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":

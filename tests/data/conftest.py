@@ -10,16 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trainers.data.keys import manifest_of, plan_splits
-from trainers.data.manifest import Shards, shards_folder
-from trainers.data.readers import plan_units, task_columns
-from trainers.data.shard_writer import ShardWork, write_unit
+from tests.tiny import shard_locally
+from trainers.data.manifest import Shards
 from trainers.data.sources import SourceFile, find_sources
-from trainers.data.tokenizer import read_spec
 from trainers.job import Job
 from trainers.job_file import parse_job
-from trainers.storage import Folder
-from trainers.tasks import encode_rules
 
 Rows = Sequence[dict[str, Any]]
 
@@ -109,18 +104,6 @@ def make_job(tmp_path: Path, tiny_tokenizer: Path) -> Callable[..., Job]:
 
 
 @pytest.fixture
-def shard_here() -> Callable[[Job], Shards]:
-    """The data stage in this process, unit by unit: no Ray, no checks, and no cache."""
-
-    def shard(job: Job, unit_bytes: int | None = None) -> Shards:
-        manifests = {}
-        for plan in plan_splits(job, job.model.path):
-            folder = shards_folder(Folder(job.storage), plan.key)
-            rules = encode_rules(job)
-            work = ShardWork(folder, plan, job.task, task_columns(job), rules, read_spec(job.model.path))
-            records = {unit.index: write_unit(work, unit).commit() for unit in plan_units(plan.sources, unit_bytes)}
-            manifests[plan.name] = manifest_of(plan, job.task, records)
-            folder.write_json("manifest.json", manifests[plan.name].model_dump(mode="json"))
-        return Shards(train=manifests["train"], eval=manifests["eval"])
-
-    return shard
+def shard_here() -> Callable[..., Shards]:
+    """The data stage in this process, unit by unit."""
+    return shard_locally

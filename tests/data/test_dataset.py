@@ -10,6 +10,7 @@ import pytest
 from trainers.data import dataset
 from trainers.data.dataset import ShardSet
 from trainers.data.manifest import ShardManifest, shards_folder
+from trainers.data.shard_table import ShardTable
 from trainers.data.tokenizer import load_encoder
 from trainers.errors import DataError
 from trainers.job import Job
@@ -86,7 +87,9 @@ def test_a_file_that_is_not_the_committed_one_is_refused(chats: tuple[Job, Shard
     shards.folder.write_bytes(first.file, b"not arrow")
     with pytest.raises(DataError, match="damaged"):
         _ = open_set(job, shards.manifest).lengths
-    wrong = shards.manifest.model_copy(update={"shards": (second.model_copy(update={"rows": second.rows + 1}),)})
+    wrong = shards.manifest.model_copy(
+        update={"shards": ShardTable.of([second.model_copy(update={"rows": second.rows + 1})])}
+    )
     with pytest.raises(DataError, match="as committed"):
         open_set(job, wrong).row(0)
 

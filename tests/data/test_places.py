@@ -1,7 +1,13 @@
-"""Data and shards in a bucket, spoken to by the S3 protocol on loopback, and data sets of the `datasets` library."""
+"""Data and shards in a bucket, spoken to by the S3 and the Google protocol on loopback; places that cannot be reached;
+and data sets of the `datasets` library.
+"""
 
 import gzip
 import json
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from tests.ray_head import answers
+from trainers import storage
 from trainers.data.dataset import ShardSet
 from trainers.data.keys import plan_splits
 from trainers.data.manifest import read_manifest, shards_folder
+from trainers.data.readers import plan_units, read_unit
 from trainers.data.sources import find_sources
 from trainers.errors import JobError
 from trainers.job_file import parse_job
@@ -57,6 +66,7 @@ def test_globs_and_folders_of_a_bucket_keep_their_options(bucket: Any) -> None:
     for name in ("one/a.jsonl", "one/b.jsonl.gz", "one/deep/c.jsonl"):
         put(bucket(name), gzip.compress(lines(ROWS)) if name.endswith("gz") else lines(ROWS))
     found = find_sources([bucket("one/*.jsonl"), bucket("one/*.gz")], None, "x")
+    assert [len(list(read_unit(unit, found[unit.file], {"text": "text"}))) for unit in plan_units(found)] == [200, 200]
     assert [one.uri for one in found] == [bucket("one/a.jsonl"), bucket("one/b.jsonl.gz")]
     assert len(find_sources([bucket("one/**/*.jsonl")], None, "x")) == 2
     assert len(find_sources([bucket("one")], "jsonl", "x")) == 3
@@ -89,13 +99,74 @@ def test_shards_are_written_to_a_bucket_and_read_from_a_local_copy(
     assert write_shards(local, str(tiny_tokenizer)).train.shards == shards.train.shards
 
 
-def test_gs_and_hdfs_are_left_to_pyarrow(tmp_path: Path) -> None:
-    from trainers.storage import filesystem_of
+GS_SERVER = """
+import http.server, sys, time
+from gcp_storage_emulator import server
+server.server.HTTPServer = http.server.ThreadingHTTPServer  # pyarrow holds several connections open
+server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="yard").run()
+"""
 
-    fs, path = filesystem_of("gs://anonymous@yard/key?endpoint_override=127.0.0.1:1&scheme=http")
-    assert (fs.type_name, path) == ("gcs", "yard/key")
-    with pytest.raises(JobError, match="cannot use 'hdfs://"):  # no libhdfs here: a message, not a traceback
-        filesystem_of("hdfs://nowhere:1/key")
+
+@pytest.fixture(scope="module")
+def gs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A function from a key to its URI, in a bucket of the Google protocol on loopback."""
+    from tests.ranks import free_port
+
+    port = free_port()
+    log = (tmp_path_factory.mktemp("gs") / "log").open("wb")
+    server = subprocess.Popen([sys.executable, "-c", GS_SERVER, str(port)], stdout=log, stderr=log)
+    deadline = time.monotonic() + 60
+    while not answers(f"http://127.0.0.1:{port}/"):
+        assert server.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    yield lambda key: f"gs://anonymous@yard/{key}?endpoint_override=127.0.0.1:{port}&scheme=http"
+    server.kill()
+    server.wait()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_data_and_shards_may_lie_in_a_bucket_of_google(gs_bucket: Any, tiny_tokenizer: Path, tmp_path: Path) -> None:
+    from orchestrator.shards import write_shards
+
+    put(gs_bucket("data/t.jsonl"), lines(ROWS))
+    put(gs_bucket("data/e.jsonl.gz"), gzip.compress(lines(ROWS[:3])))
+    assert [one.uri for one in find_sources([gs_bucket("data/*.jsonl")], None, "x")] == [gs_bucket("data/t.jsonl")]
+    data = {"train": [gs_bucket("data/t.jsonl")], "eval": [gs_bucket("data/e.jsonl.gz")]}
+    shards = write_shards(parse_job(plain_job(tiny_tokenizer, gs_bucket("storage"), **data)), str(tiny_tokenizer))
+    assert shards.train.outcomes == {"kept": 200} and shards.eval.outcomes == {"kept": 3}
+    held = ShardSet(shards_folder(Folder(gs_bucket("storage")), shards.train.key), shards.train, load_task("classify"))
+    assert held.origin(199)[0] == gs_bucket("data/t.jsonl") and len(held.row(7).input_ids) == held.lengths[7]
+    local = parse_job(plain_job(tiny_tokenizer, str(tmp_path), **data))
+    assert write_shards(local, str(tiny_tokenizer)).train.shards == shards.train.shards
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        (
+            "gs://anonymous@yard/a.jsonl?endpoint_override=127.0.0.1:1&scheme=http",
+            "cannot be read",
+        ),
+        ("s3://a:b@yard/a.jsonl?endpoint_override=127.0.0.1:1&scheme=http&region=x", "cannot be read"),
+        ("hdfs://nowhere:1/a.jsonl", "cannot use 'hdfs://nowhere:1/a.jsonl'"),  # there is no libhdfs here
+        ("ftp://nowhere/a.jsonl", "s3://, gs:// and hdfs:// are understood"),
+    ],
+)
+def test_a_place_that_cannot_be_reached_is_told_before_anything_starts(
+    uri: str, says: str, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import shards as stage
+
+    def no_task(*_: Any) -> Any:
+        raise AssertionError("a task was started")
+
+    monkeypatch.setattr(storage, "GS_RETRY_S", 1)
+    for name in ("spread", "run_apart", "start_workers"):
+        monkeypatch.setattr(stage, name, no_task)
+    job = parse_job(plain_job(tiny_tokenizer, str(tmp_path), train=[uri], eval=[uri]))
+    with pytest.raises(JobError, match=f"data.train: .*{re.escape(uri)}") as caught:
+        stage.write_shards(job, str(tiny_tokenizer))
+    assert says in str(caught.value)
 
 
 def test_a_data_set_of_the_hubs_library_is_read_offline(tmp_path: Path, make_job: Any, shard_here: Any) -> None:
@@ -121,8 +192,6 @@ def test_a_data_set_that_is_not_there_is_refused(uri: str) -> None:
 
 
 def test_a_stream_of_record_batches_is_split_into_units(tmp_path: Path, source_of: Any) -> None:
-    from trainers.data.readers import plan_units, read_unit
-
     table = pa.Table.from_pylist(ROWS)
     with pa.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema) as writer:
         writer.write_table(table, max_chunksize=20)

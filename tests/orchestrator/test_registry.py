@@ -22,6 +22,7 @@ from orchestrator.promotion import Promotion
 from orchestrator.registry import register
 from orchestrator.registry_read import champion, judged_of, list_models, show_model
 from trainers.data.manifest import ShardManifest, ShardRecord, Shards
+from trainers.divergence import SkippedStep, SkippedSteps
 from trainers.errors import EvaluationError, JobError
 from trainers.job_file import parse_job
 from trainers.judged import write_judged
@@ -225,7 +226,7 @@ def test_no_secret_reaches_the_registry(storage, monkeypatch):
     job = job_of(storage, data={"train": ["s3://key:verysecret@bucket/train.jsonl"], "eval_fraction": 0.1})
     run = run_of(storage)
     shards = Shards(train=manifest_of("train"), eval=manifest_of("eval"))
-    register(job, run, best_of(), run / "export", lineage(job, shards, "d1"), YES)
+    register(job, run, best_of(), run / "export", lineage(job, shards, "d1", SkippedSteps()), YES)
     assert b"verysecret" not in (storage.path / "mlflow.db").read_bytes()
 
 
@@ -248,7 +249,10 @@ def manifest_of(split):
 
 def test_lineage_tells_data_job_code_libraries_and_seed(storage):
     job = job_of(storage)
-    told = lineage(job, Shards(train=manifest_of("train"), eval=manifest_of("eval")), "digest-1")
+    left_out = SkippedStep(step=6, loss="nan", reason="the loss is nan", sequences=(3,), rows=(("a.jsonl", 4),))
+    shards = Shards(train=manifest_of("train"), eval=manifest_of("eval"))
+    told = lineage(job, shards, "digest-1", SkippedSteps(steps=(left_out,)))
+    assert told["train.skipped"] == "step 7: the loss is nan, 1 rows"
     assert told["data.train.key"] == "key-train"
     assert told["data.train.ledger"] == "dropped:empty_text 2, kept 8, truncated 1"
     assert told["data.eval.rows_in"] == "11"

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.reaper import SESSION_TIME, session_processes
 from tests.ray_head import answers, free_ports
 from tests.tiny import film_rows, make_bert, tiny_job
 from trainers.run_log import read_events
@@ -303,10 +302,10 @@ def test_a_killed_worker_is_restarted_from_the_newest_checkpoint(finished: Path,
         "--set",
         "checkpoint.every_steps=5",
     ]
-    started = time.strftime(SESSION_TIME)
+    mark = uuid.uuid4().hex
     with (job_file.parent / "wounded.log").open("wb") as log:
         driver = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", *words], env=environment(), stdout=log, stderr=log
+            [sys.executable, "-m", "orchestrator", *words], env=environment(**{MARK: mark}), stdout=log, stderr=log
         )
     runs = job_file.parent / "storage" / "runs"
     deadline = time.monotonic() + 120
@@ -314,13 +313,16 @@ def test_a_killed_worker_is_restarted_from_the_newest_checkpoint(finished: Path,
         assert driver.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    workers = [p for p in session_processes(driver.pid, started) if "ray::RayTrainWorker" in command_of(p)]
-    os.kill(workers[-1], signal.SIGKILL)
+    (victim,) = [process for process in marked_processes(mark) if name_of(process) == "rank-1"]
+    os.kill(victim, signal.SIGKILL)
     assert driver.wait(timeout=240) == 0, (job_file.parent / "wounded.log").read_text()
     run = find_run(job_file, "wounded")
     starts = [event["step"] for event in read_events(Folder(str(run))) if event["kind"] == "start"]
     assert len(starts) == 2
     assert starts[1] >= 5
+    (restart,) = [event for event in read_events(Folder(str(run))) if event["kind"] == "restart"]
+    assert "rank 1" in restart["cause"]
+    assert "was killed by SIGKILL" in restart["cause"]
     assert result_of(run)["restarts"] == 1
     assert set(losses(run)) == set(range(1, 151))
     undisturbed = tuneyard(*words[:2], "--set", "name=unhurt", *words[4:])
@@ -338,6 +340,14 @@ def marked_processes(mark: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def name_of(process: int) -> str:
+    """What ps shows as the command's name."""
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except OSError:
+        return "gone"
 
 
 def command_of(process: int) -> str:

@@ -2,7 +2,6 @@
 evaluation set; and what it holds while it works.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -17,11 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from orchestrator import shards as stage
-from orchestrator.cli import app
-from orchestrator.ledger import ledger_report
 from orchestrator.shards import write_shards
 from tests.orchestrator.test_shards import content, plain_job, stamps
 from tests.tiny import chat_rows
@@ -30,12 +26,11 @@ from trainers.data import readers
 from trainers.data.dataset import ShardSet
 from trainers.data.index import contamination_name
 from trainers.data.keys import load_shards
-from trainers.data.ledger import ledger_lines, trace_step
+from trainers.data.ledger import ledger_lines
 from trainers.data.manifest import Shards, shards_folder
 from trainers.job import Job
 from trainers.job_file import parse_job
-from trainers.rank import index_packs, job_order, job_task
-from trainers.runs import run_folder
+from trainers.rank import job_task
 from trainers.storage import Folder
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -180,45 +175,12 @@ def test_rows_of_the_evaluation_set_are_reported_always_and_dropped_on_request(
     assert dropped.eval == shards.eval and "say what an evaluation row says" not in caplog.text
 
 
-def test_the_ledger_shows_counts_rows_and_the_origin_of_every_token(
-    tmp_path: Path, tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tests.tiny import make_llama
-    from trainers.model_source import find_model
-
-    monkeypatch.setattr(readers, "UNIT_BYTES", 3000)
-    model = make_llama(tmp_path / "model", tiny_chat_tokenizer)
-    path = write(tmp_path / "t.jsonl", texts(80))
-    with path.open("a") as stream:
-        stream.write("torn\n" * 3 + '{"text": ""}\n')
-    job = text_job(tmp_path, model, train=[str(path)], eval=[str(path)], max_drop_fraction=0.1)
-    shards = write_shards(job, str(model))
-    found = find_model(job)
-    assert found is not None
-    run = run_folder(job, found.digest, shards)
-    run.write_bytes("job.yaml", json.dumps(job.model_dump(mode="json")).encode())
-    report = ledger_report(str(run), "malformed", 2)
-    assert report["splits"][0]["outcomes"]["dropped:malformed"] == 3 and report["tokenizer"] == "gigatoken"
-    rows = [row for row in report["rows"] if row["split"] == "train"]
-    assert [path.read_bytes()[row["row"] :].split(b"\n")[0] for row in rows] == [b"torn"] * 3
-    done = CliRunner().invoke(app, ["ledger", str(run), "--reason", "empty_text", "--json"])
-    assert done.exit_code == 0 and len(json.loads(done.stdout)["rows"]) == 2
-    table = CliRunner().invoke(app, ["ledger", str(run), "--reason", "malformed", "--step", "1"])
-    assert "malformed" in table.stdout and str(path.name) in table.stdout.replace("\n", "")
-    held = open_train(job, shards)
-    packs = index_packs(job, held)
-    order = job_order(job, len(packs))
-    seen: set[tuple[int, int]] = set()
-    for step in range(1, order.steps + 1):
-        for piece in trace_step(held, packs, order, step):
-            text = json.loads(path.read_bytes()[piece.row :].split(b"\n")[0])["text"]
-            assert piece.end - piece.start <= len(text.encode()) + 1 and (piece.row, piece.part) not in seen
-            seen.add((piece.row, piece.part))
-    assert len(seen) == shards.train.total("rows")
-
-
 def peak_of_driver(job: Job, model: Path) -> tuple[int, int]:
     """Shards written, and the driver's peak of traced memory in bytes."""
+    first = write(Path(job.storage).parent / "first" / "t.jsonl", texts(3))
+    write_shards(
+        text_job(first.parent, model, train=[str(first)], eval=[str(first)]), str(model)
+    )  # imports, not traced
     tracemalloc.start()
     shards = write_shards(job, str(model))
     peak = tracemalloc.get_traced_memory()[1]
@@ -276,6 +238,52 @@ def test_conversations_of_all_shapes_make_one_split(tmp_path: Path, tiny_chat_to
     for index in range(20):
         ids = [held.row(index + 20 * kind).input_ids.tolist() for kind in range(3)]
         assert ids[0] == ids[1] == ids[2]
+
+
+def test_a_changed_template_does_conversations_again_and_says_so(
+    tmp_path: Path, tiny_chat_tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "orchestrator.shards")
+    path = write(tmp_path / "c.jsonl", chat_rows(12))
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}")
+
+    def shard(task: str, **data: Any) -> Shards:
+        plain = plain_job(tmp_path, tiny_chat_tokenizer, train=[str(path)], eval=[str(path)], **data)
+        return write_shards(parse_job({**plain, "task": task}), str(tiny_chat_tokenizer))
+
+    first = shard("sft")
+    second = shard("sft", chat_template=str(template))
+    assert f"the train shards {first.train.key} do not fit any more: form changed" in caplog.text
+    assert f"the eval shards {first.eval.key} do not fit any more: form changed" in caplog.text
+    assert "taken over" not in caplog.text
+    assert [one.digest for one in first.train.shards] != [one.digest for one in second.train.shards]
+    caplog.clear()
+    assert shard("sft") == first and not caplog.text
+
+
+def test_no_unit_is_written_in_a_process_that_belongs_to_a_process_group(
+    tmp_path: Path, tiny_chat_tokenizer: Path
+) -> None:
+    """Every task asks before it tokenizes, and so does the driver; here the group is that of one rank."""
+    import torch.distributed
+
+    from orchestrator.spreading import run_group
+
+    path = write(tmp_path / "t.jsonl", texts(3))
+    job = text_job(tmp_path, tiny_chat_tokenizer, train=[str(path)], eval=[str(path)])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="process group is alive"):
+            write_shards(job, str(tiny_chat_tokenizer))
+        asked: Any = run_group
+        with pytest.raises(RuntimeError, match="process group is alive"):
+            asked(lambda work, units: iter([(0, "written")]), None, [])
+        assert not list(Path(job.storage).rglob("shard-*"))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert asked(lambda work, units: iter([(0, "written")]), None, []) == [(0, "written")]
+    assert write_shards(job, str(tiny_chat_tokenizer)).train.rows_in == 3
 
 
 def test_the_data_stage_loads_no_torch(tmp_path: Path, tiny_chat_tokenizer: Path) -> None:

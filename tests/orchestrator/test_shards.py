@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator import shards as stage
 from orchestrator.shards import ShardProgress, write_shards
-from trainers.data.keys import load_shards
+from trainers.data.keys import load_shards, plan_splits
 from trainers.data.manifest import shards_folder
 from trainers.errors import DataError, JobError, TuneyardError
 from trainers.job import Job
@@ -150,6 +150,61 @@ def test_a_driver_killed_at_one_worker_is_finished_at_two_with_the_same_bytes(
     assert finished == content(clean)
     kept = [path for path, stamp in written.items() if "shard-" in path and Path(path).stat().st_mtime_ns == stamp]
     assert len(kept) >= 2
+
+
+WORKERS = """
+import json, sys, ray
+from orchestrator.shards import write_shards
+from trainers.job_file import parse_job
+for cpus, plain in json.loads(sys.argv[1]):
+    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    job = parse_job(plain)
+    write_shards(job, job.model.path)
+    ray.shutdown()
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_session")
+def test_shards_are_the_same_bytes_at_one_two_and_four_workers(
+    tmp_path: Path, files: list[str], tiny_tokenizer: Path
+) -> None:
+    data = {"train": files, "eval": files, "max_drop_fraction": 0.1}
+    runs = [(cpus, plain_job(tmp_path, tiny_tokenizer, f"by-{cpus}", **data)) for cpus in (1, 4)]
+    subprocess.run([sys.executable, "-c", WORKERS, json.dumps(runs)], check=True, stderr=subprocess.DEVNULL)
+    job = make_job(tmp_path, tiny_tokenizer, "by-2", **data)
+    write_shards(job, str(tiny_tokenizer))
+    by_two = content(job)
+    assert len(by_two) > 24
+    for _, plain in runs:
+        assert content(parse_job(plain)) == by_two
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_changed_source_does_its_own_shards_again_and_no_others(
+    tmp_path: Path, files: list[str], tiny_tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "orchestrator.shards")
+    data = {"train": files, "eval": [str(tmp_path / "05.jsonl")], "max_drop_fraction": 0.1}
+    job = make_job(tmp_path, tiny_tokenizer, **data)
+    first = write_shards(job, str(tiny_tokenizer))
+    with (tmp_path / "03.jsonl").open("a") as stream:
+        stream.write(json.dumps({"text": "a new film", "label": "good"}) + "\n")
+    os.utime(tmp_path / "04.jsonl")  # touched, but not changed
+    shards_folder(Folder(job.storage), first.train.key).write_bytes("shard-00006.arrow", b"short")
+    before = stamps(job)
+    seen: list[ShardProgress] = []
+    second = write_shards(job, str(tiny_tokenizer), seen.append)
+    assert [one.units_done for one in seen] == [11, 12] and second.eval == first.eval
+    assert f"the train shards {first.train.key} do not fit any more: sources changed" in caplog.text
+    assert "10 of 12 train shards taken over" in caplog.text
+    assert second.train.rows_in == first.train.rows_in + 1
+    assert {path: stamp for path, stamp in stamps(job).items() if path in before} == before
+    clean = make_job(tmp_path, tiny_tokenizer, "clean", **data)
+    write_shards(clean, str(tiny_tokenizer))
+    key = plan_splits(job, str(tiny_tokenizer))[0].key
+    again, whole = content(job), content(clean)
+    assert {name: again[name] for name in whole} == whole and any(name.startswith(key) for name in whole)
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -103,6 +103,17 @@ def test_a_stage_without_partitioning_is_refused(tmp_path: Path, config: dict[st
         read_template(write(tmp_path, config))
 
 
+@pytest.mark.parametrize(
+    "option", [{"mics_shard_size": 2}, {"zero_quantized_weights": True}, {"zero_quantized_nontrainable_weights": True}]
+)
+def test_what_a_checkpoint_would_get_wrong_is_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 3, **option}})
+    with pytest.raises(JobError, match=rf"sets zero_optimization\.{next(iter(option))}, which .* checkpoints"):
+        derive(job_with(path))
+    off = {name: False if value is True else -1 for name, value in option.items()}
+    derive(job_with(write(tmp_path, {"zero_optimization": {"stage": 3, **off}})))
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(JobError, match="'zero4' is neither a file nor one of zero2, zero3"):
         read_template("zero4")

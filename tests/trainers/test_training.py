@@ -12,6 +12,7 @@ import pytest
 from tests.ranks import run_ranks
 from tests.tiny import chat_rows, film_rows, make_bert, make_llama, shard_locally, tiny_job
 from trainers.job import Job
+from trainers.pulse import Phase, StopReason
 from trainers.storage import Folder
 
 pytestmark = pytest.mark.slow
@@ -23,14 +24,16 @@ class Recorder:
 
     stop_after: int | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
-    steps_seen: int = 0
+    step: int = 0
 
     def emit(self, event: dict[str, Any]) -> None:
         self.events.append(dict(event))
 
-    def stop_reason(self) -> str | None:
-        self.steps_seen += 1
-        return "preempted" if self.stop_after and self.steps_seen >= self.stop_after else None
+    def stop_reason(self) -> StopReason | None:
+        return "preempted" if self.stop_after and self.step >= self.stop_after else None
+
+    def at(self, phase: Phase, step: int) -> None:
+        self.step = step
 
 
 def train_here(job: Job, run: str, stop_after: int | None = None) -> dict[int, float]:
@@ -140,10 +143,12 @@ def test_cpu_offload_trains_and_resumes_as_zero3(two_ranks: dict[str, dict[int, 
 def test_frozen_parameters_resume_and_stay(two_ranks: dict[str, dict[int, float]], film_job: Job) -> None:
     from safetensors.torch import load_file
 
+    from trainers.checkpoint.local_copies import LocalCopies
     from trainers.checkpoint.reading import CheckpointReader
 
     assert list(two_ranks["frozen resumed"]) == [3, 4, 5, 6]
-    reader = CheckpointReader(Folder(film_job.storage) / "runs" / "frozen" / "checkpoints" / "step-00000006")
+    checkpoint = Folder(film_job.storage) / "runs" / "frozen" / "checkpoints" / "step-00000006"
+    reader = CheckpointReader(LocalCopies(checkpoint))
     before = load_file(Path(film_job.model.path) / "model.safetensors")
     name = "embeddings.word_embeddings.weight"
     assert reader.read("weight", f"bert.{name}", 0, before[name].numel()).equal(before[name].flatten())

@@ -1,5 +1,7 @@
 """Checkpoints: one format for every world size, committed or absent.
 
-`slices.py` copies a rank's share out of the engine and back, `writing.py` puts it on storage and commits it,
-`reading.py` finds what is committed and reads any slice of it, `retention.py` decides what may go.
+Saving: `slices.py` knows a rank's share of the engine's state, `host_buffer.py` copies it to shared memory,
+`writer_link.py` hands it to the process of `writer.py`, which puts it on storage and commits it (`writing.py`).
+Resuming: `reading.py` finds what is committed and whole and reads any slice of it. `retention.py` decides what may go,
+`cleaning.py` removes it. `checkpointer.py` joins them for the loop: begin there.
 """

@@ -2,19 +2,27 @@
 
 import json
 import shutil
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
-from trainers.checkpoint.writing import COMMITTED, HISTORY, MANIFEST, STATE, CheckpointManifest, CheckpointState
+from trainers.checkpoint.local_copies import LocalCopies
+from trainers.checkpoint.records import (
+    COMMITTED,
+    HISTORY,
+    MANIFEST,
+    STATE,
+    CheckpointManifest,
+    CheckpointState,
+    FileRecord,
+)
 from trainers.runs import parse_step, step_name
 from trainers.storage import Folder
 
-CHUNK_BYTES = 1 << 24
+TENSORS = ".safetensors"
 
 
 def committed_steps(checkpoints: Folder) -> list[int]:
@@ -23,38 +31,34 @@ def committed_steps(checkpoints: Folder) -> list[int]:
     return [step for step, name in steps if step is not None and (checkpoints / name).exists(COMMITTED)]
 
 
-def find_damage(folder: Folder, share: slice = slice(None)) -> str | None:
+def find_damage(files: LocalCopies, share: slice = slice(None)) -> str | None:
     """What is wrong with a committed checkpoint, or None.
 
     Args:
         share: which of its files to read; ranks split the work between them.
     """
+    folder = files.folder
     try:
         data = folder.read_bytes(MANIFEST)
         if xxhash.xxh3_128_hexdigest(data).encode() != folder.read_bytes(COMMITTED):
             return f"{MANIFEST} does not match {COMMITTED}"
-        files = CheckpointManifest.model_validate_json(data).files
+        records = CheckpointManifest.model_validate_json(data).files
     except (OSError, ValueError) as error:
         return f"its manifest cannot be read: {error}"
-    for name in sorted(files)[share]:
-        problem = _file_damage(folder, name, files[name].bytes, files[name].digest)
-        if problem:
-            return problem
-    return None
+    # rank r of n checks the file of rank r of n, from which it is about to restore: its bytes come from storage once
+    ranked = sorted(records, key=lambda name: (not name.endswith(TENSORS), name))
+    problems = (_file_damage(files, name, records[name]) for name in ranked[share])
+    return next((problem for problem in problems if problem), None)
 
 
-def _file_damage(folder: Folder, name: str, size: int, digest: str) -> str | None:
+def _file_damage(files: LocalCopies, name: str, record: FileRecord) -> str | None:
     try:
-        found = folder.size(name)
-        if found != size:
-            return f"{name} has {found} bytes, committed with {size}"
-        running = xxhash.xxh3_128()
-        with folder.open_input(name) as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                running.update(chunk)
+        found = files.folder.size(name)
+        if found != record.bytes:
+            return f"{name} has {found} bytes, committed with {record.bytes}"
+        return None if files.digest(name) == record.digest else f"{name} does not match its digest"
     except OSError as error:
         return f"{name} cannot be read: {error}"
-    return None if running.hexdigest() == digest else f"{name} does not match its digest"
 
 
 def quarantine(checkpoints: Folder, step: int, reason: str) -> None:
@@ -68,48 +72,78 @@ def quarantine(checkpoints: Folder, step: int, reason: str) -> None:
         folder.path.rename(target)
 
 
+def open_newest(
+    checkpoints: Folder,
+    damage_of: Callable[[LocalCopies], str | None],
+    emit: Callable[[Mapping[str, Any]], None] | None,
+) -> "CheckpointReader | None":
+    """The newest committed checkpoint that is whole, or None where there is none.
+
+    Args:
+        damage_of: what is wrong with a checkpoint; the same answer on every rank.
+        emit: on the one rank that sets damaged ones aside, told of each.
+    """
+    for step in reversed(committed_steps(checkpoints)):
+        files = LocalCopies(checkpoints / step_name(step))
+        damage = damage_of(files)
+        if damage is None:
+            return CheckpointReader(files)
+        if emit:
+            quarantine(checkpoints, step, damage)
+            emit({"kind": "checkpoint_quarantined", "step": step, "reason": damage})
+    return None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a rank's file: the values [start, end) of a flattened parameter, or a buffer."""
+
+    start: int
+    end: int
+    file: str
+
+
 class CheckpointReader:
-    """Reads spans of parameters from the rank files of one committed checkpoint."""
+    """Reads spans of parameters from the rank files of one committed checkpoint; opens those that it needs."""
 
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
-        self.state = CheckpointState.model_validate_json(folder.read_bytes(STATE))
-        manifest = CheckpointManifest.model_validate_json(folder.read_bytes(MANIFEST))
-        self._downloads = None if folder.is_local else tempfile.TemporaryDirectory(prefix="tuneyard-")
-        self._spans: dict[str, list[tuple[int, int, Any]]] = defaultdict(list)
+    def __init__(self, files: LocalCopies) -> None:
+        self.folder, self._files = files.folder, files
+        self.state = CheckpointState.model_validate_json(self.folder.read_bytes(STATE))
+        manifest = CheckpointManifest.model_validate_json(self.folder.read_bytes(MANIFEST))
+        self._open: dict[str, Any] = {}
+        self._stored: dict[str, list[Stored]] = defaultdict(list)
         for name in sorted(manifest.files):
-            if name.endswith(".safetensors"):
-                self._index(self._open(name))
-        for spans in self._spans.values():
-            spans.sort(key=lambda span: span[0])
+            if name.endswith(TENSORS):
+                self._index(name)
+        for stored in self._stored.values():
+            stored.sort(key=lambda one: one.start)
 
-    def _open(self, name: str) -> Any:
+    def _index(self, name: str) -> None:
+        """Note what a file holds, from its header alone."""
+        with self.folder.open_input(name) as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        starts = json.loads(header.pop("__metadata__")["starts"])
+        for key, entry in header.items():
+            start = starts.get(key.partition("/")[2], 0)
+            self._stored[key].append(Stored(start, start + (entry["shape"] or [1])[0], name))
+
+    def _file(self, name: str) -> Any:
         from safetensors import safe_open
 
-        if self._downloads is None:
-            return safe_open(self.folder.path / name, framework="pt")
-        local = Path(self._downloads.name) / name
-        with self.folder.open_input(name) as source, local.open("wb") as target:
-            shutil.copyfileobj(source, target, CHUNK_BYTES)
-        return safe_open(local, framework="pt")
-
-    def _index(self, file: Any) -> None:
-        starts = json.loads(file.metadata()["starts"])
-        for key in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-            _, _, name = key.partition("/")
-            shape = file.get_slice(key).get_shape()
-            start = starts.get(name, 0)
-            self._spans[key].append((start, start + (shape[0] if shape else 1), file))
+        if name not in self._open:
+            self._open[name] = safe_open(self._files.path(name), framework="pt")
+        return self._open[name]
 
     def read(self, kind: str, name: str, start: int, end: int) -> Any:
         """The fp32 values [start, end) of one flattened parameter. Raises ValueError where the files lack some."""
         import torch
 
         parts, cursor = [], start
-        for low, high, file in self._spans[f"{kind}/{name}"]:
-            if low <= cursor < min(high, end):
-                stop = min(high, end)
-                parts.append(file.get_slice(f"{kind}/{name}")[cursor - low : stop - low])
+        for stored in self._stored[f"{kind}/{name}"]:
+            if stored.start <= cursor < min(stored.end, end):
+                stop = min(stored.end, end)
+                tensor = self._file(stored.file).get_slice(f"{kind}/{name}")
+                parts.append(tensor[cursor - stored.start : stop - stored.start])
                 cursor = stop
         if cursor < end:
             raise ValueError(f"{self.folder}: {kind}/{name} has no values from {cursor} to {end}")
@@ -124,7 +158,7 @@ class CheckpointReader:
 
     def buffers(self) -> Iterable[tuple[str, Any]]:
         """Persistent buffers by name."""
-        for key, spans in self._spans.items():
+        for key, stored in self._stored.items():
             kind, _, name = key.partition("/")
             if kind == "buffer":
-                yield name, spans[0][2].get_tensor(key)
+                yield name, self._file(stored[0].file).get_tensor(key)

@@ -7,7 +7,10 @@ local accessors (deepspeed.utils.tensor_fragment) and nothing of files.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from trainers.checkpoint.tensor_file import TensorSpec, spec_of
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """fp32 weight, and AdamW's first and second moment."""
@@ -26,11 +29,22 @@ class Span:
 
 
 @dataclass(frozen=True)
-class RankState:
-    """Everything a rank must write down: tensors by `kind/name`, and where each starts."""
+class Piece:
+    """One tensor that a rank writes down."""
 
-    tensors: dict[str, Any]
+    spec: TensorSpec
+    """Its name in the file is `kind/parameter`."""
+    live: Callable[[], Any]
+    """Gives the tensor as it is now, on its device and in its type; AdamW's moments exist after the first update."""
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """Everything a rank writes down, the same from the first save to the last."""
+
+    pieces: tuple[Piece, ...]
     starts: dict[str, int]
+    """Offset of this rank's part in each flattened parameter."""
 
 
 def stage_of(engine: Any) -> int:
@@ -43,19 +57,20 @@ def parameter_shapes(engine: Any) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
-def copy_state(engine: Any) -> RankState:
-    """Copy this rank's fp32 weights, moments and (on rank 0) buffers to host memory."""
+def rank_share(engine: Any) -> RankShare:
+    """This rank's fp32 weights, moments and (on rank 0) buffers."""
     parameters = dict(engine.module.named_parameters())
-    tensors: dict[str, Any] = {}
+    pieces: list[Piece] = []
     starts: dict[str, int] = {}
     for span in owned_spans(engine):
         for kind in KINDS if span.trainable else KINDS[:1]:
-            tensors[f"{kind}/{span.name}"] = _local(engine, parameters[span.name], kind, span).float().cpu().clone()
+            spec = TensorSpec(f"{kind}/{span.name}", "float32", (span.end - span.start,))
+            pieces.append(Piece(spec, partial(_local, engine, parameters[span.name], kind, span)))
         starts[span.name] = span.start
     if engine.global_rank == 0:
         for name, buffer in persistent_buffers(engine.module):
-            tensors[f"buffer/{name}"] = buffer.detach().cpu().clone()
-    return RankState(tensors, starts)
+            pieces.append(Piece(spec_of(f"buffer/{name}", buffer), buffer.detach))
+    return RankShare(tuple(pieces), starts)
 
 
 def owned_spans(engine: Any) -> Iterator[Span]:

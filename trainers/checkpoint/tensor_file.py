@@ -35,6 +35,17 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class FileLayout:
+    """Where everything of a safetensors file lies, before there is any value."""
+
+    header: bytes
+    offsets: dict[str, int]
+    """First byte of each tensor, counted from the start of the file."""
+    num_bytes: int
+    """Size of the whole file."""
+
+
+@dataclass(frozen=True)
 class FileDigest:
     """Size and xxh3-128 of a whole file."""
 
@@ -45,6 +56,22 @@ class FileDigest:
 def spec_of(name: str, tensor: Any) -> TensorSpec:
     """The spec of a tensor at hand."""
     return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def plan_file(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> FileLayout:
+    """Lay out the file that `write_tensors` would write."""
+    ordered = _in_file_order(specs)
+    header = _header(ordered, metadata)
+    offsets, end = {}, len(header)
+    for spec in ordered:
+        offsets[spec.name] = end
+        end += spec.num_bytes
+    return FileLayout(header, offsets, end)
+
+
+def _in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Wide types first, which keeps every tensor aligned."""
+    return sorted(specs, key=lambda spec: (-WIDTHS[DTYPES[spec.dtype]], spec.name))
 
 
 def write_tensors(
@@ -58,24 +85,45 @@ def write_tensors(
     Raises:
         ValueError: where a tensor is not what its spec said.
     """
-    ordered = sorted(specs, key=lambda spec: (-WIDTHS[DTYPES[spec.dtype]], spec.name))  # keeps every tensor aligned
+    return write_parts(stream, specs, lambda name: (load(name),), metadata)
+
+
+def write_parts(
+    stream: Any, specs: Iterable[TensorSpec], parts: Callable[[str], Iterable[Any]], metadata: Mapping[str, str]
+) -> FileDigest:
+    """Write a safetensors file of which not even one tensor need be in memory as a whole.
+
+    Args:
+        parts: gives the tensor of a name in consecutive parts of its values; called once each, in file order.
+
+    Raises:
+        ValueError: where the parts are not what the spec said.
+    """
+    ordered = _in_file_order(specs)
     digest = xxhash.xxh3_128()
     written = 0
-    for chunk in _chunks(ordered, load, metadata):
+    for chunk in _chunks(ordered, parts, metadata):
         digest.update(chunk)
         stream.write(chunk)
         written += len(chunk)
     return FileDigest(written, digest.hexdigest())
 
 
-def _chunks(specs: list[TensorSpec], load: Callable[[str], Any], metadata: Mapping[str, str]) -> Iterable[memoryview]:
+def _chunks(
+    specs: list[TensorSpec], parts: Callable[[str], Iterable[Any]], metadata: Mapping[str, str]
+) -> Iterable[memoryview]:
     yield memoryview(_header(specs, metadata))
     for spec in specs:
-        tensor = load(spec.name).detach().contiguous()
-        if spec_of(spec.name, tensor) != spec:
-            raise ValueError(f"{spec.name} is {spec_of(spec.name, tensor)}, announced as {spec}")
-        if spec.num_bytes:
-            yield memoryview(tensor.flatten().view(dtype=_uint8()).numpy()).cast("B")
+        given = 0
+        for part in parts(spec.name):
+            dtype = str(part.dtype).removeprefix("torch.")
+            given += part.nbytes
+            if dtype != spec.dtype or given > spec.num_bytes:
+                raise ValueError(f"{spec.name} is {dtype} {tuple(part.shape)}, announced as {spec}")
+            if part.nbytes:
+                yield memoryview(part.detach().contiguous().flatten().view(dtype=_uint8()).numpy()).cast("B")
+        if given != spec.num_bytes:
+            raise ValueError(f"{spec.name} has {given} bytes, announced as {spec}")
 
 
 def _uint8() -> Any:

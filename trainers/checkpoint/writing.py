@@ -1,116 +1,135 @@
 """Puts a checkpoint on storage and commits it: rank files, then each rank's vote, then the manifest, then COMMITTED.
 
-No collective waits for a disk: a rank writes its file and its vote and goes on; rank 0 watches storage for the votes.
-A vote carries the attempt that wrote it, so leftovers of a killed attempt are never taken for this one's.
+Ranks agree through files alone: each writes its own and its vote, rank 0 waits for the votes. A vote carries the save
+that it belongs to, so leftovers of a killed attempt are never taken for this one's. Torch-free: the writer process
+(`writer.py`) runs this beside the training.
 """
 
-import json
+import os
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import xxhash
 
-from trainers.checkpoint.slices import RankState
-from trainers.checkpoint.tensor_file import spec_of, write_tensors
-from trainers.data.manifest import Record
+from trainers.checkpoint.records import (
+    COMMITTED,
+    HISTORY,
+    MANIFEST,
+    STATE,
+    CheckpointManifest,
+    CheckpointState,
+    FileRecord,
+    Save,
+    Vote,
+    last_word_file,
+    rank_file,
+    vote_file,
+)
 from trainers.storage import Folder
 
-COMMITTED, MANIFEST, STATE, HISTORY = "COMMITTED", "manifest.json", "state.json", "history.json"
-Event = dict[str, Any]
 VOTE_TIMEOUT_S = 600.0
+BLIND_TIMEOUT_S = 10.0
+"""How long votes are waited for where this rank's own file failed: the others may be unable even to vote."""
 POLL_S = 0.02
+PIECE_BYTES = 1 << 25
+"""Written and synced, before the writer rests."""
+CHUNK_BYTES = 1 << 22
+"""Written and digested at once: what the digest has just read is still in the processor's cache when it is written."""
 
 
-class CheckpointState(Record):
-    """state.json: what a checkpoint holds, apart from the numbers."""
-
-    schema_version: int = 1
-    step: int
-    """Optimizer steps done; training goes on with step number `step`, counted from 0."""
-    world_size: int
-    zero_stage: int
-    shapes: dict[str, list[int]]
-    """Full shape of each parameter."""
-    trainable: tuple[str, ...]
-    tokens: int
-    """Tokens trained on so far."""
-    train_key: str
-    """Key of the training shards, which with the step gives the position in the data."""
-    job: str
-    """Identity of the job."""
-
-
-class FileRecord(Record):
-    """One file of a checkpoint."""
-
-    bytes: int
-    digest: str
-    """xxh3-128."""
-
-
-class CheckpointManifest(Record):
-    """manifest.json: every file that belongs to the checkpoint."""
-
-    files: dict[str, FileRecord]
-
-
-class Vote(Record):
-    """A rank's word that its file is whole, or why it is not."""
-
-    attempt: str
-    file: FileRecord | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One launch of the ranks."""
-
-    id: str
-    rank: int
-    world_size: int
-
-
-def rank_file(rank: int, world_size: int) -> str:
-    """Name of a rank's file."""
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def vote_file(rank: int, world_size: int) -> str:
-    """Name of a rank's vote."""
-    return f"rank-{rank:05d}-of-{world_size:05d}.json"
-
-
-def write_rank(folder: Folder, attempt: Attempt, state: RankState) -> None:
-    """Write this rank's file, then its vote. A failure to write becomes the vote."""
-    name = rank_file(attempt.rank, attempt.world_size)
-    specs = [spec_of(key, tensor) for key, tensor in state.tensors.items()]
-    metadata = {"starts": json.dumps(state.starts)}
-    try:
-        with folder.open_output(name) as stream:
-            digest = write_tensors(stream, specs, state.tensors.__getitem__, metadata)
-        vote = Vote(attempt=attempt.id, file=FileRecord(bytes=digest.bytes, digest=digest.digest))
-    except OSError as error:
-        vote = Vote(attempt=attempt.id, error=f"{type(error).__name__}: {error}")
-    folder.write_bytes(vote_file(attempt.rank, attempt.world_size), vote.model_dump_json().encode())
-
-
-def commit(folder: Folder, attempt: Attempt, state: CheckpointState, history: Sequence[Event] = ()) -> None:
-    """Rank 0: wait for every vote, then write manifest and marker.
+def write_share(
+    folder: Folder, save: Save, data: memoryview, total_bytes: int, rest: Callable[[float], object] = float
+) -> Vote:
+    """Write this rank's file, then its vote. A failure to write becomes the vote.
 
     Args:
-        history: events of the last steps.
+        total_bytes: what all ranks are about to write, for the check of the disk.
+        rest: called after each piece with the seconds that it took.
+    """
+    try:
+        check_space(folder, total_bytes)
+        vote = Vote(save=save.id, file=write_file(folder, rank_file(save.rank, save.world_size), data, rest))
+    except OSError as error:
+        vote = Vote(save=save.id, error=f"{type(error).__name__}: {error}")
+    return cast_vote(folder, save, vote)
+
+
+def check_space(folder: Folder, num_bytes: int) -> None:
+    """Compare what is about to be written with what is free; a bucket has no end.
+
+    Raises:
+        OSError: with both figures.
+    """
+    if not folder.is_local:
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    there = sum(_size_of(path) for path in folder.path.iterdir())  # by ranks that began earlier
+    free = shutil.disk_usage(folder.path).free + there
+    if num_bytes > free:
+        raise OSError(
+            f"the checkpoint needs {num_bytes:,} bytes and {free:,} are free in {folder.path}: make room or set "
+            "checkpoint.keep lower"
+        )
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # renamed since
+        return 0
+
+
+def write_file(folder: Folder, name: str, data: memoryview, rest: Callable[[float], object]) -> FileRecord:
+    """Write one file, whole and synced or not at all, and digest it on the way.
+
+    Each piece is synced by itself: the kernel flushes a whole file without regard for the writer's low priority.
+    """
+    digest = xxhash.xxh3_128()
+    with folder.open_output(name) as stream:
+        for start in range(0, len(data), PIECE_BYTES):
+            began = time.monotonic()
+            for chunk in _chunks(data[start : start + PIECE_BYTES]):
+                digest.update(chunk)
+                stream.write(chunk)
+            if folder.is_local:
+                os.fdatasync(stream.fileno())
+            rest(time.monotonic() - began)
+    return FileRecord(bytes=len(data), digest=digest.hexdigest())
+
+
+def _chunks(data: memoryview) -> Iterator[memoryview]:
+    return (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
+
+
+def cast_vote(folder: Folder, save: Save, vote: Vote) -> Vote:
+    """Leave a rank's vote beside its file. An empty file is a bad vote: it finds its place on the fullest disk."""
+    try:
+        folder.write_bytes(vote_file(save.rank, save.world_size), vote.model_dump_json().encode())
+    except OSError as error:
+        vote = Vote(save=save.id, error=vote.error or f"its vote: {error}")
+        if folder.is_local:
+            (folder.path / last_word_file(save)).touch()
+    return vote
+
+
+def commit(folder: Folder, own: Vote, world_size: int, state: CheckpointState, history: str = "[]") -> int:
+    """Rank 0: wait for every vote, then write manifest and marker. Returns the bytes of all files.
+
+    Args:
+        own: rank 0's vote.
+        history: events of the last steps, as JSON.
 
     Raises:
         OSError: where a rank could not write, its vote did not come, or the disk is full; nothing is committed then.
     """
-    files = _gather_votes(folder, attempt)
-    files[HISTORY] = _write(folder, HISTORY, json.dumps(list(history)))
+    files = _gather_votes(folder, own, world_size)
+    files[HISTORY] = _write(folder, HISTORY, history)
     files[STATE] = _write(folder, STATE, state.model_dump_json(indent=1))
     digest = _write(folder, MANIFEST, CheckpointManifest(files=files).model_dump_json(indent=1)).digest
     folder.write_bytes(COMMITTED, digest.encode())
+    return sum(file.bytes for file in files.values())
 
 
 def _write(folder: Folder, name: str, text: str) -> FileRecord:
@@ -119,50 +138,33 @@ def _write(folder: Folder, name: str, text: str) -> FileRecord:
     return FileRecord(bytes=len(data), digest=xxhash.xxh3_128_hexdigest(data))
 
 
-def _gather_votes(folder: Folder, attempt: Attempt) -> dict[str, FileRecord]:
+def _gather_votes(folder: Folder, own: Vote, world_size: int) -> dict[str, FileRecord]:
     """Every rank's file. Waits for all votes, so that nobody is still writing when this raises."""
-    deadline = time.monotonic() + VOTE_TIMEOUT_S
-    votes = {rank: _await_vote(folder, attempt, rank, deadline) for rank in range(attempt.world_size)}
+    deadline = time.monotonic() + (VOTE_TIMEOUT_S if own.file else BLIND_TIMEOUT_S)
+    votes: dict[int, Vote | None] = {0: own}
+    for rank in range(1, world_size):
+        votes[rank] = _await_vote(folder, Save(id=own.save, rank=rank, world_size=world_size), deadline)
     bad = {rank: vote.error if vote else "no vote came" for rank, vote in votes.items() if not vote or not vote.file}
     if bad:
         reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in bad.items())
         raise OSError(f"{folder.name} is not committed: {reasons}")
-    return {rank_file(rank, attempt.world_size): vote.file for rank, vote in votes.items() if vote and vote.file}
+    return {rank_file(rank, world_size): vote.file for rank, vote in votes.items() if vote and vote.file}
 
 
-def _await_vote(folder: Folder, attempt: Attempt, rank: int, deadline: float) -> Vote | None:
-    while time.monotonic() < deadline:
-        try:
-            vote = Vote.model_validate_json(folder.read_bytes(vote_file(rank, attempt.world_size)))
-        except FileNotFoundError:
-            vote = None
-        if vote is not None and vote.attempt == attempt.id:
-            return vote
+def _await_vote(folder: Folder, save: Save, deadline: float) -> Vote | None:
+    while (vote := read_vote(folder, save)) is None and time.monotonic() < deadline:
         time.sleep(POLL_S)
+    return vote
+
+
+def read_vote(folder: Folder, save: Save) -> Vote | None:
+    """A rank's vote in a save, if it has cast one."""
+    try:
+        vote = Vote.model_validate_json(folder.read_bytes(vote_file(save.rank, save.world_size)))
+    except FileNotFoundError:
+        vote = None
+    if vote is not None and vote.save == save.id:
+        return vote
+    if folder.is_local and (folder.path / last_word_file(save)).exists():
+        return Vote(save=save.id, error="its disk was too full to say why it failed")
     return None
-
-
-def clean_uncommitted(checkpoints: Folder) -> list[str]:
-    """Remove what killed attempts left: step folders without COMMITTED. Returns their names."""
-    left = [
-        name for name in checkpoints.list() if name.startswith("step-") and not (checkpoints / name).exists(COMMITTED)
-    ]
-    for name in left:
-        checkpoints.delete(name)
-    return left
-
-
-def state_record(engine: Any, step: int, tokens: int, train_key: str, job: str) -> CheckpointState:
-    """What rank 0 writes down beside the numbers."""
-    from trainers.checkpoint.slices import parameter_shapes, stage_of
-
-    return CheckpointState(
-        step=step,
-        world_size=engine.world_size,
-        zero_stage=stage_of(engine),
-        shapes=parameter_shapes(engine),
-        trainable=tuple(name for name, p in engine.module.named_parameters() if p.requires_grad),
-        tokens=tokens,
-        train_key=train_key,
-        job=job,
-    )

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from trainers.data.encoded import starts_of
 from trainers.data.index import read_counts
 from trainers.data.manifest import ShardManifest, ShardRecord
 from trainers.data.shard_files import ORIGIN, shard_schema
@@ -34,7 +35,7 @@ class ShardSet:
         self.folder = folder
         self.manifest = manifest
         self._task = task
-        self._starts = np.cumsum([0, *(shard.rows for shard in manifest.shards)], dtype=np.int64)
+        self._starts = starts_of(manifest.shards.numbers("rows"))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __len__(self) -> int:

@@ -123,6 +123,32 @@ def starts_of(lengths: Array) -> Array:
     return starts
 
 
+def join_tokens(parts: Sequence[Tokens]) -> Tokens:
+    """The texts of several parts, one part after another."""
+    held = [part for part in parts if len(part)]
+    if len(held) == 1:
+        return held[0]
+    lengths = [part.lengths for part in held]
+    ids = [part.ids[part.offsets[0] : part.offsets[-1]] for part in held]
+    return Tokens(
+        np.concatenate([*ids, np.zeros(0, np.int32)]), starts_of(np.concatenate([*lengths, np.zeros(0, np.int64)]))
+    )
+
+
+def surround(tokens: Tokens, prefix: Sequence[int], suffix: Sequence[int]) -> Tokens:
+    """The same with ids put before and after each text."""
+    before, after = len(prefix), len(suffix)
+    if not before and not after:
+        return tokens
+    offsets = starts_of(tokens.lengths + before + after)
+    ids, inner = np.empty(offsets[-1], np.int32), np.ones(offsets[-1], bool)  # a byte a token, where places take 16
+    for starts, numbers in ((offsets[:-1], prefix), (offsets[1:] - after, suffix)):
+        for place, number in enumerate(numbers):
+            ids[starts + place], inner[starts + place] = number, False
+    ids[inner] = tokens.ids[tokens.offsets[0] : tokens.offsets[-1]]
+    return Tokens(ids, offsets)
+
+
 def insert_rows(batch: EncodedBatch, place_of: Array, outcomes: Sequence[str | None]) -> EncodedBatch:
     """The batch within a larger one, some of whose rows never reached the task.
 

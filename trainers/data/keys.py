@@ -17,6 +17,7 @@ from trainers.data import readers
 from trainers.data.budget import check_shards
 from trainers.data.duplicates import DedupMode
 from trainers.data.manifest import MANIFEST, ShardManifest, Shards, read_manifest, shards_folder
+from trainers.data.shard_table import ShardTable
 from trainers.data.sources import SourceFile, entries_of, find_sources, source_key
 from trainers.data.tokenizer import TOKENIZER_FILES
 from trainers.errors import JobError
@@ -128,7 +129,12 @@ def load_shards(job: Job, model_path: str) -> Shards | None:
 
 def write_key(folder: Folder, plan: SplitPlan) -> None:
     """Note in a folder of shards what it is made from."""
-    folder.write_json(KEY, {"split": plan.name, "key_parts": dict(plan.key_parts)})
+    folder.write_json(KEY, {"split": plan.name, "key_parts": dict(plan.key_parts), "sources": identity_of(plan)})
+
+
+def identity_of(plan: SplitPlan) -> list[list[str | None]]:
+    """What decides the rows of each source."""
+    return [[source.digest, source.format, source.compression] for source in plan.sources]
 
 
 def explain_miss(storage: Folder, plan: SplitPlan) -> str | None:
@@ -163,7 +169,7 @@ def manifest_of(
         split=plan.name,
         task=task,
         sources=tuple(source.uri for source in plan.sources),
-        shards=tuple(records[index] for index in sorted(records)),
+        shards=ShardTable.of(records[index] for index in sorted(records)),
         tokenizer=library,
         fallback_reason=fallback_reason,
         entries=plan.entries,

@@ -1,43 +1,21 @@
 """What a committed set of shards says of itself. Torch-free: the controller, the trainers and the tools all read it."""
 
-from collections.abc import Iterable, Mapping
+import json
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+import pyarrow as pa
+import xxhash
+from pydantic import PlainSerializer, PlainValidator
 
+from trainers.data.shard_table import Record as Record
+from trainers.data.shard_table import ShardRecord as ShardRecord
+from trainers.data.shard_table import ShardTable, as_records, as_table
 from trainers.errors import DataError
 from trainers.storage import Folder
 
-MANIFEST = "manifest.json"
+MANIFEST, TABLE = "manifest.json", "shards.arrow"
+TOTALS = ("rows", "tokens", "targets", "bytes", "tokens_lost")
 KEPT, TRUNCATED, SPLIT = "kept", "truncated", "split"
-
-
-class Record(BaseModel):
-    """Base of the records that stages leave behind as JSON: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
-
-
-class ShardRecord(Record):
-    """One committed shard: `file` holds the sequences, `ledger` one line per input row."""
-
-    file: str
-    ledger: str
-    source: int
-    """The file it was read from, as an index into the manifest's sources."""
-    rows: int
-    """Sequences in `file` (a split input row gives several)."""
-    tokens: int
-    targets: int
-    """Tokens, or rows, that the loss is taken over."""
-    bytes: int
-    digest: str
-    """xxh3-128 of `file`."""
-    outcomes: dict[str, int]
-    """Input rows by outcome: kept, truncated, split, dropped:REASON, or removed:REASON where the job asked for that."""
-    tokens_lost: int
-    """Tokens cut off from truncated rows."""
-    labels: dict[str, int] = {}
-    """Rows by label, where the task has one."""
 
 
 class ShardManifest(Record):
@@ -52,7 +30,7 @@ class ShardManifest(Record):
     task: str
     sources: tuple[str, ...]
     """The files read; `file` in shards and ledgers is an index into this."""
-    shards: tuple[ShardRecord, ...]
+    shards: Annotated[ShardTable, PlainValidator(as_table), PlainSerializer(as_records)]
     tokenizer: str = "tokenizers"
     """The library that made the ids; which one never changes them."""
     fallback_reason: str | None = None
@@ -62,17 +40,17 @@ class ShardManifest(Record):
 
     def total(self, name: str) -> int:
         """Sum of one numeric field (rows, tokens, targets, bytes, tokens_lost) over the shards."""
-        return sum(int(getattr(shard, name)) for shard in self.shards)
+        return int(self.shards.numbers(name).sum())
 
     @property
     def outcomes(self) -> dict[str, int]:
         """Input rows by outcome, over all shards."""
-        return add_counts(shard.outcomes for shard in self.shards)
+        return self.shards.outcomes
 
     @property
     def labels(self) -> dict[str, int]:
         """Rows by label, over all shards, in sorted order of the label."""
-        return dict(sorted(add_counts(shard.labels for shard in self.shards).items()))
+        return self.shards.labels
 
     @property
     def rows_in(self) -> int:
@@ -97,15 +75,6 @@ class Shards(Record):
     eval: ShardManifest
 
 
-def add_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Sum several dictionaries of counts."""
-    total: dict[str, int] = {}
-    for one in counts:
-        for name, count in one.items():
-            total[name] = total.get(name, 0) + count
-    return total
-
-
 def shards_folder(storage: Folder, key: str) -> Folder:
     """Where the shards of a key live; shared by all runs of the storage."""
     return storage / "shards" / key
@@ -118,11 +87,35 @@ def read_manifest(folder: Folder) -> ShardManifest | None:
     except FileNotFoundError:
         return None
     try:
-        return ShardManifest.model_validate_json(data)
-    except ValueError as error:
+        said = json.loads(data)
+        if isinstance(said["shards"], dict):
+            said["shards"] = _read_table(folder, said["shards"])
+        return ShardManifest.model_validate(said)
+    except (ValueError, TypeError, KeyError, OSError, pa.ArrowException) as error:
         raise DataError(
             f"{folder / MANIFEST} is damaged or of another version: {error}. Remove {folder} to shard again"
         ) from error
+
+
+def write_manifest(folder: Folder, manifest: ShardManifest) -> None:
+    """Commit a split: the records of its shards as a table, then the manifest, which names the table and its digest."""
+    with pa.BufferOutputStream() as sink:
+        with pa.ipc.new_file(sink, manifest.shards.table.schema) as writer:
+            writer.write_table(manifest.shards.table)
+        table = sink.getvalue()
+    folder.write_bytes(TABLE, table)
+    totals = {name: manifest.total(name) for name in TOTALS}
+    shards = {"table": TABLE, "digest": xxhash.xxh3_128_hexdigest(table), "count": len(manifest.shards), **totals}
+    folder.write_json(MANIFEST, {**manifest.model_dump(mode="json", exclude={"shards"}), "shards": shards})
+
+
+def _read_table(folder: Folder, said: dict[str, Any]) -> ShardTable:
+    """The table that a manifest names. Raises ValueError where its digest is another."""
+    with folder.open_input(said["table"]) as stream:
+        content = stream.read_buffer()
+        if xxhash.xxh3_128_hexdigest(content) != said["digest"]:
+            raise ValueError(f"the digest of {said['table']} is not the one noted")
+        return ShardTable(pa.ipc.open_file(content).read_all())
 
 
 def check_labels(shards: Shards) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from trainers.data.encoded import Array, Tokens, starts_of
+from trainers.data.encoded import Array, Tokens, surround
+from trainers.data.exact_tokenizer import encode_exact
 from trainers.data.word_tokenizer import open_words
 
 SAMPLE_CHARS = 20_000
@@ -37,26 +38,12 @@ class QuickTokenizer:
         self, library: str, bare: Callable[[list[str]], Tokens], prefix: Sequence[int], suffix: Sequence[int]
     ) -> None:
         self.library, self._bare = library, bare
-        self._prefix, self._suffix = np.array(prefix, np.int32), np.array(suffix, np.int32)
+        self._prefix, self._suffix = prefix, suffix
 
     def encode(self, texts: list[str], special: bool) -> Tokens:
         """Ids of texts; `special` puts the special tokens around each."""
         tokens = self._bare(texts) if texts else Tokens.of([])
-        return self._surrounded(tokens) if special and (len(self._prefix) or len(self._suffix)) else tokens
-
-    def _surrounded(self, tokens: Tokens) -> Tokens:
-        before, after = len(self._prefix), len(self._suffix)
-        offsets = starts_of(tokens.lengths + before + after)
-        ids = np.empty(offsets[-1], np.int32)
-        inner = np.arange(len(tokens.ids)) + np.repeat(
-            offsets[:-1] + before - tokens.offsets[:-1] + tokens.offsets[0], tokens.lengths
-        )
-        ids[inner] = tokens.ids
-        for place in range(before):
-            ids[offsets[:-1] + place] = self._prefix[place]
-        for place in range(after):
-            ids[offsets[1:] - after + place] = self._suffix[place]
-        return Tokens(ids, offsets)
+        return surround(tokens, self._prefix, self._suffix) if special else tokens
 
 
 class GigaTokenizer:
@@ -72,17 +59,17 @@ class GigaTokenizer:
         if not len(tokens.ids) or int(tokens.ids.max()) < self._limit:
             return tokens
         places = np.unique(np.searchsorted(tokens.offsets, np.flatnonzero(tokens.ids >= self._limit), side="right") - 1)
-        exact = self._exact.encode_batch_fast([texts[place] for place in places], add_special_tokens=False)
+        exact = encode_exact(self._exact, [texts[place] for place in places])
         lists: list[Any] = [tokens[place] for place in range(len(tokens))]
-        for place, one in zip(places.tolist(), exact, strict=True):
-            lists[place] = one.ids
+        for number, place in enumerate(places.tolist()):
+            lists[place] = exact[number]
         return Tokens.of(lists)
 
 
 def open_quick(backend_json: str, exact: Any) -> QuickTokenizer | None:
     """The quick way for tokenizers' JSON, or None where there is none, or it cannot add the tokenizer's specials."""
     config = json.loads(backend_json)
-    around = _specials_around(exact)
+    around = specials_around(exact)
     if around is None:
         return None
     if giga := _open_giga(config, exact):
@@ -119,13 +106,22 @@ def check_sample(texts: Sequence[str], tokens: Tokens, exact: Any, special: bool
     text = texts[place]
     if len(text) > SAMPLE_CHARS and seed / 2**64 > SAMPLE_CHARS / len(text):
         return
-    expected, found = exact.encode(text, add_special_tokens=special).ids, tokens[place].tolist()
+    expected, found = _expected(exact, text, special), tokens[place].tolist()
     if expected != found:
         at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
         raise TokenizerDiffers(
             f"at token {at} of a text that begins with {text[:40]!r}, tokenizers gives {expected[at : at + 4]} "
             f"and the quick way {found[at : at + 4]}"
         )
+
+
+def _expected(exact: Any, text: str, special: bool) -> list[int]:
+    around = specials_around(exact) if special else None
+    if special and around is None:
+        ids: list[int] = exact.encode(text).ids
+        return ids
+    before, after = around or ([], [])
+    return [*before, *encode_exact(exact, [text])[0].tolist(), *after]
 
 
 def bytes_of_ids(config: dict[str, Any]) -> Array | None:
@@ -149,7 +145,7 @@ def _is_byte_level(step: Any) -> bool:
     return bool(step.get("type") == "ByteLevel")
 
 
-def _specials_around(exact: Any) -> tuple[list[int], list[int]] | None:
+def specials_around(exact: Any) -> tuple[list[int], list[int]] | None:
     """Ids that the tokenizer puts before and after a text."""
     bare = exact.encode(PROBE, add_special_tokens=False).ids
     full = exact.encode(PROBE, add_special_tokens=True).ids

@@ -6,7 +6,6 @@ ledger-*.arrow: file int32, row int64, outcome, tokens int32 (in all its sequenc
     (digest of what the row says, see `text_digest`; 0 where it is malformed).
 """
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,21 @@ LEDGER_SCHEMA = pa.schema(
         ("text", pa.uint64()),
     ]
 )
+
+
+def shard_name(number: int) -> str:
+    """The file of a unit's sequences."""
+    return f"shard-{number:05d}.arrow"
+
+
+def ledger_name(number: int) -> str:
+    """The file of a unit's ledger."""
+    return f"ledger-{number:05d}.arrow"
+
+
+def record_name(number: int) -> str:
+    """The file that commits a unit."""
+    return f"shard-{number:05d}.json"
 
 
 def shard_schema(task: Task) -> pa.Schema:
@@ -87,8 +101,7 @@ class SequenceFile:
         self.tokens += len(ids)
         self.targets += int(self._task.count_targets(pa.Table.from_batches([batch])).sum())
         if self._task.has_labels:
-            extras = batch.select([name for name, _ in self._task.extra_schema]).to_pylist()
-            for label, count in Counter(label for extra in extras for label in self._task.labels_of(extra)).items():
+            for label, count in self._task.count_labels(batch).items():
                 self.labels[label] = self.labels.get(label, 0) + count
 
 

@@ -21,7 +21,7 @@ from trainers.data.index import contained, read_texts
 from trainers.data.keys import SplitPlan
 from trainers.data.manifest import ShardRecord
 from trainers.data.readers import Unit, read_unit
-from trainers.data.shard_files import LedgerFile, SequenceFile
+from trainers.data.shard_files import LedgerFile, SequenceFile, ledger_name, record_name, shard_name
 from trainers.data.texts import text_digests
 from trainers.data.tokenizer import Encoder, TokenizerSpec, encoder_of
 from trainers.storage import Folder, StagedFile
@@ -129,8 +129,7 @@ def write_shard(
         removed: for rows that are left out on request, the outcome that the ledger gives them.
         held_out: digests of texts that are left out, uint64, sorted.
     """
-    stem = f"{number:05d}"
-    shard, ledger = f"shard-{stem}.arrow", f"ledger-{stem}.arrow"
+    shard, ledger = shard_name(number), ledger_name(number)
     with ExitStack() as unfinished:
         files = [folder.stage_output(name) for name in (shard, ledger)]
         for one in files:
@@ -180,11 +179,6 @@ def finished_shard(folder: Folder, number: int) -> ShardRecord | None:
     except (ValidationError, FileNotFoundError):
         return None
     return record if whole else None
-
-
-def record_name(number: int) -> str:
-    """The file that commits a unit."""
-    return f"shard-{number:05d}.json"
 
 
 def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:

@@ -20,7 +20,11 @@ def text_of(fields: Mapping[str, Any]) -> str:
     """All that a row says, field after field."""
     if len(fields) == 1 and isinstance(only := next(iter(fields.values())), str):
         return only
-    return "\n".join(_strings(fields))
+    said: list[str] = []
+    for key, value in fields.items():
+        if key not in SILENT:
+            said += (value,) if isinstance(value, str) else _strings(value)
+    return said[0] if len(said) == 1 else "\n".join(said)
 
 
 def text_digest(fields: Mapping[str, Any]) -> int:

@@ -11,8 +11,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from trainers.data.encoded import Array, Tokens
-from trainers.data.quick_tokenizer import QuickTokenizer, bytes_of_ids, check_sample, open_quick
+from trainers.data.encoded import Array, Tokens, surround
+from trainers.data.exact_tokenizer import encode_exact
+from trainers.data.quick_tokenizer import QuickTokenizer, bytes_of_ids, check_sample, open_quick, specials_around
 from trainers.errors import DataError, JobError
 
 TOKENIZER_FILES = (
@@ -93,6 +94,11 @@ class Encoder:
         return self._quick.library if self._quick else "tokenizers"
 
     @cached_property
+    def frame(self) -> tuple[list[int], list[int]] | None:
+        """Special tokens before and after a text; None where they are not simply around it."""
+        return specials_around(self._backend)
+
+    @cached_property
     def bytes_of_ids(self) -> Array | None:
         """Bytes of text that each id stands for, int32 [vocabulary]; None where ids do not spell the text out."""
         return bytes_of_ids(json.loads(self.spec.backend))
@@ -104,10 +110,17 @@ class Encoder:
             TokenizerDiffers: where the quick library is caught giving other ids than tokenizers does.
         """
         if self._quick is None or any(isinstance(text, tuple) for text in texts):
-            return Tokens.of([one.ids for one in self.encode(texts, special)])
+            return self._encode_exact(texts, special)
         tokens = self._quick.encode(list(texts), special)
         check_sample(texts, tokens, self._backend, special)
         return tokens
+
+    def _encode_exact(self, texts: Sequence[Any], special: bool) -> Tokens:
+        """tokenizers' own ids."""
+        if any(isinstance(text, tuple) for text in texts) or (special and self.frame is None):
+            return Tokens.of([one.ids for one in self.encode(texts, special)])
+        tokens = encode_exact(self._backend, texts)
+        return surround(tokens, *self.frame) if special and self.frame else tokens
 
     def encode(self, texts: Sequence[Any], special: bool = True) -> list[Any]:
         """Encodings of texts, or of (text, pair) tuples, without character offsets."""
@@ -163,12 +176,6 @@ class Encoder:
         finally:
             self._backend.no_truncation()
         return [[one, *one.overflowing] for one in found]
-
-    def frame(self) -> tuple[list[int], list[int]]:
-        """Special tokens before and after a text."""
-        bare, whole = self._backend.encode("a", add_special_tokens=False).ids, self._backend.encode("a").ids
-        start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
-        return whole[:start], whole[start + len(bare) :]
 
     @property
     def mask_id(self) -> int:

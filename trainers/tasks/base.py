@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -144,6 +145,11 @@ class Task(ABC):
     def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
         """The labels that a sequence shows; the training rows' make up `labels`."""
         return (extra["label"],) if "label" in extra else ()
+
+    def count_labels(self, batch: pa.RecordBatch) -> dict[str, int]:
+        """Sequences of a record batch by the label they show; one with several labels counts for each."""
+        extras = batch.select([name for name, _ in self.extra_schema]).to_pylist()
+        return dict(Counter(label for extra in extras for label in self.labels_of(extra)))
 
     def prepare(self, encoder: Encoder) -> None:  # noqa: B027 - most tasks need nothing
         """Get ready for `collate` and evaluation with what only the tokenizer knows; called once before either."""

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainers.data.manifest import SPLIT
+from trainers.errors import JobError
 from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
 from trainers.tasks.causal import token_metrics
 from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
@@ -42,7 +43,9 @@ class Mlm(Task):
         """Tokenize texts without special tokens, then window them and put those around each window."""
         reasons = [text_refusal(row.get("text")) for row in rows]
         texts = [row["text"] for row, why in zip(rows, reasons, strict=True) if why is None]
-        encodings, frame = iter(encoder.encode(texts, special=False)), encoder.frame()
+        encodings, frame = iter(encoder.encode(texts, special=False)), encoder.frame
+        if frame is None:
+            raise JobError("task mlm: the tokenizer does not put its special tokens around a text; choose an encoder")
         return [Encoded.dropped(why) if why else _fit(next(encodings), frame, rules) for why in reasons]
 
     def count_targets(self, table: pa.Table) -> Array:

@@ -1,5 +1,9 @@
 """Checkpoint files without an engine: committed or absent, damage found, any span read back, who may be deleted."""
 
+import io
+import json
+import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -9,26 +13,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from trainers.checkpoint.cleaning import clean_leftovers, remove_checkpoint
+from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage, quarantine
+from trainers.checkpoint.records import CheckpointState, Save, Vote
 from trainers.checkpoint.retention import deletable
-from trainers.checkpoint.slices import RankState
-from trainers.checkpoint.tensor_file import spec_of, write_tensors
-from trainers.checkpoint.writing import Attempt, CheckpointState, clean_uncommitted, commit, write_rank
+from trainers.checkpoint.tensor_file import plan_file, spec_of, write_tensors
+from trainers.checkpoint.writing import commit, read_vote, write_share
 from trainers.runs import step_name
-from trainers.storage import Folder
+from trainers.storage import TEMPORARY, Folder
 
 WEIGHT = torch.arange(10, dtype=torch.float32)
 
 
-def write_step(checkpoints: Folder, step: int, world_size: int = 2, attempt: str = "one") -> Folder:
+def save_of(rank: int, world_size: int = 2, save: str = "one") -> Save:
+    return Save(id=save, rank=rank, world_size=world_size)
+
+
+def write_rank(folder: Folder, save: Save, values: torch.Tensor, start: int) -> None:
+    """One rank's file, as its writer process would find it in memory, and its vote."""
+    tensors = {f"{kind}/w": values.clone() for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    stream, specs = io.BytesIO(), [spec_of(name, tensor) for name, tensor in tensors.items()]
+    write_tensors(stream, specs, tensors.__getitem__, {"starts": json.dumps({"w": start})})
+    write_share(folder, save, memoryview(stream.getvalue()), 1)
+
+
+def vote_of(folder: Folder, world_size: int = 2, save: str = "one") -> Vote:
+    """Rank 0's vote."""
+    vote = read_vote(folder, save_of(0, world_size, save))
+    assert vote is not None
+    return vote
+
+
+def write_step(checkpoints: Folder, step: int, world_size: int = 2) -> Folder:
     """A committed checkpoint of one parameter of ten values, split over the ranks."""
     folder = checkpoints / step_name(step)
     part = -(-10 // world_size)
     for rank in range(world_size):
         values = WEIGHT[rank * part : (rank + 1) * part] + step
-        tensors = {f"{kind}/w": values.clone() for kind in ("weight", "exp_avg", "exp_avg_sq")}
-        write_rank(folder, Attempt(attempt, rank, world_size), RankState(tensors, {"w": rank * part}))
-    commit(folder, Attempt(attempt, 0, world_size), state_of(step, world_size))
+        write_rank(folder, save_of(rank, world_size), values, rank * part)
+    commit(folder, vote_of(folder, world_size), world_size, state_of(step, world_size))
     return folder
 
 
@@ -57,12 +81,12 @@ def test_any_span_reads_back_whatever_world_size_wrote_it(
 ) -> None:
     folder = write_step(Folder(str(tmp_path_factory.mktemp("any"))), 7, world_size)
     start, end = min(start, end), max(start, end)
-    assert CheckpointReader(folder).read("exp_avg", "w", start, end).equal(WEIGHT[start:end] + 7)
+    assert CheckpointReader(LocalCopies(folder)).read("exp_avg", "w", start, end).equal(WEIGHT[start:end] + 7)
 
 
 def test_a_span_that_no_file_covers_is_an_error(checkpoints: Folder) -> None:
     with pytest.raises(ValueError, match="has no values from 10 to 12"):
-        CheckpointReader(write_step(checkpoints, 1)).read("weight", "w", 5, 12)
+        CheckpointReader(LocalCopies(write_step(checkpoints, 1))).read("weight", "w", 5, 12)
 
 
 def test_files_open_with_the_safetensors_library(tmp_path: Path) -> None:
@@ -83,6 +107,19 @@ def test_files_open_with_the_safetensors_library(tmp_path: Path) -> None:
         for name, tensor in tensors.items():
             assert file.get_tensor(name).equal(tensor)
             assert file.get_tensor(name).dtype == tensor.dtype
+
+
+def test_a_file_is_where_its_plan_says(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3), "b": torch.arange(5, dtype=torch.int8), "c": torch.randn(2, 2).double()}
+    specs = [spec_of(name, tensor) for name, tensor in tensors.items()]
+    stream = io.BytesIO()
+    write_tensors(stream, specs, tensors.__getitem__, {"x": "y"})
+    layout = plan_file(specs, {"x": "y"})
+    assert layout.num_bytes == len(stream.getvalue())
+    assert stream.getvalue().startswith(layout.header)
+    for spec in specs:
+        data = tensors[spec.name].numpy().tobytes()
+        assert stream.getvalue()[layout.offsets[spec.name] :].startswith(data)
 
 
 def test_the_marker_comes_last_and_readers_see_nothing_before_it(
@@ -108,7 +145,7 @@ def test_the_marker_comes_last_and_readers_see_nothing_before_it(
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_every_damage_to_every_file_is_found(checkpoints: Folder, name: str, damage: str) -> None:
     folder = write_step(checkpoints, 1)
-    assert find_damage(folder) is None
+    assert find_damage(LocalCopies(folder)) is None
     path = folder.path / name
     data = bytearray(path.read_bytes())
     if damage == "flip":
@@ -118,7 +155,7 @@ def test_every_damage_to_every_file_is_found(checkpoints: Folder, name: str, dam
         path.write_bytes(bytes(data[:-1]))
     else:
         path.unlink()
-    found = find_damage(folder)
+    found = find_damage(LocalCopies(folder))
     assert found is not None
     assert name in found or "manifest" in found
 
@@ -127,7 +164,7 @@ def test_ranks_that_share_the_checking_find_it_together(checkpoints: Folder) -> 
     folder = write_step(checkpoints, 1, world_size=3)
     path = folder.path / "rank-00001-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-2])
-    found = [find_damage(folder, slice(rank, None, 2)) for rank in range(2)]
+    found = [find_damage(LocalCopies(folder), slice(rank, None, 2)) for rank in range(2)]
     assert sum(one is not None for one in found) == 1
 
 
@@ -140,40 +177,61 @@ def test_a_quarantined_checkpoint_is_out_of_sight_with_its_reason(checkpoints: F
     assert write_step(checkpoints, 2).exists("COMMITTED")
 
 
-def test_leftovers_of_a_killed_attempt_are_removed_and_never_taken_for_this_ones(checkpoints: Folder) -> None:
-    write_step(checkpoints, 1)
+def test_leftovers_of_a_killed_launch_are_never_taken_for_this_ones(checkpoints: Folder) -> None:
     torn = checkpoints / step_name(2)
-    write_rank(torn, Attempt("killed", 0, 2), RankState({"weight/w": WEIGHT}, {"w": 0}))
-    write_rank(torn, Attempt("killed", 1, 2), RankState({"weight/w": WEIGHT}, {"w": 0}))
-    write_rank(torn, Attempt("new", 0, 2), RankState({"weight/w": WEIGHT + 1}, {"w": 0}))
-    late = threading.Timer(
-        0.3, write_rank, (torn, Attempt("new", 1, 2), RankState({"weight/w": WEIGHT + 2}, {"w": 10}))
-    )
+    write_rank(torn, save_of(0, save="killed"), WEIGHT, 0)
+    write_rank(torn, save_of(1, save="killed"), WEIGHT, 0)
+    write_rank(torn, save_of(0, save="new"), WEIGHT + 1, 0)
+    late = threading.Timer(0.3, write_rank, (torn, save_of(1, save="new"), WEIGHT + 2, 10))
     late.start()
-    commit(torn, Attempt("new", 0, 2), state_of(2, 2))
-    assert find_damage(torn) is None
-    assert CheckpointReader(torn).read("weight", "w", 10, 20).equal(WEIGHT + 2)
-    write_rank(checkpoints / step_name(3), Attempt("killed", 0, 2), RankState({"weight/w": WEIGHT}, {"w": 0}))
-    assert clean_uncommitted(checkpoints) == [step_name(3)]
-    assert committed_steps(checkpoints) == [1, 2]
+    commit(torn, vote_of(torn, save="new"), 2, state_of(2, 2))
+    assert find_damage(LocalCopies(torn)) is None
+    assert CheckpointReader(LocalCopies(torn)).read("weight", "w", 10, 20).equal(WEIGHT + 2)
 
 
-def test_a_rank_that_cannot_write_costs_this_checkpoint_and_says_why(
+def test_a_start_removes_what_was_never_committed_and_files_without_a_name(checkpoints: Folder) -> None:
+    whole = write_step(checkpoints, 1)
+    write_rank(checkpoints / step_name(3), save_of(0, save="killed"), WEIGHT, 0)
+    partial = whole.path / f"{TEMPORARY}12345678-rank-00000-of-00002.safetensors"
+    partial.write_bytes(b"half")
+    (step, reason), *others = clean_leftovers(checkpoints)
+    assert (step, others) == (3, [])
+    assert "never committed" in reason
+    assert not partial.exists()
+    assert [path.name for path in checkpoints.path.iterdir()] == [step_name(1)]
+    assert find_damage(LocalCopies(whole)) is None
+
+
+def test_a_commit_that_lost_its_marker_is_set_aside_not_deleted(checkpoints: Folder) -> None:
+    write_step(checkpoints, 1)
+    write_step(checkpoints, 2).delete("COMMITTED")
+    assert clean_leftovers(checkpoints) == [(2, "its COMMITTED is missing; set aside")]
+    assert committed_steps(checkpoints) == [1]
+    assert (checkpoints / "damaged-step-00000002").exists("rank-00000-of-00002.safetensors")
+
+
+def test_a_removed_checkpoint_is_out_of_sight_at_once(checkpoints: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_step(checkpoints, 1)
+    write_step(checkpoints, 2)
+    with monkeypatch.context() as patch:  # as if killed before a single file was deleted
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        remove_checkpoint(checkpoints, 1)
+    assert committed_steps(checkpoints) == [2]
+    assert clean_leftovers(checkpoints) == []
+    assert [path.name for path in checkpoints.path.iterdir()] == [step_name(2)]
+
+
+def test_a_full_disk_costs_this_checkpoint_and_says_both_figures(
     checkpoints: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_step(checkpoints, 1)
     folder = checkpoints / step_name(2)
-    write_rank(folder, Attempt("a", 0, 2), RankState({"weight/w": WEIGHT}, {"w": 0}))
-
-    def full(self: Folder, name: str) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Folder, "open_output", full)
-        patch.setattr(Folder, "write_bytes", lambda self, name, data: (self.path / name).write_bytes(data))
-        write_rank(folder, Attempt("a", 1, 2), RankState({"weight/w": WEIGHT}, {"w": 0}))
-    with pytest.raises(OSError, match=r"rank 1: OSError: \[Errno 28\] No space left on device"):
-        commit(folder, Attempt("a", 0, 2), state_of(2, 2))
+    free = shutil.disk_usage(checkpoints.path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free._replace(free=1234))
+    votes = [write_share(folder, save_of(rank), memoryview(b"x" * 5000), 10_000) for rank in range(2)]
+    assert all(re.search(r"needs 10,000 bytes and 1,\d{3} are free", vote.error or "") for vote in votes)
+    with pytest.raises(OSError, match=r"rank 0: OSError: the checkpoint needs .*; rank 1: OSError: "):
+        commit(folder, votes[0], 2, state_of(2, 2))
     assert committed_steps(checkpoints) == [1]
 
 

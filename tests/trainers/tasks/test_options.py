@@ -72,6 +72,7 @@ def test_adapters_train_resume_exactly_and_leave_the_rest(trained: dict[str, Any
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "lora causal"])
 def test_export_merges_adapters_as_peft_does(trained: dict[str, Any], name: str, tmp_path: Path) -> None:
+    from trainers.checkpoint.local_copies import LocalCopies
     from trainers.checkpoint.reading import CheckpointReader
     from trainers.lora import add_adapters
     from trainers.runs import step_name
@@ -83,7 +84,7 @@ def test_export_merges_adapters_as_peft_does(trained: dict[str, Any], name: str,
     assert not any("lora" in key for key in merged.state_dict())
     base = task.load_model(one.model.path, pad_id=0, trust_remote_code=False)
     adapted = add_adapters(base, one.model.lora, task).eval()
-    reader = CheckpointReader(Folder(one.storage) / "runs" / "run" / "checkpoints" / step_name(20))
+    reader = CheckpointReader(LocalCopies(Folder(one.storage) / "runs" / "run" / "checkpoints" / step_name(20)))
     shapes = reader.state.shapes
     saved = {key: reader.read("weight", key, 0, int(np.prod(shape))).view(shape) for key, shape in shapes.items()}
     assert adapted.load_state_dict(saved, strict=False).unexpected_keys == []

@@ -1,0 +1,125 @@
+"""Faults for tests, in real rank processes: Python loads this file at its start where this folder is on PYTHONPATH.
+
+A run folder's `faults.json` lists what goes wrong: `{"kind", "rank", "step"}`, each once unless it says `"always"`.
+Kinds: stop (SIGSTOP), kill, sleep_loader, endless_forward, raise, memory, nan, slow (`seconds` a step), skip (all ranks
+exchange a number after the backward pass, this one leaves it out), mismatch (it leaves out the exchange of losses).
+Without that file nothing is changed.
+"""
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+class _AfterRank(importlib.abc.MetaPathFinder):
+    """Patches trainers.rank once it is imported."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "trainers.rank":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            run_rank = module.run_rank
+            module.run_rank = lambda request, hooks: (_install(request.run), run_rank(request, hooks))[1]
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _install(run):
+    """Put the faults of this run in place."""
+    if not run.is_local or not (run.path / "faults.json").exists():
+        return
+    import torch
+
+    from trainers import batches, loop
+
+    rank = int(os.environ["RANK"])
+    everyones = json.loads((run.path / "faults.json").read_text())
+    faults = [fault for fault in everyones if fault["rank"] == rank]
+    skips = [fault | {"rank": rank} for fault in everyones if fault["kind"] == "skip" and fault["rank"] != rank]
+    now = {"step": -1}
+    seed_step, make, micro = loop.seed_step, batches.StepSource._make, loop.run_micro_batches
+    agree = loop._settle
+
+    def due(*kinds):
+        return [fault for fault in faults if fault["kind"] in kinds and _due(run.path, fault, now["step"])]
+
+    def seed_step_(seed, step, rank):
+        now["step"] = step
+        seed_step(seed, step, rank)
+
+    def make_(self, step):
+        for fault in faults:
+            if fault["kind"] == "sleep_loader" and _due(run.path, fault, step):
+                time.sleep(3600)
+        return make(self, step)
+
+    def micro_(engine, objective, batch, world):
+        total = micro(engine, objective, batch, world)
+        if any(_due(run.path, fault, now["step"]) for fault in skips):
+            torch.distributed.recv(torch.zeros(1))  # what the faulty rank does not send
+        due("skip")
+        return total * float("nan") if due("nan") else total
+
+    def agree_(*arguments):
+        return (0.0, [0.0] * int(os.environ["WORLD_SIZE"])) if due("mismatch") else agree(*arguments)
+
+    def forward(objective):
+        step_loss = objective.step_loss
+
+        def step_loss_(model, inputs, labels):
+            for fault in due("stop", "kill", "raise", "memory", "endless_forward", "slow"):
+                _happen(fault)
+            return step_loss(model, inputs, labels)
+
+        return step_loss_
+
+    train = loop.train
+
+    def train_(engine, objective, *rest):
+        objective.step_loss = forward(objective)
+        return train(engine, objective, *rest)
+
+    loop.seed_step, batches.StepSource._make, loop.run_micro_batches, loop._settle = seed_step_, make_, micro_, agree_
+    sys.modules["trainers.rank"].train = train_
+
+
+def _due(run, fault, step):
+    """Whether a fault happens now; what happens once leaves a mark."""
+    if fault.get("always"):
+        return step >= fault["step"]
+    mark = Path(run) / f"fault-{fault['kind']}-{fault['rank']}-{fault['step']}"
+    if step != fault["step"] or mark.exists():
+        return False
+    mark.touch()
+    return True
+
+
+def _happen(fault):
+    kind = fault["kind"]
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "raise":
+        raise ValueError("the third layer is not on speaking terms with the fourth")
+    elif kind == "memory":
+        raise MemoryError("cannot allocate 1 TiB")
+    elif kind == "slow":
+        time.sleep(fault["seconds"])
+    elif kind == "endless_forward":
+        while True:
+            sum(range(100_000))
+
+
+sys.meta_path.insert(0, _AfterRank())

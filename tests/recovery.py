@@ -1,0 +1,66 @@
+"""The training stage by itself, with faults in its real ranks: what recovery's tests and benchmarks share."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestrator.evaluation import EvaluationRequest
+from orchestrator.evaluation_pool import EvaluationPool
+from orchestrator.training import train
+from trainers.data.keys import load_shards
+from trainers.data.manifest import shards_folder
+from trainers.job import Job
+from trainers.model_source import find_model
+from trainers.rank import TrainRequest
+from trainers.run_log import RunLog, read_events
+from trainers.storage import Folder
+
+
+def with_(job: Job, **sections: Any) -> Job:
+    updated = {name: getattr(job, name).model_copy(update=values) for name, values in sections.items()}
+    return job.model_copy(update=updated)
+
+
+def run_training(
+    job: Job, name: str, *faults: dict[str, Any], on_event: Callable[[Any], None] = lambda _: None
+) -> Path:
+    """The training stage in this process, on a run folder of that name, with faults in the real ranks."""
+    model = find_model(job)
+    assert model is not None
+    shards = load_shards(job, model.path)
+    assert shards is not None
+    storage = Folder(job.storage)
+    run = storage / "runs" / name
+    run.path.mkdir(parents=True, exist_ok=True)
+    (run.path / "faults.json").write_text(json.dumps(faults))
+    folder = shards_folder(storage, shards.train.key)
+    pool = EvaluationPool(EvaluationRequest(job, model, shards.train, shards.eval, folder, run), 0)
+    log = RunLog(run)
+    try:
+        request = TrainRequest(job, model, shards.train, folder, run)
+        train(request, pool, ("accuracy", "max"), 0, log, on_event, lambda: False)
+    finally:
+        log.close()
+    return run.path
+
+
+def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(Folder(str(run))) if event["kind"] == kind]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {event["step"]: event["loss"] for event in events_of(run, "step")}
+
+
+def rank_processes() -> dict[str, int]:
+    """Living ranks, by name, of the Ray that this process started."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith("rank-"):
+                found[process.name()] = process.pid
+    return found

@@ -1,0 +1,133 @@
+"""Checkpoints in a bucket, spoken to by the S3 protocol on loopback: marker last, one pass over the bytes, resume."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.crashing import next_start, start_light
+from tests.ranks import run_ranks
+from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
+from tests.trainers.test_training import Recorder
+from tests.trainers.test_world_sizes import request_of
+from trainers.checkpoint.local_copies import LocalCopies
+from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage
+from trainers.checkpoint.records import rank_file
+from trainers.job import Job
+from trainers.runs import step_name
+from trainers.storage import Folder
+
+pytestmark = pytest.mark.slow
+VALUES = 100_000
+
+
+@dataclass
+class Bucket:
+    """A bucket that a server on loopback keeps, and what was asked of it."""
+
+    options: str
+    client: Any
+    asked: list[tuple[str, str, str]] = field(default_factory=list)
+    """Method, key and query of each request, in order."""
+
+    def folder(self, key: str) -> Folder:
+        return Folder(f"s3://testing:testing@yard/{key}{self.options}")
+
+    def puts(self, under: str) -> list[str]:
+        """Names of the objects below a key, in the order in which their uploads ended."""
+        ends = [key for method, key, query in self.asked if method == "POST" and query.startswith("uploadId=")]
+        return [key.rpartition("/")[2] for key in ends if f"/{under}/" in key]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+                          aws_access_key_id="testing", aws_secret_access_key="testing")  # fmt: skip
+    client.create_bucket(Bucket="yard")
+    yard = Bucket(f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1", client)
+    serve = server._server.app.__call__
+
+    def noting(environ: Any, start: Any) -> Any:
+        yard.asked.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]))
+        return serve(environ, start)
+
+    server._server.app = noting
+    yield yard
+    server.stop()
+
+
+def test_the_marker_is_the_last_object_and_old_steps_go(bucket: Bucket, tmp_path: Path) -> None:
+    place = bucket.folder("light")
+    job = start_light(tmp_path / "one", place.uri, steps=3, values=VALUES, keep=2)
+    assert job.join() == [0, 0]
+    assert [one["error"] for one in job.said()] == [None] * 3
+    assert committed_steps(place) == [2, 3]
+    for step in (1, 2, 3):
+        put = bucket.puts(f"light/{step_name(step)}")
+        assert put[-4:] == ["history.json", "state.json", "manifest.json", "COMMITTED"]
+    assert next_start(place.uri, VALUES).step == 3
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.15, 0.3])
+def test_a_kill_at_any_time_leaves_whole_checkpoints_or_none(bucket: Bucket, tmp_path: Path, after_s: float) -> None:
+    place = bucket.folder(f"killed-{after_s}")
+    job = start_light(tmp_path / "one", place.uri, steps=6, values=VALUES)
+    deadline = time.monotonic() + 60
+    while not committed_steps(place):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(after_s)
+    job.kill()
+    committed = committed_steps(place)
+    assert all(find_damage(LocalCopies(place / step_name(step))) is None for step in committed)
+    assert next_start(place.uri, VALUES).step == committed[-1]
+    assert [name for name in place.list() if name.startswith("step-")] == [step_name(step) for step in committed]
+
+
+def test_checking_and_reading_a_rank_costs_one_download_of_its_file(bucket: Bucket, tmp_path: Path) -> None:
+    place = bucket.folder("once")
+    assert start_light(tmp_path / "one", place.uri, steps=1, values=VALUES).join() == [0, 0]
+    bucket.asked.clear()
+    files = LocalCopies(place / step_name(1))
+    assert find_damage(files, slice(1, None, 2)) is None
+    reader = CheckpointReader(files)
+    assert len(reader.read("exp_avg", "w", VALUES, 2 * VALUES)) == VALUES
+    got = Counter(key.rpartition("/")[2] for method, key, _ in bucket.asked if method == "GET")
+    assert got[rank_file(1, 2)] <= 3, "its bytes once; its header, in two reads, for the index"
+    assert got[rank_file(0, 2)] <= 2, "of the other rank's file the header alone"
+
+
+def train_into(job: Job, run: str, stop_after: int | None) -> list[dict[str, Any]]:
+    from dataclasses import replace
+
+    import trainers.rank
+
+    hooks = Recorder(stop_after)
+    trainers.rank.run_rank(replace(request_of(job, "unused"), run=Folder(run)), hooks)
+    return hooks.events
+
+
+def train_twice(job: Job, stopped: str, whole: str) -> list[dict[int, float]]:
+    runs = [train_into(job, stopped, 3), train_into(job, stopped, None), train_into(job, whole, None)]
+    return [{event["step"]: event["loss"] for event in events if event["kind"] == "step"} for events in runs]
+
+
+def test_a_run_in_a_bucket_is_stopped_and_goes_on_bit_for_bit(
+    bucket: Bucket, tmp_path: Path, tiny_tokenizer: Path
+) -> None:
+    job: Job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(60))
+    shard_locally(job)
+    begun, resumed, whole = run_ranks(train_twice, 2, job, bucket.folder("a").uri, bucket.folder("b").uri)[0]
+    assert (list(begun), list(resumed)) == ([1, 2, 3], [4, 5, 6])
+    assert begun | resumed == whole
+    assert committed_steps(bucket.folder("a") / "checkpoints") == [3, 6]

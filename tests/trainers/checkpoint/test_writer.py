@@ -1,0 +1,175 @@
+"""The process beside a rank: the rank goes on meanwhile, and outlives whatever happens to it."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.crashing import is_alive, make_engine
+from tests.ranks import run_ranks
+from trainers.checkpoint import host_buffer
+from trainers.checkpoint.host_buffer import HostBuffer
+from trainers.checkpoint.local_copies import LocalCopies
+from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage
+from trainers.checkpoint.records import CheckpointState, Save, SaveReport, SaveRequest
+from trainers.checkpoint.slices import Piece, RankShare
+from trainers.checkpoint.tensor_file import TensorSpec
+from trainers.checkpoint.writer_link import WriterLink
+from trainers.errors import TrainingError
+from trainers.runs import step_name
+from trainers.storage import Folder
+
+
+class OneRank:
+    """A rank alone, whose state is one parameter of the value of the step."""
+
+    def __init__(self, folder: Path, values: int = 1000) -> None:
+        self.checkpoints = Folder(str(folder / "checkpoints"))
+        self.value, self.values = torch.zeros(values), values
+        spec = TensorSpec("weight/w", "float32", (values,))
+        self.buffer = HostBuffer(RankShare((Piece(spec, lambda: self.value),), {"w": 0}))
+        self.link = WriterLink(self.buffer.descriptor)
+
+    def save(self, step: int) -> None:
+        self.value.fill_(step)
+        self.buffer.fill()
+        state = CheckpointState(step=step, world_size=1, zero_stage=3, shapes={"w": [self.values]}, trainable=("w",),
+                                tokens=0, train_key="k", job="j")  # fmt: skip
+        self.link.send(
+            SaveRequest(
+                save=Save(id=f"a-{step}", rank=0, world_size=1), step=step, total_bytes=self.buffer.num_bytes,
+                folder=str(self.checkpoints / step_name(step)), state=state,
+            )
+        )  # fmt: skip
+
+    def wait(self) -> SaveReport:
+        report = self.link.hear(30)
+        assert report is not None
+        return report
+
+    def saved(self, step: int) -> torch.Tensor:
+        files = LocalCopies(self.checkpoints / step_name(step))
+        assert find_damage(files) is None
+        values: torch.Tensor = CheckpointReader(files).read("weight", "w", 0, self.values)
+        return values
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> Iterator[OneRank]:
+    one = OneRank(tmp_path)
+    yield one
+    one.link.close()
+
+
+def test_what_was_copied_is_written_whatever_the_rank_does_next(rank: OneRank) -> None:
+    os.kill(rank.link.process.pid, signal.SIGSTOP)
+    rank.save(1)
+    assert rank.link.hear() is None
+    rank.value.fill_(99)
+    os.kill(rank.link.process.pid, signal.SIGCONT)
+    assert rank.wait().error is None
+    assert rank.saved(1).eq(1).all()
+    assert not rank.link.busy
+
+
+def test_a_writer_that_dies_once_is_replaced_and_the_save_goes_through(rank: OneRank) -> None:
+    os.kill(rank.link.process.pid, signal.SIGSTOP)
+    rank.save(1)
+    first = rank.link.process.pid
+    os.kill(first, signal.SIGKILL)
+    assert rank.wait().error is None
+    assert rank.link.process.pid != first
+    assert rank.saved(1).eq(1).all()
+
+
+def test_a_save_that_keeps_killing_its_writer_is_given_up_and_the_next_one_works(rank: OneRank) -> None:
+    os.kill(rank.link.process.pid, signal.SIGSTOP)
+    rank.save(1)
+    for _ in range(2):
+        killed = rank.link.process.pid
+        os.kill(killed, signal.SIGKILL)
+        while rank.link.process.pid == killed:
+            assert rank.link.hear(0.01) is None
+    assert "died 2 times (signal 9)" in str(rank.wait().error)
+    assert committed_steps(rank.checkpoints) == []
+    rank.save(2)
+    assert rank.wait().error is None
+    assert committed_steps(rank.checkpoints) == [2]
+
+
+def test_a_writer_that_hangs_is_ended_and_the_next_save_works(rank: OneRank) -> None:
+    stuck = rank.link.process.pid
+    os.kill(stuck, signal.SIGSTOP)
+    rank.save(1)
+    assert rank.link.hear(0.2) is None
+    assert rank.link.give_up("too slow") == SaveReport(step=1, error="too slow")
+    assert not is_alive(stuck)
+    rank.save(2)
+    assert rank.wait().error is None
+    assert committed_steps(rank.checkpoints) == [2]
+
+
+def test_a_step_that_is_committed_is_never_written_over(rank: OneRank) -> None:
+    rank.save(1)
+    assert rank.wait().error is None
+    again = WriterLink(os.dup(rank.buffer.descriptor))
+    request = SaveRequest(save=Save(id="b-1", rank=0, world_size=1), step=1, total_bytes=1, history="[]",
+                          folder=str(rank.checkpoints / step_name(1)), state=CheckpointReader(
+                              LocalCopies(rank.checkpoints / step_name(1))).state)  # fmt: skip
+    again.send(request)
+    report = again.hear(30)
+    again.close()
+    assert report is not None and "committed already" in str(report.error)
+    assert rank.saved(1).eq(1).all()
+
+
+def test_memory_that_is_not_there_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = host_buffer.psutil.virtual_memory()
+    monkeypatch.setattr(host_buffer.psutil, "virtual_memory", lambda: real._replace(available=1000))
+    with pytest.raises(TrainingError, match=r"this rank needs 5,000 bytes for that, 1,000 are available"):
+        host_buffer.allocate(5000)
+
+
+def save_twice(place: str) -> list[dict[str, Any]]:
+    """Two saves of a real engine, the writer held up over the first; the events."""
+    from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
+    from trainers.loop import Progress
+    from trainers.world import join_world
+
+    world = join_world(1)
+    engine = make_engine(world, width=64)
+    engine.backward(engine(torch.ones(4, 64)).square().mean())
+    engine.step()
+    events: list[Any] = []
+    keeper = Checkpointer(engine, Folder(place), world, new_attempt(world), "key", "job", events.append)
+    keeper.prepare()
+    assert keeper._writing is not None
+    writer = keeper._writing.link.process.pid
+    os.kill(writer, signal.SIGSTOP)
+    began = time.perf_counter()
+    keeper.save(Progress(1, 10))
+    keeper.poll()
+    assert time.perf_counter() - began < 0.4 and not events
+    threading.Timer(0.5, os.kill, (writer, signal.SIGCONT)).start()
+    keeper.save(Progress(2, 20))
+    keeper.finish()
+    keeper.close()
+    return events
+
+
+@pytest.mark.slow
+def test_a_save_waits_for_the_one_before_and_says_how_long(tmp_path: Path) -> None:
+    ((first, second),) = run_ranks(save_twice, 1, str(tmp_path))
+    assert (first["kind"], first["step"], second["step"]) == ("checkpoint", 1, 2)
+    assert first["wait_s"] < 0.1 < 0.4 < second["wait_s"] < 30
+    for event in (first, second):
+        assert set(event) == {"kind", "step", "copy_s", "wait_s", "seconds", "bytes"}
+        assert event["seconds"] >= event["copy_s"]
+        assert event["bytes"] > 12 * 4 * (64 * 64 + 64)
+    assert committed_steps(Folder(str(tmp_path))) == [1, 2]

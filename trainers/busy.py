@@ -1,0 +1,97 @@
+"""How much of each step a rank worked, and how much it waited for others: what tells a straggler from its victims.
+
+ZeRO-3 makes every rank wait in a collective for the slowest, so step times are equal everywhere. A thread looks 50
+times a second whether the rank stands in a collective; a look costs about 20 microseconds. On GPUs, where the host
+runs ahead of the device, it sees the host's waiting alone.
+"""
+
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+INTERVAL_S = 0.02
+DEPTH = 8
+"""Frames above the innermost that are looked at."""
+COLLECTIVE_FILES = ("torch/distributed/", "deepspeed/comm/")
+WINDOW = 20
+"""Steps over which a straggler must lag."""
+LAG_SHARE, LAG_S = 0.1, 0.05
+"""A rank lags when it works longer than the least busy one by this share of the step, and by this time."""
+
+
+def in_collective(frames: Sequence[tuple[str, str]]) -> bool:
+    """Whether a stack, innermost (file, function) first, waits for other ranks."""
+    return any(
+        any(part in file for part in COLLECTIVE_FILES) or (function == "wait" and "deepspeed" in file)
+        for file, function in frames[:DEPTH]
+    )
+
+
+class BusyMeter:
+    """Samples the calling thread's stack until it is closed."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._busy = self._looks = 0
+        self._open = True
+        threading.Thread(target=self._sample, name="busy-meter", daemon=True).start()
+
+    def _sample(self) -> None:
+        while self._open:
+            time.sleep(INTERVAL_S)
+            frame = sys._current_frames().get(self._thread)
+            self._looks += 1
+            self._busy += not in_collective(_frames(frame))
+
+    def share(self) -> float:
+        """Share of the time since the last call that was not spent waiting for other ranks."""
+        looks, busy = self._looks, self._busy
+        self._looks = self._busy = 0
+        return busy / looks if looks else 1.0
+
+    def close(self) -> None:
+        """Stop sampling."""
+        self._open = False
+
+
+def _frames(frame: FrameType | None) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    while frame is not None and len(found) < DEPTH:
+        found.append((frame.f_code.co_filename, frame.f_code.co_name))
+        frame = frame.f_back
+    return found
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A rank that the others wait for."""
+
+    rank: int
+    lag_s: float
+    """Median time a step that it works longer than the least busy rank."""
+
+
+class StragglerWatch:
+    """Keeps each rank's work over the last steps."""
+
+    def __init__(self, world_size: int) -> None:
+        self._busy: list[deque[float]] = [deque(maxlen=WINDOW) for _ in range(world_size)]
+        self._steps: deque[float] = deque(maxlen=WINDOW)
+
+    def note(self, step_s: float, busy_s: Sequence[float]) -> Straggler | None:
+        """Take in one step; the rank that lags, once half a window is known."""
+        self._steps.append(step_s)
+        for times, seconds in zip(self._busy, busy_s, strict=True):
+            times.append(seconds)
+        if len(self._steps) < WINDOW // 2 or len(self._busy) < 2:
+            return None
+        means = [statistics.fmean(times) for times in self._busy]
+        slowest = max(range(len(means)), key=means.__getitem__)
+        lag = means[slowest] - min(means)
+        over = lag > max(LAG_S, LAG_SHARE * statistics.fmean(self._steps))
+        return Straggler(slowest, lag) if over else None
