@@ -46,13 +46,14 @@ def check_job(job: Job) -> ModelFolder:
 
 
 def check_batches(job: Job) -> None:
-    """The global batch must divide at every allowed world size, and the DeepSpeed file must agree.
+    """The global batch must divide at the smallest and the largest world size (others that do not are passed over), and
+    the DeepSpeed file must agree.
 
     Raises:
         JobError: naming the sizes that would do.
     """
     problems: dict[str, None] = {}
-    for workers in range(job.scale.min_workers, job.scale.max_workers + 1):
+    for workers in sorted({job.scale.min_workers, job.scale.max_workers}):
         try:
             batches = plan_batches(
                 job.train.global_batch_size, job.train.micro_batch_size, workers, job.data.max_length

@@ -38,7 +38,7 @@ class Ending:
     log_tail: str
     max_rss_bytes: int
     oom_kills: int
-    """Processes of this container or machine that the kernel killed for memory while the rank ran."""
+    """Processes of this machine that the kernel killed for memory while the rank ran."""
     shm_free_bytes: int
     node: str
 
@@ -66,16 +66,11 @@ def interface_of(address: str) -> str | None:
 
 
 def oom_kills() -> int:
-    """Processes killed for memory so far, in this cgroup (v2 or v1), or on the machine."""
-    for path, key in (
-        ("/sys/fs/cgroup/memory.events", "oom_kill"),
-        ("/sys/fs/cgroup/memory/memory.oom_control", "oom_kill"),
-        ("/proc/vmstat", "oom_kill"),
-    ):
-        with contextlib.suppress(OSError):
-            for line in Path(path).read_text().splitlines():
-                if line.split()[0] == key:
-                    return int(line.split()[1])
+    """Processes that this machine's kernel has killed for memory so far, for a control group's limit or its own."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
     return 0
 
 

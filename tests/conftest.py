@@ -1,8 +1,10 @@
 """Fixtures that several packages' tests share."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,3 +83,25 @@ def tiny_chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_chat_tokenizer")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def cgroup() -> Any:
+    """A function that makes a control group with a memory limit."""
+    root = Path("/sys/fs/cgroup")
+    made: list[Path] = []
+
+    def make(limit: int) -> Path:
+        unified = (root / "cgroup.controllers").exists()
+        place = (root if unified else root / "memory") / f"tuneyard-{uuid.uuid4().hex[:8]}"
+        try:
+            place.mkdir()
+            made.append(place)
+            (place / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(limit))
+        except OSError as error:
+            pytest.skip(f"no control group with a memory limit can be made here: {error}")
+        return place
+
+    yield make
+    for place in made:
+        place.rmdir()

@@ -56,6 +56,29 @@ class Host:
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
+    def drain(self, head: "Host") -> None:
+        """What a cloud's preemption notice leads to: the cluster is told that this node goes in a minute."""
+        said = subprocess.run(
+            self.command("ray", "drain-node", f"--address={head.address}:{PORT}", f"--node-id={self._node_id(head)}",
+                         "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test",
+                         "--deadline-remaining-seconds=60"),
+            env=self.environment(), capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert said.returncode == 0, said.stdout + said.stderr
+
+    def _node_id(self, head: "Host") -> str:
+        """Ray's id of this host."""
+        program = (
+            f"import ray; ray.init(address='{head.address}:{PORT}', log_to_driver=False, logging_level='ERROR'); "
+            f"here = [n for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == '{self.address}']; "
+            "print(here[0]['NodeID'])"
+        )
+        found = subprocess.run(
+            head.command(sys.executable, "-c", program), env=head.environment(), capture_output=True, text=True,
+            timeout=60, check=True,
+        )  # fmt: skip
+        return found.stdout.split()[-1]
+
     def kill_everything(self) -> None:
         """What a power cut does: every process of the host is gone at once."""
         for _ in range(50):

@@ -1,7 +1,7 @@
 """Faults for tests, in real rank processes: Python loads this file at its start where this folder is on PYTHONPATH.
 
 A run folder's `faults.json` lists what goes wrong: `{"kind", "rank", "step"}`, each once unless it says `"always"`.
-Kinds: stop (SIGSTOP), kill, sleep_loader, endless_forward, raise, memory, nan, slow (`seconds` a step), skip (all ranks
+Kinds: stop (SIGSTOP), kill, oom (in the control group `cgroup`, which has a memory limit), sleep_loader, endless_forward, raise, memory, nan, slow (`seconds` a step), skip (all ranks
 exchange a number after the backward pass, this one leaves it out), mismatch (it leaves out the exchange of losses).
 Without that file nothing is changed.
 """
@@ -78,7 +78,7 @@ def _install(run):
         step_loss = objective.step_loss
 
         def step_loss_(model, inputs, labels):
-            for fault in due("stop", "kill", "raise", "memory", "endless_forward", "slow"):
+            for fault in due("stop", "kill", "oom", "raise", "memory", "endless_forward", "slow"):
                 _happen(fault)
             return step_loss(model, inputs, labels)
 
@@ -111,6 +111,10 @@ def _happen(fault):
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "oom":
+        (Path(fault["cgroup"]) / "cgroup.procs").write_text(str(os.getpid()))
+        hoard = [bytearray(os.urandom(1 << 20)) for _ in range(1 << 10)]
+        raise AssertionError(f"{len(hoard)} MiB were granted")
     elif kind == "raise":
         raise ValueError("the third layer is not on speaking terms with the fourth")
     elif kind == "memory":

@@ -92,6 +92,40 @@ def wait_for(reached: Callable[[], bool], driver: "subprocess.Popen[bytes]", log
         time.sleep(0.1)
 
 
+def test_a_node_that_is_about_to_go_is_left_in_time(hosts: tuple[Host, Host], job: Job, tmp_path: Path) -> None:
+    """A preemption notice: with a fixed number of workers the run commits and exits 75, else it goes on with fewer."""
+    first, second = hosts
+    job_file, run = write_job(job, "drained")
+    log = tmp_path / "driver.log"
+    for workers in ("2", "{min: 1, max: 2}"):
+        launches = len(events_of(run, "start"))
+        command = first.command(
+            sys.executable, "-m", "orchestrator", "run", str(job_file), "--address", f"{first.address}:{PORT}",
+            "--set", f"scale.workers={workers}",
+        )  # fmt: skip
+        with log.open("wb") as stream:
+            driver = subprocess.Popen(command, env=first.environment(), stdout=stream, stderr=stream)
+        try:
+            wait_for(lambda n=launches: len(events_of(run, "start")) > n, driver, log)
+            steps = len(events_of(run, "step"))
+            wait_for(lambda n=steps: len(events_of(run, "step")) > n + 2, driver, log)
+            second.drain(first)
+            if workers == "2":
+                assert driver.wait(timeout=60) == 75, log.read_text()
+                assert events_of(run, "done")[-1]["stopped"] == "preempted"
+            else:
+                wait_for(lambda n=launches: len(events_of(run, "start")) > n + 1, driver, log)
+                assert [event["world_size"] for event in events_of(run, "start")] == [2, 2, 1]
+                assert events_of(run, "done")[-1]["stopped"] == "resize"
+        finally:
+            driver.kill()
+            driver.wait()
+        second.kill_everything()
+        second.start_ray(first)
+        assert (run / "checkpoints" / f"step-{events_of(run, 'done')[-1]['step']:08d}" / "COMMITTED").exists()
+    assert not events_of(run, "restart")
+
+
 @pytest.mark.parametrize("how", ["killed", "cut-off"])
 def test_a_lost_node_costs_a_moment_and_no_step(
     hosts: tuple[Host, Host], how: str, job: Job, undisturbed: dict[int, float], tmp_path: Path

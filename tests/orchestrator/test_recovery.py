@@ -69,6 +69,17 @@ def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing
     assert "not on speaking terms" in (run / "logs" / "rank-00000.log").read_text()
 
 
+def test_a_rank_that_the_kernel_kills_for_memory_is_told_from_any_other_kill(
+    job: Job, undisturbed: dict[int, float], cgroup: Any
+) -> None:
+    fault = {"kind": "oom", "rank": 1, "step": 5, "cgroup": str(cgroup(200 << 20))}
+    run = run_training(job, "out-of-memory", fault)
+    (restart,) = events_of(run, "restart")
+    assert "rank 1" in restart["cause"]
+    assert "was killed by the kernel for memory" in restart["cause"]
+    assert losses(run) == undisturbed
+
+
 def test_a_rank_that_always_fails_ends_the_run_with_its_own_words(job: Job) -> None:
     with pytest.raises(TrainingError, match=r"2 times in a row.*rank 1.*not on speaking terms") as caught:
         run_training(

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -72,28 +71,6 @@ def test_fp32_logits_are_those_of_the_model_in_the_checkpoint(
     with torch.no_grad():
         assert exported(tokens).logits.equal(trained.eval()(tokens).logits)
     assert (exported.lm_head.weight is exported.model.embed_tokens.weight) == tied
-
-
-@pytest.fixture
-def cgroup() -> Any:
-    """A function that makes a control group with a memory limit."""
-    root = Path("/sys/fs/cgroup")
-    made: list[Path] = []
-
-    def make(limit: int) -> Path:
-        unified = (root / "cgroup.controllers").exists()
-        place = (root if unified else root / "memory") / f"tuneyard-{uuid.uuid4().hex[:8]}"
-        try:
-            place.mkdir()
-            made.append(place)
-            (place / ("memory.max" if unified else "memory.limit_in_bytes")).write_text(str(limit))
-        except OSError as error:
-            pytest.skip(f"no control group with a memory limit can be made here: {error}")
-        return place
-
-    yield make
-    for place in made:
-        place.rmdir()
 
 
 def run_within(group: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
