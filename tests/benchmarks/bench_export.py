@@ -24,7 +24,7 @@ from trainers.runs import step_name
 ZERO_TO_FP32 = """
 import sys
 from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
-convert_zero_checkpoint_to_fp32_state_dict(sys.argv[1], sys.argv[2], safe_serialization=True)
+convert_zero_checkpoint_to_fp32_state_dict(sys.argv[1], sys.argv[2])
 """
 
 
@@ -47,8 +47,8 @@ def main() -> None:
         theirs = (str(folder / "theirs"), str(folder / "fp32"))
         for name, code, words in (("ours", EXPORT, ours), ("zero_to_fp32", ZERO_TO_FP32, theirs)):
             how, seconds, _ = run(code, words, limit)
-            _, free_s, peak = run(code, (*words[:-1], words[-1] + "-free"), 1 << 40)
-            print(f"| {name} | {how} | {seconds:.0f} | {peak / 2**20:,.0f} | {free_s:.0f} |", flush=True)
+            free, free_s, peak = run(code, (*words[:-1], words[-1] + "-free"), 1 << 40)
+            print(f"| {name} | {how} | {seconds:.0f} | {peak / 2**20:,.0f} | {free_s:.0f}, {free} |", flush=True)
         print("\nfp32 logits bit-equal:", logits_of(folder / "export-free") == found["logits"])
 
 
@@ -126,7 +126,8 @@ def run(code: str, words: tuple[str, ...], limit: int) -> tuple[str, float, int]
         group.rmdir()
     if done.returncode == 0:
         return "done", seconds, int(done.stdout.split()[-1])
-    return f"ends with {done.returncode}", seconds, 0
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    return f"ends with {done.returncode} {last[:200]}".strip(), seconds, 0
 
 
 if __name__ == "__main__":
