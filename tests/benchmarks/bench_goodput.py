@@ -81,12 +81,11 @@ def report(run: Path, began: float, ended: float) -> None:
     for kind, seconds in spent.items():
         print(f"| {kind} | {seconds:.1f} | {seconds / (ended - began):.1%} |")
     print(f"sum of the account / wall time: {sum(spent.values()) / (ended - began):.4f}")
+    print(f"{kills} kills, one every {mtbf_s:.0f} s; a save costs {save_s * 1000:.0f} ms, a restart {restart_s:.1f} s")
     print(
-        f"{kills} kills, one every {mtbf_s:.0f} s; a save holds up {save_s * 1000:.0f} ms, a restart takes {restart_s:.1f} s"
+        f"goodput after the start: {found:.1%}; allowed at the Young/Daly interval of {interval_s:.1f} s: {allowed:.1%}"
     )
-    print(
-        f"goodput after the start {found:.1%}; the Young/Daly interval ({interval_s:.1f} s) allows {allowed:.1%}; ratio {found / allowed:.1%}"
-    )
+    print(f"ratio: {found / allowed:.1%}")
 
 
 if __name__ == "__main__":
