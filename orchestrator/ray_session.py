@@ -28,7 +28,6 @@ def ray_session(address: str | None = None) -> Iterator[Any]:
         PlacementError: where no cluster answers at the address.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS")
