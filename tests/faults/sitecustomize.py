@@ -2,8 +2,8 @@
 
 A run folder's `faults.json` lists what goes wrong: `{"kind", "rank", "step"}`, each once unless it says `"always"`.
 Kinds: stop (SIGSTOP), kill, oom (in the control group `cgroup`, which has a memory limit), sleep_loader, raise, memory,
-endless_forward, nan, slow (`seconds` a step), skip (all ranks exchange a number after the backward pass, this one leaves
-it out), mismatch (it leaves out the exchange of losses).
+endless_forward, nan, slow (`seconds` a step), skip (all ranks exchange a number after the backward pass, this one not),
+mismatch (it leaves out the exchange of losses).
 Without that file nothing is changed.
 """
 
