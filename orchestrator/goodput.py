@@ -19,7 +19,12 @@ STAGES = {"shard": "shard", "evaluate": "evaluation", "register": "register"}
 
 
 def account(events: Sequence[Event]) -> dict[str, float]:
-    """Seconds by kind, over all attempts of a run; time in which no driver was alive is not the run's."""
+    """Seconds by kind, over all attempts of a run; time in which no driver was alive is not the run's.
+
+    Events count by their time, not by their place: a controller that was killed hears of its last steps in the next
+    attempt.
+    """
+    events = sorted(events, key=lambda event: float(event["time"]))
     spent = dict.fromkeys(KINDS, 0.0)
     for event in events:
         if event["kind"] == "stage" and event["stage"] in STAGES:

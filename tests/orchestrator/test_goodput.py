@@ -61,6 +61,24 @@ def test_the_account_of_any_run_is_its_wall_time(seed):
     assert all(seconds >= 0 for seconds in spent.values())
 
 
+def test_steps_that_a_killed_controller_never_heard_of_count_where_they_were_done():
+    events = [
+        {"kind": "stage_start", "stage": "train", "time": 0.0},
+        {"kind": "start", "step": 0, "time": 4.0},
+        step(1, 5.0, 1.0),
+        {"kind": "stage_start", "stage": "train", "time": 100.0},
+        step(2, 6.0, 1.0),  # told by the checkpoint's history, after the restart
+        step(3, 7.0, 1.0),
+        {"kind": "start", "step": 3, "time": 103.0},
+        step(4, 104.0, 1.0),
+        {"kind": "stage", "stage": "train", "seconds": 4.5, "time": 104.5},
+    ]
+    spent = account(events)
+    assert sum(spent.values()) == pytest.approx(7.0 + 4.5)
+    assert spent["productive"] == pytest.approx(4.0)
+    assert min(spent.values()) >= 0
+
+
 @pytest.mark.parametrize("mtbf_s", [60.0, 600.0, 10_000.0])
 @pytest.mark.parametrize(("save_s", "restart_s"), [(0.1, 5.0), (5.0, 20.0)])
 def test_the_simulator_plays_what_theory_expects(mtbf_s, save_s, restart_s):

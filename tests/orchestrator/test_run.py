@@ -87,6 +87,8 @@ def test_the_run_folder_holds_what_is_documented(finished: Path) -> None:
     assert (result["steps"], result["restarts"]) == (24, 0)
     assert set(result["seconds"]) == {"shard", "train", "evaluate", "register"}
     assert 0 < result["goodput"] <= 1
+    assert min(result["accounting"].values()) >= 0
+    assert sum(result["accounting"].values()) == pytest.approx(sum(result["seconds"].values()), rel=0.01)
     assert json.loads((finished / "plan.json").read_text())["steps"] == 24
 
 
@@ -400,7 +402,8 @@ def test_a_driver_killed_in_each_stage_is_finished_by_the_same_command(finished:
         return bool(runs()) and any((runs()[0] / "evals").glob("*.json"))
 
     def registering() -> bool:
-        return bool(runs()) and any(e.get("stage") == "evaluate" for e in read_events(Folder(str(runs()[0])))[-1:])
+        begun = {"kind": "stage_start", "stage": "register"}
+        return bool(runs()) and any(begun.items() <= e.items() for e in read_events(Folder(str(runs()[0])))[-1:])
 
     for stage in (new_shards, trained, evaluated, registering):
         run_until(job_file, stage)
