@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench_hangs.py [--hangs 100]
 
-One training of two ranks; at every step one of them is stopped (SIGSTOP), sleeps in the loader, loops for ever in the
-forward pass, or leaves out an exchange; each time the controller must find it, say so and go on.
+One training of two ranks; at every third step (the loader works one ahead) one of them is stopped (SIGSTOP), sleeps in
+the loader, loops for ever in the forward pass, or leaves out an exchange; each time the controller must find it, say so
+and go on.
 """
 
 import argparse
@@ -32,14 +33,14 @@ def main() -> None:
     arguments = parser.parse_args()
     draw = random.Random(0)
     faults = [
-        {"kind": list(KINDS)[number % 4], "rank": draw.randrange(2), "step": number + 1}
+        {"kind": list(KINDS)[number % 4], "rank": draw.randrange(2), "step": 3 * number + 1}
         for number in range(arguments.hangs)
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_bert(folder / "model", make_tokenizer(folder / "tokenizer"))
         job = tiny_job(
-            folder, model, "classify", film_rows(120), train={"steps": arguments.hangs + 2},
+            folder, model, "classify", film_rows(120), train={"steps": 3 * arguments.hangs + 2},
             scale={"workers": 2, "max_failures": 100, "hang_after_s": HANG_AFTER_S}, checkpoint={"every_steps": 1},
             evaluate={"while_training": False},
         )  # fmt: skip
