@@ -66,7 +66,6 @@ class Keeper:
         self._gpus = tuple(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if _ray_gpus() else ()
         self._mode: Mode = "become" if self._gpus else "fork"
         self._ranks: dict[int, _Rank] = {}
-        self._by_process: dict[int, _Rank] = {}
         self._launched = 0
         self._zygotes: list[_Zygote] = []
         self.warm_up(1)
@@ -93,16 +92,15 @@ class Keeper:
         """Have as many processes at hand as the next launch needs; one is enough where ranks are forks."""
         wanted = 1 if self._mode == "fork" else ranks
         while len(self._zygotes) < wanted:
-            self._zygotes.append(self._start_zygote(nice=bool(self._launched)))
+            self._zygotes.append(self._start_zygote())
 
-    def _start_zygote(self, nice: bool) -> _Zygote:
+    def _start_zygote(self) -> _Zygote:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment["OMP_NUM_THREADS"] = str(self._cpus)
         if self._mode == "fork":
             environment["DS_ACCELERATOR"] = "cpu"
-        command = [sys.executable, "-m", "trainers.zygote", self._mode]
         process = subprocess.Popen(
-            ["nice", "-n", "10", *command] if nice and shutil.which("nice") else command,
+            [sys.executable, "-m", "trainers.zygote", self._mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -119,11 +117,11 @@ class Keeper:
             if "ready" in message:
                 zygote.ready.set()
             elif "pid" in message:
-                rank = next(one for one in self._ranks.values() if str(one.files) == message["files"])
-                rank.process = message["pid"] or zygote.process.pid
-                self._by_process[rank.process] = rank
+                for rank in [one for one in self._ranks.values() if str(one.files) == message["files"]]:
+                    rank.process = message["pid"]
             elif "exit" in message:
-                self._note_end(self._by_process[message["exit"]], message["code"], message["max_rss_bytes"])
+                for rank in [one for one in self._ranks.values() if one.process == message["exit"]]:
+                    self._note_end(rank, message["code"], message["max_rss_bytes"])
         code = zygote.process.wait()
         for rank in [one for one in self._ranks.values() if one.zygote is zygote and one.ending is None]:
             self._note_end(rank, code, 0)  # it was the rank, or its death took the ranks with it
@@ -149,6 +147,7 @@ class Keeper:
             zygote.process.stdin.flush()
         if self._mode == "become":
             del self._zygotes[: len(environments)]
+            self.warm_up(len(environments))  # spares for the next launch
 
     def _prepare(self, number: int, log: str | None, zygote: _Zygote) -> _Rank:
         """The files of a new rank, each attempt's its own."""

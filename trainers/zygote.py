@@ -93,10 +93,13 @@ def main(mode: Mode) -> None:
     _say({"ready": True})
     for line in sys.stdin:
         hatch = Hatch.model_validate_json(line)
-        child = os.fork() if mode == "fork" else 0
-        if child == 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # its birth is told before its end
+        born = os.fork() if mode == "fork" else os.getpid()
+        if born:
+            _say({"pid": born, "files": hatch.files})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        if born in (0, os.getpid()):
             _live(hatch)
-        _say({"pid": child, "files": hatch.files})
 
 
 def _import_ahead() -> None:
