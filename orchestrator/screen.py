@@ -14,10 +14,10 @@ from trainers.storage import Folder
 
 LINES_PER_STAGE = 20
 """Off a terminal, a stage prints about this many lines, however long it is."""
-ANNOUNCED = ("start", "checkpoint", "checkpoint_skipped", "checkpoint_quarantined", "evaluation", "stop")
+ANNOUNCED = ("start", "verification", "checkpoint", "checkpoint_skipped", "checkpoint_quarantined", "evaluation", "stop")
 COLUMNS = 6
 """Metrics in the final table."""
-PRINTED = ("checkpoint_skipped", "checkpoint_quarantined")
+PRINTED = ("verification", "checkpoint_skipped", "checkpoint_quarantined")
 """Events that a terminal shows as lines between its bars; elsewhere ANNOUNCED."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 START_S = 240
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, patience_s: float = START_S) -> list[Any]:
     """Results of `function(*arguments)` by rank; raises where any rank did, with its traceback.
 
     The function must stand at the top of a module. The launcher contract's variables are set before it is called.
@@ -27,7 +27,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     found: dict[int, Any] = {}
     failures = []
     for _ in ranks:
-        rank, value, failure = results.get(timeout=START_S)
+        rank, value, failure = results.get(timeout=patience_s)
         found[rank] = value
         if failure:
             failures.append(f"rank {rank}:\n{failure}")

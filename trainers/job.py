@@ -163,6 +163,8 @@ class TrainSection(Section):
     together and pushed apart by a margin."""
     distill: DistillSection | None = None
     """Learn from a teacher too."""
+    verify: bool = True
+    """Run the self-tests of `tuneyard verify` before the first launch of a model, task and attention backend."""
 
 
 class Elastic(Section):
@@ -280,6 +282,7 @@ class Job(Section):
     def identity(self) -> str:
         """Digest of all that changes the trained weights; where and how large the job runs does not."""
         parts = self.model_dump(mode="json", include={"task", "model", "data", "train"})
+        parts["train"].pop("verify")
         judged_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize"}
         parts["evaluate"] = self.evaluate.model_dump(include=judged_by)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

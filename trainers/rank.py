@@ -1,5 +1,6 @@
 """What one rank does from launch to last checkpoint, whoever launched it. Build, build, build, train."""
 
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from trainers.model_source import ModelFolder
 from trainers.schedule import Schedule
 from trainers.storage import Folder
 from trainers.tasks import Task, load_task, task_options
+from trainers.verification.verify import demand, read_verification, verify_job
 from trainers.world import World, join_world
 
 
@@ -47,6 +49,8 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
     """
     hooks.at("load", 0)
     world = join_world(request.job.scale.cpus_per_worker)
+    if request.job.train.verify:
+        _verify(request, world, hooks)
     while True:
         try:
             return _attempt(request, hooks, world)
@@ -54,6 +58,24 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
             if world.rank == 0:
                 hooks.emit({"kind": "rolled_back", "step": error.step + 1, "reason": error.reason})
             hooks.at("load", error.step)
+
+
+def _verify(request: TrainRequest, world: World, hooks: Hooks) -> None:
+    """Before the first launch of a model, task and attention backend: is this training what it says? Rank 0 asks.
+
+    Raises:
+        TrainingError: where a self-test fails.
+    """
+    if world.rank == 0:
+        found = read_verification(request.job, request.model)
+        if found is None:
+            began = time.monotonic()
+            found = verify_job(request.job, request.model)
+            failed = [check.name for check in found.checks if not check.passed]
+            told = {"passed": len(found.checks) - len(failed), "failed": failed, "key": found.key}
+            hooks.emit({"kind": "verification", **told, "seconds": time.monotonic() - began})
+        demand(found, request.job.model.dtype)
+    barrier(world)
 
 
 def _attempt(request: TrainRequest, hooks: Hooks, world: World) -> LoopOutcome:

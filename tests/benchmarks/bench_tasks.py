@@ -1,6 +1,6 @@
 """Every task on real data, with the plain Hugging Face Trainer at equal settings beside it.
 
-    python -m tests.benchmarks.bench_tasks --data DIR --task ner --steps 60 [--smol FOLDER] [--seeds 2]
+    python -m tests.benchmarks.bench_tasks --data DIR [--smol FOLDER] [--task ner sft ...] [--seeds 2] [--steps 60]
 
 DIR holds one folder a task. Encoder tasks train MiniLM, the others the model folder given by --smol; the table shows
 the untouched model too, where it has a head. Both sides read the same tokenized rows and are judged by the same
@@ -12,6 +12,7 @@ import argparse
 import os
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,78 +29,110 @@ from trainers.job_file import parse_job
 from trainers.tasks.base import IGNORE
 from trainers.tasks.causal import CausalTask
 
-BATCH, WARMUP = 32, 0.1
-SPECS: dict[str, dict[str, Any]] = {
-    "ner": {"task": "tag", "files": ("ner/train.jsonl", "ner/test.jsonl"), "shown": ("f1", "strict_f1", "accuracy")},
-    "similarity": {"task": "similarity", "files": ("similarity/train.jsonl", "similarity/test.jsonl"),
-                   "data": {"score_range": [0, 5]}, "shown": ("pearson", "spearman")},
-    "qa": {"task": "extract", "files": ("qa/xquad.en.json", None), "data": {"max_length": 256, "window_overlap": 64},
-           "shown": ("exact", "f1")},
-    "sentiment": {"task": "classify", "files": ("sentiment/train.jsonl", "sentiment/test.jsonl"),
-                  "shown": ("accuracy", "f1_macro", "auroc")},
-    "mlm": {"task": "mlm", "files": ("text/train.jsonl", "text/wiki.txt"), "shown": ("loss", "token_accuracy")},
-    "pretrain": {"task": "pretrain", "files": ("text/train.jsonl", "text/wiki.txt"), "smol": True,
-                 "data": {"packing": False, "max_length": 256}, "shown": ("loss", "bits_per_byte")},
-    "sft": {"task": "sft", "files": ("sft/train.jsonl", "sft/dev.jsonl"), "smol": True,
-            "data": {"packing": False, "max_length": 256}, "shown": ("loss", "token_accuracy")},
-    "summarization": {"task": "seq2seq", "smol": True,
-                      "files": ("summarization/train.jsonl", "summarization/test.jsonl"),
-                      "data": {"columns": {"source": "dialogue", "target": "summary"}, "max_length": 384,
-                               "prompt": "{source}\n\nSummary:"}, "shown": ("loss", "rouge1", "rougeLsum")},
-    "translation": {"task": "seq2seq", "files": ("translation/train.jsonl", "translation/dev.jsonl"), "smol": True,
-                    "data": {"columns": {"source": "en", "target": "de"}, "prompt": "English: {source}\nGerman:"},
-                    "shown": ("loss", "bleu", "chrf")},
+WARMUP = 0.1
+PATIENCE_S = 7200
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One data set: the job's task, its files, and how much of it a short run takes."""
+
+    task: str
+    train: str
+    held_out: str | None
+    """None: a fifth of the training rows."""
+    shown: tuple[str, ...]
+    data: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    eval_rows: int = 0
+    """First rows of the evaluation file; 0: all."""
+    batch: int = 32
+    steps: int = 60
+    smol: bool = False
+
+
+CAUSAL: dict[str, Any] = {"batch": 8, "steps": 30, "smol": True}
+SPECS: dict[str, Spec] = {
+    "sentiment": Spec("classify", "sentiment/train.jsonl", "sentiment/test.jsonl", ("accuracy", "f1_macro", "auroc")),
+    "ner": Spec("tag", "ner/train.jsonl", "ner/test.jsonl", ("f1", "strict_f1", "accuracy"), steps=200),
+    "similarity": Spec("similarity", "similarity/train.jsonl", "similarity/test.jsonl", ("pearson", "spearman"),
+                       {"score_range": [0, 5]}, steps=120),
+    "qa": Spec("extract", "qa/xquad.en.json", None, ("exact", "f1"), {"max_length": 256, "window_overlap": 64},
+               steps=120, batch=16),
+    "mlm": Spec("mlm", "text/train.jsonl", "text/wiki.txt", ("loss", "token_accuracy"), {"overlong": "split"},
+                eval_rows=8),
+    "pretrain": Spec("pretrain", "text/train.jsonl", "text/wiki.txt", ("loss", "bits_per_byte"),
+                     {"packing": False, "max_length": 256}, eval_rows=5, **CAUSAL),
+    "sft": Spec("sft", "sft/train.jsonl", "sft/dev.jsonl", ("loss", "token_accuracy", "rougeL", "exact_match"),
+                {"packing": False, "max_length": 256}, {"generate": {"max_new_tokens": 64}}, eval_rows=40, **CAUSAL),
+    "summarization": Spec("seq2seq", "summarization/train.jsonl", "summarization/test.jsonl",
+                          ("loss", "rouge1", "rouge2", "rougeLsum"),
+                          {"columns": {"source": "dialogue", "target": "summary"}, "max_length": 384,
+                           "prompt": "{source}\n\nSummary:"},
+                          {"generate": {"max_new_tokens": 64}}, eval_rows=40, **CAUSAL),
+    "translation": Spec("seq2seq", "translation/train.jsonl", "translation/dev.jsonl", ("loss", "bleu", "chrf"),
+                        {"columns": {"source": "en", "target": "de"}, "prompt": "English: {source}\nGerman:"},
+                        {"generate": {"max_new_tokens": 48}}, eval_rows=100, batch=16, steps=60, smol=True),
 }  # fmt: skip
 
 
 def main() -> None:
-    """Run one task and print its table."""
+    """Run the tasks and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--task", choices=list(SPECS), required=True)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--task", nargs="*", choices=list(SPECS), default=list(SPECS))
+    parser.add_argument("--steps", type=int, help="in place of the data set's own number")
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rate", type=float, default=5e-5)
-    parser.add_argument("--eval-rows", type=int, default=0, help="first rows of the evaluation file; 0: all")
-    parser.add_argument("--smol", type=Path)
+    parser.add_argument("--smol", type=Path, help="a causal model as safetensors, with a chat template")
     arguments = parser.parse_args()
-    shown = SPECS[arguments.task]["shown"]
+    for name in arguments.task:
+        if SPECS[name].smol and arguments.smol is None:
+            print(f"{name} needs --smol FOLDER, so it is left out")
+        else:
+            measure(name, arguments)
+
+
+def measure(name: str, arguments: Any) -> None:
+    """One data set's table."""
+    spec = SPECS[name]
     print(
-        f"| {arguments.task}, {arguments.steps} steps of {arguments.batch} | seed | {' | '.join(shown)} | training s |"
+        f"\n| {name}, {arguments.steps or spec.steps} steps of {spec.batch} | seed | {' | '.join(spec.shown)} | "
+        f"training s |\n| --- | --- |{' ---: |' * (len(spec.shown) + 1)}",
+        flush=True,
     )
-    print(f"| --- | --- |{' --- |' * (len(shown) + 1)}")
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            job = make_job(arguments, seed, Path(folder))
+            job = make_job(name, arguments, seed, Path(folder))
             shard_locally(job)
             task, shards = held_out(job)
-            systems: dict[str, Any] = {} if task.new_head else {"untouched": lambda job=job: (job.model.path, 0.0)}
-            systems |= {"tuneyard": lambda job=job: ours(job), "transformers.Trainer": lambda job=job: trainers(job)}
-            for name, system in systems.items():
-                path, seconds = system()
+            systems: dict[str, Any] = {"tuneyard": ours, "transformers.Trainer": trainers}
+            if not task.new_head and seed == 0:
+                systems = {"untouched": lambda job: (job.model.path, 0.0), **systems}
+            for system, train in systems.items():
+                path, seconds = train(job)
                 _, judged = evaluate_model(job, task, path, shards)
                 metrics = task.metrics(judged)
-                values = " | ".join(f"{metrics[one]:.4f}" for one in shown)
-                print(f"| {name} | {seed} | {values} | {seconds:.0f} |", flush=True)
+                values = " | ".join(f"{metrics[one]:.4f}" for one in spec.shown)
+                print(f"| {system} | {seed} | {values} | {seconds:.0f} |", flush=True)
 
 
-def make_job(arguments: Any, seed: int, folder: Path) -> Job:
-    """The job of a spec."""
-    spec = SPECS[arguments.task]
-    train, held = spec["files"]
-    model = arguments.smol if spec.get("smol") else Path(model_path())
-    assert model is not None, "--smol FOLDER: a causal model as safetensors"
-    data: dict[str, Any] = {"train": [str(arguments.data / train)], "max_length": 128, **spec.get("data", {})}
-    data |= (
-        {"eval": [first_rows(arguments.data / held, arguments.eval_rows, folder)]} if held else {"eval_fraction": 0.2}
-    )
+def make_job(name: str, arguments: Any, seed: int, folder: Path) -> Job:
+    """The job of a data set."""
+    spec, root = SPECS[name], arguments.data.resolve()
+    steps = arguments.steps or spec.steps
+    data: dict[str, Any] = {"train": [str(root / spec.train)], "max_length": 128, **spec.data}
+    held: dict[str, Any] = {"eval_fraction": 0.2}
+    if spec.held_out:
+        held = {"eval": [first_rows(root / spec.held_out, spec.eval_rows, folder)]}
     return parse_job({
-        "name": arguments.task, "task": spec["task"], "model": {"path": str(model), "dtype": "float32"},
-        "data": {**data, "max_drop_fraction": 0.05},
-        "train": {"global_batch_size": arguments.batch, "steps": arguments.steps, "learning_rate": arguments.rate,
+        "name": name, "task": spec.task,
+        "model": {"path": str(arguments.smol.resolve() if spec.smol else model_path()), "dtype": "float32"},
+        "data": {**data, **held, "max_drop_fraction": 0.05},
+        "train": {"global_batch_size": spec.batch, "steps": steps, "learning_rate": arguments.rate,
                   "warmup_ratio": WARMUP, "schedule": "linear", "seed": seed},
-        "scale": {"cpus_per_worker": os.cpu_count() or 1}, "checkpoint": {"every_steps": arguments.steps},
+        "evaluate": {"batch_size": 32, **spec.evaluate},
+        "scale": {"cpus_per_worker": os.cpu_count() or 1}, "checkpoint": {"every_steps": steps},
         "storage": str(folder / "storage"),
     })  # fmt: skip
 
@@ -117,7 +150,7 @@ def first_rows(path: Path, count: int, folder: Path) -> str:
 def ours(job: Job) -> tuple[str, float]:
     """Folder of the trained model, and seconds."""
     began = time.perf_counter()
-    run_ranks(train_all, 1, [(job, "run", None)])
+    run_ranks(train_all, 1, [(job, "run", None)], patience_s=PATIENCE_S)
     return export(job), time.perf_counter() - began
 
 

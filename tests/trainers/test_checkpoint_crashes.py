@@ -182,5 +182,5 @@ def test_real_ranks_with_an_engine_go_on_from_the_newest_commit(tmp_path: Path, 
         job.ranks[number].kill()
         job.kill()
         expected = max(whole_steps(checkpoints))
-        assert expected >= 2
+        assert expected >= 1  # of step 2 the marker may still be missing
     assert loaded_by(start_engines(tmp_path, "ours", steps=0, load=True)) == (expected, None)

@@ -203,12 +203,20 @@ class Task(ABC):
             config.pad_token_id = pad_id
         return config
 
-    def load_model(self, path: str, pad_id: int, trust_remote_code: bool, **options: Any) -> torch.nn.Module:
-        """The pretrained model with this task's head, by transformers' from_pretrained."""
+    def load_model(
+        self, path: str, pad_id: int, trust_remote_code: bool, layers: int | None = None, **options: Any
+    ) -> torch.nn.Module:
+        """The pretrained model with this task's head, by transformers' from_pretrained.
+
+        Args:
+            layers: only so many of its first layers.
+        """
         import transformers
 
         transformers.logging.set_verbosity_error()  # it reports a new head as missing weights
         config = self.load_config(path, pad_id, trust_remote_code)
+        if layers is not None:
+            cut_layers(config, layers)
         auto: Any = getattr(transformers, self.head_class(config))
         model: torch.nn.Module = auto.from_pretrained(
             path, config=config, trust_remote_code=trust_remote_code, **options
@@ -222,6 +230,18 @@ class Task(ABC):
     def better_mode(self, metric: str) -> str:
         """min or max."""
         return "min" if metric in self.smaller_is_better else "max"
+
+
+DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+
+
+def cut_layers(config: Any, layers: int) -> None:
+    """Make a configuration that of the first layers alone."""
+    for name in DEPTHS:
+        if isinstance(depth := getattr(config, name, None), int):
+            setattr(config, name, min(depth, layers))
+    if isinstance(kinds := getattr(config, "layer_types", None), list):
+        config.layer_types = kinds[:layers]
 
 
 DROPOUT_RATE = re.compile(r"(dropout(_rate|_prob)?|_pdrop)$")

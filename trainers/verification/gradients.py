@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -33,21 +34,22 @@ def logits_of(specimen: Specimen, batch: Batch) -> Any:
     import torch
 
     with torch.no_grad():
-        return specimen.task.forward(specimen.model, as_tensors(batch))
+        return specimen.task.forward(specimen.model, as_tensors(specimen, batch.inputs)).float().cpu()
 
 
-def as_tensors(batch: Batch) -> dict[str, Any]:
-    """A batch's inputs for the model."""
+def as_tensors(specimen: Specimen, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs for the model, where it is."""
     import torch
 
-    return {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)).to(specimen.device) for name, array in inputs.items()}
 
 
 def loss_of(specimen: Specimen, batch: Batch) -> Any:
     """The loss summed over targets, with its gradient to come."""
     import torch
 
-    return specimen.task.step_loss(specimen.model, as_tensors(batch), torch.from_numpy(batch.labels))
+    labels = torch.from_numpy(batch.labels).to(specimen.device)
+    return specimen.task.step_loss(specimen.model, as_tensors(specimen, batch.inputs), labels)
 
 
 def count_targets(batch: Batch) -> int:
@@ -93,7 +95,8 @@ def take_gradient(model: Any) -> Any:
     import torch
 
     parts = [
-        torch.zeros(p.numel()) if p.grad is None else p.grad.detach().flatten().float() for p in model.parameters()
+        torch.zeros(p.numel(), device=p.device) if p.grad is None else p.grad.detach().flatten().float()
+        for p in model.parameters()
     ]
     return torch.cat(parts)
 

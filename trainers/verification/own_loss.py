@@ -24,8 +24,7 @@ def own_loss(specimen: Specimen, row: Row) -> float | None:
         return None
     arguments, targets = _arguments(specimen, row)
     with torch.no_grad():
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arguments.items()}
-        found: Any = specimen.model(**tensors).loss
+        found: Any = specimen.model(**g.as_tensors(specimen, arguments)).loss
     return float(found) * targets
 
 

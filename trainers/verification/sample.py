@@ -10,20 +10,26 @@ from typing import Any
 
 from trainers.data.dataset import ShardSet
 from trainers.data.formats import RawRow
-from trainers.data.keys import manifest_of, plan_splits
+from trainers.data.keys import SplitPlan, manifest_of, plan_splits
+from trainers.data.manifest import ShardRecord
 from trainers.data.packing import PackIndex, one_row_each, pack_rows
 from trainers.data.readers import plan_units, read_unit, task_columns
 from trainers.data.shard_writer import write_shard
-from trainers.data.tokenizer import load_encoder
+from trainers.data.tokenizer import Encoder, load_encoder
 from trainers.engine import load_options
 from trainers.errors import DataError
 from trainers.job import Job
 from trainers.storage import Folder
-from trainers.tasks import Task, encode_rules, load_task
+from trainers.tasks import EncodeRules, Task, encode_rules, load_task
 
 ROWS = 48
 LONGEST = 128
 """Tokens; longer rows are treated as the job's length policy has it, at this length."""
+LOOKED_AT = 50 * ROWS
+"""Rows that are looked at before a longer length is tried, where none can be used."""
+WHOLE_BYTES = 2 * 2**30
+LAYERS = 2
+"""Of models with more bytes of weights only so many layers are looked at: depth changes neither masks nor losses."""
 
 
 @dataclass(frozen=True)
@@ -35,47 +41,79 @@ class Specimen:
     packs: PackIndex
     pad_id: int
     model: Any
-    """fp32, in eval mode: dropout would hide what is looked for."""
+    """In eval mode: dropout would hide what is looked for."""
+    device: Any
+    """torch.device of the model."""
     packing: bool
     seed: int
+    layers: int | None = None
+    """Layers of the model that were loaded; None: all."""
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the model computes in bf16, because its attention backend knows nothing else."""
+        return str(self.model.dtype) == "torch.bfloat16"
 
 
-def take_specimen(job: Job, model_path: str, folder: Path) -> Specimen:
-    """Write the first rows of the training data as a shard and load the model in fp32.
+def take_specimen(job: Job, model_path: str, folder: Path, device: Any = "cpu") -> Specimen:
+    """Write the first usable rows of the training data as a shard and load the model.
 
     Raises:
         DataError: where none of the rows can be used.
     """
     encoder = load_encoder(model_path, job.model.trust_remote_code)
-    rules = replace(encode_rules(job), max_length=min(job.data.max_length, LONGEST))
+    rules = encode_rules(job)
     plain = replace(rules.options, label_smoothing=0.0, class_weights=None, dropout=None, generate=None)
-    task = load_task(job.task, plain)
     plan, _ = plan_splits(job, model_path)
-    record = write_shard(Folder(str(folder)), 0, 0, _first_rows(job, plan), task, encoder, rules).commit()
-    if not record.rows:
-        reasons = ", ".join(f"{name} ({count})" for name, count in record.outcomes.items())
-        raise DataError(f"verify: none of the first {ROWS} training rows can be used: {reasons}")
+    task = load_task(job.task, plain)
+    longest, record = _first_shard(job, plan, Folder(str(folder)), task, encoder, rules)
     task = load_task(job.task, replace(plain, label_counts=record.labels))
     task.labels = tuple(record.labels)
     task.prepare(encoder)
     shards = ShardSet(Folder(str(folder)), manifest_of(plan, job.task, {0: record}), task)
-    packs = pack_rows(shards.lengths, rules.max_length, 0) if job.packing else one_row_each(len(shards))
-    model = load_fp32(job, task, model_path, encoder.pad_id)
-    return Specimen(task, shards, packs, encoder.pad_id, model, job.packing, job.train.seed)
+    packs = pack_rows(shards.lengths, longest, 0) if job.packing else one_row_each(len(shards))
+    layers = LAYERS if weight_bytes(model_path) > WHOLE_BYTES else None
+    model = _load(job, task, model_path, encoder.pad_id, layers, device)
+    return Specimen(task, shards, packs, encoder.pad_id, model, device, job.packing, job.train.seed, layers)
 
 
-def load_fp32(job: Job, task: Task, path: str, pad_id: int) -> Any:
-    """The model whole, fp32, in eval mode, its new parts the same each time."""
+def weight_bytes(model_path: str) -> int:
+    """Size of a model folder's weights."""
+    return sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors"))
+
+
+def _load(job: Job, task: Task, path: str, pad_id: int, layers: int | None, device: Any) -> Any:
+    """The model unpartitioned, its new parts the same each time; in fp32 unless its attention backend cannot."""
     import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # of an engine in this process: it would partition the model
     torch.manual_seed(job.train.seed)
-    options = {**load_options(job), "dtype": torch.float32}
-    return task.load_model(path, pad_id=pad_id, **options).eval()
+    half = job.model.attention.startswith("flash")
+    options = {**load_options(job), "dtype": torch.bfloat16 if half else torch.float32}
+    return task.load_model(path, pad_id=pad_id, layers=layers, **options).eval().to(device)
 
 
-def _first_rows(job: Job, plan: Any) -> Iterator[RawRow]:
+def _first_shard(
+    job: Job, plan: SplitPlan, folder: Folder, task: Task, encoder: Encoder, rules: EncodeRules
+) -> tuple[int, ShardRecord]:
+    """The first rows that can be used as a shard, and the longest sequence allowed: short, unless no row is."""
+    longest = min(job.data.max_length, LONGEST)
+    while True:
+        rows = _rows(job, plan)
+        for _ in range(LOOKED_AT // ROWS):
+            some = list(islice(rows, ROWS))
+            record = write_shard(folder, 0, 0, some, task, encoder, replace(rules, max_length=longest)).commit()
+            if record.rows or not some:
+                break
+        if record.rows:
+            return longest, record
+        if longest == job.data.max_length:
+            reasons = ", ".join(f"{name} ({count})" for name, count in record.outcomes.items())
+            raise DataError(f"verify: none of the first {LOOKED_AT:,} training rows can be used: {reasons or 'no row'}")
+        longest = min(2 * longest, job.data.max_length)
+
+
+def _rows(job: Job, plan: SplitPlan) -> Iterator[RawRow]:
     units = plan_units(plan.sources)
-    rows = (row for unit in units for row in read_unit(unit, plan.sources[unit.file], task_columns(job)))
-    return islice(rows, ROWS)
+    return (row for unit in units for row in read_unit(unit, plan.sources[unit.file], task_columns(job)))

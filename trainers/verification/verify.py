@@ -10,8 +10,11 @@ import hashlib
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from trainers.data.manifest import Record
 from trainers.errors import TrainingError
@@ -20,11 +23,12 @@ from trainers.model_source import ModelFolder
 from trainers.storage import Folder
 from trainers.verification.checks import CHECKS, Finding
 from trainers.verification.precision import bf16_follows
-from trainers.verification.sample import Specimen, take_specimen
+from trainers.verification.sample import Specimen, take_specimen, weight_bytes
 
+BF16 = "bf16"
 SMALL_BYTES = 20 * 2**20
 """Weights below which several threads only wait for one another."""
-VERSION = 1
+VERSION = 2
 """Raised whenever a check changes."""
 
 
@@ -46,6 +50,8 @@ class Verification(Record):
     attention: str
     packing: bool
     checks: tuple[CheckResult, ...]
+    layers: int | None = None
+    """Layers of the model that were looked at; None: all."""
 
     @property
     def passed(self) -> bool:
@@ -69,26 +75,51 @@ def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verificatio
     Raises:
         DataError: where no row can be used.
     """
+    if not again and (kept := read_verification(job, model)) is not None:
+        return kept
+    key = verification_key(job, model)
+    with _quick_threads(model.path), tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
+        specimen = take_specimen(job, model.path, Path(scratch), _device())
+        attention = str(specimen.model.config._attn_implementation)
+        found = Verification(key=key, task=job.task, attention=attention, packing=job.packing,
+                             checks=run_checks(specimen), layers=specimen.layers)  # fmt: skip
+    _folder(job).write_bytes(f"{key}.json", found.model_dump_json(indent=1).encode())
+    return found
+
+
+def read_verification(job: Job, model: ModelFolder) -> Verification | None:
+    """What was found before, or None."""
+    folder, name = _folder(job), f"{verification_key(job, model)}.json"
+    return Verification.model_validate_json(folder.read_bytes(name)) if folder.exists(name) else None
+
+
+def _folder(job: Job) -> Folder:
+    return Folder(job.storage) / "verify"
+
+
+def _device() -> Any:
+    """This process's GPU, where there is one."""
     import torch
 
-    folder, key = Folder(job.storage) / "verify", verification_key(job, model)
-    name = f"{key}.json"
-    if not again and folder.exists(name):
-        return Verification.model_validate_json(folder.read_bytes(name))
-    small = sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) < SMALL_BYTES
-    torch.set_num_threads(1 if small else os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
-        specimen = take_specimen(job, model.path, Path(scratch))
-        attention = str(specimen.model.config._attn_implementation)
-        checks = run_checks(specimen)
-    found = Verification(key=key, task=job.task, attention=attention, packing=job.packing, checks=checks)
-    folder.write_bytes(name, found.model_dump_json(indent=1).encode())
-    return found
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def _quick_threads(model_path: str) -> Iterator[None]:
+    """Every core for models that gain from it; afterwards as many threads as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if weight_bytes(model_path) < SMALL_BYTES else os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_checks(specimen: Specimen) -> tuple[CheckResult, ...]:
     """All checks on one specimen; one that raises has failed. The last changes the model."""
-    return tuple(_run(name, check, specimen) for name, check in {**CHECKS, "bf16": bf16_follows}.items())
+    return tuple(_run(name, check, specimen) for name, check in {**CHECKS, BF16: bf16_follows}.items())
 
 
 def _run(name: str, check: object, specimen: Specimen) -> CheckResult:
@@ -106,11 +137,13 @@ def _call(check: object, specimen: Specimen) -> Finding:
     return finding
 
 
-def demand(found: Verification) -> None:
-    """Raises TrainingError where a check failed."""
-    failed = [f"{check.name}: {check.detail}" for check in found.checks if not check.passed]
+def demand(found: Verification, dtype: str = "bfloat16") -> None:
+    """Raises TrainingError where a check failed that matters to a model trained in `dtype`."""
+    matter = [check for check in found.checks if check.name != BF16 or dtype == "bfloat16"]
+    failed = [f"{check.name}: {check.detail}" for check in matter if not check.passed]
     if failed:
         raise TrainingError(
             f"the self-tests of task {found.task} with {found.attention} attention failed, so training would not do "
-            f"what it says: {'; '.join(failed)}. Choose another model.attention, or data.packing: false"
+            f"what it says: {'; '.join(failed)}. Choose another model.attention, or data.packing: false; "
+            "train.verify: false trains all the same"
         )
