@@ -14,7 +14,15 @@ from trainers.storage import Folder
 
 LINES_PER_STAGE = 20
 """Off a terminal, a stage prints about this many lines, however long it is."""
-ANNOUNCED = ("start", "verification", "checkpoint", "checkpoint_skipped", "checkpoint_quarantined", "evaluation", "stop")
+ANNOUNCED = (
+    "start",
+    "verification",
+    "checkpoint",
+    "checkpoint_skipped",
+    "checkpoint_quarantined",
+    "evaluation",
+    "stop",
+)
 COLUMNS = 6
 """Metrics in the final table."""
 PRINTED = ("verification", "checkpoint_skipped", "checkpoint_quarantined")
