@@ -5,9 +5,11 @@ and registers what was trained here.
 """
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
@@ -77,8 +79,19 @@ def make_request(job: Job) -> TrainRequest:
     )
 
 
-def main() -> None:
-    """Parse, train, exit with the code of what happened."""
+def main() -> NoReturn:
+    """Parse, train, exit with the code of what happened.
+
+    All that counts is on storage by then. The interpreter's own end is passed over: gloo's threads, still there, abort
+    one process in twenty while it takes itself apart ("terminate called without an active exception").
+    """
+    code = _main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainers", description=__doc__)
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a value")
@@ -89,7 +102,11 @@ def main() -> None:
         _finish(run_rank(request, LocalHooks(request.run, job.checkpoint)))
     except TuneyardError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _finish(outcome: LoopOutcome) -> None:
