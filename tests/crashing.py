@@ -117,7 +117,7 @@ def _light_rank(
     for step in range(first + 1, steps + 1):
         barrier.wait(60)  # as the collectives of a step would
         now[0] = step
-        buffer.fill()
+        buffer.copy_beside(lambda _: None).wait()
         state = _state(step, values) if rank == 0 else None
         save = Save(id=f"{folder.name}-{step}", rank=rank, world_size=WORLD)
         place = str(Folder(str(checkpoints)) / step_name(step))
@@ -259,6 +259,7 @@ def _engine_rank(folder: Path, saver: str, rank: int, port: int, steps: int, loa
         for step in range(1, steps + 1):
             loss = engine(torch.randn(4, 384)).square().mean()
             engine.backward(loss)
+            keeper.before_update()
             engine.step()
             with (folder / f"digests-{rank}.jsonl").open("a") as stream:
                 stream.write(json.dumps({"step": step, "digest": state_digest(engine)}) + "\n")
@@ -325,6 +326,10 @@ class OurSaver:
         assert self._it._writing is not None
         _note_writer(self._folder, self._rank, self._it._writing.link.process.pid)
 
+    def before_update(self) -> None:
+        """Wait for the copy."""
+        self._it.before_update()
+
     def finish(self) -> None:
         """Wait for the last commit."""
         self._it.finish()
@@ -343,6 +348,9 @@ class DeepSpeedSaver:
     def save(self, step: int) -> None:
         """Save to a tag of the step."""
         self._engine.save_checkpoint(self._place, tag=step_name(step), client_state={"step": step})
+
+    def before_update(self) -> None:
+        """Its save ended before it returned."""
 
     def finish(self) -> None:
         """Nothing is in flight."""

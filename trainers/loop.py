@@ -5,7 +5,7 @@ It knows steps, not files or launchers: data comes from `StepSource`, progress l
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,7 +45,10 @@ class Saver(Protocol):
     """Writes checkpoints."""
 
     def save(self, progress: "Progress") -> None:
-        """Take a copy of the state after `progress.step` steps and begin to write it; called by every rank."""
+        """Begin to copy the state after `progress.step` steps, and to write the copy; called by every rank."""
+
+    def before_update(self) -> None:
+        """Wait until the copy is made."""
 
     def poll(self) -> None:
         """Tell of a commit that has happened since; does not wait."""
@@ -123,7 +126,7 @@ def train(
         seed_step(settings.seed, step, world.rank)
         set_learning_rate(engine, schedule.rate(step))
         batch = source.next(step)
-        loss_sum = run_micro_batches(engine, objective, batch, world)
+        loss_sum = run_micro_batches(engine, objective, batch, world, saver.before_update)
         norm = float(engine.get_global_grad_norm() or 0.0)
         hooks.at("settle", step)
         seconds = time.perf_counter() - began
@@ -170,7 +173,9 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
-def run_micro_batches(engine: Any, objective: Objective, batch: StepBatch, world: World) -> Any:
+def run_micro_batches(
+    engine: Any, objective: Objective, batch: StepBatch, world: World, before_update: Callable[[], None]
+) -> Any:
     """Forward and backward over the accumulation, then the update. Returns this rank's loss sum, a detached scalar.
 
     DeepSpeed averages gradients over ranks, so a loss of sum x world / targets gives the gradient of
@@ -179,11 +184,13 @@ def run_micro_batches(engine: Any, objective: Objective, batch: StepBatch, world
     import torch
 
     total = torch.zeros((), dtype=torch.float64)
-    for micro in batch.micro_batches:
+    for place, micro in enumerate(batch.micro_batches, 1):
         inputs = {name: torch.from_numpy(array).to(world.device) for name, array in micro.inputs.items()}
         labels = torch.from_numpy(micro.labels).to(world.device)
         loss_sum = objective.step_loss(engine, inputs, labels)
         engine.backward(share_of_step(loss_sum, batch.targets, world.size), scale_wrt_gas=False)
+        if place == len(batch.micro_batches):
+            before_update()
         engine.step()
         total += loss_sum.detach().double().cpu()
     return total

@@ -65,8 +65,8 @@ def _install(run):
                 time.sleep(3600)
         return make(self, step)
 
-    def micro_(engine, objective, batch, world):
-        total = micro(engine, objective, batch, world)
+    def micro_(engine, objective, batch, world, before_update):
+        total = micro(engine, objective, batch, world, before_update)
         if any(_due(run.path, fault, now["step"]) for fault in skips):
             torch.distributed.recv(torch.zeros(1))  # what the faulty rank does not send
         due("skip")

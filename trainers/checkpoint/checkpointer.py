@@ -1,7 +1,8 @@
 """One rank's side of saving and resuming: joins the buffer, the writer process and the readers for the loop.
 
-A save is a copy to host memory; the loop goes on while the writer process does the rest, and `poll` tells of its end.
-Nothing here waits for storage in a step, except a save that comes while the one before is still being written.
+A save is a copy to host memory, made beside the next step's forward and backward passes and waited for before its
+update; the writer process does the rest, and `poll` tells of its end. Nothing here waits for storage in a step, except
+a save that comes while the one before is still being written.
 """
 
 import json
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainers.checkpoint.cleaning import clean_leftovers
-from trainers.checkpoint.host_buffer import HostBuffer
+from trainers.checkpoint.host_buffer import Copying, HostBuffer
 from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, find_damage, open_newest
 from trainers.checkpoint.records import CheckpointState, Save, SaveReport, SaveRequest
@@ -29,8 +30,8 @@ STUCK_S = 240.0
 """How long a save waits for the one before; well below the ten minutes that the other ranks' next collective waits."""
 SETTLE_S = 2.0
 """A writer begins when its rank's copy is that long over, or as long as the copy took."""
-REST = 4.0
-"""Writers of ranks that compute on the CPU work a fifth of the time: at full speed they slowed steps by 63 % here."""
+REST = 5.0
+"""Writers of ranks that compute on the CPU work a sixth of the time: at full speed they slowed steps by 63 % here."""
 LAST_S = 3600.0
 """How long the end of the run waits for the last commit; no collective is waiting then."""
 
@@ -51,6 +52,7 @@ class Checkpointer:
     skipped: frozenset[int] = frozenset()
     """Steps, counted from 0, that made no update."""
     _writing: "_Writing | None" = None
+    _copying: Copying | None = None
     _saves: int = 0
     _said: dict[str, Any] = field(default_factory=dict)
     """What the event of the save in flight will say besides its outcome."""
@@ -62,26 +64,41 @@ class Checkpointer:
         return self._writing.total_bytes
 
     def save(self, progress: Progress) -> None:
-        """Copy the state and have it written; waits only where the save before is not on storage yet."""
+        """Begin to copy the state and have it written; waits only where the save before is not on storage yet."""
         self.prepare()
         assert self._writing is not None
         began = time.monotonic()
         self._settle(STUCK_S)
         waited = time.monotonic() - began
-        self._writing.buffer.fill()
-        copied = time.monotonic() - began - waited
         self._saves += 1
-        self._said = {"step": progress.step, "began": began, "copy_s": copied, "wait_s": waited}
-        self._writing.link.send(self._request(progress, self._writing.total_bytes, min(copied, SETTLE_S)))
+        said: dict[str, Any] = {"step": progress.step, "began": began, "wait_s": waited}
+        request, link = self._request(progress, self._writing.total_bytes), self._writing.link
 
-    def _request(self, progress: Progress, total_bytes: int, settle_s: float) -> SaveRequest:
+        def hand_over(copied: float) -> None:
+            said["copy_s"] = copied
+            link.send(request.model_copy(update={"settle_s": min(copied, SETTLE_S)}))
+
+        self._copying = self._writing.buffer.copy_beside(hand_over)
+        said["blocked_s"] = time.monotonic() - began
+        self._said = said
+
+    def before_update(self) -> None:
+        """Wait until the copy is made: the update changes what it reads."""
+        if self._copying is None:
+            return
+        began = time.monotonic()
+        self._copying.wait()
+        self._copying = None
+        self._said["blocked_s"] += time.monotonic() - began
+
+    def _request(self, progress: Progress, total_bytes: int) -> SaveRequest:
         first = self.world.rank == 0
         return SaveRequest(
             save=Save(id=f"{self.attempt}-{self._saves}", rank=self.world.rank, world_size=self.world.size),
             step=progress.step,
             folder=str(self.checkpoints / step_name(progress.step)),
             total_bytes=total_bytes,
-            settle_s=settle_s,
+            settle_s=0.0,
             rest=REST if self.world.device.type == "cpu" else 0.0,
             state=state_record(self.engine, progress, self.train_key, self.job) if first else None,
             history=json.dumps(progress.history) if first else "[]",
@@ -89,6 +106,8 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Tell what became of the save in flight, if that is known by now."""
+        if self._copying is not None and not self._copying.over:
+            return
         if self._writing is not None and self._writing.link.busy:
             self._tell(self._writing.link.hear())
 
@@ -97,6 +116,7 @@ class Checkpointer:
         self._settle(LAST_S)
 
     def _settle(self, limit_s: float) -> None:
+        self.before_update()
         if self._writing is None or not self._writing.link.busy:
             return
         self._writing.link.hurry()
@@ -143,6 +163,9 @@ class Checkpointer:
 
     def close(self) -> None:
         """End the writer and free its memory."""
+        if self._copying is not None:
+            self._copying.wait()
+            self._copying = None
         if self._writing is not None:
             self._writing.link.close()
             self._writing.buffer.close()

@@ -8,6 +8,9 @@ gone with the last process that holds it.
 import json
 import mmap
 import os
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -18,7 +21,7 @@ from trainers.errors import TrainingError
 
 
 class HostBuffer:
-    """One rank's share of the state, as of the last `fill`."""
+    """One rank's share of the state, as of the last copy."""
 
     def __init__(self, share: RankShare) -> None:
         """Allocate every page now: lack of memory should show before the first step, and no save should wait for it.
@@ -31,7 +34,7 @@ class HostBuffer:
         self.descriptor = allocate(layout.num_bytes)
         self._map = mmap.mmap(self.descriptor, layout.num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._map[: len(layout.header)] = layout.header
-        self._pieces = [(piece.live, self._view(piece.spec, layout.offsets[piece.spec.name])) for piece in share.pieces]
+        self._pieces = [(piece, self._view(piece.spec, layout.offsets[piece.spec.name])) for piece in share.pieces]
         self._pinned = _pin(self._map)
 
     def _view(self, spec: Any, offset: int) -> Any:
@@ -43,14 +46,22 @@ class HostBuffer:
         flat = torch.frombuffer(self._map, dtype=getattr(torch, spec.dtype), count=count, offset=offset)
         return flat.view(spec.shape)
 
-    def fill(self) -> None:
-        """Copy the state as it is now; when this returns, the next step may change it."""
+    def copy_beside(self, then: Callable[[float], None]) -> "Copying":
+        """Begin to copy the state as it is now. It must not change before `Copying.wait` returns.
+
+        Args:
+            then: called with the seconds that the copy took, in the thread that copies.
+        """
         import torch
 
-        for live, view in self._pieces:
-            view.copy_(live(), non_blocking=self._pinned)
-        if self._pinned:
-            torch.cuda.synchronize()
+        with torch.no_grad():
+            later = []
+            for piece, view in self._pieces:
+                if piece.is_fixed:
+                    later.append((piece.live().detach(), view))
+                else:
+                    view.copy_(piece.live())
+        return Copying(later, then)
 
     def close(self) -> None:
         """Unlock the pages; the memory goes with the last that holds it."""
@@ -59,6 +70,51 @@ class HostBuffer:
         if self._pinned:
             pointer = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pointer))
+
+
+class Copying:
+    """A copy under way in a thread, beside the forward and backward passes of the next step.
+
+    Between two updates the optimizer's state is only read, so the copy needs to end before the next update alone
+    (Mohan et al. 2021, CheckFreq, FAST '21). On a GPU it runs in a stream of its own.
+    """
+
+    def __init__(self, pairs: list[tuple[Any, Any]], then: Callable[[float], None]) -> None:
+        import torch
+
+        self._pairs, self._then = pairs, then
+        self._error: BaseException | None = None
+        self._stream = None
+        if torch.cuda.is_available():
+            self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())  # the update that made this state
+        self._thread = threading.Thread(target=self._run, name="copy", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        import torch
+
+        began = time.monotonic()
+        try:
+            with torch.no_grad(), torch.cuda.stream(self._stream):  # None: no stream of a GPU
+                for live, view in self._pairs:
+                    view.copy_(live, non_blocking=self._stream is not None)
+            if self._stream is not None:
+                self._stream.synchronize()
+            self._then(time.monotonic() - began)
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def over(self) -> bool:
+        """Whether the copy is done, without waiting."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for the end of the copy, and raise what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 def allocate(num_bytes: int) -> int:

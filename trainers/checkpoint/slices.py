@@ -36,6 +36,8 @@ class Piece:
     """Its name in the file is `kind/parameter`."""
     live: Callable[[], Any]
     """Gives the tensor as it is now, on its device and in its type; AdamW's moments exist after the first update."""
+    is_fixed: bool = True
+    """Whether only an update changes it; a module's buffers may change in a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def rank_share(engine: Any) -> RankShare:
         starts[span.name] = span.start
     if engine.global_rank == 0:
         for name, buffer in persistent_buffers(engine.module):
-            pieces.append(Piece(spec_of(f"buffer/{name}", buffer), buffer.detach))
+            pieces.append(Piece(spec_of(f"buffer/{name}", buffer), buffer.detach, is_fixed=False))
     return RankShare(tuple(pieces), starts)
 
 
