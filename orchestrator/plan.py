@@ -51,6 +51,8 @@ class Plan(Record):
     state_gib_per_worker: float
     """Weights, gradients and optimizer state; activations come on top."""
     checkpoint_gib: float
+    host_gib_per_worker: float
+    """Host memory that a worker's checkpoints are copied to, held from its start to its end."""
     checkpoints: int
     """Checkpoints written over the run; `checkpoint.keep` of them stay."""
     notes: tuple[str, ...]
@@ -85,6 +87,7 @@ def plan_job(job: Job, model: ModelFolder) -> Plan:
         parameters=parameters,
         state_gib_per_worker=parameters * BYTES_PER_PARAMETER[job.model.dtype] / stage_share / 2**30,
         checkpoint_gib=parameters * CHECKPOINT_BYTES_PER_PARAMETER / 2**30,
+        host_gib_per_worker=parameters * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / 2**30,
         checkpoints=-(-steps // job.checkpoint.every_steps),
         notes=tuple(notes(job, batches, steps)),
         job=job.model_dump(mode="json"),

@@ -52,6 +52,7 @@ def plan_table(plan: Plan) -> None:
         ("chosen by", f"{plan.mode} {plan.metric}"),
         ("model", f"{plan.parameters:,} parameters"),
         ("memory", f"{plan.state_gib_per_worker:.2f} GiB of state a worker, activations on top"),
+        ("host memory", f"{plan.host_gib_per_worker:.2f} GiB a worker for copies of the state"),
         ("run folder", plan.run or "named once the shards are written"),
         *(("note", note) for note in plan.notes),
     ]

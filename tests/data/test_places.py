@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from tests.bucket import serve_bucket
 from tests.ray_head import answers
 from trainers import storage
 from trainers.data.dataset import ShardSet
@@ -37,18 +38,8 @@ def lines(rows: list[dict[str, Any]]) -> bytes:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
     """A function from a key to its URI, in a bucket that a server on loopback keeps."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
-                          aws_access_key_id="testing", aws_secret_access_key="testing")  # fmt: skip
-    client.create_bucket(Bucket="yard")
-    options = f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    yield lambda key: f"s3://testing:testing@yard/{key}{options}"
-    server.stop()
+    with serve_bucket() as yard:
+        yield yard.uri
 
 
 def put(uri: str, data: bytes) -> None:

@@ -89,7 +89,11 @@ def test_the_run_folder_holds_what_is_documented(finished: Path) -> None:
     assert 0 < result["goodput"] <= 1
     assert min(result["accounting"].values()) >= 0
     assert sum(result["accounting"].values()) == pytest.approx(sum(result["seconds"].values()), rel=0.01)
-    assert json.loads((finished / "plan.json").read_text())["steps"] == 24
+    plan = json.loads((finished / "plan.json").read_text())
+    assert plan["steps"] == 24
+    (start,) = [event for event in read_events(Folder(str(finished))) if event["kind"] == "start"]
+    headers = 64 * 1024
+    assert 0 < start["checkpoint_bytes"] - plan["checkpoint_gib"] * 2**30 < headers
 
 
 def test_every_kept_checkpoint_is_evaluated_and_the_best_is_registered(finished: Path) -> None:

@@ -3,12 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.bucket import Bucket, serve_bucket
 from tests.crashing import next_start, start_light
 from tests.ranks import run_ranks
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
@@ -25,45 +25,10 @@ pytestmark = pytest.mark.slow
 VALUES = 100_000
 
 
-@dataclass
-class Bucket:
-    """A bucket that a server on loopback keeps, and what was asked of it."""
-
-    options: str
-    client: Any
-    asked: list[tuple[str, str, str]] = field(default_factory=list)
-    """Method, key and query of each request, in order."""
-
-    def folder(self, key: str) -> Folder:
-        return Folder(f"s3://testing:testing@yard/{key}{self.options}")
-
-    def puts(self, under: str) -> list[str]:
-        """Names of the objects below a key, in the order in which their uploads ended."""
-        ends = [key for method, key, query in self.asked if method == "POST" and query.startswith("uploadId=")]
-        return [key.rpartition("/")[2] for key in ends if f"/{under}/" in key]
-
-
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Bucket]:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
-                          aws_access_key_id="testing", aws_secret_access_key="testing")  # fmt: skip
-    client.create_bucket(Bucket="yard")
-    yard = Bucket(f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1", client)
-    serve = server._server.app.__call__
-
-    def noting(environ: Any, start: Any) -> Any:
-        yard.asked.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]))
-        return serve(environ, start)
-
-    server._server.app = noting
-    yield yard
-    server.stop()
+    with serve_bucket() as yard:
+        yield yard
 
 
 def test_the_marker_is_the_last_object_and_old_steps_go(bucket: Bucket, tmp_path: Path) -> None:
@@ -88,6 +53,7 @@ def test_a_kill_at_any_time_leaves_whole_checkpoints_or_none(bucket: Bucket, tmp
         time.sleep(0.01)
     time.sleep(after_s)
     job.kill()
+    bucket.settle()
     committed = committed_steps(place)
     assert all(find_damage(LocalCopies(place / step_name(step))) is None for step in committed)
     assert next_start(place.uri, VALUES).step == committed[-1]

@@ -1,0 +1,73 @@
+"""A bucket on loopback, spoken to by the S3 protocol, and what was asked of it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainers.storage import Folder
+
+QUIET_S = 0.3
+
+
+@dataclass
+class Bucket:
+    """A bucket that a server in this process keeps."""
+
+    options: str
+    client: Any
+    """boto3's, for looking at the bucket from the side."""
+    asked: list[tuple[str, str, str]] = field(default_factory=list)
+    """Method, key and query of each request, in order."""
+    answered: int = 0
+
+    def uri(self, key: str) -> str:
+        """Where a key is, as job files name places."""
+        return f"s3://testing:testing@yard/{key}{self.options}"
+
+    def folder(self, key: str) -> Folder:
+        """The same as a folder."""
+        return Folder(self.uri(key))
+
+    def puts(self, under: str) -> list[str]:
+        """Names of the objects below a key, in the order in which their uploads ended."""
+        ends = [key for method, key, query in self.asked if method == "POST" and query.startswith("uploadId=")]
+        return [key.rpartition("/")[2] for key in ends if f"/{under}/" in key]
+
+    def settle(self) -> None:
+        """Wait until what a killed client had asked for is done: the server finishes it all the same."""
+        while True:
+            before = len(self.asked)
+            time.sleep(QUIET_S)
+            if before == len(self.asked) == self.answered:
+                return
+
+
+@contextmanager
+def serve_bucket() -> Iterator[Bucket]:
+    """An empty bucket for the length of the block."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+                          aws_access_key_id="testing", aws_secret_access_key="testing")  # fmt: skip
+    client.create_bucket(Bucket="yard")
+    bucket = Bucket(f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1", client)
+    serve: Any = server._server.app.__call__
+
+    def noting(environ: Any, start: Any) -> Any:
+        bucket.asked.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]))
+        try:
+            return serve(environ, start)
+        finally:
+            bucket.answered += 1
+
+    server._server.app = noting
+    try:
+        yield bucket
+    finally:
+        server.stop()
