@@ -48,17 +48,18 @@ class Spec:
     """First rows of the evaluation file; 0: all."""
     batch: int = 32
     steps: int = 60
+    rate: float = 5e-5
     smol: bool = False
 
 
-CAUSAL: dict[str, Any] = {"batch": 8, "steps": 30, "smol": True}
+CAUSAL: dict[str, Any] = {"batch": 4, "steps": 10, "smol": True}
 SPECS: dict[str, Spec] = {
     "sentiment": Spec("classify", "sentiment/train.jsonl", "sentiment/test.jsonl", ("accuracy", "f1_macro", "auroc")),
-    "ner": Spec("tag", "ner/train.jsonl", "ner/test.jsonl", ("f1", "strict_f1", "accuracy"), steps=200),
+    "ner": Spec("tag", "ner/train.jsonl", "ner/test.jsonl", ("f1", "strict_f1", "accuracy"), steps=100, rate=2e-4),
     "similarity": Spec("similarity", "similarity/train.jsonl", "similarity/test.jsonl", ("pearson", "spearman"),
-                       {"score_range": [0, 5]}, steps=120),
+                       {"score_range": [0, 5]}, rate=1e-4),
     "qa": Spec("extract", "qa/xquad.en.json", None, ("exact", "f1"), {"max_length": 256, "window_overlap": 64},
-               steps=120, batch=16),
+               batch=16, rate=2e-4),
     "mlm": Spec("mlm", "text/train.jsonl", "text/wiki.txt", ("loss", "token_accuracy"), {"overlong": "split"},
                 eval_rows=8),
     "pretrain": Spec("pretrain", "text/train.jsonl", "text/wiki.txt", ("loss", "bits_per_byte"),
@@ -67,12 +68,12 @@ SPECS: dict[str, Spec] = {
                 {"packing": False, "max_length": 256}, {"generate": {"max_new_tokens": 64}}, eval_rows=40, **CAUSAL),
     "summarization": Spec("seq2seq", "summarization/train.jsonl", "summarization/test.jsonl",
                           ("loss", "rouge1", "rouge2", "rougeLsum"),
-                          {"columns": {"source": "dialogue", "target": "summary"}, "max_length": 384,
+                          {"columns": {"source": "dialogue", "target": "summary"}, "max_length": 256,
                            "prompt": "{source}\n\nSummary:"},
                           {"generate": {"max_new_tokens": 64}}, eval_rows=40, **CAUSAL),
     "translation": Spec("seq2seq", "translation/train.jsonl", "translation/dev.jsonl", ("loss", "bleu", "chrf"),
                         {"columns": {"source": "en", "target": "de"}, "prompt": "English: {source}\nGerman:"},
-                        {"generate": {"max_new_tokens": 48}}, eval_rows=100, batch=16, steps=60, smol=True),
+                        {"generate": {"max_new_tokens": 48}}, eval_rows=60, batch=16, steps=20, smol=True),
 }  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="*", choices=list(SPECS), default=list(SPECS))
     parser.add_argument("--steps", type=int, help="in place of the data set's own number")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--rate", type=float, help="learning rate, likewise")
     parser.add_argument("--smol", type=Path, help="a causal model as safetensors, with a chat template")
     arguments = parser.parse_args()
     for name in arguments.task:
@@ -129,7 +130,7 @@ def make_job(name: str, arguments: Any, seed: int, folder: Path) -> Job:
         "name": name, "task": spec.task,
         "model": {"path": str(arguments.smol.resolve() if spec.smol else model_path()), "dtype": "float32"},
         "data": {**data, **held, "max_drop_fraction": 0.05},
-        "train": {"global_batch_size": spec.batch, "steps": steps, "learning_rate": arguments.rate,
+        "train": {"global_batch_size": spec.batch, "steps": steps, "learning_rate": arguments.rate or spec.rate,
                   "warmup_ratio": WARMUP, "schedule": "linear", "seed": seed},
         "evaluate": {"batch_size": 32, **spec.evaluate},
         "scale": {"cpus_per_worker": os.cpu_count() or 1}, "checkpoint": {"every_steps": steps},
