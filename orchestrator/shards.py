@@ -1,7 +1,7 @@
-"""The data stage: rows to committed shards, one Ray Data task a unit.
+"""The data stage: rows to committed shards, in Ray tasks of some units each.
 
-Ray Data places the tasks (see `spreading`) and streams back one small record a shard, which is all the driver ever
-holds. No process group is alive meanwhile: nothing here imports torch. Begin at `write_shards`.
+The tasks (see `spreading`) give back one small record a shard, which is all the driver ever holds. No process group is
+alive meanwhile: nothing here imports torch. Begin at `write_shards`.
 """
 
 import logging

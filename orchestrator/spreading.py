@@ -1,20 +1,18 @@
-"""Spreads the units of the data stage over the cluster by Ray Data, and takes back one small record a unit.
+"""Spreads the units of the data stage over the cluster as Ray tasks, and takes back one small record a unit.
 
-Reading, tokenizing and writing a unit is one task, because rows as JSON gives them (values of mixed types, malformed
-lines) do not pass unchanged through the Arrow blocks between Ray Data's operators, and a unit without rows would leave
-no block behind. Ray Data retries tasks whose worker died. No pool of actors: on a small machine it leaves no core to
-those that feed it. Begin at `spread`.
+Reading, tokenizing and writing a unit is one task, and all that travels is which units and what became of them. Not
+Ray Data: its executor looks for finished tasks ten times a second, so that each core was idle for 0.16 s after a task
+of 0.35 s, and begins with a single task for its first second. No pool of actors: on a small machine it leaves no core
+to others. Ray does a task again whose worker or node died. Begin at `spread`.
 """
 
 import gc
-import json
-import logging
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
+from itertools import islice
 from typing import Any, TypeVar
 
 from trainers.data.manifest import Record
@@ -23,16 +21,19 @@ from trainers.data.readers import Unit
 from trainers.data.shard_writer import ShardWork
 from trainers.errors import TuneyardError
 
-TASKS_A_CPU, UNITS_A_TASK = 3, 32
-"""Tasks that each core gets at least, and units a task at most: between two tasks a core waits about 20 ms, and at the
-end of a task for its last sync."""
-LIMITS_S = 0.02
-"""How often Ray Data asks what it may use: it starts with leave for one task alone, and asks again after a second."""
+SHARE, UNITS_A_TASK = 3, 32
+"""A task takes a third of its core's part of what is left, and at most so many units: at its end a core waits for the
+last sync, and at the end of the stage for the longest last task."""
+AHEAD = 2
+"""Tasks a core that Ray knows of, so that none waits for the driver between two."""
+RETRIES = 3
+CANCEL_S = 10.0
 MOST_STARTED = 256
 ALLOCATIONS = 200_000
 """New objects until Python looks for cycles. Rows have none, and to look every 700 objects took a seventh of a task."""
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 GroupFunction = Callable[[ShardWork, Sequence[Unit]], Iterator[tuple[int, str]]]
+Groups = tuple[tuple[Unit, ...], ...]
 
 
 def start_workers() -> None:
@@ -47,7 +48,6 @@ def start_workers() -> None:
 
 def _import_all() -> None:
     import gigatoken  # noqa: F401
-    import ray.data  # noqa: F401
 
 
 def check_alone() -> None:
@@ -75,24 +75,45 @@ def spread(
         return
     import ray
 
+    check_alone()
     groups = _grouped(units, int(ray.cluster_resources().get("CPU", 1)))
     shared = ray.put((work, groups))  # once, not once a task: it holds every file's name
-
-    def apply(row: dict[str, Any]) -> dict[str, Any]:
-        task, todo = _fetch(shared)
-        try:
-            return {"records": json.dumps(run_group(function, task, todo[row["id"]])), "error": b""}
-        except (TuneyardError, TokenizerDiffers) as error:  # as a value: Ray would wrap it and log its traceback
-            return {"records": "[]", "error": pickle.dumps(error)}
-
-    check_alone()
-    with _quick_ray_data():
-        done = ray.data.range(len(groups), override_num_blocks=len(groups)).map(apply, num_cpus=1)
-        for row in done.iter_rows():
-            if row["error"]:
-                raise pickle.loads(row["error"])
-            for number, record in json.loads(row["records"]):
+    task = ray.remote(num_cpus=1, max_retries=RETRIES)(_run_group)
+    waiting = iter(range(len(groups)))
+    running: list[Any] = []
+    try:
+        while True:
+            room = AHEAD * int(ray.cluster_resources().get("CPU", 1)) - len(running)
+            running += [task.remote(function, [shared], place) for place in islice(waiting, max(room, 0))]
+            if not running:
+                return
+            (done,), running = ray.wait(running, num_returns=1)
+            records, error = ray.get(done)
+            if error:
+                raise pickle.loads(error)
+            for number, record in records:
                 yield number, kind.model_validate_json(record)
+    finally:
+        _cancel(running)
+
+
+def _cancel(running: Sequence[Any]) -> None:
+    """End tasks whose results nobody takes any more, so that none goes on writing."""
+    import ray
+
+    for one in running:
+        ray.cancel(one, force=True)
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=CANCEL_S)
+
+
+def _run_group(function: GroupFunction, shared: list[Any], place: int) -> tuple[list[tuple[int, str]], bytes]:
+    """A task: records of one group. What it raises goes back as a value: Ray would wrap it and log its traceback."""
+    work, groups = _fetch(shared[0])
+    try:
+        return run_group(function, work, groups[place]), b""
+    except (TuneyardError, TokenizerDiffers) as error:
+        return [], pickle.dumps(error)
 
 
 def run_group(function: GroupFunction, work: ShardWork, units: Sequence[Unit]) -> list[tuple[int, str]]:
@@ -107,38 +128,20 @@ def run_group(function: GroupFunction, work: ShardWork, units: Sequence[Unit]) -
         gc.set_threshold(*before)
 
 
-def _grouped(units: Sequence[Unit], cpus: int) -> tuple[tuple[Unit, ...], ...]:
-    """Units for one task each: several where there are many, so that writing one overlaps with reading the next."""
-    size = min(max(len(units) // (cpus * TASKS_A_CPU), 1), UNITS_A_TASK)
-    return tuple(tuple(units[start : start + size]) for start in range(0, len(units), size))
+def _grouped(units: Sequence[Unit], cpus: int) -> Groups:
+    """Units for one task each: many at first, so that writing one overlaps with reading the next, few at the end."""
+    groups, start = [], 0
+    while start < len(units):
+        size = min(max((len(units) - start) // (cpus * SHARE), 1), UNITS_A_TASK)
+        groups.append(tuple(units[start : start + size]))
+        start += size
+    return tuple(groups)
 
 
 @lru_cache(maxsize=1)
-def _fetch(shared: Any) -> tuple[ShardWork, tuple[tuple[Unit, ...], ...]]:
+def _fetch(shared: Any) -> tuple[ShardWork, Groups]:
     """What the driver put into the object store, unpacked once a process."""
     import ray
 
-    fetched: tuple[ShardWork, tuple[tuple[Unit, ...], ...]] = ray.get(shared)
+    fetched: tuple[ShardWork, Groups] = ray.get(shared)
     return fetched
-
-
-@contextmanager
-def _quick_ray_data() -> Iterator[None]:
-    """Ray Data that starts on all cores at once, without bars and notes; the program shows progress itself."""
-    import ray.data
-    from ray.data._internal.execution.resource_manager import ResourceManager
-
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = context.enable_progress_bars, context.print_on_execution_start, logger.level
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logger.setLevel(logging.ERROR)
-    interval, ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = (
-        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S,
-        LIMITS_S,
-    )
-    try:
-        yield
-    finally:
-        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = interval
-        context.enable_progress_bars, context.print_on_execution_start, level = before
-        logger.setLevel(level)

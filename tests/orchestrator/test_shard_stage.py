@@ -89,7 +89,7 @@ def workers() -> list[int]:
 
     def busy(process: Any) -> bool:
         try:
-            return any("ray::" in part and "Map" in part for part in process.cmdline())
+            return any("ray::_run_group" in part for part in process.cmdline())
         except psutil.Error:
             return False
 
