@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from tests.data.test_quick_tokenizer import ADVERSARIAL
 from trainers.data import exact_tokenizer
-from trainers.data.exact_tokenizer import encode_exact, slices
+from trainers.data.exact_tokenizer import encode_exact, encode_words, slices
 
 PROSE = "the plot of the film is good, 日本 and don't 123 456\nit's not\tso bad; é"
 
@@ -72,6 +72,27 @@ def test_slices_end_to_end_are_the_whole(
         assert "".join(parts) == text
         cuts += len(parts) - 1
     assert cuts > 100 if cut_often else cuts == 0
+
+
+@pytest.mark.parametrize("make", [byte_level, word_piece])
+def test_a_text_without_blanks_is_cut_before_punctuation(
+    make: Callable[[], Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exact_tokenizer, "SLICE_CHARS", 300)
+    backend, text = make(), "日本語です。film,plot;goodactors!" * 60
+    parts = list(slices(backend, text))
+    assert len(parts) > 3 and "".join(parts) == text
+    assert encode_exact(backend, [text])[0].tolist() == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_words_of_slices_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = word_piece()
+    texts = ["the film", long_text(1), "", "a plot"]
+    whole = [backend.encode(text, add_special_tokens=False) for text in texts]
+    monkeypatch.setattr(exact_tokenizer, "SLICE_CHARS", 400)
+    for (ids, words), one in zip(encode_words(backend, texts), whole, strict=True):
+        assert ids.tolist() == one.ids
+        assert words.tolist() == one.word_ids
 
 
 def test_a_text_without_a_place_to_cut_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,3 +195,29 @@ def test_packed_documents_do_not_see_each_other(tmp_path: Path, tiny_chat_tokeni
     assert torch.allclose(packed_logits(model, one, second, task), alone, atol=1e-5)
     task.forward_options = {"use_cache": True}  # what transformers does by default: the documents then see each other
     assert not packed_logits(model, one, second, task).equal(packed_logits(model, other, second, task))
+
+
+def test_whole_words_are_hidden_together(tmp_path: Path) -> None:
+    """With a tokenizer that takes words apart: of a word all tokens are hidden, or none."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    from trainers.tasks.mlm import choose
+    from trainers.tasks.options import TaskOptions
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "play", "##ing", "##ed", "film", "##s", "a"]
+    backend = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", **names).save_pretrained(tmp_path)
+    options = TaskOptions(whole_words=True, mask_fraction=0.3)
+    task = load_task("mlm", options)
+    text = "playing a films played films a play playings"
+    (encoded,) = task.encode([{"text": text}], Encoder(read_spec(tmp_path)), EncodeRules(64, "truncate", options))
+    words = np.array(encoded.sequences[0].extra["words"])
+    assert words.tolist() == [-1, 0, 0, 1, 2, 2, 3, 3, 4, 4, 5, 6, 7, 7, 7, -1]
+    for seed in range(50):
+        hidden, targets = choose(words, options, np.random.default_rng(seed))
+        assert sorted(hidden) == np.flatnonzero(np.isin(words, words[hidden])).tolist()
+        assert len(targets) == round(14 * 0.3) and set(targets) <= set(hidden)

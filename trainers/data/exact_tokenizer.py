@@ -1,9 +1,9 @@
 """tokenizers' ids as arrays, with a long text taken in slices: what tokenizers gives takes about 150 bytes a token and
 Python's lists 40 more, so that a document of 64 MB at once would take 3.5 GB.
 
-A text is cut before a blank between two words, where the tokenizer itself splits before it looks for tokens, and where
-the text around has the same ids in one piece as in two. Where no such place is found, as with tokens that reach across
-blanks, the text stays whole. Begin at `encode_exact`.
+A text is cut before a blank between two words, or where there is none before a punctuation mark; in any case where the
+tokenizer itself splits before it looks for tokens, and where the text around has the same ids in one piece as in two.
+Where no such place is found, as with tokens that reach across blanks, the text stays whole. Begin at `encode_exact`.
 """
 
 import re
@@ -19,9 +19,9 @@ SLICE_CHARS = 2**20
 """About 50 MB of tokenizers' records."""
 AROUND_CHARS = 512
 """Text on either side of a cut that is tokenized in one piece and in two."""
-TRIES = 64
-"""Blanks that are tried for one cut."""
-CUT = re.compile(r"(?<=\w)\s(?=\w)")
+TRIES, WINDOW_CHARS = 64, 2**16
+"""Places of one kind that are tried for one cut, and how far behind the wished-for place they may lie."""
+CUTS = (re.compile(r"(?<=\w)\s(?=\w)"), re.compile(r"(?<=\w)(?=[^\w\s])"))
 
 
 def encode_exact(exact: Any, texts: Sequence[str]) -> Tokens:
@@ -60,11 +60,37 @@ def slices(exact: Any, text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def encode_words(exact: Any, texts: Sequence[str]) -> list[tuple[Array, Array]]:
+    """Ids of each text without special tokens around, and the word that each belongs to, -1 for none; int32 both."""
+    long = [place for place, text in enumerate(texts) if len(text) > SLICE_CHARS]
+    found = {place: _words_of_slices(exact, texts[place]) for place in long}
+    short = [place for place in range(len(texts)) if place not in found]
+    encodings = exact.encode_batch([texts[place] for place in short], add_special_tokens=False)  # fast: no words
+    found |= {place: _ids_and_words(one) for place, one in zip(short, encodings, strict=True)}
+    return [found[place] for place in range(len(texts))]
+
+
+def _words_of_slices(exact: Any, text: str) -> tuple[Array, Array]:
+    ids, words, before = [], [], 0
+    for piece in slices(exact, text):
+        some, own = _ids_and_words(exact.encode(piece, add_special_tokens=False))
+        ids.append(some)
+        words.append(np.where(own >= 0, own + before, own))
+        before += int(own.max(initial=-1)) + 1
+    return np.concatenate(ids), np.concatenate(words)
+
+
+def _ids_and_words(encoding: Any) -> tuple[Array, Array]:
+    words = [-1 if word is None else word for word in encoding.word_ids]
+    return np.array(encoding.ids, dtype=np.int32), np.array(words, dtype=np.int32)
+
+
 def _find_cut(exact: Any, text: str, near: int) -> int | None:
     """The first place from `near` on where the text may be cut; None where none is found."""
-    for found in islice(CUT.finditer(text, near), TRIES):
-        if _parts_agree(exact, text, found.start()):
-            return found.start()
+    for cut in CUTS:
+        for found in islice(cut.finditer(text, near, near + WINDOW_CHARS), TRIES):
+            if _parts_agree(exact, text, found.start()):
+                return found.start()
     return None
 
 

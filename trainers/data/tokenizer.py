@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.data.encoded import Array, Tokens, surround
-from trainers.data.exact_tokenizer import encode_exact
+from trainers.data.exact_tokenizer import encode_exact, encode_words
 from trainers.data.quick_tokenizer import QuickTokenizer, bytes_of_ids, check_sample, open_quick, specials_around
 from trainers.errors import DataError, JobError
 
@@ -125,6 +125,10 @@ class Encoder:
     def encode(self, texts: Sequence[Any], special: bool = True) -> list[Any]:
         """Encodings of texts, or of (text, pair) tuples, without character offsets."""
         return list(self._backend.encode_batch_fast(list(texts), add_special_tokens=special))
+
+    def encode_with_words(self, texts: Sequence[str]) -> list[tuple[Array, Array]]:
+        """Ids of each text, no special tokens around, and the word each belongs to, -1 for none; int32 both."""
+        return encode_words(self._backend, texts)
 
     def encode_light(self, texts: Sequence[Any]) -> list[Any]:
         """`encode`, with special tokens, for callers who want ids and type_ids alone; no type_ids means all are 0."""

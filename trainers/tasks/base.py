@@ -47,7 +47,7 @@ def encode_rules(job: Job) -> EncodeRules:
 class Sequence:
     """One training sequence: ids, plus what the task cannot derive from them."""
 
-    input_ids: Seq[int]
+    input_ids: Seq[int] | Array
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -43,10 +43,10 @@ class Mlm(Task):
         """Tokenize texts without special tokens, then window them and put those around each window."""
         reasons = [text_refusal(row.get("text")) for row in rows]
         texts = [row["text"] for row, why in zip(rows, reasons, strict=True) if why is None]
-        encodings, frame = iter(encoder.encode(texts, special=False)), encoder.frame
+        encoded, frame = iter(encoder.encode_with_words(texts)), encoder.frame
         if frame is None:
             raise JobError("task mlm: the tokenizer does not put its special tokens around a text; choose an encoder")
-        return [Encoded.dropped(why) if why else _fit(next(encodings), frame, rules) for why in reasons]
+        return [Encoded.dropped(why) if why else _fit(*next(encoded), frame, rules) for why in reasons]
 
     def count_targets(self, table: pa.Table) -> Array:
         """A fixed share of each row's tokens, special ones aside, but at least one."""
@@ -118,11 +118,10 @@ def choose(words: Array, options: Any, random: np.random.Generator) -> tuple[Arr
     return whole, order[:wanted]
 
 
-def _fit(encoding: Any, frame: tuple[list[int], list[int]], rules: EncodeRules) -> Encoded:
+def _fit(ids: Array, words: Array, frame: tuple[list[int], list[int]], rules: EncodeRules) -> Encoded:
     """Windows of at most `max_length` with the special tokens around each."""
-    ids, words = encoding.ids, [-1 if word is None else word for word in encoding.word_ids]
     room = rules.max_length - len(frame[0]) - len(frame[1])
-    if not ids:
+    if not len(ids):
         return Encoded.dropped("no_target")
     if len(ids) > room and rules.overlong in ("drop", "error"):
         return Encoded.dropped("overlong")
@@ -133,8 +132,10 @@ def _fit(encoding: Any, frame: tuple[list[int], list[int]], rules: EncodeRules) 
     return Encoded.whole(windows[0], max(len(ids) - room, 0))
 
 
-def _window(ids: list[int], words: list[int], frame: tuple[list[int], list[int]]) -> Sequence:
-    before, after = frame
-    least = max(min(words), 0)
-    inner = [word - least if word >= 0 else place for place, word in enumerate(words)]
-    return Sequence([*before, *ids, *after], {"words": [*[-1] * len(before), *inner, *[-1] * len(after)]})
+def _window(ids: Array, words: Array, frame: tuple[list[int], list[int]]) -> Sequence:
+    before, after = (np.array(part, dtype=np.int32) for part in frame)
+    inner = np.where(words >= 0, words - max(int(words.min()), 0), np.arange(len(words)))
+    around = (np.full(len(part), -1, dtype=np.int32) for part in (before, after))
+    first, last = around
+    whole = np.concatenate([first, inner, last]).astype(np.int32)
+    return Sequence(np.concatenate([before, ids, after]), {"words": whole})
