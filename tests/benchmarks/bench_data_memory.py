@@ -2,11 +2,12 @@
 
 python tests/benchmarks/bench_data_memory.py --bpe FOLDER --wordpiece FOLDER [--mb 100 400 2000]
 
-The document is tokenized by the quick way and by tokenizers, as after a fallback.
+The document is tokenized by the quick way and by tokenizers, as after a fallback; and without a blank, and for mlm.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,12 +23,12 @@ from trainers.job_file import parse_job
 from trainers.storage import Folder
 from trainers.tasks import EncodeRules
 import json
-path, model, storage, spec, quick = sys.argv[1:]
-job = parse_job({"name": "b", "task": "pretrain", "model": {"path": model},
+path, model, storage, spec, quick, task = sys.argv[1:]
+job = parse_job({"name": "b", "task": task, "model": {"path": model},
                  "data": {"train": [path], "eval": [path], "max_length": 4096},
                  "train": {"global_batch_size": 2, "steps": 1, "learning_rate": 1e-4}, "storage": storage})
 plan, _ = plan_splits(job, model)
-work = ShardWork(Folder(storage), plan, "pretrain", task_columns(job), EncodeRules(4096, "split"),
+work = ShardWork(Folder(storage), plan, task, task_columns(job), EncodeRules(4096, "split"),
                  TokenizerSpec(**json.loads(open(spec).read())), quick == "True")
 tokens = sum(record.tokens for _, record in write_units(work, plan_units(plan.sources)))
 # VmHWM, since ru_maxrss starts from the parent's size
@@ -36,7 +37,7 @@ print(tokens, int(peak) / 1024)
 """
 
 
-def peak_mib(path: Path, model: str, folder: Path, quick: bool = True) -> tuple[int, float]:
+def peak_mib(path: Path, model: str, folder: Path, quick: bool = True, task: str = "pretrain") -> tuple[int, float]:
     from dataclasses import asdict
 
     from trainers.data.tokenizer import read_spec
@@ -44,7 +45,7 @@ def peak_mib(path: Path, model: str, folder: Path, quick: bool = True) -> tuple[
     spec = folder / "spec.json"
     spec.write_text(json.dumps(asdict(read_spec(model))))
     with tempfile.TemporaryDirectory() as storage:
-        command = [sys.executable, "-c", CODE, str(path), model, storage, str(spec), str(quick)]
+        command = [sys.executable, "-c", CODE, str(path), model, storage, str(spec), str(quick), task]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     tokens, peak = done.stdout.split()
     return int(tokens), float(peak)
@@ -79,6 +80,12 @@ def main() -> None:
                 how = "the quick way" if quick else "tokenizers"
                 size = len(text) / 2**20
                 print(f"| one document of {size:.0f} MiB, {kind} by {how} | {tokens:,} | {peak:,.0f} |", flush=True)
+        tokens, peak = peak_mib(one, arguments.wordpiece, folder, task="mlm")
+        print(f"| the same, WordPiece, task mlm | {tokens:,} | {peak:,.0f} |", flush=True)
+        one.write_text(json.dumps({"text": re.sub(r"\s+", "", text)}) + "\n")
+        for kind, model in (("byte-level BPE", arguments.bpe), ("WordPiece", arguments.wordpiece)):
+            tokens, peak = peak_mib(one, model, folder, False)
+            print(f"| the same without a blank, {kind} by tokenizers | {tokens:,} | {peak:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,11 @@ class Mlm(Task):
         """Tokenize texts without special tokens, then window them and put those around each window."""
         reasons = [text_refusal(row.get("text")) for row in rows]
         texts = [row["text"] for row, why in zip(rows, reasons, strict=True) if why is None]
-        encoded, frame = iter(encoder.encode_with_words(texts)), encoder.frame
+        found, frame = encoder.encode_with_words(texts)[::-1], encoder.frame
         if frame is None:
             raise JobError("task mlm: the tokenizer does not put its special tokens around a text; choose an encoder")
-        return [Encoded.dropped(why) if why else _fit(*next(encoded), frame, rules) for why in reasons]
+        # popped, not looked up: those of a long text go before the next one's are cut up
+        return [Encoded.dropped(why) if why else _fit(*found.pop(), frame, rules) for why in reasons]
 
     def count_targets(self, table: pa.Table) -> Array:
         """A fixed share of each row's tokens, special ones aside, but at least one."""
