@@ -1,8 +1,11 @@
-"""Evaluates checkpoints as Ray tasks, each on its own export, and leaves one record a step in the run folder."""
+"""Evaluates checkpoints as Ray tasks, each on its own export, and leaves one record a step in the run folder.
+
+Where a job asks for several evaluation workers, the task of a step shares its rows out among tasks of their own.
+"""
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainers.data.manifest import ShardManifest
 from trainers.job import Job
@@ -10,6 +13,13 @@ from trainers.judged import write_judged
 from trainers.model_source import ModelFolder
 from trainers.runs import Evaluation, step_name
 from trainers.storage import Folder
+
+if TYPE_CHECKING:
+    from trainers.data.dataset import ShardSet
+    from trainers.evaluate import Judged
+
+RETRIES = 2
+"""Times Ray starts a task again whose process died."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,24 @@ class EvaluationRequest:
     eval_shards: ShardManifest
     eval_folder: Folder
     run: Folder
+    gpus: int = 0
+    """GPUs of each process."""
+
+
+def evaluation_task(request: EvaluationRequest) -> Any:
+    """`evaluate_step` as a Ray task. One that only waits for others lends Ray its core meanwhile."""
+    import ray
+
+    if request.job.evaluate.workers > 1:
+        return ray.remote(num_cpus=1, max_retries=RETRIES)(evaluate_step)
+    return _with_resources(request)(evaluate_step)
+
+
+def _with_resources(request: EvaluationRequest) -> Any:
+    import ray
+
+    cpus = request.job.scale.cpus_per_worker
+    return ray.remote(num_cpus=cpus, num_gpus=request.gpus, max_retries=RETRIES)
 
 
 def evaluate_step(request: EvaluationRequest, step: int) -> Evaluation:
@@ -48,16 +76,41 @@ def write_evaluation(run: Folder, record: Evaluation) -> None:
 
 
 def _measure(request: EvaluationRequest, step: int) -> tuple[dict[str, float], int]:
+    from trainers.evaluate import combine
+
+    task, shards = _opened(request)
+    path = request.model.path if step == 0 else _export(request, step, task)
+    rows, judged = combine(task, _judge_all(request, path), len(shards.lengths))
+    write_judged(request.run, step, rows, judged, task.labels)
+    return task.metrics(judged), len(rows)
+
+
+def _judge_all(request: EvaluationRequest, path: str) -> "list[Judged]":
+    """What each worker says of its share."""
+    workers = request.job.evaluate.workers
+    if workers == 1:
+        return [judge(request, path, 0)]
+    import ray
+
+    task = _with_resources(request)(judge)
+    found: list[Judged] = ray.get([task.remote(request, path, share) for share in range(workers)])
+    return found
+
+
+def judge(request: EvaluationRequest, path: str, share: int) -> "Judged":
+    """One share of the rows, by the model in folder `path`."""
+    from trainers.evaluate import judge_share
+
+    task, shards = _opened(request)
+    return judge_share(request.job, task, path, shards, share, request.job.evaluate.workers)
+
+
+def _opened(request: EvaluationRequest) -> "tuple[Any, ShardSet]":
     from trainers.data.dataset import ShardSet
-    from trainers.evaluate import evaluate_model
     from trainers.rank import job_task
 
     task = job_task(request.job, request.train_shards)
-    path = request.model.path if step == 0 else _export(request, step, task)
-    shards = ShardSet(request.eval_folder, request.eval_shards, task)
-    rows, judged = evaluate_model(request.job, task, path, shards)
-    write_judged(request.run, step, rows, judged, task.labels)
-    return task.metrics(judged), len(rows)
+    return task, ShardSet(request.eval_folder, request.eval_shards, task)
 
 
 def _export(request: EvaluationRequest, step: int, task: Any) -> str:

@@ -1,18 +1,16 @@
 """Evaluations in flight: starts them on free resources, collects their records, writes down those that died."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import ray
 
-from orchestrator.evaluation import EvaluationRequest, evaluate_step, read_evaluations, write_evaluation
+from orchestrator.evaluation import EvaluationRequest, evaluation_task, read_evaluations, write_evaluation
 from orchestrator.selection import BASELINE, next_evaluations
 from trainers.checkpoint.reading import committed_steps
 from trainers.runs import Evaluation
 from trainers.tasks import load_task
-
-RETRIES = 2
-"""Times Ray starts an evaluation again whose process died."""
 
 
 class EvaluationPool:
@@ -20,8 +18,8 @@ class EvaluationPool:
 
     def __init__(self, request: EvaluationRequest, gpus: int) -> None:
         job = request.job
-        self._request, self._gpus, self._cpus = request, gpus, job.scale.cpus_per_worker
-        self._task: Any = ray.remote(num_cpus=self._cpus, num_gpus=gpus, max_retries=RETRIES)(evaluate_step)
+        self._request = replace(request, gpus=gpus)
+        self._task = evaluation_task(self._request)
         self._running: dict[Any, int] = {}
         self._baseline = () if load_task(job.task).new_head else (BASELINE,)
         done = [one for one in read_evaluations(request.run, request.eval_shards.key) if one.status == "done"]
@@ -59,9 +57,10 @@ class EvaluationPool:
             self._running[self._task.remote(self._request, step)] = step
 
     def _free_slots(self) -> int:
-        free = ray.available_resources()
-        slots = int(free.get("CPU", 0.0) // self._cpus)
-        return min(slots, int(free.get("GPU", 0.0) // self._gpus)) if self._gpus else slots
+        free, job, gpus = ray.available_resources(), self._request.job, self._request.gpus
+        slots = int(free.get("CPU", 0.0) // job.scale.cpus_per_worker)
+        slots = min(slots, int(free.get("GPU", 0.0) // gpus)) if gpus else slots
+        return slots // job.evaluate.workers
 
     def collect(self, wait_s: float = 0.0) -> Iterator[Evaluation]:
         """Records of evaluations that ended since the last call; one whose process died gives a failed record."""

@@ -1,10 +1,11 @@
 """What can be done with a run that is already there: evaluate again, export a step, read its ledger."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from orchestrator.evaluation import EvaluationRequest, evaluate_step
+from orchestrator.evaluation import EvaluationRequest, evaluation_task
 from orchestrator.preflight import check_job
 from orchestrator.ray_session import gpus_per_worker, ray_session
 from orchestrator.screen import Screen
@@ -35,8 +36,8 @@ def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Scre
         raise JobError(f"--step {step} is not committed in {request.run}; there are {committed}")
     steps = committed if step is None else [step]
     with ray_session(address) as ray, screen.live():
-        gpus = gpus_per_worker(job.scale, ray.cluster_resources())
-        task = ray.remote(num_cpus=job.scale.cpus_per_worker, num_gpus=gpus)(evaluate_step)
+        request = replace(request, gpus=gpus_per_worker(job.scale, ray.cluster_resources()))
+        task = evaluation_task(request)
         waiting = [task.remote(request, one) for one in steps]
         records = []
         for done, reference in enumerate(waiting, 1):

@@ -230,6 +230,8 @@ class EvaluateSection(Section):
     """Evaluate beside the trainers when resources are free; otherwise after them."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Sequences a forward pass."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Processes that share an evaluation, each with the whole model and a part of the rows; metrics stay the same."""
     early_stopping: EarlyStopping | None = None
     generate: GenerateSection | None = None
     """seq2seq (always, null means greedy) and sft (when given): generate texts and compare them."""

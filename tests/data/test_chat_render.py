@@ -78,6 +78,7 @@ def test_the_spans_hold_what_the_assistant_says_and_nothing_else(name: str, tiny
         raw = rendered.text.encode()
         found = [raw[start:end].decode() for start, end in rendered.spans]
         for content, one in zip(said, found, strict=True):
+            assert one.endswith("<|im_end|>"), "without its end the model would never learn to stop"
             assert one.removesuffix("<|im_end|>").strip() == content.strip()
 
 

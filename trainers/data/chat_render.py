@@ -194,7 +194,14 @@ class ChatRenderer:
             return None
 
     def _ending(self, after: str) -> int:
-        """Bytes of the special token that directly follows a turn, 0 where there is none."""
+        """Bytes to the end of the special token that directly follows a turn, 0 where there is none.
+
+        Before the end-of-sequence token there may be white space, as Llama 2's template has it; another token after
+        white space may well begin the next turn.
+        """
+        eos, bare = self._encoder.tokenizer.eos_token, after.lstrip()
+        if eos and bare.startswith(eos):
+            return len(after.encode()) - len(bare.encode()) + len(eos.encode())
         return len(next((token for token in self._specials if after.startswith(token)), "").encode())
 
 

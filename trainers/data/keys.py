@@ -25,7 +25,7 @@ from trainers.job import Job
 from trainers.storage import Folder
 from trainers.tasks.options import read_template
 
-ENCODER_VERSION = 2
+ENCODER_VERSION = 3
 """Raised whenever the same inputs would give other shards."""
 KEY = "key.json"
 """What a folder of shards is made from; written first, where the manifest is written last."""

@@ -9,7 +9,7 @@ from typing import Any
 from tests.tiny import _save, make_bert, make_llama, shard_locally, tiny_job, write_rows
 
 TEXT = """ada alan grace paris rome oslo met saw in was who where the a very good bad old film plot . ?
-dog cat ran sat one two red blue"""
+dog cat ran sat one two red blue is not user assistant : """
 WORDS = tuple(TEXT.split())
 PEOPLE, PLACES = WORDS[:3], WORDS[3:6]
 
@@ -32,6 +32,16 @@ def word_tokenizer(folder: Path, causal: bool = False) -> Path:
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
     folder.mkdir(parents=True, exist_ok=True)
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return folder
+
+
+def chat_tokenizer(folder: Path) -> Path:
+    """One token a word, and a chat template."""
+    word_tokenizer(folder, causal=True)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} [SEP] {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
     return folder
 
 
@@ -129,6 +139,17 @@ def echo_rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def verdict_rows(count: int) -> list[dict[str, Any]]:
+    """The answer depends on the film."""
+    rows = []
+    for draw in draws(count):
+        word = draw.choice(("dog", "cat"))
+        answer = "the film is good ." if word == "dog" else "a film is not good ."
+        said = [{"role": "user", "content": f"was the {word} film good ?"}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": said})
+    return rows
+
+
 def several_rows(count: int) -> list[dict[str, Any]]:
     rows = []
     for draw in draws(count):
@@ -163,6 +184,7 @@ def small_jobs(folder: Path) -> dict[str, Any]:
         return made
 
     encoder, decoder = bert(folder / "bert"), llama(folder / "llama")
+    talker = make_llama(folder / "talker" / "model", chat_tokenizer(folder / "talker" / "words"))
     scores = {"score_range": [0, 5]}
     two = {"steps": 80}
     long, windows = {"steps": 60}, {"max_length": 10, "window_overlap": 2}
@@ -176,6 +198,10 @@ def small_jobs(folder: Path) -> dict[str, Any]:
         "mlm": job("mlm", "mlm", encoder, plain_rows(120)),
         "mlm whole words": job("words", "mlm", encoder, plain_rows(60), train={"mask": {"whole_words": True}}),
         "pretrain": job("pretrain", "pretrain", decoder, plain_rows(120)),
+        "sft": job(
+            "sft", "sft", talker, verdict_rows(160), train=two, data={"packing": True, "max_length": 64},
+            evaluate={"generate": {"max_new_tokens": 8}},
+        ),
         "tag": job("tag", "tag", encoder, tag_rows(120)),
         "tag BIOES": job("ends", "tag", encoder, tag_rows(60, ends=True)),
         "extract": job("extract", "extract", encoder, question_rows(160), data=windows, train=long),

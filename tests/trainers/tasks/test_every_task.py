@@ -4,6 +4,7 @@ answer. One launch trains them all."""
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from trainers.data.manifest import shards_folder
 from trainers.evaluate import combine, evaluate_model, judge_share
 from trainers.export import export_checkpoint
 from trainers.job import Job
+from trainers.job_options import GenerateSection
 from trainers.rank import job_task
 from trainers.runs import step_name
 from trainers.storage import Folder
@@ -99,6 +101,35 @@ def test_bits_per_byte_is_the_loss_in_bits_over_the_bytes_of_the_targets(trained
     assert one.metrics["bits_per_byte"] == pytest.approx(bits / held)
 
 
+def test_answers_are_generated_and_compared_where_the_job_asks(trained: dict[str, Trained]) -> None:
+    """Half of the answers are the same words; a model that always gives the likelier has no more than that right."""
+    one = trained["sft"]
+    said = one.judged["said"].tolist()
+    assert one.metrics["exact_match"] > 0.8 and one.metrics["rougeL"] > 0.9, said
+    answers = [text for text in said if "not good" in text]
+    assert 0.3 < len(answers) / len(said) < 0.7
+
+
+def test_sampling_draws_the_same_for_the_same_seed(trained: dict[str, Trained]) -> None:
+    one = trained["T5"]
+    model = export(one.job)
+
+    def said(seed: int, **settings: Any) -> list[str]:
+        generate = GenerateSection(max_new_tokens=5, do_sample=True, **settings)
+        job = one.job.model_copy(update={
+            "evaluate": one.job.evaluate.model_copy(update={"generate": generate}),
+            "train": one.job.train.model_copy(update={"seed": seed}),
+        })  # fmt: skip
+        task, shards = held_out(job)
+        _, judged = evaluate_model(job, task, model, shards)
+        texts: list[str] = judged["said"].tolist()
+        return texts
+
+    greedy = one.judged["said"].tolist()
+    assert said(0, temperature=3.0) == said(0, temperature=3.0) != said(1, temperature=3.0)
+    assert said(0, temperature=1e-4) == said(1, top_k=1) == greedy
+
+
 @pytest.mark.parametrize("name", ["tag", "tag BIOES"])
 def test_taggers_find_the_entities_that_outside_alone_would_miss(trained: dict[str, Trained], name: str) -> None:
     metrics = trained[name].metrics
@@ -145,18 +176,26 @@ def test_texts_from_texts_beat_copying_the_source(trained: dict[str, Trained], n
     assert metrics["token_accuracy"] > 0.6
 
 
+def judge_shares(job: Job, model: str) -> dict[tuple[int, int], Any]:
+    """On rank r of three: share r of evaluations by as many processes as there are ranks up to it, and more."""
+    rank = int(os.environ["RANK"])
+    task, shards = held_out(job)
+    return {(rank, count): judge_share(job, task, model, shards, rank, count) for count in range(rank + 1, 4)}
+
+
 def test_metrics_are_the_same_at_one_two_and_three_processes(tmp_path: Path, trained: dict[str, Trained]) -> None:
-    """101 rows, which neither 2 nor 3 nor the batch divides."""
+    """101 rows, which neither 2 nor 3 nor the batch divides; each share is judged in a process of its own."""
     job: Job = small.tiny_job(tmp_path, Path(trained["tag"].job.model.path), "tag", small.tag_rows(505))
     job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"batch_size": 8})})
     small.shard_locally(job)
     task, shards = held_out(job)
     assert len(shards) == 101
-    model = export(trained["tag"].job)
+    judged_by: dict[tuple[int, int], Any] = {}
+    for one in run_ranks(judge_shares, 3, job, export(trained["tag"].job)):
+        judged_by |= one
     found = []
     for count in (1, 2, 3):
-        shares = [judge_share(job, task, model, shards, share, count) for share in range(count)]
-        rows, judged = combine(task, shares, len(shards))
+        rows, judged = combine(task, [judged_by[share, count] for share in range(count)], len(shards))
         assert rows.tolist() == list(range(101))
         found.append(task.metrics(judged))
     assert found[0] == found[1] == found[2]
