@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -213,6 +214,45 @@ def test_tensorboard_shows_every_curve_on_one_step_axis(tensorboard: str, finish
     assert curve("eval/accuracy") == pytest.approx(evaluated, rel=1e-6)
 
 
+def test_tensorboard_holds_a_confusion_matrix_of_every_evaluation(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+
+    held = EventAccumulator(str(finished / "tensorboard"), {IMAGES: 0}).Reload()
+    pictures = {event.step: event for event in held.Images("eval/confusion")}
+    assert set(pictures) == {one["step"] for one in result_of(finished)["evaluations"]}
+    for event in pictures.values():
+        assert event.encoded_image_string.startswith(b"\x89PNG") and min(event.width, event.height) > 100
+    assert len({event.encoded_image_string for event in pictures.values()}) > 1, "another matrix, another picture"
+
+
+def test_adapters_are_registered_merged_and_judged_alike_by_any_number_of_workers(job_file: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForSequenceClassification
+
+    sets = {"name": "adapted", "model.lora": "{rank: 4}", "train.steps": "6", "evaluate.batch_size": "4"}
+    words = [word for name, value in sets.items() for word in ("--set", f"{name}={value}")]
+    done = tuneyard("run", str(job_file), *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    storage = str(job_file.parent / "storage")
+    (version,) = json.loads(tuneyard("registry", "show", "adapted", "--storage", storage, "--json").stdout)
+    registered = load_file(Path(version["source"]) / "model.safetensors")
+    before = load_file(job_file.parent / "model" / "model.safetensors")
+    assert not [name for name in registered if "lora" in name]
+    inner = [
+        name for name in registered if "attention" in name and name.endswith("weight") and registered[name].dim() == 2
+    ]
+    assert inner and all(not registered[name].equal(before[name]) for name in inner)
+    AutoModelForSequenceClassification.from_pretrained(version["source"])
+
+    alone = {one["step"]: one["metrics"] for one in result_of(find_run(job_file, "adapted"))["evaluations"]}
+    done = tuneyard("evaluate", str(job_file), *words, "--set", "evaluate.workers=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    evals = find_run(job_file, "adapted") / "evals"
+    shared = {step: json.loads((evals / f"step-{step:08d}.json").read_text()) for step in alone}
+    assert {step: one["metrics"] for step, one in shared.items()} == alone
+    assert min(one["seconds"] for one in shared.values()) > 0
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_without_ray_give_the_same_losses(finished: Path, job_file: Path, launcher: str) -> None:
     configuration = Path(__file__).parents[2] / "ds_configs" / "accelerate-2proc.yaml"
@@ -244,6 +284,31 @@ def test_ray_job_submit_by_hand_gives_the_same_losses(finished: Path, job_file: 
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(find_run(job_file, "byhand")) == losses(finished)
+
+
+def test_a_submitted_job_whose_driver_is_killed_goes_on_when_submitted_again(
+    finished: Path, job_file: Path, head: str
+) -> None:
+    words = [sys.executable, "-m", "orchestrator", "submit", str(job_file), "--address", head,
+             "--set", "name=again"]  # fmt: skip
+    first = subprocess.Popen(words, env=environment(RAY_AUTH_MODE="disabled"), stdout=subprocess.PIPE)
+    runs, deadline = job_file.parent / "storage" / "runs", time.monotonic() + 120
+    while not any(len(losses(run)) >= 8 for run in runs.glob("again-????????")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    (driver,) = [one for one in psutil.process_iter() if one.cmdline()[1:] == ["-m", "orchestrator", "run", "job.yaml"]]
+    driver.kill()
+    first.communicate(timeout=120)
+    assert first.returncode not in (0, 2)
+    done = call(*words, RAY_AUTH_MODE="disabled")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = find_run(job_file, "again")
+    assert losses(run) == losses(finished)
+    starts = [event["step"] for event in read_events(Folder(str(run))) if event["kind"] == "start"]
+    assert starts[0] == 0 and starts[-1] in (6, 12, 18, 24)
+    storage = str(job_file.parent / "storage")
+    versions = json.loads(tuneyard("registry", "show", "again", "--storage", storage, "--json").stdout)
+    assert [version["version"] for version in versions] == [1]
 
 
 def test_a_submitted_jobs_exit_status_is_passed_on(job_file: Path, head: str) -> None:
