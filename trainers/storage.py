@@ -1,7 +1,7 @@
 """A folder on any file system that pyarrow knows (local, s3://, gs://, hdfs://); writes are whole or absent.
 
-On a local file system a file is written under a temporary name, synced and renamed; on an object store a put is
-atomic by itself. A `Folder` is a name, not a connection, so it travels between processes.
+On a local file system a file is written under a temporary name, synced and renamed; on hdfs:// it is renamed too; on an
+object store a put is atomic by itself. A `Folder` is a name, not a connection, so it travels between processes.
 """
 
 import json
@@ -11,7 +11,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +29,9 @@ GS_RETRY, GS_RETRY_S = "retry_limit_seconds", 60
 """How long gs:// is asked again; pyarrow itself gives an unreachable place up after 15 minutes."""
 
 
+HDFS, CONNECTING = "hdfs://", Lock()
+
+
 def is_remote(path: str) -> bool:
     """True for URIs such as s3://bucket/key; file:// and plain paths are local."""
     return "://" in path and not path.startswith("file://")
@@ -39,10 +44,27 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     if path.startswith(("gs://", "gcs://")) and GS_RETRY not in path:
         path += f"{'&' if '?' in path else '?'}{GS_RETRY}={GS_RETRY_S}"
     try:
+        if path.startswith(HDFS):
+            place, question, options = path.removeprefix(HDFS).partition("?")
+            host, _, inner = place.partition("/")
+            with CONNECTING:  # of two made at once one would end
+                return _hdfs(host, question + options), f"/{inner.strip('/')}"
         fs, inner = pafs.FileSystem.from_uri(path)
     except (pa.ArrowInvalid, OSError, NotImplementedError) as error:
         raise JobError(f"cannot use {path!r}: {error}. Local paths, s3://, gs:// and hdfs:// are understood") from error
     return fs, str(inner)
+
+
+@cache
+def _hdfs(host: str, options: str) -> pafs.FileSystem:
+    """One connection a process: a stream does not keep its file system, and ends with it. No host: fs.defaultFS.
+
+    Raises OSError where no name node answers: pyarrow calls each file of such a place absent.
+    """
+    fs = pafs.FileSystem.from_uri(f"{HDFS}{host}/{options}")[0] if host else pafs.HadoopFileSystem("default")
+    if fs.get_file_info("/").type == pafs.FileType.NotFound:
+        raise OSError("no name node answers")
+    return fs
 
 
 @dataclass(frozen=True)
@@ -104,12 +126,17 @@ class Folder:
     def list(self) -> list[str]:
         """Names directly below this folder, sorted, temporary files left out; empty where the folder does not exist."""
         fs, path = self._resolve()
-        infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        try:
+            infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        except FileNotFoundError:  # hdfs:// raises it for a folder that appears at this moment
+            return []
         return sorted(info.base_name for info in infos if not info.base_name.startswith(TEMPORARY))
 
     def read_bytes(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
         fs, path = self._resolve(name)
+        if isinstance(fs, pafs.HadoopFileSystem) and fs.get_file_info(path).type == pafs.FileType.NotFound:
+            raise FileNotFoundError(path)  # to open it would print a page of Java's stack
         with fs.open_input_file(path) as stream:
             return bytes(stream.read())
 
@@ -140,10 +167,12 @@ class Folder:
         """A file that appears when it is committed; for writers that commit several and sync the folder once."""
         fs, path = self._resolve(name)
         fs.create_dir(path.rpartition("/")[0], recursive=True)
-        if not self.is_local:
-            return StagedFile(fs.open_output_stream(path, compression=None), None, None)  # as it is, also *.gz
         final = Path(path)
         partial = final.parent / f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}"
+        if isinstance(fs, pafs.HadoopFileSystem):  # shows a file while it is written
+            return MovedFile(fs.open_output_stream(str(partial), compression=None), None, None, fs, str(partial), path)
+        if not self.is_local:
+            return StagedFile(fs.open_output_stream(path, compression=None), None, None)  # as it is, also *.gz
         return StagedFile(pa.OSFile(str(partial), "wb"), partial, final)
 
     def sync(self) -> None:
@@ -203,6 +232,26 @@ class StagedFile:
         if self.partial is not None:
             self.stream.close()
             self.partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class MovedFile(StagedFile):
+    """A file on hdfs://, written under a temporary name and moved; one that it replaces is absent for a moment."""
+
+    fs: pafs.FileSystem
+    source: str
+    target: str
+
+    def commit(self, durable: bool = True) -> None:
+        """Close it and give it its name."""
+        self.stream.close()
+        self.fs.move(self.source, self.target)
+
+    def discard(self) -> None:
+        """Remove it unless it was committed."""
+        self.stream.close()
+        if self.fs.get_file_info(self.source).type == pafs.FileType.File:
+            self.fs.delete_file(self.source)
 
 
 def _sync(path: Path) -> None:

@@ -20,17 +20,19 @@ from trainers.data.order import Order
 from trainers.tasks.base import IGNORE, Batch, Row
 from trainers.verification import gradients as g
 from trainers.verification.own_loss import own_loss
-from trainers.verification.sample import Specimen
+from trainers.verification.sample import PACK, Specimen
 
 CLOSE, CLOSE_HALF = 1e-5, 0.05
 """Relative difference of losses and gradients, in fp32 and in bf16."""
+CLOSE_PACKED = 1e-4
+"""The same of a pack's gradient, whose sums run over other shapes: 30 layers differ by 1.3e-5, a leak by 1e-2."""
 LEAK = 1e-4
 """Absolute difference of logits; kernels of another shape differ by about 1e-5, a leak by 1e-2 and more."""
 SAME = 1e-6
 """Absolute difference of logits of equal weights: kernels differ by how the weights lie in memory."""
 STEP_PACKS = 4
-CUTS = ((1, 4), (1, 1), (2, 2), (2, 1), (4, 1))
-"""World size and micro-batch."""
+CUTS = ((1, 4), (2, 1), (4, 1))
+"""World size and micro-batch; the accumulation makes up the rest of the step."""
 
 Finding = tuple[bool, str]
 Check = Callable[[Specimen], Finding]
@@ -54,14 +56,15 @@ def isolation(specimen: Specimen) -> Finding:
 
 def packed_as_separate(specimen: Specimen) -> Finding:
     """(b) Loss and gradient of a batch equal those of its documents one by one."""
-    packs = [*_fullest(specimen, 1), *_shortest(specimen, 1)]  # of unequal lengths, so that there is padding
+    packs = [_packed(specimen), *_shortest(specimen, 1)]  # of unequal lengths, so that there is padding
     wanted, gradient = g.gradient_apart(specimen, packs, 1.0)
     specimen.model.zero_grad(set_to_none=True)
     loss = g.loss_of(specimen, g.collate(specimen, g.rows_of(specimen, packs)))
     loss.backward()
     off = abs(float(loss.detach()) - wanted) / max(abs(wanted), 1e-30)
     apart = g.apart(g.take_gradient(specimen.model), gradient)
-    return max(off, apart) <= _close(specimen), f"loss off by {off:.1e}, gradient by {apart:.1e}"
+    passed = off <= _close(specimen) and apart <= max(_close(specimen), CLOSE_PACKED)
+    return passed, f"loss off by {off:.1e}, gradient by {apart:.1e}"
 
 
 def cut_of_step(specimen: Specimen) -> Finding:
@@ -169,6 +172,13 @@ def _fullest(specimen: Specimen, count: int) -> list[int]:
     return [int(pack) for pack in np.lexsort((-lengths, -documents))[:count]]
 
 
+def _packed(specimen: Specimen) -> int:
+    """A pack of three documents or a few more, or the fullest where none has so many."""
+    documents = np.diff(specimen.packs.offsets)
+    several = np.flatnonzero(documents >= PACK)
+    return int(several[np.argmin(documents[several])]) if len(several) else _fullest(specimen, 1)[0]
+
+
 def _shortest(specimen: Specimen, count: int) -> list[int]:
     order = np.argsort(specimen.packs.sums(specimen.shards.lengths), kind="stable")
     return [int(pack) for pack in order[:count]]
@@ -198,12 +208,29 @@ def _by_row(specimen: Specimen, batch: Batch, logits: Any) -> dict[int, Any]:
     }
 
 
+def in_doubt_in_fp64(check: Check) -> Check:
+    """A check that is asked again in fp64 where fp32 says no: rounding gets smaller by 10^8, a fault stays."""
+
+    def asked(specimen: Specimen) -> Finding:
+        passed, detail = check(specimen)
+        if passed or specimen.is_half:
+            return passed, detail
+        specimen.model.double()
+        try:
+            passed, again = check(specimen)
+        finally:
+            specimen.model.float()
+        return passed, f"{again} in fp64 ({detail} in fp32)"
+
+    return asked
+
+
 CHECKS: dict[str, Check] = {
     "isolation": isolation,
-    "packed_as_separate": packed_as_separate,
-    "cut_of_step": cut_of_step,
+    "packed_as_separate": in_doubt_in_fp64(packed_as_separate),
+    "cut_of_step": in_doubt_in_fp64(cut_of_step),
     "each_row_once": each_row_once,
-    "padding": padding,
+    "padding": in_doubt_in_fp64(padding),
     "target_share": target_share,
     "model_agrees": model_agrees,
     "reload": reload,

@@ -22,11 +22,13 @@ from trainers.job import Job
 from trainers.storage import Folder
 from trainers.tasks import EncodeRules, Task, encode_rules, load_task
 
-ROWS = 48
-LONGEST = 128
-"""Tokens; longer rows are treated as the job's length policy has it, at this length."""
+ROWS, LEAST = 48, 16
+"""Rows of a specimen as read, and how many of them should be of use."""
+ALONE, PACKED, PACK = 64, 32, 3
+"""Longest row in tokens, alone and packed; longer ones are treated as the job's length policy has it, at this length.
+A pack holds at least so many rows."""
 LOOKED_AT = 50 * ROWS
-"""Rows that are looked at before a longer length is tried, where none can be used."""
+"""Rows that are looked at before a longer length is tried, where too few can be used."""
 WHOLE_BYTES = 2 * 2**30
 LAYERS = 2
 """Of models with more bytes of weights only so many layers are looked at: depth changes neither masks nor losses."""
@@ -71,7 +73,7 @@ def take_specimen(job: Job, model_path: str, folder: Path, device: Any = "cpu") 
     task.labels = tuple(record.labels)
     task.prepare(encoder)
     shards = ShardSet(Folder(str(folder)), manifest_of(plan, job.task, {0: record}), task)
-    packs = pack_rows(shards.lengths, longest, 0) if job.packing else one_row_each(len(shards))
+    packs = pack_rows(shards.lengths, PACK * longest, 0) if job.packing else one_row_each(len(shards))
     layers = LAYERS if weight_bytes(model_path) > WHOLE_BYTES else None
     model = _load(job, task, model_path, encoder.pad_id, layers, device)
     return Specimen(task, shards, packs, encoder.pad_id, model, device, job.packing, job.train.seed, layers)
@@ -97,20 +99,22 @@ def _load(job: Job, task: Task, path: str, pad_id: int, layers: int | None, devi
 def _first_shard(
     job: Job, plan: SplitPlan, folder: Folder, task: Task, encoder: Encoder, rules: EncodeRules
 ) -> tuple[int, ShardRecord]:
-    """The first rows that can be used as a shard, and the longest sequence allowed: short, unless no row is."""
-    longest = min(job.data.max_length, LONGEST)
+    """The first rows of use as a shard, and the longest sequence allowed: short, unless too few rows are of use so."""
+    longest, least, outcomes = min(job.data.max_length, PACKED if job.packing else ALONE), LEAST, ""
     while True:
         rows = _rows(job, plan)
         for _ in range(LOOKED_AT // ROWS):
             some = list(islice(rows, ROWS))
-            record = write_shard(folder, 0, 0, some, task, encoder, replace(rules, max_length=longest)).commit()
-            if record.rows or not some:
+            if not some:
                 break
-        if record.rows:
-            return longest, record
+            record = write_shard(folder, 0, 0, some, task, encoder, replace(rules, max_length=longest)).commit()
+            if record.rows >= least:
+                return longest, record
+            outcomes = ", ".join(f"{name} ({count})" for name, count in record.outcomes.items())
         if longest == job.data.max_length:
-            reasons = ", ".join(f"{name} ({count})" for name, count in record.outcomes.items())
-            raise DataError(f"verify: none of the first {LOOKED_AT:,} training rows can be used: {reasons or 'no row'}")
+            if least == 1:
+                raise DataError(f"verify: none of the first {LOOKED_AT:,} training rows can be used: {outcomes}")
+            least = 1
         longest = min(2 * longest, job.data.max_length)
 
 
