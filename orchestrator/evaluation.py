@@ -11,7 +11,7 @@ from trainers.data.manifest import ShardManifest
 from trainers.job import Job
 from trainers.judged import write_judged
 from trainers.model_source import ModelFolder
-from trainers.runs import Evaluation, step_name
+from trainers.runs import Evaluation, checkpoints_folder, step_name
 from trainers.storage import Folder
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def _export(request: EvaluationRequest, step: int, task: Any) -> str:
     from trainers.export import export_checkpoint
 
     out = request.run / "export" / step_name(step)
-    export_checkpoint(request.run / "checkpoints" / step_name(step), out, request.job, task, request.model.path)
+    checkpoint = checkpoints_folder(request.job, request.run) / step_name(step)
+    export_checkpoint(checkpoint, out, request.job, task, request.model.path)
     return str(out.path)
 
 

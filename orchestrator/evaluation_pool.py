@@ -9,7 +9,7 @@ import ray
 from orchestrator.evaluation import EvaluationRequest, evaluation_task, read_evaluations, write_evaluation
 from orchestrator.selection import BASELINE, next_evaluations
 from trainers.checkpoint.reading import committed_steps
-from trainers.runs import Evaluation
+from trainers.runs import Evaluation, checkpoints_folder
 from trainers.tasks import load_task
 
 
@@ -49,7 +49,7 @@ class EvaluationPool:
 
     def waiting(self) -> list[int]:
         """Steps that were neither evaluated nor started, newest first."""
-        committed = {*committed_steps(self._request.run / "checkpoints"), *self._baseline}
+        committed = {*committed_steps(checkpoints_folder(self._request.job, self._request.run)), *self._baseline}
         return next_evaluations(committed, self._records.keys(), self.running, len(committed))
 
     def _start(self, steps: list[int]) -> None:

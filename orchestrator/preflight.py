@@ -35,6 +35,8 @@ def check_job(job: Job) -> ModelFolder:
             return None
 
     check(Folder(job.storage).check_writable)
+    if job.checkpoint.storage is not None:
+        check(Folder(job.checkpoint.storage).check_writable)
     check(lambda: choose_metric(job))
     check(lambda: registry_uri(job.storage, job.registry.uri))
     check(lambda: check_batches(job))
@@ -43,6 +45,16 @@ def check_job(job: Job) -> ModelFolder:
     if problems or model is None:
         raise JobError(problems)
     return model
+
+
+def check_run_storage(job: Job) -> None:
+    """A run folder is appended to, locked and mapped. Raises JobError where its place knows none of these."""
+    if not Folder(job.storage).is_local:
+        raise JobError(
+            f"storage: {job.storage} can hold data and shards, but not a run, whose log is appended to and whose "
+            "folder is locked; name a folder that all nodes share, and put the checkpoints there: checkpoint.storage: "
+            f"{job.storage}"
+        )
 
 
 def check_batches(job: Job) -> None:

@@ -20,7 +20,7 @@ from trainers.job import Job
 from trainers.job_file import parse_job
 from trainers.model_source import ModelFolder, find_model, prepare_model
 from trainers.rank import job_task
-from trainers.runs import Evaluation, run_folder, step_name
+from trainers.runs import Evaluation, checkpoints_folder, run_folder, step_name
 from trainers.storage import Folder
 
 
@@ -31,7 +31,7 @@ def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Scre
         JobError: where the step is not committed.
     """
     request = _request(job, check_job(job))
-    committed = committed_steps(request.run / "checkpoints")
+    committed = committed_steps(checkpoints_folder(job, request.run))
     if step not in (None, 0, *committed):
         raise JobError(f"--step {step} is not committed in {request.run}; there are {committed}")
     steps = committed if step is None else [step]
@@ -90,7 +90,7 @@ def export_step(run: str, step: int, out: Path) -> Path:
         JobError: where the step is not committed or the target is taken.
     """
     job = job_of_run(run)
-    checkpoints = Folder(str(Path(run).absolute())) / "checkpoints"
+    checkpoints = checkpoints_folder(job, Folder(str(Path(run).absolute())))
     committed = committed_steps(checkpoints)
     if step not in committed:
         raise JobError(f"--step {step} is not committed in {run}; there are {committed}")

@@ -17,7 +17,7 @@ from orchestrator.goodput import account, share
 from orchestrator.lineage import lineage
 from orchestrator.mlflow_client import registry_uri
 from orchestrator.plan import plan_job
-from orchestrator.preflight import check_job
+from orchestrator.preflight import check_job, check_run_storage
 from orchestrator.promotion import Judged, Promotion, decide
 from orchestrator.ray_session import check_placement, ray_session
 from orchestrator.registry import register
@@ -37,7 +37,7 @@ from trainers.job import Job
 from trainers.judged import read_judged
 from trainers.model_source import ModelFolder
 from trainers.rank import TrainRequest, job_task
-from trainers.runs import Evaluation, RegisteredVersion, RunResult, run_folder, step_name
+from trainers.runs import Evaluation, RegisteredVersion, RunResult, checkpoints_folder, run_folder, step_name
 from trainers.storage import Folder
 
 
@@ -66,6 +66,7 @@ def run_job(job: Job, address: str | None, screen: Screen) -> tuple[Folder, RunR
     Raises:
         TuneyardError: with the exit code of what went wrong; the run folder says it too.
     """
+    check_run_storage(job)
     model = check_job(job)
     shards = load_shards(job, model.path)
     if shards is not None:
@@ -100,7 +101,8 @@ def train_stage(stages: Stages) -> EvaluationPool:
     """Train unless that is done; hands on the evaluations that went on beside it."""
     gpus = check_placement(stages.job.scale)
     pool = EvaluationPool(evaluation_request(stages), gpus)
-    if finished_training(stages.run):
+    checkpoints = checkpoints_folder(stages.job, stages.run)
+    if finished_training(stages.run, checkpoints):
         return pool
     request = TrainRequest(
         job=stages.job,
@@ -117,7 +119,7 @@ def train_stage(stages: Stages) -> EvaluationPool:
     with stages.opened.timed("train"), _stop_asked_for() as asked:
         train(request, pool, metric, gpus, stages.opened.log, show, asked)
     note_goodput(stages)
-    thin_out(stages.run, stages.job.checkpoint.keep, pool, metric)
+    thin_out(checkpoints, stages.job.checkpoint.keep, pool, metric)
     return pool
 
 

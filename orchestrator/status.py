@@ -19,7 +19,7 @@ from trainers.errors import JobError
 from trainers.job import Job
 from trainers.job_file import parse_job
 from trainers.run_log import EVENTS
-from trainers.runs import Evaluation, RunResult, parse_step
+from trainers.runs import Evaluation, RunResult, checkpoints_folder, parse_step
 from trainers.storage import Folder
 from trainers.tasks import load_task
 
@@ -105,7 +105,8 @@ def _status(run: Folder) -> RunStatus:
     age = max(0.0, time.time() - float(events[-1]["time"])) if events and "time" in events[-1] else None
     result, problem = _result(run)
     last = next(iter(steps_of(events)[-1:]), {})
-    job, committed = _job(run), committed_steps(run / "checkpoints")
+    job = _job(run)
+    committed = committed_steps(checkpoints_folder(job, run) if job else run / "checkpoints")
     state = _state(run, result, age)
     return RunStatus(
         run=run.name,

@@ -22,6 +22,7 @@ from trainers.checkpoint.retention import deletable
 from trainers.errors import EvaluationError, Preempted, TrainingError, TuneyardError
 from trainers.rank import TrainRequest
 from trainers.run_log import RunLog
+from trainers.runs import checkpoints_folder
 from trainers.storage import Folder
 
 POLL_S = 0.1
@@ -171,10 +172,13 @@ def _steer(controller: Controller, seen: Seen) -> Failure | None:
     patience = job.evaluate.early_stopping
     if patience and out_of_patience(pool.records, *controller.metric, patience.patience):
         group.ask_to_stop("early_stopping")
-    if job.evaluate.while_training:
-        pool.start_where_free()
-    thin_out(controller.request.run, job.checkpoint.keep, pool, controller.metric)
-    if time.monotonic() - controller.looked < LOOK_EVERY_S:
+    due = time.monotonic() - controller.looked >= LOOK_EVERY_S
+    checkpoints = checkpoints_folder(job, controller.request.run)
+    if due or checkpoints.is_local:  # elsewhere each look is a request
+        if job.evaluate.while_training:
+            pool.start_where_free()
+        thin_out(checkpoints, job.checkpoint.keep, pool, controller.metric)
+    if not due:
         return None
     controller.looked = time.monotonic()
     _heed_notices(controller)
@@ -236,9 +240,8 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def thin_out(run: Folder, keep: int, pool: EvaluationPool, metric: tuple[str, Mode]) -> None:
+def thin_out(checkpoints: Folder, keep: int, pool: EvaluationPool, metric: tuple[str, Mode]) -> None:
     """Delete checkpoints that nothing needs: not among the newest, not the best, not being evaluated."""
-    checkpoints = run / "checkpoints"
     for step in deletable(committed_steps(checkpoints), keep, pinned_steps(pool, metric)):
         remove_checkpoint(checkpoints, step)
 

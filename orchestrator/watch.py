@@ -58,10 +58,10 @@ class Failure:
     lost_nodes: tuple[str, ...] = ()
 
 
-def finished_training(run: Folder) -> Event | None:
+def finished_training(run: Folder, checkpoints: Folder) -> Event | None:
     """The event that ended this run's training for good, if its last checkpoint is there."""
     ends = [event for event in read_events(run) if event["kind"] == "done" and event["stopped"] not in GOES_ON]
-    return ends[-1] if ends and ends[-1]["step"] in committed_steps(run / "checkpoints") else None
+    return ends[-1] if ends and ends[-1]["step"] in committed_steps(checkpoints) else None
 
 
 def record_event(record: Evaluation) -> Event:

@@ -17,14 +17,14 @@ from trainers.checkpoint.retention import deletable
 from trainers.data.keys import load_shards
 from trainers.data.manifest import check_labels, shards_folder
 from trainers.errors import JobError, Preempted, TuneyardError
-from trainers.job import CheckpointSection, Job
+from trainers.job import Job
 from trainers.job_file import load_job
 from trainers.loop import LoopOutcome
 from trainers.model_source import find_model
 from trainers.pulse import Phase, StopReason
 from trainers.rank import TrainRequest, run_rank
 from trainers.run_log import RunLog
-from trainers.runs import run_folder
+from trainers.runs import checkpoints_folder, run_folder
 from trainers.stopping import StopSignal
 from trainers.storage import Folder
 
@@ -32,10 +32,10 @@ from trainers.storage import Folder
 class LocalHooks:
     """Hooks of a launch without a controller: rank 0 keeps the run's log and thins out its checkpoints."""
 
-    def __init__(self, run: Folder, checkpoint: CheckpointSection) -> None:
-        self._run, self._keep = run, checkpoint.keep
+    def __init__(self, run: Folder, job: Job) -> None:
+        self._run, self._keep, self._checkpoints = run, job.checkpoint.keep, checkpoints_folder(job, run)
         self._log: RunLog | None = None
-        self._stop = StopSignal(checkpoint.grace_s)
+        self._stop = StopSignal(job.checkpoint.grace_s)
 
     def emit(self, event: Mapping[str, Any]) -> None:
         """Record an event and print it as a line; only rank 0 does."""
@@ -44,9 +44,8 @@ class LocalHooks:
         if event["kind"] != "history":
             print(describe(event), flush=True)
         if event["kind"] == "checkpoint":
-            checkpoints = self._run / "checkpoints"
-            for step in deletable(committed_steps(checkpoints), self._keep, ()):
-                remove_checkpoint(checkpoints, step)
+            for step in deletable(committed_steps(self._checkpoints), self._keep, ()):
+                remove_checkpoint(self._checkpoints, step)
 
     def stop_reason(self) -> StopReason | None:
         """preempted after SIGTERM."""
@@ -99,7 +98,7 @@ def _main() -> int:
     try:
         job = load_job(arguments.job, arguments.set)
         request = make_request(job)
-        _finish(run_rank(request, LocalHooks(request.run, job.checkpoint)))
+        _finish(run_rank(request, LocalHooks(request.run, job)))
     except TuneyardError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

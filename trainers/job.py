@@ -210,6 +210,8 @@ class CheckpointSection(Section):
     grace_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds between SIGTERM or a preemption notice and the end of the machine; a rank that has not committed by then
     ends without."""
+    storage: str | None = None
+    """Where checkpoints go instead of the run folder, such as s3://bucket/key; shared by all nodes too."""
 
 
 class EarlyStopping(Section):

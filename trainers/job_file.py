@@ -191,7 +191,7 @@ def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:
         value = raw.get(name)
         return dict(value) if isinstance(value, dict) else {}
 
-    data, model, train = section("data"), section("model"), section("train")
+    data, model, train, checkpoint = (section(name) for name in ("data", "model", "train", "checkpoint"))
     teacher = dict(train["distill"]) if isinstance(train.get("distill"), dict) else {}
     if isinstance(teacher.get("teacher"), str) and names_folder(teacher["teacher"], base):
         train["distill"] = {**teacher, "teacher": local(teacher["teacher"])}
@@ -208,7 +208,9 @@ def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:
         model["path"] = local(model["path"])
     if isinstance(train.get("deepspeed"), str) and train["deepspeed"].endswith(".json"):
         train["deepspeed"] = local(train["deepspeed"])
-    sections = {"data": data, "model": model, "train": train}
+    if isinstance(checkpoint.get("storage"), str):
+        checkpoint["storage"] = local(checkpoint["storage"])
+    sections = {"data": data, "model": model, "train": train, "checkpoint": checkpoint}
     return {
         **raw,
         **{name: value for name, value in sections.items() if value},

@@ -22,6 +22,7 @@ from trainers.isolation import check_isolation
 from trainers.job import Job
 from trainers.loop import Hooks, LoopOutcome, LoopSettings, train
 from trainers.model_source import ModelFolder
+from trainers.runs import checkpoints_folder
 from trainers.schedule import Schedule
 from trainers.storage import Folder
 from trainers.tasks import Task, load_task, task_options
@@ -98,7 +99,7 @@ def _attempt(request: TrainRequest, hooks: Hooks, world: World) -> LoopOutcome:
     schedule = Schedule(job.train.schedule, job.train.learning_rate, order.steps, job.train.warmup_ratio)
     checkpointer = Checkpointer(
         engine,
-        request.run / "checkpoints",
+        checkpoints_folder(job, request.run),
         world,
         new_attempt(world),
         request.train_shards.key,

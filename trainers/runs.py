@@ -16,6 +16,12 @@ from trainers.storage import Folder
 STEP_NAME = re.compile(r"step-(\d{8})")
 
 
+def checkpoints_folder(job: Job, run: Folder) -> Folder:
+    """Where a run's checkpoints are: in its folder, or under `checkpoint.storage`."""
+    place = run if job.checkpoint.storage is None else Folder(job.checkpoint.storage) / "runs" / run.name
+    return place / "checkpoints"
+
+
 def step_name(step: int) -> str:
     """Folder or file stem of a step."""
     return f"step-{step:08d}"
