@@ -59,9 +59,9 @@ def evaluate_step(request: EvaluationRequest, step: int) -> Evaluation:
     """
     began = time.perf_counter()
     try:
-        metrics, rows = _measure(request, step)
-        record = Evaluation(step=step, status="done", metrics=metrics, eval_key=request.eval_shards.key, rows=rows,
-                            seconds=time.perf_counter() - began)  # fmt: skip
+        metrics, notes, rows = _measure(request, step)
+        record = Evaluation(step=step, status="done", metrics=metrics, notes=notes, eval_key=request.eval_shards.key,
+                            rows=rows, seconds=time.perf_counter() - began)  # fmt: skip
     except Exception as error:  # whatever the model or its metrics raise belongs into the record
         record = Evaluation(
             step=step, status="failed", error=f"{type(error).__name__}: {error}", eval_key=request.eval_shards.key
@@ -75,14 +75,15 @@ def write_evaluation(run: Folder, record: Evaluation) -> None:
     (run / "evals").write_bytes(f"{step_name(record.step)}.json", record.model_dump_json(indent=1).encode())
 
 
-def _measure(request: EvaluationRequest, step: int) -> tuple[dict[str, float], int]:
+def _measure(request: EvaluationRequest, step: int) -> tuple[dict[str, float], dict[str, str], int]:
     from trainers.evaluate import combine
 
     task, shards = _opened(request)
     path = request.model.path if step == 0 else _export(request, step, task)
     rows, judged = combine(task, _judge_all(request, path), len(shards.lengths))
     write_judged(request.run, step, rows, judged, task.labels)
-    return task.metrics(judged), len(rows)
+    metrics = task.metrics(judged)
+    return metrics, {name: note for name, note in task.notes().items() if name in metrics}, len(rows)
 
 
 def _judge_all(request: EvaluationRequest, path: str) -> "list[Judged]":

@@ -86,6 +86,7 @@ def _tags(
         "tuneyard.metric": metric,
         "tuneyard.metrics": json.dumps(best.metrics, sort_keys=True),
         "tuneyard.eval_key": best.eval_key,
+        **{f"tuneyard.note.{name}": note for name, note in best.notes.items()},
         "tuneyard.eval_file": f"evals/step-{best.step:08d}.json",
         "tuneyard.promote": str(decision.promote).lower(),
         "tuneyard.decision": decision.reason,

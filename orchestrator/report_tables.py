@@ -42,7 +42,8 @@ def evaluation_table(evaluations: Sequence[Evaluation], best_step: int | None) -
                 "seconds": f"{one.seconds:.1f}",
             }
         )
-    return {"names": names, "rows": rows}
+    notes = {name: note for one in evaluations for name, note in one.notes.items()}
+    return {"names": names, "rows": rows, "notes": sorted(notes.items())}
 
 
 def class_tables(label: Array, prediction: Array, names: Sequence[str]) -> Table:

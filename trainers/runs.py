@@ -49,6 +49,8 @@ class Evaluation(Record):
     step: int
     status: Literal["done", "failed"]
     metrics: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    """What makes a metric comparable, such as sacreBLEU's signature, by its name."""
     error: str | None = None
     eval_key: str
     """Key of the evaluation shards; only metrics over the same key compare."""

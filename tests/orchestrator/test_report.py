@@ -223,6 +223,13 @@ def test_a_run_that_failed_at_once_has_a_report_with_its_error(tmp_path):
     assert "<svg" not in page
 
 
+def test_how_a_score_was_computed_stands_beside_it(tmp_path):
+    signature = {"bleu": "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"}
+    evaluation = Evaluation(step=4, status="done", metrics={"bleu": 20.5}, notes=signature, eval_key="e")
+    result = RunResult(status="done", evaluations=(evaluation,))
+    assert f"bleu: {signature['bleu']}" in render_report(Folder(str(tmp_path)), result, job_of(task="seq2seq"), [])
+
+
 def test_odd_numbers_are_drawn_around(tmp_path):
     nan = float("nan")
     events = [{"kind": "step", "time": 0.0, "step": step, "loss": nan if step % 2 else 1.0} for step in range(1, 9)]

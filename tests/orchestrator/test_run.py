@@ -143,31 +143,6 @@ def test_the_same_command_again_does_nothing_twice(finished: Path, job_file: Pat
     assert after == before
 
 
-def test_checkpoints_may_lie_in_a_bucket_while_the_run_does_not(finished: Path, job_file: Path) -> None:
-    """Killed in the middle of the training, too; a whole run in a bucket is refused before anything starts."""
-    with serve_bucket() as bucket:
-        sets = ["--set", "name=remote", "--set", f"checkpoint.storage={bucket.uri('kept')}"]
-        runs = job_file.parent / "storage" / "runs"
-        driver = subprocess.Popen([sys.executable, "-m", "orchestrator", "run", str(job_file), *sets],
-                                  env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not any(len(losses(run)) >= 8 for run in runs.glob("remote-????????")):
-            assert driver.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        driver.kill()
-        driver.wait()
-        done = tuneyard("run", str(job_file), *sets)
-        assert done.returncode == 0, done.stdout + done.stderr
-        run = find_run(job_file, "remote")
-        assert losses(run) == losses(finished)
-        kept = committed_steps(bucket.folder("kept") / "runs" / run.name / "checkpoints")
-        assert kept[-3:] == [12, 18, 24] and not (run / "checkpoints").exists()
-        assert result_of(run)["evaluations"][-1]["metrics"] == result_of(finished)["evaluations"][-1]["metrics"]
-        refused = tuneyard("run", str(job_file), "--set", f"storage={bucket.uri('all')}")
-        assert refused.returncode == 2
-        assert "checkpoint.storage" in refused.stderr
-
-
 def test_status_and_registry_answer_in_json(finished: Path, job_file: Path) -> None:
     storage = str(job_file.parent / "storage")
     (status,) = json.loads(tuneyard("status", "tiny", "--storage", storage, "--json").stdout)
@@ -335,6 +310,31 @@ def test_a_submitted_job_whose_driver_is_killed_goes_on_when_submitted_again(
     storage = str(job_file.parent / "storage")
     versions = json.loads(tuneyard("registry", "show", "again", "--storage", storage, "--json").stdout)
     assert [version["version"] for version in versions] == [1]
+
+
+def test_checkpoints_may_lie_in_a_bucket_while_the_run_does_not(finished: Path, job_file: Path) -> None:
+    """Killed in the middle of the training, too; a whole run in a bucket is refused before anything starts."""
+    with serve_bucket() as bucket:
+        sets = ["--set", "name=remote", "--set", f"checkpoint.storage={bucket.uri('kept')}"]
+        runs = job_file.parent / "storage" / "runs"
+        driver = subprocess.Popen([sys.executable, "-m", "orchestrator", "run", str(job_file), *sets],
+                                  env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not any(len(losses(run)) >= 8 for run in runs.glob("remote-????????")):
+            assert driver.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        driver.kill()
+        driver.wait()
+        done = tuneyard("run", str(job_file), *sets)
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = find_run(job_file, "remote")
+        assert losses(run) == losses(finished)
+        kept = committed_steps(bucket.folder("kept") / "runs" / run.name / "checkpoints")
+        assert kept[-3:] == [12, 18, 24] and not (run / "checkpoints").exists()
+        assert result_of(run)["evaluations"][-1]["metrics"] == result_of(finished)["evaluations"][-1]["metrics"]
+        refused = tuneyard("run", str(job_file), "--set", f"storage={bucket.uri('all')}")
+        assert refused.returncode == 2
+        assert "checkpoint.storage" in refused.stderr
 
 
 def test_a_submitted_jobs_exit_status_is_passed_on(job_file: Path, head: str) -> None:

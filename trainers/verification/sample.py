@@ -22,12 +22,14 @@ from trainers.job import Job
 from trainers.storage import Folder
 from trainers.tasks import EncodeRules, Task, encode_rules, load_task
 
-ROWS, LEAST = 48, 16
-"""Rows of a specimen as read, and how many of them should be of use."""
+ROWS, ROWS_PACKED = 48, 12
+"""Rows of a specimen as read; where they are split and packed, few make many documents."""
+LEAST = 8
+"""Sequences that they should give."""
 ALONE, PACKED, PACK = 64, 32, 3
 """Longest row in tokens, alone and packed; longer ones are treated as the job's length policy has it, at this length.
 A pack holds at least so many rows."""
-LOOKED_AT = 50 * ROWS
+LOOKED_AT = 2400
 """Rows that are looked at before a longer length is tried, where too few can be used."""
 WHOLE_BYTES = 2 * 2**30
 LAYERS = 2
@@ -70,13 +72,19 @@ def take_specimen(job: Job, model_path: str, folder: Path, device: Any = "cpu") 
     task = load_task(job.task, plain)
     longest, record = _first_shard(job, plan, Folder(str(folder)), task, encoder, rules)
     task = load_task(job.task, replace(plain, label_counts=record.labels))
-    task.labels = tuple(record.labels)
+    task.labels = _labels(record)
     task.prepare(encoder)
     shards = ShardSet(Folder(str(folder)), manifest_of(plan, job.task, {0: record}), task)
     packs = pack_rows(shards.lengths, PACK * longest, 0) if job.packing else one_row_each(len(shards))
     layers = LAYERS if weight_bytes(model_path) > WHOLE_BYTES else None
     model = _load(job, task, model_path, encoder.pad_id, layers, device)
     return Specimen(task, shards, packs, encoder.pad_id, model, device, job.packing, job.train.seed, layers)
+
+
+def _labels(record: ShardRecord) -> tuple[str, ...]:
+    """Labels of the rows; two at least where there are labels, as a single class is another kind of head."""
+    labels = tuple(record.labels)
+    return (*labels, f"not {labels[0]}") if len(labels) == 1 else labels
 
 
 def weight_bytes(model_path: str) -> int:
@@ -102,9 +110,9 @@ def _first_shard(
     """The first rows of use as a shard, and the longest sequence allowed: short, unless too few rows are of use so."""
     longest, least, outcomes = min(job.data.max_length, PACKED if job.packing else ALONE), LEAST, ""
     while True:
-        rows = _rows(job, plan)
-        for _ in range(LOOKED_AT // ROWS):
-            some = list(islice(rows, ROWS))
+        rows, count = _rows(job, plan), ROWS_PACKED if job.packing else ROWS
+        for _ in range(LOOKED_AT // count):
+            some = list(islice(rows, count))
             if not some:
                 break
             record = write_shard(folder, 0, 0, some, task, encoder, replace(rules, max_length=longest)).commit()

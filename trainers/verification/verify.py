@@ -77,12 +77,18 @@ def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verificatio
     """
     if not again and (kept := read_verification(job, model)) is not None:
         return kept
+    import torch
+
     key = verification_key(job, model)
     with _quick_threads(model.path), tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
         specimen = take_specimen(job, model.path, Path(scratch), _device())
         attention = str(specimen.model.config._attn_implementation)
         found = Verification(key=key, task=job.task, attention=attention, packing=job.packing,
                              checks=run_checks(specimen), layers=specimen.layers)  # fmt: skip
+        del specimen
+    if torch.cuda.is_available():  # the training's own peak is what counts
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     _folder(job).write_bytes(f"{key}.json", found.model_dump_json(indent=1).encode())
     return found
 

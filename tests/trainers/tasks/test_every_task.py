@@ -130,6 +130,21 @@ def test_sampling_draws_the_same_for_the_same_seed(trained: dict[str, Trained]) 
     assert said(0, temperature=1e-4) == said(1, top_k=1) == greedy
 
 
+def test_the_record_of_an_evaluation_says_how_bleu_was_computed(trained: dict[str, Trained], tmp_path: Path) -> None:
+    from orchestrator.evaluation import EvaluationRequest, evaluate_step
+    from trainers.model_source import ModelFolder
+
+    job = trained["T5"].job
+    shards = load_shards(job, job.model.path)
+    assert shards is not None
+    folder = shards_folder(Folder(job.storage), shards.eval.key)
+    model = ModelFolder(job.model.path, "")
+    request = EvaluationRequest(job, model, shards.train, shards.eval, folder, Folder(str(tmp_path)))
+    record = evaluate_step(request, 0)
+    assert record.error is None and record.notes.keys() == {"bleu", "chrf"}
+    assert record.notes["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+
+
 @pytest.mark.parametrize("name", ["tag", "tag BIOES"])
 def test_taggers_find_the_entities_that_outside_alone_would_miss(trained: dict[str, Trained], name: str) -> None:
     metrics = trained[name].metrics

@@ -231,3 +231,20 @@ def test_a_result_is_kept_until_something_it_depends_on_changes(
     assert not verify_job(job, model, again=True).passed
     eager = job.model_copy(update={"model": job.model.model_copy(update={"attention": "eager"})})
     assert verify_job(eager, model).key != first.key
+
+
+def test_rows_of_one_label_alone_raise_no_alarm(tmp_path: Path) -> None:
+    """As in a file that is sorted by label: the head must not become that of a regression."""
+    rows = [{"text": "the old dog ran .", "label": "a"}] * 60 + [{"text": "a red cat sat .", "label": "b"}] * 60
+    assert (
+        failures(tiny_job(tmp_path / "job", small.bert(tmp_path), "classify", rows[::-1]), tmp_path / "shard") == set()
+    )
+
+
+def test_rows_of_use_are_looked_for_and_longer_ones_taken_where_short_ones_are_of_none(tmp_path: Path) -> None:
+    long = "the old dog ran . " * 40
+    rows = [{"text": ""}] * 200 + [{"text": long}] * 40
+    job = tiny_job(tmp_path / "job", small.llama(tmp_path), "pretrain", rows, data={
+        "max_length": 256, "overlong": "drop", "packing": True, "max_drop_fraction": 1.0})  # fmt: skip
+    specimen = take_specimen(job, job.model.path, tmp_path / "shard")
+    assert specimen.shards.lengths.min() > 128
