@@ -61,7 +61,7 @@ SPECS: dict[str, Spec] = {
     "qa": Spec("extract", "qa/xquad.en.json", None, ("exact", "f1"), {"max_length": 256, "window_overlap": 64},
                batch=16, rate=2e-4),
     "mlm": Spec("mlm", "text/train.jsonl", "text/wiki.txt", ("loss", "token_accuracy"), {"overlong": "split"},
-                eval_rows=8),
+                eval_rows=2, steps=30),
     "pretrain": Spec("pretrain", "text/train.jsonl", "text/wiki.txt", ("loss", "bits_per_byte"),
                      {"packing": False, "max_length": 192}, eval_rows=3, **CAUSAL),
     "sft": Spec("sft", "sft/train.jsonl", "sft/dev.jsonl", ("loss", "token_accuracy", "rougeL", "exact_match"),
