@@ -1,9 +1,9 @@
 """The run's own record: events.jsonl, and the same numbers for TensorBoard.
 
 One process owns it: the controller under Ray, rank 0 without. Events are flat dictionaries with `kind` and `time`:
-history, start, step, straggler, checkpoint, checkpoint_skipped, checkpoint_quarantined, rolled_back, hang, restart,
-evaluation, stage_start, stage, goodput, done. A checkpoint's event comes after its commit, which later steps may
-precede; its `step` says whose it is.
+history, verification, start, step, straggler, checkpoint, checkpoint_skipped, checkpoint_quarantined, rolled_back,
+hang, restart, evaluation, stage_start, stage, goodput, done. A checkpoint's event comes after its commit, which later
+steps may precede; its `step` says whose it is.
 """
 
 import json

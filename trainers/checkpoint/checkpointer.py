@@ -163,9 +163,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """End the writer and free its memory."""
-        if self._copying is not None:
-            self._copying.wait()
-            self._copying = None
+        self.before_update()
         if self._writing is not None:
             self._writing.link.close()
             self._writing.buffer.close()

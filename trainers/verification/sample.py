@@ -121,7 +121,10 @@ def _first_shard(
             outcomes = ", ".join(f"{name} ({count})" for name, count in record.outcomes.items())
         if longest == job.data.max_length:
             if least == 1:
-                raise DataError(f"verify: none of the first {LOOKED_AT:,} training rows can be used: {outcomes}")
+                raise DataError(
+                    f"verify: none of the first {LOOKED_AT:,} training rows can be used: {outcomes}; "
+                    "train.verify: false trains without these tests"
+                )
             least = 1
         longest = min(2 * longest, job.data.max_length)
 
