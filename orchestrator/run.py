@@ -76,6 +76,7 @@ def run_job(job: Job, address: str | None, screen: Screen) -> tuple[Folder, RunR
             screen.say(f"already done: {folder}")
             return folder, result
     with _stopped_by_sigterm(), ray_session(address), screen.live():
+        check_placement(job.scale)  # before hours of sharding, and again after them: nodes come and go
         began = time.monotonic()
         shards = write_shards(job, model.path, screen.on_shards)
         with open_run(run_folder(job, model.digest, shards), job) as opened:

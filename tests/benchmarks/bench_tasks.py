@@ -52,28 +52,29 @@ class Spec:
     smol: bool = False
 
 
-CAUSAL: dict[str, Any] = {"batch": 4, "steps": 8, "smol": True}
+CAUSAL: dict[str, Any] = {"batch": 4, "steps": 24, "smol": True}
 SPECS: dict[str, Spec] = {
-    "sentiment": Spec("classify", "sentiment/train.jsonl", "sentiment/test.jsonl", ("accuracy", "f1_macro", "auroc")),
-    "ner": Spec("tag", "ner/train.jsonl", "ner/test.jsonl", ("f1", "strict_f1", "accuracy"), steps=100, rate=2e-4),
+    "sentiment": Spec("classify", "sentiment/train.jsonl", "sentiment/test.jsonl", ("accuracy", "f1_macro", "auroc"),
+                      steps=200),
+    "ner": Spec("tag", "ner/train.jsonl", "ner/test.jsonl", ("f1", "strict_f1", "accuracy"), steps=300, rate=2e-4),
     "similarity": Spec("similarity", "similarity/train.jsonl", "similarity/test.jsonl", ("pearson", "spearman"),
-                       {"score_range": [0, 5]}, steps=120, rate=2e-4),
+                       {"score_range": [0, 5]}, steps=240, rate=2e-4),
     "qa": Spec("extract", "qa/xquad.en.json", None, ("exact", "f1"), {"max_length": 256, "window_overlap": 64},
-               batch=16, rate=2e-4),
+               batch=16, steps=120, rate=2e-4),
     "mlm": Spec("mlm", "text/train.jsonl", "text/wiki.txt", ("loss", "token_accuracy"), {"overlong": "split"},
                 eval_rows=2, steps=30),
     "pretrain": Spec("pretrain", "text/train.jsonl", "text/wiki.txt", ("loss", "bits_per_byte"),
                      {"packing": False, "max_length": 192}, eval_rows=3, **CAUSAL),
     "sft": Spec("sft", "sft/train.jsonl", "sft/dev.jsonl", ("loss", "token_accuracy", "rougeL", "exact_match"),
-                {"packing": False, "max_length": 192}, {"generate": {"max_new_tokens": 40}}, eval_rows=24, **CAUSAL),
+                {"packing": False, "max_length": 192}, {"generate": {"max_new_tokens": 40}}, **CAUSAL),
     "summarization": Spec("seq2seq", "summarization/train.jsonl", "summarization/test.jsonl",
                           ("loss", "rouge1", "rouge2", "rougeLsum"),
                           {"columns": {"source": "dialogue", "target": "summary"}, "max_length": 256,
                            "prompt": "{source}\n\nSummary:"},
-                          {"generate": {"max_new_tokens": 40}}, eval_rows=24, **CAUSAL),
+                          {"generate": {"max_new_tokens": 40}}, eval_rows=96, **CAUSAL),
     "translation": Spec("seq2seq", "translation/train.jsonl", "translation/dev.jsonl", ("loss", "bleu", "chrf"),
                         {"columns": {"source": "en", "target": "de"}, "prompt": "English: {source}\nGerman:"},
-                        {"generate": {"max_new_tokens": 32}}, eval_rows=48, batch=8, steps=12, smol=True),
+                        {"generate": {"max_new_tokens": 32}}, eval_rows=96, batch=8, steps=24, smol=True),
 }  # fmt: skip
 
 

@@ -21,7 +21,11 @@ from tests.bucket import serve_bucket
 from tests.ray_head import answers, free_ports
 from tests.tiny import film_rows, make_bert, tiny_job
 from trainers.checkpoint.reading import committed_steps
+from trainers.data.keys import load_shards
+from trainers.job_file import load_job
+from trainers.model_source import find_model
 from trainers.run_log import read_events
+from trainers.runs import run_folder
 from trainers.storage import Folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -328,13 +332,17 @@ def test_checkpoints_may_lie_in_a_bucket_while_the_run_does_not(finished: Path, 
         assert "checkpoint.storage" in refused.stderr
 
 
-def test_a_submitted_jobs_exit_status_is_passed_on(job_file: Path, head: str) -> None:
+def test_a_job_too_large_for_the_cluster_is_refused_before_sharding_and_submit_passes_its_exit_status_on(
+    finished: Path, job_file: Path, head: str
+) -> None:
+    known = sorted((finished.parents[1] / "shards").iterdir())
     done = call(
-        sys.executable, "-m", "orchestrator", "submit", str(job_file), "--address", head,
-        "--set", "name=toolarge", "--set", "scale.cpus_per_worker=64", RAY_AUTH_MODE="disabled",
+        sys.executable, "-m", "orchestrator", "submit", str(job_file), "--address", head, "--set", "name=toolarge",
+        "--set", "scale.cpus_per_worker=64", "--set", "data.max_length=9", RAY_AUTH_MODE="disabled",
     )  # fmt: skip
     assert done.returncode == 3, done.stdout + done.stderr
     assert "2 workers of 64 CPUs and 0 GPUs need 128 CPUs" in done.stdout + done.stderr
+    assert sorted((finished.parents[1] / "shards").iterdir()) == known
 
 
 def test_stopped_by_sigterm_then_evaluated_beside_training_and_stopped_early(job_file: Path) -> None:
@@ -380,42 +388,30 @@ def test_stopped_by_sigterm_then_evaluated_beside_training_and_stopped_early(job
 
 def test_a_killed_worker_is_restarted_from_the_newest_checkpoint(finished: Path, job_file: Path) -> None:
     """Losses of the steps before and after the kill are those of an undisturbed run."""
-    words = [
-        "run",
-        str(job_file),
-        "--set",
-        "name=wounded",
-        "--set",
-        "train.steps=150",
-        "--set",
-        "checkpoint.every_steps=5",
-    ]
-    mark = uuid.uuid4().hex
-    with (job_file.parent / "wounded.log").open("wb") as log:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", *words], env=environment(**{MARK: mark}), stdout=log, stderr=log
-        )
-    runs = job_file.parent / "storage" / "runs"
-    deadline = time.monotonic() + 120
-    while not any(len(losses(run)) >= 7 for run in runs.glob("wounded-????????")):
-        assert driver.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    (victim,) = [process for process in marked_processes(mark) if name_of(process) == "rank-1"]
-    os.kill(victim, signal.SIGKILL)
-    assert driver.wait(timeout=240) == 0, (job_file.parent / "wounded.log").read_text()
-    run = find_run(job_file, "wounded")
-    starts = [event["step"] for event in read_events(Folder(str(run))) if event["kind"] == "start"]
-    assert len(starts) == 2
-    assert starts[1] >= 5
-    (restart,) = [event for event in read_events(Folder(str(run))) if event["kind"] == "restart"]
+    run = coming_run(job_file, "name=wounded")
+    run.mkdir(parents=True)
+    faults = [{"kind": "slow", "rank": 0, "step": 0, "seconds": 0.05, "always": True},
+              {"kind": "kill", "rank": 1, "step": 11}]  # fmt: skip
+    (run / "faults.json").write_text(json.dumps(faults))
+    done = tuneyard("run", str(job_file), "--set", "name=wounded")
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = read_events(Folder(str(run)))
+    assert [event["step"] for event in events if event["kind"] == "start"] == [0, 6]
+    (restart,) = [event for event in events if event["kind"] == "restart"]
     assert "rank 1" in restart["cause"]
     assert "was killed by SIGKILL" in restart["cause"]
     assert result_of(run)["restarts"] == 1
-    assert set(losses(run)) == set(range(1, 151))
-    undisturbed = tuneyard(*words[:2], "--set", "name=unhurt", *words[4:])
-    assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
-    assert losses(run) == losses(find_run(job_file, "unhurt"))
+    assert losses(run) == losses(finished)
+
+
+def coming_run(job_file: Path, *overrides: str) -> Path:
+    """The run folder that a command on shards that are there will use."""
+    job = load_job(job_file, list(overrides))
+    model = find_model(job)
+    assert model is not None
+    shards = load_shards(job, model.path)
+    assert shards is not None
+    return run_folder(job, model.digest, shards).path
 
 
 def marked_processes(mark: str) -> list[int]:
