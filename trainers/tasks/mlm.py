@@ -20,6 +20,7 @@ from trainers.tasks.causal import token_metrics
 from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
 from trainers.tasks.padding import as_inputs, pad_right, places
 from trainers.tasks.pretrain import text_refusal
+from trainers.tasks.text_bytes import bits_per_byte, target_bytes, token_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,8 @@ class Mlm(Task):
     """The word each token belongs to, -1 for special tokens."""
     metric = "loss"
     auto_class = "AutoModelForMaskedLM"
-    metrics_known = ("loss", "perplexity", "token_accuracy")
+    metrics_known = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
+    smaller_is_better = frozenset({"loss", "perplexity", "bits_per_byte"})
 
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
         """Tokenize texts without special tokens, then window them and put those around each window."""
@@ -61,8 +63,9 @@ class Mlm(Task):
         return hidden
 
     def prepare(self, encoder: Encoder) -> None:
-        """Note the mask token and the size of the vocabulary."""
+        """Note the mask token, the size of the vocabulary and how many bytes of text each token stands for."""
         self._mask_id, self._vocabulary = encoder.mask_id, len(encoder.tokenizer)
+        self._bytes = token_bytes(encoder)
 
     def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
         """Rows padded on the right, some tokens hidden."""
@@ -93,12 +96,14 @@ class Mlm(Task):
         return cross_entropy_sum(logits, labels, self.options.label_smoothing)
 
     def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
-        """Loss, hidden tokens and right guesses of each row."""
-        return judge_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
+        """Loss, hidden tokens, right guesses and bytes hidden of each row."""
+        lines, count = by_line(batch.labels), len(batch.rows)
+        held = target_bytes(self._bytes, batch.labels, lines, count)
+        return {**judge_tokens(logits, batch.labels, lines, count), "bytes": held}
 
     def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
-        """Over all hidden tokens."""
-        return token_metrics(judged)
+        """Over all hidden tokens; bits per byte is that of the hidden text."""
+        return {**token_metrics(judged), "bits_per_byte": bits_per_byte(judged)}
 
 
 def choose(words: Array, options: Any, random: np.random.Generator) -> tuple[Array, Array]:

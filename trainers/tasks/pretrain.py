@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any
@@ -14,8 +12,9 @@ import pyarrow.compute as pc
 
 from trainers.data.encoded import EncodedBatch, Tokens, insert_rows, starts_of
 from trainers.data.manifest import KEPT, SPLIT, TRUNCATED
-from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row
+from trainers.tasks.base import Array, Batch, Encoded, EncodeRules, Row
 from trainers.tasks.causal import CausalTask
+from trainers.tasks.text_bytes import bits_per_byte, target_bytes, token_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from trainers.data.tokenizer import Encoder
 
 OUTCOMES = (KEPT, TRUNCATED, SPLIT, "dropped:overlong", "dropped:no_target")
-BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Pretrain(CausalTask):
@@ -64,36 +62,12 @@ class Pretrain(CausalTask):
     def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """As for every causal task, and the bytes that the targets stand for."""
         assert batch.segments is not None
-        wanted = batch.labels != IGNORE
-        lengths = self._bytes[batch.labels[wanted]]
-        held = np.bincount(batch.segments[wanted], weights=lengths, minlength=len(batch.rows)).astype(np.int64)
+        held = target_bytes(self._bytes, batch.labels, batch.segments, len(batch.rows))
         return {**super().judge(logits, batch), "bytes": held}
 
     def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
         """With bits per byte of text, which compares models whatever their vocabularies."""
-        bits = float(judged["loss_sum"].sum()) / math.log(2)
-        return {**super().metrics(judged), "bits_per_byte": bits / max(float(judged["bytes"].sum()), 1.0)}
-
-
-def token_bytes(encoder: Encoder) -> Array:
-    """UTF-8 bytes that each token stands for, int64 [vocabulary]; special tokens stand for none.
-
-    Exact for byte-level vocabularies, whose tokens write one character a byte, and for those that write a byte as
-    <0x41> and a blank as U+2581.
-    """
-    tokenizer = encoder.tokenizer
-    names, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
-    byte_level = "ByteLevel" in str(getattr(tokenizer.backend_tokenizer, "decoder", ""))
-    added = tokenizer.added_tokens_encoder
-    lengths = np.zeros(max(names.values(), default=0) + 1, dtype=np.int64)
-    for name, number in names.items():
-        if name in special:
-            continue
-        if byte_level and name not in added:
-            lengths[number] = len(name)
-        else:
-            lengths[number] = 1 if BYTE_TOKEN.fullmatch(name) else len(name.replace("\u2581", " ").encode())
-    return lengths
+        return {**super().metrics(judged), "bits_per_byte": bits_per_byte(judged)}
 
 
 def text_refusal(text: Any) -> str | None:

@@ -19,6 +19,7 @@ from tests.trainers.test_training import train_all
 from trainers.data.dataset import ShardSet
 from trainers.data.keys import load_shards
 from trainers.data.manifest import shards_folder
+from trainers.data.tokenizer import load_encoder
 from trainers.evaluate import combine, evaluate_model, judge_share
 from trainers.export import export_checkpoint
 from trainers.job import Job
@@ -26,6 +27,7 @@ from trainers.job_options import GenerateSection
 from trainers.rank import job_task
 from trainers.runs import step_name
 from trainers.storage import Folder
+from trainers.tasks.base import IGNORE
 
 pytestmark = pytest.mark.slow
 
@@ -83,19 +85,22 @@ def test_language_models_beat_the_most_frequent_token(trained: dict[str, Trained
     assert one.metrics["perplexity"] == pytest.approx(math.exp(one.metrics["loss"]))
 
 
-def test_bits_per_byte_is_the_loss_in_bits_over_the_bytes_of_the_targets(trained: dict[str, Trained]) -> None:
-    one = trained["pretrain"]
-    _, shards = held_out(one.job)
-    from trainers.data.tokenizer import load_encoder
-
+@pytest.mark.parametrize("name", ["pretrain", "mlm", "mlm whole words"])
+def test_bits_per_byte_is_the_loss_in_bits_over_the_bytes_of_the_targets(
+    trained: dict[str, Trained], name: str
+) -> None:
+    one = trained[name]
+    task, shards = held_out(one.job)
     encoder = load_encoder(one.job.model.path)
-    texts = [
-        encoder.tokenizer.convert_ids_to_tokens(shards.row(index).input_ids[1:].tolist())
-        for index in range(len(shards))
-    ]
-    held = sum(
-        len(token.encode()) for tokens in texts for token in tokens if token not in encoder.tokenizer.all_special_tokens
-    )
+    task.prepare(encoder)
+    held = 0
+    for index in range(len(shards)):
+        row = shards.row(index)
+        labels = task.collate([[row]], encoder.pad_id).labels
+        targets = row.input_ids[1:] if name == "pretrain" else labels[labels != IGNORE]
+        assert len(targets) == (labels != IGNORE).sum() > 0
+        tokens = encoder.tokenizer.convert_ids_to_tokens(targets.tolist())
+        held += sum(len(token.encode()) for token in tokens if token not in encoder.tokenizer.all_special_tokens)
     assert int(one.judged["bytes"].sum()) == held
     bits = float(one.judged["loss_sum"].sum()) / math.log(2)
     assert one.metrics["bits_per_byte"] == pytest.approx(bits / held)
