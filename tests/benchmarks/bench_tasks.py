@@ -55,14 +55,14 @@ class Spec:
 CAUSAL: dict[str, Any] = {"batch": 4, "steps": 24, "smol": True}
 SPECS: dict[str, Spec] = {
     "sentiment": Spec("classify", "sentiment/train.jsonl", "sentiment/test.jsonl", ("accuracy", "f1_macro", "auroc"),
-                      steps=200),
-    "ner": Spec("tag", "ner/train.jsonl", "ner/test.jsonl", ("f1", "strict_f1", "accuracy"), steps=300, rate=2e-4),
+                      steps=150),
+    "ner": Spec("tag", "ner/train.jsonl", "ner/test.jsonl", ("f1", "strict_f1", "accuracy"), steps=200, rate=2e-4),
     "similarity": Spec("similarity", "similarity/train.jsonl", "similarity/test.jsonl", ("pearson", "spearman"),
                        {"score_range": [0, 5]}, steps=240, rate=2e-4),
     "qa": Spec("extract", "qa/xquad.en.json", None, ("exact", "f1"), {"max_length": 256, "window_overlap": 64},
-               batch=16, steps=120, rate=2e-4),
+               batch=16, steps=90, rate=2e-4),
     "mlm": Spec("mlm", "text/train.jsonl", "text/wiki.txt", ("loss", "token_accuracy"), {"overlong": "split"},
-                eval_rows=2, steps=30),
+                eval_rows=2, steps=20),
     "pretrain": Spec("pretrain", "text/train.jsonl", "text/wiki.txt", ("loss", "bits_per_byte"),
                      {"packing": False, "max_length": 192}, eval_rows=3, **CAUSAL),
     "sft": Spec("sft", "sft/train.jsonl", "sft/dev.jsonl", ("loss", "token_accuracy", "rougeL", "exact_match"),
