@@ -83,7 +83,7 @@ def check_data(job: Job) -> None:
     for where, patterns in (("data.train", job.data.train_paths), ("data.eval", job.data.eval)):
         try:
             sources = find_sources(patterns, job.data.format, where)
-            check_columns(sources, task_columns(job), needed_fields(job.task), where)
+            check_columns(sources, task_columns(job), needed_fields(job.task, job.data.prompt), where)
         except JobError as error:
             problems += [f"{where}: {problem}" for problem in error.problems]
     if problems:

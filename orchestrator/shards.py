@@ -109,7 +109,7 @@ def _check_sources(job: Job, plans: Sequence[SplitPlan]) -> None:
     for plan in plans:
         where = "data.train" if job.data.eval_fraction is not None else f"data.{plan.name}"
         try:
-            check_columns(plan.sources, task_columns(job), needed_fields(job.task), where)
+            check_columns(plan.sources, task_columns(job), needed_fields(job.task, job.data.prompt), where)
         except JobError as error:
             problems.update({f"{where}: {problem}": None for problem in error.problems})
     if problems:

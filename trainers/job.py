@@ -31,7 +31,7 @@ TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "classify": (("text", "label"), ("text_pair",)),
     "tag": (("tokens", "tags"), ()),
     "extract": (("question", "context", "answers"), ("id",)),
-    "seq2seq": (("source", "target"), ()),
+    "seq2seq": (("source", "target"), ("source_language", "target_language")),
     "similarity": (("sentence1", "sentence2", "score"), ()),
 }
 """For each task its required and its optional fields; `data.columns` maps a field to the data's column."""
@@ -99,7 +99,8 @@ class DataSection(Section):
     score_range: Annotated[tuple[float, float], Field(strict=False)] = (0.0, 1.0)
     """similarity: lowest and highest score; rows outside are dropped, the embedding modes scale to 0 ... 1."""
     prompt: str | None = None
-    """seq2seq: how a source is put to the model, with {source}, e.g. "translate English to German: {source}"."""
+    """seq2seq: how a source is put to the model, with {source}, e.g. "translate English to German: {source}"; of rows
+    in several languages also with their fields {source_language} and {target_language}."""
     max_target_length: Annotated[int, Field(ge=2)] = 128
     """seq2seq: longest target in tokens; max_length bounds the source, or for causal models both together."""
     chat_template: str | None = None

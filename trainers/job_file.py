@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from trainers.errors import JobError
 from trainers.job import TASK_FIELDS, Job, names_folder
 from trainers.storage import is_remote
-from trainers.task_fields import FIELD_TASKS, PACKING_TASKS, SPLITTING_TASKS
+from trainers.task_fields import FIELD_TASKS, PACKING_TASKS, PLACE, PROMPT_FIELDS, SPLITTING_TASKS
 
 BRANCHES = ("Elastic", "int", "constrained-int", "str", "SourceSection")
 """Names that pydantic puts into a location for the branch of a union; no key of ours."""
@@ -99,7 +99,15 @@ def _misplaced(raw: dict[str, Any], task: str) -> list[str]:
     data = raw["data"] if isinstance(raw.get("data"), dict) else {}
     if "score_range" in data and not _is_range(data["score_range"]):
         problems.append(f"data.score_range: must be [lowest, highest], lowest above -100, got {data['score_range']!r}")
-    if task == "seq2seq" and isinstance(data.get("prompt"), str) and data["prompt"].count("{source}") != 1:
+    if task == "seq2seq" and isinstance(data.get("prompt"), str):
+        problems += _prompt_problems(data["prompt"])
+    return problems
+
+
+def _prompt_problems(prompt: str) -> list[str]:
+    held = PLACE.findall(prompt)
+    problems = [_unknown(f"data.prompt: {{{name}}}", name, PROMPT_FIELDS) for name in held if name not in PROMPT_FIELDS]
+    if held.count("source") != 1:
         problems.append("data.prompt: must hold {source} once, where the source text goes")
     return problems
 

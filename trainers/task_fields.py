@@ -1,5 +1,7 @@
 """Which fields of a job file mean something to which tasks. Data only; the schema is `job.py`'s."""
 
+import re
+
 PACKING_TASKS = ("pretrain", "sft")
 SPLITTING_TASKS = ("pretrain", "mlm", "extract")
 """Tasks that can use a row in several pieces, and do unless told otherwise."""
@@ -23,3 +25,7 @@ FIELD_TASKS: dict[str, tuple[str, ...]] = {
     "evaluate.bleu_tokenize": ("seq2seq",),
 }
 """Fields that mean something to some tasks only; given to another they are refused."""
+PROMPT_FIELDS = ("source", "source_language", "target_language")
+"""Fields of a seq2seq row that `data.prompt` may hold in braces."""
+PLACE = re.compile(r"\{(\w+)\}")
+"""A field in a prompt."""

@@ -268,3 +268,13 @@ def test_sft_needs_messages_or_prompt_and_completion(
     with pytest.raises(JobError) as caught:
         check_columns([source], columns, needed_fields("sft"), "data.train")
     assert problem in str(caught.value)
+
+
+def test_the_languages_of_a_prompt_are_columns_that_every_file_must_have(
+    write_rows: Any, source_of: Callable[..., Any]
+) -> None:
+    source = source_of(write_rows("x.jsonl", [{"source": "a", "target": "b"}]))
+    columns = {name: name for name in ("source", "target", "source_language", "target_language")}
+    check_columns([source], columns, needed_fields("seq2seq", "{source}"), "data.train")
+    with pytest.raises(JobError, match="no column 'target_language'"):
+        check_columns([source], columns, needed_fields("seq2seq", "to {target_language}: {source}"), "data.train")

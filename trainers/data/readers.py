@@ -14,6 +14,7 @@ from trainers.data.formats import FORMATS, RawRow, Span
 from trainers.data.sources import SourceFile
 from trainers.errors import DataError, JobError
 from trainers.job import TASK_FIELDS, Job
+from trainers.task_fields import PLACE
 
 UNIT_BYTES = 8 * 2**20
 """Source bytes a unit aims at: about two million tokens, a tenth of a second of the quickest tokenizer."""
@@ -108,9 +109,10 @@ def check_columns(
         raise JobError(problems, where)
 
 
-def needed_fields(task: str) -> tuple[tuple[str, ...], ...]:
-    """Sets of fields of a task, any one of which a file must have."""
-    return NEEDED_FIELDS.get(task, (TASK_FIELDS[task][0],))
+def needed_fields(task: str, prompt: str | None = None) -> tuple[tuple[str, ...], ...]:
+    """Sets of fields of a task, any one of which a file must have; what `data.prompt` holds is needed too."""
+    sets = NEEDED_FIELDS.get(task, (TASK_FIELDS[task][0],))
+    return tuple(tuple(dict.fromkeys((*fields, *PLACE.findall(prompt or "")))) for fields in sets)
 
 
 def _peek(source: SourceFile) -> tuple[str, ...] | None:

@@ -2,7 +2,8 @@
 
 A row: {"source": "Two young men.", "target": "Zwei junge Maenner."}. Encoder-decoders (T5, BART, Marian) read the
 source and write the target; causal models read it through `data.prompt` and go on with the target. `data.prompt` also
-holds what a model expects before a source, such as "translate English to German: {source}".
+holds what a model expects before a source, such as "translate English to German: {source}"; for rows in several
+languages "translate {source_language} to {target_language}: {source}", or ">>{target_language}<< {source}".
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainers.job_options import GenerateSection
+from trainers.task_fields import PLACE
 from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
 from trainers.tasks.causal import token_metrics
 from trainers.tasks.generation import generate_texts
@@ -52,11 +54,13 @@ class Seq2Seq(Task):
 
     def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
         """Tokenize sources and targets apart."""
-        reasons = [_refusal(row) for row in rows]
-        kept = [row for row, why in zip(rows, reasons, strict=True) if why is None]
         causal = not encoder.is_encoder_decoder
         prompt = rules.options.prompt or (CAUSAL_PROMPT if causal else "{source}")
-        sources = encoder.encode([prompt.replace("{source}", row["source"]) for row in kept], special=not causal)
+        needed = {"source", "target", *PLACE.findall(prompt)}
+        reasons = [_refusal(row, needed) for row in rows]
+        kept = [row for row, why in zip(rows, reasons, strict=True) if why is None]
+        prompts = [PLACE.sub(lambda place, row=row: row[place[1]], prompt) for row in kept]  # type: ignore[misc]
+        sources = encoder.encode(prompts, special=not causal)
         targets = encoder.encode([row["target"] for row in kept], special=not causal)
         pairs = iter(zip(kept, sources, targets, strict=True))
         return [Encoded.dropped(why) if why else _fit(*next(pairs), causal, encoder, rules) for why in reasons]
@@ -124,9 +128,9 @@ class Seq2Seq(Task):
         return signatures(self.options.bleu_tokenize)
 
 
-def _refusal(row: Mapping[str, Any]) -> str | None:
+def _refusal(row: Mapping[str, Any], needed: set[str]) -> str | None:
     """Why the row cannot be used, or None."""
-    for name in ("source", "target"):
+    for name in sorted(needed):
         text = row.get(name)
         if not isinstance(text, str):
             return f"missing_{name}" if text is None else f"{name}_not_a_string"

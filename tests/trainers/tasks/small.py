@@ -139,6 +139,16 @@ def echo_rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def language_rows(count: int) -> list[dict[str, Any]]:
+    """Two languages with words of their own for dog and cat."""
+    words = {"ada": {"dog": "red", "cat": "blue"}, "paris": {"dog": "one", "cat": "two"}}
+    rows = []
+    for place, draw in enumerate(draws(count)):
+        source, language = draw.choice(("dog", "cat")), ("ada", "paris")[place % 2]
+        rows.append({"source": source, "target": words[language][source], "lang": language})
+    return rows
+
+
 def verdict_rows(count: int) -> list[dict[str, Any]]:
     """The answer depends on the film."""
     rows = []
@@ -217,7 +227,8 @@ def small_jobs(folder: Path) -> dict[str, Any]:
         "Bart": translator("Bart"),
         "Marian": translator("Marian"),
         "seq2seq causal": job(
-            "prompted", "seq2seq", decoder, echo_rows(160), data={"prompt": "{source} ?"}, train=two,
+            "prompted", "seq2seq", decoder, language_rows(160),
+            data={"prompt": "{target_language} : {source} ?", "columns": {"target_language": "lang"}}, train=two,
             evaluate={"generate": {"max_new_tokens": 6, "num_beams": 2}},
         ),
     }  # fmt: skip

@@ -22,11 +22,14 @@ GOOD: dict[str, dict[str, Any]] = {
     "tag": small.tag_rows(1)[0],
     "extract": small.question_rows(1)[0],
     "similarity": {"sentence1": "the dog", "sentence2": "a cat", "score": 0.5},
-    "seq2seq": small.echo_rows(1)[0],
+    "seq2seq": {**small.echo_rows(1)[0], "target_language": "German"},
     "mlm": {"text": "the old dog ran ."},
     "classify": {"text": "the dog", "label": ["a", "b"]},
 }
-OPTIONS: dict[str, dict[str, Any]] = {"classify": {"several_labels": True}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "classify": {"several_labels": True},
+    "seq2seq": {"prompt": "to {target_language} : {source}"},
+}
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("tag", {"tags": ["O"]}, "tokens_and_tags_of_unequal_length"),
@@ -50,6 +53,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("seq2seq", {"target": " "}, "empty_target"),
     ("seq2seq", {"target": None}, "missing_target"),
     ("seq2seq", {"source": 3}, "source_not_a_string"),
+    ("seq2seq", {"target_language": None}, "missing_target_language"),
+    ("seq2seq", {"target_language": ""}, "empty_target_language"),
     ("mlm", {"text": " "}, "empty_text"),
     ("classify", {"label": "a"}, "label_not_a_list"),
     ("classify", {"label": [1.5]}, "label_not_a_name"),

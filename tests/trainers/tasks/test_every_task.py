@@ -188,12 +188,17 @@ def test_a_causal_model_classifies(trained: dict[str, Trained]) -> None:
     assert trained["classify causal"].metrics["accuracy"] > 0.9
 
 
-@pytest.mark.parametrize("name", ["T5", "Bart", "Marian", "seq2seq causal"])
+@pytest.mark.parametrize("name", ["T5", "Bart", "Marian"])
 def test_texts_from_texts_beat_copying_the_source(trained: dict[str, Trained], name: str) -> None:
     """A copied source has no word right."""
     metrics = trained[name].metrics
     assert metrics["rouge1"] > 0.45
     assert metrics["token_accuracy"] > 0.6
+
+
+def test_the_language_of_a_row_decides_what_is_said(trained: dict[str, Trained]) -> None:
+    """Each word has another translation in the other language: whoever ignores it has at most half of them right."""
+    assert trained["seq2seq causal"].metrics["exact_match"] > 0.8
 
 
 def judge_shares(job: Job, model: str) -> dict[tuple[int, int], Any]:

@@ -229,6 +229,7 @@ GOOD: dict[str, Any] = {
         ("extract", "train", "distill", {"teacher": "org/t"}, "train.distill: means nothing to task extract"),
         ("similarity", "data", "score_range", [5, 0], "data.score_range: must be"),
         ("seq2seq", "data", "prompt", "translate", "data.prompt: must hold {source} once"),
+        ("seq2seq", "data", "prompt", "{source} in {language}", "did you mean 'target_language'?"),
         ("extract", "data", "overlong", "truncate", "data.overlong: extract reads long contexts in windows"),
         ("tag", "data", "packing", True, "data.packing: tag reads one row a sequence"),
         ("classify", "train", "class_weights", {"a": "x"}, "train.class_weights"),
