@@ -332,16 +332,12 @@ def test_checkpoints_may_lie_in_a_bucket_while_the_run_does_not(finished: Path, 
         assert "checkpoint.storage" in refused.stderr
 
 
-def test_a_job_too_large_for_the_cluster_is_refused_before_sharding_and_submit_passes_its_exit_status_on(
-    finished: Path, job_file: Path, head: str
-) -> None:
+def test_a_job_too_large_for_the_machine_is_refused_before_sharding(finished: Path, job_file: Path) -> None:
     known = sorted((finished.parents[1] / "shards").iterdir())
-    done = call(
-        sys.executable, "-m", "orchestrator", "submit", str(job_file), "--address", head, "--set", "name=toolarge",
-        "--set", "scale.cpus_per_worker=64", "--set", "data.max_length=9", RAY_AUTH_MODE="disabled",
-    )  # fmt: skip
+    sets = ("name=toolarge", "scale.cpus_per_worker=64", "data.max_length=9")
+    done = tuneyard("run", str(job_file), *(word for one in sets for word in ("--set", one)))
     assert done.returncode == 3, done.stdout + done.stderr
-    assert "2 workers of 64 CPUs and 0 GPUs need 128 CPUs" in done.stdout + done.stderr
+    assert "2 workers of 64 CPUs and 0 GPUs need 128 CPUs" in done.stderr
     assert sorted((finished.parents[1] / "shards").iterdir()) == known
 
 

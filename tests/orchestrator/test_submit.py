@@ -1,5 +1,7 @@
 """Submitting through Ray Jobs to a real head node: logs come as they are written, exit codes pass through."""
 
+import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.submit import connect, follow, runtime_env, send, submit, use_token
+from orchestrator.submit import _until_cancelled, connect, follow, runtime_env, send, submit, use_token
 from trainers.errors import JobError, PlacementError
 from trainers.job_file import parse_job
 
@@ -156,3 +158,19 @@ def test_a_token_at_hand_is_used_unless_the_user_says_otherwise(tmp_path):
     said = {"RAY_AUTH_MODE": "disabled"}
     use_token(said, tmp_path)
     assert said == {"RAY_AUTH_MODE": "disabled"}
+
+
+def test_an_interrupt_that_a_connection_swallows_is_repeated():
+    async def stubborn():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        await asyncio.sleep(60)
+
+    async def interrupted():
+        task = asyncio.create_task(_until_cancelled(stubborn()))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=20)
+        assert done and task.cancelled()
+
+    asyncio.run(interrupted())
