@@ -103,8 +103,8 @@ def main(mode: Mode) -> None:
 
 
 def _import_ahead() -> None:
-    """What a rank imports, also late and inside functions: all of it together takes 4 of the 7 s to the first step."""
-    sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused here: 0.9 s
+    """What a rank imports, also late and inside functions: most of the time to the first step."""
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused here
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - DeepSpeed does when it looks at an optimizer
     import torch._dynamo
     import torch.distributed.tensor
