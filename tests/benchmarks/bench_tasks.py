@@ -4,21 +4,24 @@
 
 DIR holds one folder a task. Encoder tasks train MiniLM, the others the model folder given by --smol; the table shows
 the untouched model too, where it has a head. Both sides read the same tokenized rows and are judged by the same
-evaluation; the Trainer's side computes its own loss and has its own loop, optimizer and schedule. Ours runs one ZeRO-3
-rank, whose time includes its process's start and its checkpoint. All of it takes about 100 minutes on two cores.
+evaluation; the Trainer's side (tests/peer.py) computes its own loss and has its own loop, optimizer and schedule. Each
+draws order and dropout in its own way, and their first steps differ (ours learns at peak / warm-up steps, the
+Trainer's at 0); with --same nothing is left to chance. Ours runs one ZeRO-3 rank, whose time includes its process's
+start and its checkpoint. All of it takes about 100 minutes on two cores.
 """
 
 import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tests.benchmarks.bench_sentiment import model_path
+from tests.peer import train_peer
 from tests.ranks import run_ranks
 from tests.tiny import shard_locally
 from tests.trainers.tasks.test_every_task import export, held_out
@@ -26,8 +29,6 @@ from tests.trainers.test_training import train_all
 from trainers.evaluate import evaluate_model
 from trainers.job import Job
 from trainers.job_file import parse_job
-from trainers.tasks.base import IGNORE
-from trainers.tasks.causal import CausalTask
 
 WARMUP = 0.1
 PATIENCE_S = 7200
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of the data set's own number")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rate", type=float, help="learning rate, likewise")
+    parser.add_argument("--same", action="store_true", help="the same rows in every step, no dropout, no warm-up")
     parser.add_argument("--smol", type=Path, help="a causal model as safetensors, with a chat template")
     arguments = parser.parse_args()
     for name in arguments.task:
@@ -95,28 +97,42 @@ def main() -> None:
             measure(name, arguments)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What one side made of a job."""
+
+    path: str
+    losses: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
 def measure(name: str, arguments: Any) -> None:
     """One data set's table."""
     spec = SPECS[name]
-    print(
-        f"\n| {name}, {arguments.steps or spec.steps} steps of {spec.batch} | seed | {' | '.join(spec.shown)} | "
-        f"training s |\n| --- | --- |{' ---: |' * (len(spec.shown) + 1)}",
-        flush=True,
-    )
+    titles = [f"{name}, {arguments.steps or spec.steps} steps of {spec.batch}", "seed", *spec.shown, "training s"]
+    titles += ["largest difference of a step's loss"] if arguments.same else []
+    print(f"\n| {' | '.join(titles)} |\n| --- | --- |{' ---: |' * (len(titles) - 2)}", flush=True)
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
             job = make_job(name, arguments, seed, Path(folder))
             shard_locally(job)
             task, shards = held_out(job)
-            systems: dict[str, Any] = {"tuneyard": ours, "transformers.Trainer": trainers}
-            if not task.new_head and seed == 0:
-                systems = {"untouched": lambda job: (job.model.path, 0.0), **systems}
+            systems: dict[str, Callable[[Job], Trained]] = {
+                "untouched": lambda job: Trained(job.model.path),
+                "tuneyard": ours,
+                "transformers.Trainer": partial(trainers, in_order=arguments.same),
+            }
+            if task.new_head or seed:
+                del systems["untouched"]
+            losses: dict[int, float] = {}
             for system, train in systems.items():
-                path, seconds = train(job)
-                _, judged = evaluate_model(job, task, path, shards)
-                metrics = task.metrics(judged)
-                values = " | ".join(f"{metrics[one]:.4f}" for one in spec.shown)
-                print(f"| {system} | {seed} | {values} | {seconds:.0f} |", flush=True)
+                found = train(job)
+                metrics = task.metrics(evaluate_model(job, task, found.path, shards)[1])
+                cells = [*(f"{metrics[one]:.4f}" for one in spec.shown), f"{found.seconds:.0f}"]
+                if arguments.same and losses:
+                    cells.append(f"{max(abs(found.losses[step] - losses[step]) for step in losses):.1e}")
+                losses = found.losses
+                print(f"| {system} | {seed} | {' | '.join(cells)} |", flush=True)
 
 
 def make_job(name: str, arguments: Any, seed: int, folder: Path) -> Job:
@@ -127,12 +143,15 @@ def make_job(name: str, arguments: Any, seed: int, folder: Path) -> Job:
     held: dict[str, Any] = {"eval_fraction": 0.2}
     if spec.held_out:
         held = {"eval": [first_rows(root / spec.held_out, spec.eval_rows, folder)]}
+    model: dict[str, Any] = {"path": str(arguments.smol.resolve() if spec.smol else model_path()), "dtype": "float32"}
+    warmup = WARMUP
+    if arguments.same:
+        model, warmup = {**model, "dropout": 0.0}, 0.0
     return parse_job({
-        "name": name, "task": spec.task,
-        "model": {"path": str(arguments.smol.resolve() if spec.smol else model_path()), "dtype": "float32"},
+        "name": name, "task": spec.task, "model": model,
         "data": {**data, **held, "max_drop_fraction": 0.05},
         "train": {"global_batch_size": spec.batch, "steps": steps, "learning_rate": arguments.rate or spec.rate,
-                  "warmup_ratio": WARMUP, "schedule": "linear", "seed": seed, "verify": False},
+                  "warmup_ratio": warmup, "schedule": "linear", "seed": seed, "verify": False},
         "evaluate": {"batch_size": 32, **spec.evaluate},
         "scale": {"cpus_per_worker": os.cpu_count() or 1}, "checkpoint": {"every_steps": steps},
         "storage": str(folder / "storage"),
@@ -149,82 +168,19 @@ def first_rows(path: Path, count: int, folder: Path) -> str:
     return str(copy)
 
 
-def ours(job: Job) -> tuple[str, float]:
-    """Folder of the trained model, and seconds."""
+def ours(job: Job) -> Trained:
+    """Trained by one ZeRO-3 rank."""
     began = time.perf_counter()
-    run_ranks(train_all, 1, [(job, "run", None)], patience_s=PATIENCE_S)
-    return export(job), time.perf_counter() - began
+    ((losses,),) = run_ranks(train_all, 1, [(job, "run", None)], patience_s=PATIENCE_S)
+    return Trained(export(job), losses, time.perf_counter() - began)
 
 
-def trainers(job: Job) -> tuple[str, float]:
+def trainers(job: Job, in_order: bool) -> Trained:
     """The same with transformers' Trainer."""
-    import torch
-    from transformers import Trainer, TrainingArguments
-
-    from trainers.data.dataset import ShardSet
-    from trainers.data.keys import load_shards
-    from trainers.data.manifest import shards_folder
-    from trainers.data.tokenizer import load_encoder
-    from trainers.engine import load_options
-    from trainers.storage import Folder
-
-    shards, encoder = load_shards(job, job.model.path), load_encoder(job.model.path)
-    assert shards is not None
-    task, _ = held_out(job)
-    task.prepare(encoder)
-    rows = ShardSet(shards_folder(Folder(job.storage), shards.train.key), shards.train, task)
-    torch.manual_seed(job.train.seed)
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = task.load_model(job.model.path, pad_id=encoder.pad_id, **load_options(job))
     out = Path(job.storage) / "trainer"
-    arguments = TrainingArguments(
-        output_dir=str(out), per_device_train_batch_size=job.train.global_batch_size, max_steps=job.train.steps or 1,
-        learning_rate=job.train.learning_rate, lr_scheduler_type="linear", warmup_steps=WARMUP, seed=job.train.seed,
-        weight_decay=job.train.weight_decay, max_grad_norm=1.0, save_strategy="no", report_to=[], use_cpu=True,
-        remove_unused_columns=False, disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
-
-    def collate(batch: list[Any]) -> dict[str, Any]:
-        return {
-            name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in theirs(task, batch, encoder).items()
-        }
-
     began = time.perf_counter()
-    Trainer(model=model, args=arguments, train_dataset=_Rows(rows), data_collator=collate).train()
-    seconds = time.perf_counter() - began
-    model.save_pretrained(out / "model")
-    encoder.tokenizer.save_pretrained(out / "model")
-    return str(out / "model"), seconds
-
-
-class _Rows:
-    """Rows as a map-style data set."""
-
-    def __init__(self, rows: Any) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._rows.row(int(index))
-
-
-def theirs(task: Any, batch: list[Any], encoder: Any) -> dict[str, Any]:
-    """A batch as transformers' models want it: labels not shifted, padding masked."""
-    made = task.collate([[row] for row in batch], encoder.pad_id, int(np.random.randint(1, 2**31)))
-    if isinstance(task, CausalTask):
-        ids = made.inputs["input_ids"]
-        labels = np.full_like(ids, IGNORE)
-        labels[:, 1:] = made.labels[:, :-1]
-        return {"input_ids": ids, "attention_mask": (made.segments >= 0).astype(np.int64), "labels": labels}
-    if made.labels.shape == (len(batch), 2) and "answer_tokens" in batch[0].extra:
-        return {**made.inputs, "start_positions": made.labels[:, 0], "end_positions": made.labels[:, 1]}
-    if "target_ids" not in made.inputs and "target" in batch[0].extra:
-        labels = np.full_like(made.labels, IGNORE)
-        labels[:, 1:] = made.labels[:, :-1]
-        return {**made.inputs, "labels": labels}
-    return {**made.inputs, "labels": made.labels}
+    losses = train_peer(job, out, in_order, os.cpu_count() or 1)
+    return Trained(str(out), losses, time.perf_counter() - began)
 
 
 if __name__ == "__main__":
