@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Coroutine, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,7 +149,7 @@ def follow(client: "JobSubmissionClient", submission_id: str, address: str = "AD
         PlacementError: where the head stops answering; the job may still be running.
     """
     try:
-        asyncio.run(_until_cancelled(_print_logs(client, submission_id)))
+        asyncio.run(_print_logs(client, submission_id))
         return _exit_code(client, submission_id)
     except KeyboardInterrupt:
         hint = f"--address {address} {submission_id}"
@@ -160,19 +160,6 @@ def follow(client: "JobSubmissionClient", submission_id: str, address: str = "AD
             flush=True,
         )
         return INTERRUPTED
-
-
-async def _until_cancelled(work: Coroutine[Any, Any, None]) -> None:
-    """Run to the end, or until Ctrl-C cancels this; it is passed on again and again, as a connection may swallow it."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.wait({task})
-    except asyncio.CancelledError:
-        while not task.done():
-            task.cancel()
-            await asyncio.wait({task}, timeout=1.0)
-        raise
-    task.result()
 
 
 async def _print_logs(client: "JobSubmissionClient", submission_id: str) -> None:

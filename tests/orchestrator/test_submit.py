@@ -1,7 +1,5 @@
 """Submitting through Ray Jobs to a real head node: logs come as they are written, exit codes pass through."""
 
-import asyncio
-import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.submit import _until_cancelled, connect, follow, runtime_env, send, submit, use_token
+from orchestrator.submit import connect, follow, runtime_env, send, submit, use_token
 from trainers.errors import JobError, PlacementError
 from trainers.job_file import parse_job
 
@@ -65,6 +63,11 @@ def test_a_driver_that_was_killed_counts_as_failed_training(client, capsys):
     assert "FAILED" in capsys.readouterr().err
 
 
+def heed_interrupts():
+    """Undo what a shell does to `pytest &`, whose children would otherwise ignore SIGINT, and Python with them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_logs_come_while_the_job_runs_and_interrupting_leaves_it_running(client, head, tmp_path):
     submission = send(client, job_of(), "-c 'import time; print(\"begun\", flush=True); time.sleep(300)'")
     program = f"""
@@ -78,6 +81,7 @@ def test_logs_come_while_the_job_runs_and_interrupting_leaves_it_running(client,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        preexec_fn=heed_interrupts,
     )
     try:
         seen = ""
@@ -158,19 +162,3 @@ def test_a_token_at_hand_is_used_unless_the_user_says_otherwise(tmp_path):
     said = {"RAY_AUTH_MODE": "disabled"}
     use_token(said, tmp_path)
     assert said == {"RAY_AUTH_MODE": "disabled"}
-
-
-def test_an_interrupt_that_a_connection_swallows_is_repeated():
-    async def stubborn():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(60)
-        await asyncio.sleep(60)
-
-    async def interrupted():
-        task = asyncio.create_task(_until_cancelled(stubborn()))
-        await asyncio.sleep(0.1)
-        task.cancel()
-        done, _ = await asyncio.wait({task}, timeout=20)
-        assert done and task.cancelled()
-
-    asyncio.run(interrupted())
