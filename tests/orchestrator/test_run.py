@@ -291,7 +291,8 @@ def test_a_submitted_job_whose_driver_is_killed_goes_on_when_submitted_again(
     while not any(runs.glob("again-????????/checkpoints/step-*/COMMITTED")):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    (driver,) = [one for one in psutil.process_iter() if one.cmdline()[1:] == ["-m", "orchestrator", "run", "job.yaml"]]
+    command = ["-m", "orchestrator", "run", "job.yaml"]
+    (driver,) = [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [])[1:] == command]
     driver.kill()
     first.communicate(timeout=120)
     assert first.returncode not in (0, 2)
@@ -437,8 +438,9 @@ def command_of(process: int) -> str:
         return f"{process}: gone"
 
 
-def run_until(job_file: Path, reached: Callable[[], bool]) -> None:
-    """Start `tuneyard run`, kill -9 its driver as soon as `reached`, and wait until all it started is gone."""
+def run_until(job_file: Path, reached: Callable[[], bool]) -> str:
+    """Start `tuneyard run`, kill -9 its driver as soon as `reached`, and wait until all it started is gone, but for the
+    guard, which watches for stragglers some seconds more. Returns the mark of its processes."""
     mark = uuid.uuid4().hex
     words = [sys.executable, "-m", "orchestrator", "run", str(job_file), "--set", "name=killed"]
     with (job_file.parent / "killed.log").open("ab") as log:
@@ -450,8 +452,13 @@ def run_until(job_file: Path, reached: Callable[[], bool]) -> None:
         time.sleep(0.02)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
+    wait_until_gone(lambda: [process for process in marked_processes(mark) if "reaper.py" not in command_of(process)])
+    return mark
+
+
+def wait_until_gone(living: Callable[[], list[int]]) -> None:
     deadline = time.monotonic() + 30
-    while left := marked_processes(mark):
+    while left := living():
         assert time.monotonic() < deadline, f"orphans: {[command_of(process) for process in left]}"
         time.sleep(0.2)
 
@@ -483,8 +490,7 @@ def test_a_driver_killed_in_each_stage_is_finished_by_the_same_command(finished:
         begun = {"kind": "stage_start", "stage": "register"}
         return bool(runs()) and any(begun.items() <= e.items() for e in read_events(Folder(str(runs()[0])))[-1:])
 
-    for stage in (new_shards, trained, evaluated, registering):
-        run_until(job_file, stage)
+    marks = [run_until(job_file, stage) for stage in (new_shards, trained, evaluated, registering)]
     done = tuneyard("run", str(job_file), "--set", "name=killed")
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = runs()
@@ -497,3 +503,4 @@ def test_a_driver_killed_in_each_stage_is_finished_by_the_same_command(finished:
     starts = [event["step"] for event in read_events(Folder(str(run))) if event["kind"] == "start"]
     assert starts[0] == 0
     assert starts[-1] in (6, 12, 18, 24)
+    wait_until_gone(lambda: [process for mark in marks for process in marked_processes(mark)])
