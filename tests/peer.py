@@ -14,6 +14,8 @@ import numpy as np
 from trainers.data.dataset import ShardSet
 from trainers.data.keys import load_shards
 from trainers.data.manifest import shards_folder
+from trainers.data.order import Order
+from trainers.data.packing import PackIndex
 from trainers.data.tokenizer import Encoder, load_encoder
 from trainers.engine import load_options
 from trainers.job import Job
@@ -56,7 +58,9 @@ def train_peer(
     task = job_task(job, shards.train)
     task.prepare(encoder)
     rows = ShardSet(shards_folder(Folder(job.storage), shards.train.key), shards.train, task)
-    lines = ordered(job, rows) if in_order else [(0, [rows.row(index)]) for index in range(len(rows))]
+    packs = index_packs(job, rows)
+    order = job_order(job, len(packs))
+    lines = ordered(order, packs, rows) if in_order else [(0, [rows.row(index)]) for index in range(len(rows))]
 
     class Peer(Trainer):  # type: ignore[misc]  # transformers is not typed
         def _get_train_sampler(self, *given: Any) -> Any:
@@ -71,15 +75,15 @@ def train_peer(
 
     class Stop(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, _: Any, state: Any, control: Any, **given: Any) -> None:
-            control.should_training_stop = state.global_step == stop_after
+            if state.global_step == stop_after:
+                control.should_training_stop = True
 
     torch.manual_seed(job.train.seed)
     torch.set_num_threads(threads)
     model = task.load_model(job.model.path, pad_id=encoder.pad_id, **load_options(job))
-    steps = job_order(job, len(index_packs(job, rows))).steps
     arguments = TrainingArguments(
         output_dir=str(out), per_device_train_batch_size=1 if in_order else job.train.global_batch_size,
-        max_steps=steps, learning_rate=job.train.learning_rate, lr_scheduler_type=job.train.schedule,
+        max_steps=order.steps, learning_rate=job.train.learning_rate, lr_scheduler_type=job.train.schedule,
         warmup_steps=job.train.warmup_ratio, seed=job.train.seed, weight_decay=job.train.weight_decay,
         max_grad_norm=job.train.max_grad_norm, save_strategy="no", report_to=[], use_cpu=True,
         remove_unused_columns=False, disable_tqdm=True, logging_steps=1, log_level="error",
@@ -98,10 +102,8 @@ def train_peer(
     return {line["step"]: line["loss"] for line in peer.state.log_history if "loss" in line}
 
 
-def ordered(job: Job, rows: ShardSet) -> list[tuple[int, list[Row]]]:
+def ordered(order: Order, packs: PackIndex, rows: ShardSet) -> list[tuple[int, list[Row]]]:
     """Of each step the draw of its masks and its documents."""
-    packs = index_packs(job, rows)
-    order = job_order(job, len(packs))
     return [
         (step + 1, [rows.row(int(row)) for pack in order.step(step) for row in packs.pack(int(pack))])
         for step in range(order.steps)
