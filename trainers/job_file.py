@@ -177,9 +177,14 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
         place[key] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         return f"{item!r}: the value is not valid YAML: {error}"
-    if sections == ["train"] and key in (
-        "epochs",
-        "steps",
+    if (
+        place[key] is not None
+        and sections == ["train"]
+        and key
+        in (
+            "epochs",
+            "steps",
+        )
     ):  # the two exclude each other: the later word counts
         place.pop("steps" if key == "epochs" else "epochs", None)
     return None

@@ -137,6 +137,7 @@ def test_overrides_are_typed_and_checked(tmp_path: Path) -> None:
         path, ["train.steps=7", "scale.workers={min: 1, max: 4}", "data.columns={text: review}", "name=other"]
     )
     assert (job.train.steps, job.train.epochs) == (7, None)
+    assert load_job(path, ["train.steps=7", "train.epochs=null"]).train == job.train
     assert (job.scale.min_workers, job.scale.max_workers, job.column("text"), job.name) == (1, 4, "review", "other")
     with pytest.raises(JobError, match=r"train\.step: unknown key; did you mean 'steps'"):
         load_job(path, ["train.step=7"])
