@@ -80,7 +80,7 @@ def write_tensors(
     """Write a safetensors file to an open stream.
 
     Args:
-        load: gives the CPU tensor of a name; called once each, in file order.
+        load: gives the tensor of a name, on any device; called once each, in file order.
 
     Raises:
         ValueError: where a tensor is not what its spec said.
@@ -121,7 +121,7 @@ def _chunks(
             if dtype != spec.dtype or given > spec.num_bytes:
                 raise ValueError(f"{spec.name} is {dtype} {tuple(part.shape)}, announced as {spec}")
             if part.nbytes:
-                yield memoryview(part.detach().contiguous().flatten().view(dtype=_uint8()).numpy()).cast("B")
+                yield memoryview(part.detach().cpu().contiguous().flatten().view(dtype=_uint8()).numpy()).cast("B")
         if given != spec.num_bytes:
             raise ValueError(f"{spec.name} has {given} bytes, announced as {spec}")
 

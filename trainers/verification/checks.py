@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from trainers.batch_plan import BatchPlan
+from trainers.checkpoint.slices import persistent_buffers
 from trainers.checkpoint.tensor_file import spec_of, write_tensors
 from trainers.data.order import Order
 from trainers.tasks.base import IGNORE, Batch, Row
@@ -139,7 +140,7 @@ def reload(specimen: Specimen) -> Finding:
     batch = g.collate(specimen, g.rows_of(specimen, _shortest(specimen, 2)))
     before = g.logits_of(specimen, batch)
     weights = {name: tensor.detach().contiguous() for name, tensor in specimen.model.named_parameters()}
-    weights |= {name: tensor for name, tensor in specimen.model.state_dict().items() if "buffer" in name}
+    weights |= dict(persistent_buffers(specimen.model))
     with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
         with (Path(scratch) / "model.safetensors").open("wb") as stream:
             write_tensors(stream, [spec_of(*item) for item in weights.items()], weights.__getitem__, {"format": "pt"})

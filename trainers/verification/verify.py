@@ -28,7 +28,9 @@ from trainers.verification.sample import Specimen, take_specimen, weight_bytes
 BF16 = "bf16"
 SMALL_BYTES = 20 * 2**20
 """Weights below which several threads only wait for one another."""
-VERSION = 2
+PACKING_CHECKS = ("isolation", "packed_as_separate", "cut_of_step")
+"""Checks that can fail because documents share a sequence."""
+VERSION = 3
 """Raised whenever a check changes."""
 
 
@@ -39,6 +41,8 @@ class CheckResult(Record):
     passed: bool
     detail: str
     seconds: float
+    error: bool = False
+    """Whether the check itself broke, so that nothing is known of what it looks at."""
 
 
 class Verification(Record):
@@ -89,7 +93,8 @@ def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verificatio
     if torch.cuda.is_available():  # the training's own peak is what counts
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    _folder(job).write_bytes(f"{key}.json", found.model_dump_json(indent=1).encode())
+    if not any(check.error for check in found.checks):  # what could not be looked at is looked at again
+        _folder(job).write_bytes(f"{key}.json", found.model_dump_json(indent=1).encode())
     return found
 
 
@@ -124,17 +129,19 @@ def _quick_threads(model_path: str) -> Iterator[None]:
 
 
 def run_checks(specimen: Specimen) -> tuple[CheckResult, ...]:
-    """All checks on one specimen; one that raises has failed. The last changes the model."""
+    """All checks on one specimen; one that raises has not passed. The last changes the model."""
     return tuple(_run(name, check, specimen) for name, check in {**CHECKS, BF16: bf16_follows}.items())
 
 
 def _run(name: str, check: object, specimen: Specimen) -> CheckResult:
     began = time.perf_counter()
+    broke = False
     try:
         passed, detail = _call(check, specimen)
-    except Exception as error:  # whatever the model's code raises is the finding
-        passed, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return CheckResult(name=name, passed=passed, detail=detail, seconds=time.perf_counter() - began)
+    except Exception as error:  # in the model's code or in the check's own
+        passed, broke = False, True
+        detail = f"the self-test itself failed, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return CheckResult(name=name, passed=passed, detail=detail, seconds=time.perf_counter() - began, error=broke)
 
 
 def _call(check: object, specimen: Specimen) -> Finding:
@@ -146,10 +153,19 @@ def _call(check: object, specimen: Specimen) -> Finding:
 def demand(found: Verification, dtype: str = "bfloat16") -> None:
     """Raises TrainingError where a check failed that matters to a model trained in `dtype`."""
     matter = [check for check in found.checks if check.name != BF16 or dtype == "bfloat16"]
-    failed = [f"{check.name}: {check.detail}" for check in matter if not check.passed]
-    if failed:
+    failed = [check for check in matter if not check.passed]
+    if not failed:
+        return
+    told = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+    if all(check.error for check in failed):
         raise TrainingError(
-            f"the self-tests of task {found.task} with {found.attention} attention failed, so training would not do "
-            f"what it says: {'; '.join(failed)}. Choose another model.attention, or data.packing: false; "
-            "train.verify: false trains all the same"
+            f"self-tests of task {found.task} with {found.attention} attention could not be run, so nothing is known "
+            f"of what they look at: {told}. Please report this; train.verify: false trains without self-tests"
         )
+    remedies = ["choose another model.attention"]
+    if found.packing and any(check.name in PACKING_CHECKS and not check.error for check in failed):
+        remedies.append("or data.packing: false")
+    raise TrainingError(
+        f"the self-tests of task {found.task} with {found.attention} attention failed, so training would not do "
+        f"what it says: {told}. Remedy: {', '.join(remedies)}; train.verify: false trains without self-tests"
+    )
