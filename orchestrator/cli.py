@@ -47,7 +47,7 @@ def _print_json(value: Any) -> None:
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Any:
-    from trainers.job_file import load_job
+    from trainers.job.load import load_job
 
     return load_job(path, overrides or ())
 
@@ -58,7 +58,7 @@ def init(
     path: Annotated[Path | None, typer.Argument(help="Where to write; default: named like the template.")] = None,
 ) -> None:
     """Write a commented job file; for quickstart its data too."""
-    from orchestrator.init_job import write_job
+    from orchestrator.commands.init import write_job
 
     print(f"wrote {write_job(template, path)}")
 
@@ -66,9 +66,9 @@ def init(
 @app.command()
 def plan(job_path: JobPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check everything and print what the job will do; takes no worker."""
-    from orchestrator.plan import plan_job
-    from orchestrator.preflight import check_job
-    from orchestrator.tables import plan_table
+    from orchestrator.planning.plan import plan_job
+    from orchestrator.planning.preflight import check_job
+    from orchestrator.terminal.tables import plan_table
 
     job = _load(job_path, overrides)
     found = plan_job(job, check_job(job))
@@ -83,7 +83,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run numerical self-tests on this model, task and attention backend, with the job's own rows."""
-    from orchestrator.tables import verification_table
+    from orchestrator.terminal.tables import verification_table
     from orchestrator.verify import verify as run_checks
     from trainers.verification.verify import demand
 
@@ -95,11 +95,11 @@ def verify(
 @app.command()
 def shard(job_path: JobPath, overrides: Overrides = None, address: Address = None) -> None:
     """Run the data stage alone."""
-    from orchestrator.preflight import check_job
+    from orchestrator.planning.preflight import check_job
     from orchestrator.ray_session import ray_session
-    from orchestrator.screen import Screen
-    from orchestrator.shards import write_shards
-    from orchestrator.tables import ledger_table
+    from orchestrator.sharding.stage import write_shards
+    from orchestrator.terminal.progress import Screen
+    from orchestrator.terminal.tables import ledger_table
 
     job, screen = _load(job_path, overrides), Screen()
     model = check_job(job)
@@ -112,7 +112,7 @@ def shard(job_path: JobPath, overrides: Overrides = None, address: Address = Non
 def run(job_path: JobPath, overrides: Overrides = None, address: Address = None) -> None:
     """Run the whole job: shard, train, evaluate, select, register. Goes on where an earlier run of it stopped."""
     from orchestrator.run import run_job
-    from orchestrator.screen import Screen
+    from orchestrator.terminal.progress import Screen
 
     job, screen = _load(job_path, overrides), Screen()
     folder, result = run_job(job, address, screen)
@@ -129,9 +129,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate committed checkpoints again, or a model folder."""
-    from orchestrator.reevaluate import evaluate_folder, evaluate_steps
-    from orchestrator.screen import Screen
-    from orchestrator.tables import evaluations_table
+    from orchestrator.commands.past_run import evaluate_folder, evaluate_steps
+    from orchestrator.terminal.progress import Screen
+    from orchestrator.terminal.tables import evaluations_table
 
     job = _load(job_path, overrides)
     records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, Screen())
@@ -145,7 +145,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
 ) -> None:
     """Write a checkpoint as a Hugging Face folder."""
-    from orchestrator.reevaluate import export_step
+    from orchestrator.commands.past_run import export_step
 
     print(f"wrote {export_step(run, step, out)}")
 
@@ -157,8 +157,8 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show the state of runs."""
-    from orchestrator.status import run_status
-    from orchestrator.tables import status_table
+    from orchestrator.commands.status import run_status
+    from orchestrator.terminal.tables import status_table
     from trainers.storage import Folder
 
     found = run_status(Folder(storage), run)
@@ -173,8 +173,8 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """Account for every data row of a run."""
-    from orchestrator.ledger import ledger_report, print_ledger
-    from orchestrator.reevaluate import shards_of_run
+    from orchestrator.commands.ledger import ledger_report, print_ledger
+    from orchestrator.commands.past_run import shards_of_run
 
     report = ledger_report(run, reason, step)
     if as_json:
@@ -191,9 +191,9 @@ def registry_list(
     as_json: AsJson = False,
 ) -> None:
     """List registered models."""
-    from orchestrator.mlflow_client import registry_uri
-    from orchestrator.registry_read import list_models
-    from orchestrator.tables import models_table
+    from orchestrator.registry.mlflow_client import registry_uri
+    from orchestrator.registry.read import list_models
+    from orchestrator.terminal.tables import models_table
 
     found = list_models(registry_uri(storage, uri))
     _print_json([one.model_dump(mode="json") for one in found]) if as_json else models_table(found)
@@ -207,9 +207,9 @@ def registry_show(
     as_json: AsJson = False,
 ) -> None:
     """Show a model's versions with their lineage."""
-    from orchestrator.mlflow_client import registry_uri
-    from orchestrator.registry_read import show_model
-    from orchestrator.tables import versions_table
+    from orchestrator.registry.mlflow_client import registry_uri
+    from orchestrator.registry.read import show_model
+    from orchestrator.terminal.tables import versions_table
 
     found = show_model(registry_uri(storage, uri), model)
     _print_json([one.model_dump(mode="json") for one in found]) if as_json else versions_table(found)
@@ -222,7 +222,7 @@ def submit(
     overrides: Overrides = None,
 ) -> None:
     """Run the job on a cluster through Ray Jobs and follow its log; exits as the job does."""
-    from orchestrator.submit import submit as send
+    from orchestrator.commands.submit import submit as send
 
     sys.exit(send(job_path, list(overrides or ()), address))
 
@@ -234,8 +234,8 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: versions, CPU, memory, disk, GPUs, network, Ray."""
-    from orchestrator.doctor import check_machine
-    from orchestrator.tables import checks_table
+    from orchestrator.commands.doctor import check_machine
+    from orchestrator.terminal.tables import checks_table
 
     checks = check_machine(storage, address)
     _print_json([one.model_dump(mode="json") for one in checks]) if as_json else checks_table(checks)
@@ -252,8 +252,8 @@ def goodput(
     as_json: AsJson = False,
 ) -> None:
     """What failures will cost on a cluster, and how often to save."""
-    from orchestrator.goodput import Cluster, forecast
-    from orchestrator.tables import show
+    from orchestrator.terminal.tables import show
+    from trainers.run.goodput import Cluster, forecast
 
     found = forecast(Cluster(nodes, node_mtbf_hours, save_s, restart_s))
     _print_json(found) if as_json else show(

@@ -11,34 +11,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.evaluation import EvaluationRequest
-from orchestrator.evaluation_pool import EvaluationPool
-from orchestrator.goodput import account, share
-from orchestrator.lineage import lineage
-from orchestrator.mlflow_client import registry_uri
-from orchestrator.plan import plan_job
-from orchestrator.preflight import check_job, check_run_storage
-from orchestrator.promotion import Judged, Promotion, decide
+from orchestrator.evaluation.pool import EvaluationPool
+from orchestrator.evaluation.selection import select
+from orchestrator.evaluation.task import EvaluationRequest
+from orchestrator.planning.plan import plan_job
+from orchestrator.planning.preflight import check_job, check_run_storage
 from orchestrator.ray_session import check_placement, ray_session
-from orchestrator.registry import register
-from orchestrator.registry_read import champion, judged_of
-from orchestrator.report import write_report
-from orchestrator.run_folder import OpenRun, finished_result, open_run, summarize
-from orchestrator.screen import Screen
-from orchestrator.selection import choose_metric, select
-from orchestrator.shards import write_shards
-from orchestrator.training import thin_out, train
-from orchestrator.watch import finished_training, record_event
-from trainers.data.keys import load_shards
-from trainers.data.manifest import Shards, shards_folder
-from trainers.divergence import read_skipped
+from orchestrator.registry.lineage import lineage
+from orchestrator.registry.mlflow_client import registry_uri
+from orchestrator.registry.promotion import Judged, Promotion, decide
+from orchestrator.registry.read import champion, judged_of
+from orchestrator.registry.register import register
+from orchestrator.report.page import write_report
+from orchestrator.run_session import OpenRun, finished_result, open_run, summarize
+from orchestrator.sharding.stage import write_shards
+from orchestrator.terminal.progress import Screen
+from orchestrator.training.controller import thin_out, train
+from orchestrator.training.progress import finished_training, record_event
 from trainers.errors import Preempted, TuneyardError
-from trainers.job import Job
-from trainers.judged import read_judged
-from trainers.model_source import ModelFolder
-from trainers.rank import TrainRequest, job_task
-from trainers.runs import Evaluation, RegisteredVersion, RunResult, checkpoints_folder, run_folder, step_name
+from trainers.job.schema import Job
+from trainers.model.source import ModelFolder
+from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, checkpoints_folder, run_folder, step_name
+from trainers.run.goodput import account, share
+from trainers.run.record import TrainRequest, job_task
+from trainers.run.row_scores import read_judged
+from trainers.shards.keys import load_shards
+from trainers.shards.manifest import Shards, shards_folder
 from trainers.storage import Folder
+from trainers.tasks import choose_metric
+from trainers.training.divergence import read_skipped
 
 
 @dataclass(frozen=True)

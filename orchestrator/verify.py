@@ -1,7 +1,7 @@
 """`tuneyard verify`: numerical self-tests of a checked job."""
 
-from orchestrator.preflight import check_job
-from trainers.job import Job
+from orchestrator.planning.preflight import check_job
+from trainers.job.schema import Job
 from trainers.verification.verify import Verification, verify_job
 
 

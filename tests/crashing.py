@@ -24,7 +24,7 @@ from trainers.checkpoint.cleaning import clean_leftovers, remove_checkpoint
 from trainers.checkpoint.reading import committed_steps, find_damage, open_newest
 from trainers.checkpoint.records import CheckpointState, Save, SaveRequest
 from trainers.checkpoint.retention import deletable
-from trainers.runs import step_name
+from trainers.run.folder import step_name
 from trainers.storage import TEMPORARY, Folder
 
 WORLD = 2
@@ -247,7 +247,7 @@ def _engine_rank(folder: Path, saver: str, rank: int, port: int, steps: int, loa
     os.environ.update({name: str(value) for name, value in contract.items()}, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     import torch
 
-    from trainers.world import join_world
+    from trainers.model.world import join_world
 
     world = join_world(1)
     engine = make_engine(world, width=384)
@@ -320,7 +320,7 @@ class OurSaver:
 
     def save(self, step: int) -> None:
         """Save, and go on while it is being written."""
-        from trainers.loop import Progress
+        from trainers.checkpoint.records import Progress
 
         self._it.save(Progress(step, step))
         assert self._it._writing is not None

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from trainers.data.dataset import ShardSet
-from trainers.data.keys import load_shards
-from trainers.data.manifest import shards_folder
-from trainers.data.order import Order
-from trainers.data.packing import PackIndex
-from trainers.data.tokenizer import Encoder, load_encoder
-from trainers.engine import load_options
-from trainers.job import Job
-from trainers.rank import index_packs, job_order, job_task
+from trainers.batching.order import Order, job_order
+from trainers.batching.packing import PackIndex, index_packs
+from trainers.job.schema import Job
+from trainers.model.engine import load_options
+from trainers.run.record import job_task
+from trainers.shards.dataset import ShardSet
+from trainers.shards.keys import load_shards
+from trainers.shards.manifest import shards_folder
 from trainers.storage import Folder
 from trainers.tasks import Task
 from trainers.tasks.base import IGNORE, Row
 from trainers.tasks.causal import CausalTask
+from trainers.tokenizer.encoder import Encoder, load_encoder
 
 
 @dataclass(frozen=True)

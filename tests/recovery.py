@@ -8,15 +8,15 @@ from typing import Any
 
 import psutil
 
-from orchestrator.evaluation import EvaluationRequest
-from orchestrator.evaluation_pool import EvaluationPool
-from orchestrator.training import train
-from trainers.data.keys import load_shards
-from trainers.data.manifest import shards_folder
-from trainers.job import Job
-from trainers.model_source import find_model
-from trainers.rank import TrainRequest
-from trainers.run_log import RunLog, read_events
+from orchestrator.evaluation.pool import EvaluationPool
+from orchestrator.evaluation.task import EvaluationRequest
+from orchestrator.training.controller import train
+from trainers.job.schema import Job
+from trainers.model.source import find_model
+from trainers.run.log import RunLog, read_events
+from trainers.run.record import TrainRequest
+from trainers.shards.keys import load_shards
+from trainers.shards.manifest import shards_folder
 from trainers.storage import Folder
 
 

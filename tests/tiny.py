@@ -87,13 +87,13 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
 
 def shard_locally(job: Any, unit_bytes: int | None = None) -> Any:
     """A job's shards, written in this process as the data stage's tasks would: no Ray, no checks, and no cache."""
-    from trainers.data.keys import manifest_of, plan_splits
-    from trainers.data.manifest import Shards, shards_folder, write_manifest
-    from trainers.data.readers import plan_units, task_columns
-    from trainers.data.shard_writer import ShardWork, write_unit
-    from trainers.data.tokenizer import read_spec
+    from trainers.shards.keys import manifest_of, plan_splits
+    from trainers.shards.manifest import Shards, shards_folder, write_manifest
+    from trainers.shards.writer import ShardWork, write_unit
+    from trainers.sources.readers import plan_units, task_columns
     from trainers.storage import Folder
     from trainers.tasks import encode_rules
+    from trainers.tokenizer.encoder import read_spec
 
     manifests = []
     for plan in plan_splits(job, job.model.path):
@@ -108,7 +108,7 @@ def shard_locally(job: Any, unit_bytes: int | None = None) -> Any:
 
 def tiny_job(folder: Path, model: Path, task: str, rows: list[dict[str, Any]], **sections: Any) -> Any:
     """A job over `rows`, a fifth of them for evaluation, with its data under `folder`."""
-    from trainers.job_file import parse_job
+    from trainers.job.load import parse_job
 
     held_out = max(len(rows) // 5, 1)
     train, held = write_rows(folder / "train.jsonl", rows[held_out:]), write_rows(folder / "dev.jsonl", rows[:held_out])

@@ -14,19 +14,20 @@ from typing import Any, NoReturn
 from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
-from trainers.data.keys import load_shards
-from trainers.data.manifest import check_labels, shards_folder
 from trainers.errors import JobError, Preempted, TuneyardError
-from trainers.job import Job
-from trainers.job_file import load_job
-from trainers.loop import LoopOutcome
-from trainers.model_source import find_model
-from trainers.pulse import Phase, StopReason
-from trainers.rank import TrainRequest, run_rank
-from trainers.run_log import RunLog
-from trainers.runs import checkpoints_folder, run_folder
-from trainers.stopping import StopSignal
+from trainers.job.load import load_job
+from trainers.job.schema import Job
+from trainers.model.source import find_model
+from trainers.records import Phase, StopReason
+from trainers.run.folder import checkpoints_folder, run_folder
+from trainers.run.log import RunLog
+from trainers.run.record import TrainRequest
+from trainers.shards.keys import load_shards
+from trainers.shards.manifest import check_labels, shards_folder
 from trainers.storage import Folder
+from trainers.training.loop import LoopOutcome
+from trainers.worker.rank import run_rank
+from trainers.worker.stop_signal import StopSignal
 
 
 class LocalHooks:

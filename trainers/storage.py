@@ -4,8 +4,10 @@ On a local file system a file is written under a temporary name, synced and rena
 object store a put is atomic by itself. A `Folder` is a name, not a connection, so it travels between processes.
 """
 
+import io
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -16,10 +18,12 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from trainers.errors import JobError
+from trainers.records import Array
 
 TEMPORARY = ".tmp-"
 """Prefix of files that are not whole yet; readers ignore them."""
@@ -260,3 +264,28 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+CREDENTIALS = re.compile(r"(://)[^/@\s]+@")
+
+
+def hide_credentials(text: str) -> str:
+    """The same text without the user:password@ of any URI in it."""
+    return CREDENTIALS.sub(r"\1", text)
+
+
+def save_array(folder: Folder, name: str, array: Array) -> None:
+    """Write an array, atomically."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    folder.write_bytes(name, buffer.getvalue())
+
+
+def load_array(folder: Folder, name: str) -> Array:
+    """Read an array back. Raises FileNotFoundError."""
+    array: Array
+    if folder.is_local:
+        array = np.load(folder.path / name, mmap_mode="r")
+    else:
+        array = np.load(io.BytesIO(folder.read_bytes(name)))
+    return array

@@ -40,7 +40,7 @@ def main() -> None:
 
 def measure(place: str, width: int, layers: int, repeats: int) -> dict[str, Any]:
     """On one rank."""
-    from trainers.world import join_world
+    from trainers.model.world import join_world
 
     world = join_world(1)
     engine = make_engine(world, width, layers)
@@ -90,7 +90,7 @@ def plain_copy(engine: Any, repeats: int) -> list[float]:
 def save_ours(engine: Any, world: Any, place: Path, width: int, repeats: int) -> dict[str, Any]:
     """Blocking and whole times, and the steps with and without a writer at work."""
     from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
-    from trainers.loop import Progress
+    from trainers.checkpoint.records import Progress
     from trainers.storage import Folder
 
     events: list[Any] = []

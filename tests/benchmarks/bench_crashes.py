@@ -30,7 +30,7 @@ from tests.crashing import (
 )
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.records import rank_file
-from trainers.runs import step_name
+from trainers.run.folder import step_name
 from trainers.storage import Folder
 
 VALUES = 500_000

@@ -15,11 +15,11 @@ from pathlib import Path
 
 CODE = """
 import sys
-from trainers.data.keys import plan_splits
-from trainers.data.readers import plan_units, task_columns
-from trainers.data.shard_writer import ShardWork, write_units
-from trainers.data.tokenizer import TokenizerSpec
-from trainers.job_file import parse_job
+from trainers.shards.keys import plan_splits
+from trainers.sources.readers import plan_units, task_columns
+from trainers.shards.writer import ShardWork, write_units
+from trainers.tokenizer.encoder import TokenizerSpec
+from trainers.job.load import parse_job
 from trainers.storage import Folder
 from trainers.tasks import EncodeRules
 import json
@@ -40,7 +40,7 @@ print(tokens, int(peak) / 1024)
 def peak_mib(path: Path, model: str, folder: Path, quick: bool = True, task: str = "pretrain") -> tuple[int, float]:
     from dataclasses import asdict
 
-    from trainers.data.tokenizer import read_spec
+    from trainers.tokenizer.encoder import read_spec
 
     spec = folder / "spec.json"
     spec.write_text(json.dumps(asdict(read_spec(model))))

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.data.index import fold, unfold
-from trainers.data.manifest import MANIFEST, TABLE, ShardManifest, write_manifest
-from trainers.data.packing import pack_rows
-from trainers.data.shard_table import SCHEMA, ShardTable
+from trainers.batching.packing import fold, pack_rows, unfold
+from trainers.shards.manifest import MANIFEST, TABLE, ShardManifest, write_manifest
+from trainers.shards.shard_table import SCHEMA, ShardTable
 from trainers.storage import Folder
 
 ROWS, SHARDS = 1_000_000, 1_000_000
@@ -90,9 +89,9 @@ def million_shards() -> ShardManifest:
 SEEK = """
 import json, sys, time
 import numpy as np
-from trainers.data.dataset import ShardSet
-from trainers.data.manifest import read_manifest
-from trainers.data.order import plan_order
+from trainers.shards.dataset import ShardSet
+from trainers.shards.manifest import read_manifest
+from trainers.batching.order import plan_order
 from trainers.storage import Folder
 from trainers.tasks import load_task
 task, folder = load_task("pretrain"), Folder(sys.argv[1])

@@ -58,8 +58,8 @@ def write_input(task: str, folder: Path, megabytes: float, last_first: bool = Fa
 
 def ours(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
     """Seconds and tokens."""
-    from orchestrator.shards import write_shards
-    from trainers.job_file import parse_job
+    from orchestrator.sharding.stage import write_shards
+    from trainers.job.load import parse_job
 
     storage = folder / "storage"
     shutil.rmtree(storage, ignore_errors=True)
@@ -154,7 +154,7 @@ def with_generation_tags(task: str, path: Path, model: str, folder: Path) -> tup
 
 def _tokenize_part(model: str, texts: list[str], quick: bool) -> tuple[float, int]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from trainers.data.tokenizer import Encoder, read_spec
+    from trainers.tokenizer.encoder import Encoder, read_spec
 
     encoder = Encoder(read_spec(model), quick)
     started = time.perf_counter()
@@ -188,7 +188,7 @@ def tokenizers_alone(task: str, path: Path, model: str, folder: Path) -> tuple[f
 FILE_CODE = """
 import sys, time, numpy
 from gigatoken.gigatoken_rs import JsonlFileSource
-from trainers.data.tokenizer import Encoder, read_spec
+from trainers.tokenizer.encoder import Encoder, read_spec
 quick = Encoder(read_spec(sys.argv[1]))._quick._bare.__self__._quick
 started = time.perf_counter()
 ids = numpy.asarray(quick.encode_files(JsonlFileSource([sys.argv[2]]), parallel=True).layout.content.data)

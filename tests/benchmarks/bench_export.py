@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.crashing import make_engine
 from tests.ranks import run_ranks
 from tests.tiny import chat_rows, make_llama, tiny_job
-from tests.trainers.test_export import ALLOWANCE, EXPORT, run_within
-from trainers.runs import step_name
+from tests.trainers.checkpoint.test_export import ALLOWANCE, EXPORT, run_within
+from trainers.run.folder import step_name
 
 ZERO_TO_FP32 = """
 import sys
@@ -76,9 +76,9 @@ def save_both(place: str, layers: int) -> dict[str, Any]:
     from transformers import LlamaForCausalLM
 
     from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
-    from trainers.loop import Progress
+    from trainers.checkpoint.records import Progress
+    from trainers.model.world import join_world
     from trainers.storage import Folder
-    from trainers.world import join_world
 
     world = join_world(1)
     torch.manual_seed(0)

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.goodput import account
 from tests.conftest import make_tokenizer
 from tests.recovery import events_of, rank_processes, run_training
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
-from trainers.run_log import read_events
+from trainers.run.goodput import account
+from trainers.run.log import read_events
 from trainers.storage import Folder
 
 STEP_S, EVERY_STEPS = 0.1, 10

@@ -40,9 +40,9 @@ def write_job(task: str, rows: int, folder: Path) -> Any:
 def evaluate(job_file: str, run: str) -> None:
     """In a process of its own: judge, compute metrics, write the record, and say how much memory it took."""
     from tests.trainers.tasks.test_every_task import held_out
-    from trainers.evaluate import evaluate_model
-    from trainers.job import Job
-    from trainers.judged import write_judged
+    from trainers.evaluation.evaluate import evaluate_model
+    from trainers.job.schema import Job
+    from trainers.run.row_scores import write_judged
     from trainers.storage import Folder
 
     job = Job.model_validate_json(Path(job_file).read_text())

@@ -19,8 +19,8 @@ from tests.recovery import events_of, losses, rank_processes, run_training
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import Preempted
-from trainers.pulse import Pulse
 from trainers.storage import Folder
+from trainers.worker.heartbeat import Pulse
 
 STEPS = 400
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_recovery.py [--kills 3] [--model FOLDER]
 
-Both run `trainers.rank.run_rank` on two ranks and resume from the same kind of checkpoint. Plain Ray Train starts it in
+Both run `trainers.worker.rank.run_rank` on two ranks and resume from the same kind of checkpoint. Plain Ray Train starts it in
 a `TorchTrainer` with `FailureConfig`; ours through keepers, whose ranks are forks with the imports done.
 """
 
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.tiny import film_rows, shard_locally, tiny_job
-from trainers.data.keys import load_shards
-from trainers.data.manifest import shards_folder
-from trainers.job import Job
-from trainers.model_source import find_model
-from trainers.rank import TrainRequest, run_rank
-from trainers.run_log import RunLog
+from trainers.job.schema import Job
+from trainers.model.source import find_model
+from trainers.run.log import RunLog
+from trainers.run.record import TrainRequest
+from trainers.shards.keys import load_shards
+from trainers.shards.manifest import shards_folder
 from trainers.storage import Folder
+from trainers.worker.rank import run_rank
 
 STEPS_BETWEEN = 12
 """Steps between two kills."""
@@ -105,9 +106,9 @@ class Killer:
 
 def run_ours(request: TrainRequest) -> list[dict[str, Any]]:
     """Through the controller."""
-    from orchestrator.evaluation import EvaluationRequest
-    from orchestrator.evaluation_pool import EvaluationPool
-    from orchestrator.training import train
+    from orchestrator.evaluation.pool import EvaluationPool
+    from orchestrator.evaluation.task import EvaluationRequest
+    from orchestrator.training.controller import train
 
     killer, log = Killer(), RunLog(request.run)
     shards = request.train_shards

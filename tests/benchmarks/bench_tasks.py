@@ -25,10 +25,10 @@ from tests.peer import train_peer
 from tests.ranks import run_ranks
 from tests.tiny import shard_locally
 from tests.trainers.tasks.test_every_task import export, held_out
-from tests.trainers.test_training import train_all
-from trainers.evaluate import evaluate_model
-from trainers.job import Job
-from trainers.job_file import parse_job
+from tests.trainers.training.test_training import train_all
+from trainers.evaluation.evaluate import evaluate_model
+from trainers.job.load import parse_job
+from trainers.job.schema import Job
 
 WARMUP = 0.1
 PATIENCE_S = 7200

@@ -18,10 +18,10 @@ from pathlib import Path
 
 
 class _AfterRank(importlib.abc.MetaPathFinder):
-    """Patches trainers.rank once it is imported."""
+    """Patches trainers.worker.rank once it is imported."""
 
     def find_spec(self, name, path, target=None):
-        if name != "trainers.rank":
+        if name != "trainers.worker.rank":
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
@@ -42,7 +42,8 @@ def _install(run):
         return
     import torch
 
-    from trainers import batches, loop
+    from trainers.batching import batches
+    from trainers.training import loop
 
     rank = int(os.environ["RANK"])
     everyones = json.loads((run.path / "faults.json").read_text())
@@ -92,7 +93,7 @@ def _install(run):
         return train(engine, objective, *rest)
 
     loop.seed_step, batches.StepSource._make, loop.run_micro_batches, loop._settle = seed_step_, make_, micro_, agree_
-    sys.modules["trainers.rank"].train = train_
+    sys.modules["trainers.worker.rank"].train = train_
 
 
 def _due(run, fault, step):

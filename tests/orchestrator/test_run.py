@@ -21,11 +21,11 @@ from tests.bucket import serve_bucket
 from tests.ray_head import answers, free_ports
 from tests.tiny import film_rows, make_bert, tiny_job
 from trainers.checkpoint.reading import committed_steps
-from trainers.data.keys import load_shards
-from trainers.job_file import load_job
-from trainers.model_source import find_model
-from trainers.run_log import read_events
-from trainers.runs import run_folder
+from trainers.job.load import load_job
+from trainers.model.source import find_model
+from trainers.run.folder import run_folder
+from trainers.run.log import read_events
+from trainers.shards.keys import load_shards
 from trainers.storage import Folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]

@@ -6,7 +6,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.tiny import chat_rows, make_llama, shard_locally, tiny_job
-from tests.trainers.test_training import train_all, with_
+from tests.trainers.training.test_training import train_all, with_
 
 
 def gpus() -> int:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.tiny import chat_rows, make_llama
-from trainers.data.tokenizer import Encoder, read_spec
 from trainers.tasks import Encoded, EncodeRules, Row, load_task
 from trainers.tasks.base import IGNORE
+from trainers.tokenizer.encoder import Encoder, read_spec
 
 RULES = EncodeRules(max_length=256, overlong="truncate")
 SMOLLM2 = (
@@ -148,8 +148,8 @@ def test_overlong_policies(encoder: Encoder) -> None:
 
 @pytest.mark.parametrize("length", range(14, 20))
 def test_no_window_of_a_split_document_is_without_a_target(length: int) -> None:
-    from trainers.data.encoded import Tokens
     from trainers.tasks.pretrain import _fit
+    from trainers.tokenizer.token_arrays import Tokens
 
     document = Tokens(np.arange(length, dtype=np.int32), np.array([0, length]))
     (encoded,) = Encoded.unpack(_fit(document, EncodeRules(8, "split")))

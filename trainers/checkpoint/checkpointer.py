@@ -16,14 +16,13 @@ from trainers.checkpoint.cleaning import clean_leftovers
 from trainers.checkpoint.host_buffer import Copying, HostBuffer
 from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, find_damage, open_newest
-from trainers.checkpoint.records import CheckpointState, Save, SaveReport, SaveRequest
+from trainers.checkpoint.records import CheckpointState, Progress, Save, SaveReport, SaveRequest
 from trainers.checkpoint.slices import parameter_shapes, persistent_buffers, rank_share, restore_state, stage_of
 from trainers.checkpoint.writer_link import WriterLink
 from trainers.errors import TrainingError
-from trainers.loop import Progress
-from trainers.runs import step_name
+from trainers.model.world import World
+from trainers.run.folder import step_name
 from trainers.storage import Folder
-from trainers.world import World
 
 Emit = Callable[[Mapping[str, Any]], None]
 STUCK_S = 240.0

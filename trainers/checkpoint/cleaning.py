@@ -4,7 +4,7 @@ import shutil
 
 from trainers.checkpoint.reading import quarantine
 from trainers.checkpoint.records import COMMITTED, MANIFEST
-from trainers.runs import parse_step, step_name
+from trainers.run.folder import parse_step, step_name
 from trainers.storage import TEMPORARY, Folder
 
 

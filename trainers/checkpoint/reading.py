@@ -19,7 +19,7 @@ from trainers.checkpoint.records import (
     CheckpointState,
     FileRecord,
 )
-from trainers.runs import parse_step, step_name
+from trainers.run.folder import parse_step, step_name
 from trainers.storage import Folder
 
 TENSORS = ".safetensors"

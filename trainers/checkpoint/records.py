@@ -1,6 +1,8 @@
 """The records and file names of a checkpoint's folder, and what a rank and its writer process tell each other."""
 
-from trainers.data.manifest import Record
+from dataclasses import dataclass
+
+from trainers.records import Event, Record
 
 COMMITTED, MANIFEST, STATE, HISTORY = "COMMITTED", "manifest.json", "state.json", "history.json"
 
@@ -99,3 +101,15 @@ def vote_file(rank: int, world_size: int) -> str:
 def last_word_file(save: Save) -> str:
     """Name of the empty file that stands for a bad vote where there is no room to write one."""
     return f"rank-{save.rank:05d}-of-{save.world_size:05d}.{save.id}.failed"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    history: tuple[Event, ...] = ()
+    """The last steps' events. They go into each checkpoint, because a controller that is killed may not have heard of
+    steps whose checkpoint is committed."""

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from trainers.data.encoded import Array as Array
-from trainers.data.encoded import BatchBuilder, EncodedBatch
-from trainers.data.manifest import KEPT, TRUNCATED
 from trainers.errors import JobError
-from trainers.job import Job, Overlong
+from trainers.job.schema import Job, Overlong
+from trainers.records import Array
 from trainers.tasks.options import DEFAULTS, TaskOptions, task_options
+from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, BatchBuilder, EncodedBatch
 
 if TYPE_CHECKING:
     import torch
 
-    from trainers.data.tokenizer import Encoder
+    from trainers.tokenizer.encoder import Encoder
 
 IGNORE = -100
 """Label of positions the loss skips."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainers.tasks.base import IGNORE, Array, Batch, Row, Task
+from trainers.records import Array
+from trainers.tasks.base import IGNORE, Batch, Row, Task
 from trainers.tasks.losses import cross_entropy_sum, judge_tokens
 from trainers.tasks.padding import places
 

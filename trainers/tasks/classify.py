@@ -14,18 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainers.data.encoded import EncodedBatch, Tokens, insert_rows, surround
-from trainers.data.manifest import KEPT, TRUNCATED
 from trainers.errors import JobError
-from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
-from trainers.tasks.class_metrics import MOST_SCORED, several_metrics, single_metrics
+from trainers.records import Array
+from trainers.tasks.base import IGNORE, Batch, Encoded, EncodeRules, Row, Sequence, Task
 from trainers.tasks.losses import cross_entropy_sum
+from trainers.tasks.metrics.classes import MOST_SCORED, several_metrics, single_metrics
 from trainers.tasks.padding import as_inputs, places
+from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, insert_rows, surround
 
 if TYPE_CHECKING:
     import torch
 
-    from trainers.data.tokenizer import Encoder
+    from trainers.tokenizer.encoder import Encoder
 
 
 class Classify(Task):

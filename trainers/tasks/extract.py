@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.data.manifest import SPLIT
-from trainers.tasks.base import Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.records import Array
+from trainers.tasks.base import Batch, Encoded, EncodeRules, Row, Sequence, Task
 from trainers.tasks.losses import cross_entropy_sum
+from trainers.tasks.metrics.spans import best_span, merge_windows, span_metrics
+from trainers.tasks.metrics.squad import score_v1, score_v2
 from trainers.tasks.padding import as_inputs, places
-from trainers.tasks.spans import best_span, merge_windows, span_metrics
-from trainers.tasks.squad import score_v1, score_v2
+from trainers.tokenizer.token_arrays import SPLIT
 
 if TYPE_CHECKING:
     import torch
 
-    from trainers.data.tokenizer import Encoder
+    from trainers.tokenizer.encoder import Encoder
 
 Answer = tuple[int, str]
 """First character in the context, and the text."""

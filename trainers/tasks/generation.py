@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainers.tasks.base import Array
+from trainers.records import Array
 from trainers.tasks.padding import pad_left, pad_right
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainers.tasks.base import IGNORE, Array
+from trainers.records import Array
+from trainers.tasks.base import IGNORE
 
 if TYPE_CHECKING:
     import torch

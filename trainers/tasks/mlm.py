@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.data.manifest import SPLIT
 from trainers.errors import JobError
-from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.records import Array
+from trainers.tasks.base import IGNORE, Batch, Encoded, EncodeRules, Row, Sequence, Task
 from trainers.tasks.causal import token_metrics
 from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
+from trainers.tasks.metrics.bits_per_byte import bits_per_byte, target_bytes, token_bytes
 from trainers.tasks.padding import as_inputs, pad_right, places
 from trainers.tasks.pretrain import text_refusal
-from trainers.tasks.text_bytes import bits_per_byte, target_bytes, token_bytes
+from trainers.tokenizer.token_arrays import SPLIT
 
 if TYPE_CHECKING:
     import torch
 
-    from trainers.data.tokenizer import Encoder
+    from trainers.tokenizer.encoder import Encoder
 
 MASKED, RANDOM = 0.8, 0.1
 """Shares of the hidden tokens that become the mask token and a random token; the rest stay (Devlin et al. 2018)."""

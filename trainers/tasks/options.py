@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainers.job import Job
+from trainers.job.schema import Job
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Choices of a job that change what a task computes. The meaning of each stands in `trainers.job`."""
+    """Choices of a job that change what a task computes. The meaning of each stands in `trainers.job.schema`."""
 
     seed: int = 0
     dropout: float | None = None

@@ -6,7 +6,8 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from trainers.tasks.base import Array, Row
+from trainers.records import Array
+from trainers.tasks.base import Row
 
 
 def pad_right(lines: Seq[Array], fill: int) -> Array:

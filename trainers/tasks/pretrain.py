@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainers.data.encoded import EncodedBatch, Tokens, insert_rows, starts_of
-from trainers.data.manifest import KEPT, SPLIT, TRUNCATED
-from trainers.tasks.base import Array, Batch, Encoded, EncodeRules, Row
+from trainers.records import Array
+from trainers.tasks.base import Batch, Encoded, EncodeRules, Row
 from trainers.tasks.causal import CausalTask
-from trainers.tasks.text_bytes import bits_per_byte, target_bytes, token_bytes
+from trainers.tasks.metrics.bits_per_byte import bits_per_byte, target_bytes, token_bytes
+from trainers.tokenizer.token_arrays import KEPT, SPLIT, TRUNCATED, EncodedBatch, Tokens, insert_rows, starts_of
 
 if TYPE_CHECKING:
     import torch
 
-    from trainers.data.tokenizer import Encoder
+    from trainers.tokenizer.encoder import Encoder
 
 OUTCOMES = (KEPT, TRUNCATED, SPLIT, "dropped:overlong", "dropped:no_target")
 

@@ -15,25 +15,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.job_options import GenerateSection
-from trainers.task_fields import PLACE
-from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.job.sections import GenerateSection
+from trainers.job.task_fields import PLACE
+from trainers.records import Array
+from trainers.tasks.base import IGNORE, Batch, Encoded, EncodeRules, Row, Sequence, Task
 from trainers.tasks.causal import token_metrics
 from trainers.tasks.generation import generate_texts
 from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
-from trainers.tasks.padding import as_inputs, pad_right, places
-from trainers.tasks.texts import (
+from trainers.tasks.metrics.generated_text import (
     overlap_metrics,
     overlap_scores,
     signatures,
     translation_counts,
     translation_metrics,
 )
+from trainers.tasks.padding import as_inputs, pad_right, places
 
 if TYPE_CHECKING:
     import torch
 
-    from trainers.data.tokenizer import Encoder
+    from trainers.tokenizer.encoder import Encoder
 
 CAUSAL_PROMPT = "{source}\n"
 """How a causal model gets a source where the job does not say: the target begins on a line of its own."""

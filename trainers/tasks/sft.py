@@ -1,7 +1,7 @@
 """sft: supervised fine-tuning on conversations, with the loss on assistant turns only.
 
 A row: {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}, or any of the
-other shapes that `trainers.data.conversations` reads.
+other shapes that `trainers.tasks.conversations` reads.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.data.chat_render import Rendered, renderer_of
-from trainers.data.conversations import read_messages, read_tools
-from trainers.data.encoded import BatchBuilder, EncodedBatch, Tokens, insert_rows, starts_of
-from trainers.data.manifest import KEPT, TRUNCATED
-from trainers.tasks.base import Array, Encoded, EncodeRules, Row, Sequence
+from trainers.records import Array
+from trainers.tasks.base import Encoded, EncodeRules, Row, Sequence
 from trainers.tasks.causal import CausalTask, token_metrics
+from trainers.tasks.chat_render import Rendered, renderer_of
+from trainers.tasks.conversations import read_messages, read_tools
 from trainers.tasks.generation import generate_texts
-from trainers.tasks.texts import overlap_metrics, overlap_scores
+from trainers.tasks.metrics.generated_text import overlap_metrics, overlap_scores
+from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, BatchBuilder, EncodedBatch, Tokens, insert_rows, starts_of
 
 if TYPE_CHECKING:
-    from trainers.data.tokenizer import Encoder
+    from trainers.tokenizer.encoder import Encoder
 
 OUTCOMES = (KEPT, TRUNCATED, "dropped:overlong", "dropped:no_target")
 SPANS = pa.list_(pa.int32())

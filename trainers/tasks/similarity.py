@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.records import Array
+from trainers.tasks.base import IGNORE, Batch, Encoded, EncodeRules, Row, Sequence, Task
 from trainers.tasks.classify import fit_pair
 from trainers.tasks.padding import as_inputs, places
 
 if TYPE_CHECKING:
     import torch
 
-    from trainers.data.tokenizer import Encoder
+    from trainers.tokenizer.encoder import Encoder
 
 MARGIN = 0.5
 """Cosine distance beyond which an unlike pair costs nothing, as sentence-transformers has it."""

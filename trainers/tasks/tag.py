@@ -15,15 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainers.tasks.base import IGNORE, Array, Batch, Encoded, EncodeRules, Row, Sequence, Task
-from trainers.tasks.entities import entity_counts, entity_metrics, entity_types
+from trainers.records import Array
+from trainers.tasks.base import IGNORE, Batch, Encoded, EncodeRules, Row, Sequence, Task
 from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
+from trainers.tasks.metrics.entities import entity_counts, entity_metrics, entity_types
 from trainers.tasks.padding import as_inputs, pad_right, places
 
 if TYPE_CHECKING:
     import torch
 
-    from trainers.data.tokenizer import Encoder
+    from trainers.tokenizer.encoder import Encoder
 
 OUTSIDE = "O"
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from trainers.batch_plan import BatchPlan
+from trainers.batching.batch_plan import BatchPlan
+from trainers.batching.order import Order
 from trainers.checkpoint.slices import persistent_buffers
 from trainers.checkpoint.tensor_file import spec_of, write_tensors
-from trainers.data.order import Order
 from trainers.tasks.base import IGNORE, Batch, Row
 from trainers.verification import gradients as g
 from trainers.verification.own_loss import own_loss

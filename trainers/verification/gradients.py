@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from trainers import loop
-from trainers.batch_plan import BatchPlan
-from trainers.batches import StepSource
-from trainers.data.order import Order
-from trainers.tasks.base import IGNORE, Array, Batch, Row
+from trainers.batching.batch_plan import BatchPlan
+from trainers.batching.batches import StepSource
+from trainers.batching.order import Order
+from trainers.records import Array
+from trainers.tasks.base import IGNORE, Batch, Row
+from trainers.training import loop
 from trainers.verification.sample import Specimen
 
 DRAW = 1

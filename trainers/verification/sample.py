@@ -8,19 +8,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainers.data.dataset import ShardSet
-from trainers.data.formats import RawRow
-from trainers.data.keys import SplitPlan, manifest_of, plan_splits
-from trainers.data.manifest import ShardRecord
-from trainers.data.packing import PackIndex, one_row_each, pack_rows
-from trainers.data.readers import plan_units, read_unit, task_columns
-from trainers.data.shard_writer import write_shard
-from trainers.data.tokenizer import Encoder, load_encoder
-from trainers.engine import load_options
+from trainers.batching.packing import PackIndex, one_row_each, pack_rows
 from trainers.errors import DataError
-from trainers.job import Job
+from trainers.job.schema import Job
+from trainers.model.engine import load_options
+from trainers.shards.dataset import ShardSet
+from trainers.shards.keys import SplitPlan, manifest_of, plan_splits
+from trainers.shards.manifest import ShardRecord
+from trainers.shards.writer import write_shard
+from trainers.sources.formats import RawRow
+from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.storage import Folder
 from trainers.tasks import EncodeRules, Task, encode_rules, load_task
+from trainers.tokenizer.encoder import Encoder, load_encoder
 
 ROWS, ROWS_PACKED = 48, 12
 """Rows of a specimen as read; where they are split and packed, few make many documents."""

@@ -16,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainers.data.manifest import Record
 from trainers.errors import TrainingError
-from trainers.job import Job
-from trainers.model_source import ModelFolder
+from trainers.job.schema import Job
+from trainers.model.source import ModelFolder
+from trainers.records import Record
 from trainers.storage import Folder
 from trainers.verification.checks import CHECKS, Finding
 from trainers.verification.precision import bf16_follows
@@ -140,7 +140,9 @@ def _run(name: str, check: object, specimen: Specimen) -> CheckResult:
         passed, detail = _call(check, specimen)
     except Exception as error:  # in the model's code or in the check's own
         passed, broke = False, True
-        detail = f"the self-test itself failed, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        detail = (
+            f"the self-test itself failed, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
     return CheckResult(name=name, passed=passed, detail=detail, seconds=time.perf_counter() - began, error=broke)
 
 

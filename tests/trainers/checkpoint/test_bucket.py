@@ -12,13 +12,13 @@ from tests.bucket import Bucket, serve_bucket
 from tests.crashing import next_start, start_light
 from tests.ranks import run_ranks
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
-from tests.trainers.test_training import Recorder
-from tests.trainers.test_world_sizes import request_of
+from tests.trainers.training.test_training import Recorder
+from tests.trainers.training.test_world_sizes import request_of
 from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage
 from trainers.checkpoint.records import rank_file
-from trainers.job import Job
-from trainers.runs import step_name
+from trainers.job.schema import Job
+from trainers.run.folder import step_name
 from trainers.storage import Folder
 
 pytestmark = pytest.mark.slow
@@ -76,10 +76,10 @@ def test_checking_and_reading_a_rank_costs_one_download_of_its_file(bucket: Buck
 def train_into(job: Job, run: str, stop_after: int | None) -> list[dict[str, Any]]:
     from dataclasses import replace
 
-    import trainers.rank
+    import trainers.worker.rank
 
     hooks = Recorder(stop_after)
-    trainers.rank.run_rank(replace(request_of(job, "unused"), run=Folder(run)), hooks)
+    trainers.worker.rank.run_rank(replace(request_of(job, "unused"), run=Folder(run)), hooks)
     return hooks.events
 
 

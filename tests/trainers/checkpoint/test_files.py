@@ -20,7 +20,7 @@ from trainers.checkpoint.records import CheckpointState, Save, Vote
 from trainers.checkpoint.retention import deletable
 from trainers.checkpoint.tensor_file import plan_file, spec_of, write_tensors
 from trainers.checkpoint.writing import commit, read_vote, write_share
-from trainers.runs import step_name
+from trainers.run.folder import step_name
 from trainers.storage import TEMPORARY, Folder
 
 WEIGHT = torch.arange(10, dtype=torch.float32)

@@ -23,7 +23,7 @@ from trainers.checkpoint.slices import Piece, RankShare
 from trainers.checkpoint.tensor_file import TensorSpec
 from trainers.checkpoint.writer_link import WriterLink
 from trainers.errors import TrainingError
-from trainers.runs import step_name
+from trainers.run.folder import step_name
 from trainers.storage import Folder
 
 
@@ -140,8 +140,8 @@ def test_memory_that_is_not_there_is_refused_with_both_figures(monkeypatch: pyte
 def save_twice(place: str) -> list[dict[str, Any]]:
     """Two saves of a real engine, the writer held up over the first; the events."""
     from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
-    from trainers.loop import Progress
-    from trainers.world import join_world
+    from trainers.checkpoint.records import Progress
+    from trainers.model.world import join_world
 
     world = join_world(1)
     engine = make_engine(world, width=64)
@@ -186,12 +186,13 @@ class Squares:
 def save_beside_a_step(place: str, waits: bool) -> tuple[bool, bool]:
     """A save whose copy takes longer than the next step: is the state of the save in the checkpoint, and did the step
     change it?"""
-    from trainers.batches import StepBatch
+    from trainers.batching.batches import StepBatch
     from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
     from trainers.checkpoint.host_buffer import Copying
-    from trainers.loop import Progress, run_micro_batches
+    from trainers.checkpoint.records import Progress
+    from trainers.model.world import join_world
     from trainers.tasks.base import Batch
-    from trainers.world import join_world
+    from trainers.training.loop import run_micro_batches
 
     world = join_world(1)
     engine = make_engine(world, width=64)

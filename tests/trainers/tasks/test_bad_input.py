@@ -11,10 +11,10 @@ import pytest
 
 from tests.tiny import shard_locally, tiny_job, write_rows
 from tests.trainers.tasks import small
-from trainers.data.budget import check_shards
-from trainers.data.formats import FORMATS, Span
-from trainers.data.sources import find_sources
 from trainers.errors import DataError, JobError
+from trainers.shards.drop_budget import check_shards
+from trainers.sources.files import find_sources
+from trainers.sources.formats import FORMATS, Span
 from trainers.tasks import TaskOptions, load_task
 from trainers.verification.verify import verify_job
 
@@ -124,7 +124,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_what_is_never_seen(encoder: P
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     job = tiny_job(tmp_path, model, "classify", [{"text": row["source"], "label": "ab"[i % 2]}
                                                  for i, row in enumerate(small.echo_rows(40))])  # fmt: skip
-    from trainers.model_source import find_model
+    from trainers.model.source import find_model
 
     prepared = find_model(job)
     assert prepared is not None
@@ -133,7 +133,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_what_is_never_seen(encoder: P
 
 
 def test_mlm_without_a_mask_token_is_refused(tiny_tokenizer: Path) -> None:
-    from trainers.data.tokenizer import load_encoder
+    from trainers.tokenizer.encoder import load_encoder
 
     with pytest.raises(JobError, match="no mask token"):
         load_task("mlm").prepare(load_encoder(str(tiny_tokenizer)))

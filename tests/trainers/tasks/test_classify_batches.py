@@ -8,12 +8,12 @@ import pyarrow as pa
 import pytest
 
 from tests.trainers.tasks.small import WORDS, word_tokenizer
-from trainers.data.encoded import EncodedBatch
-from trainers.data.shard_files import shard_schema
-from trainers.data.tokenizer import Encoder, read_spec
+from trainers.shards.files import shard_schema
 from trainers.tasks import EncodeRules, Task, load_task
 from trainers.tasks.base import Task as Base
 from trainers.tasks.options import TaskOptions
+from trainers.tokenizer.encoder import Encoder, read_spec
+from trainers.tokenizer.token_arrays import EncodedBatch
 
 
 def rows_of(several: bool, draw: random.Random) -> list[dict[str, Any]]:

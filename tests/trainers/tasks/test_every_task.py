@@ -16,19 +16,19 @@ import pytest
 from tests.peer import train_peer
 from tests.ranks import run_ranks
 from tests.trainers.tasks import small
-from tests.trainers.test_training import train_all
-from trainers.data.dataset import ShardSet
-from trainers.data.keys import load_shards
-from trainers.data.manifest import shards_folder
-from trainers.data.tokenizer import load_encoder
-from trainers.evaluate import combine, evaluate_model, judge_share
-from trainers.export import export_checkpoint
-from trainers.job import Job
-from trainers.job_options import GenerateSection
-from trainers.rank import job_task
-from trainers.runs import step_name
+from tests.trainers.training.test_training import train_all
+from trainers.checkpoint.export import export_checkpoint
+from trainers.evaluation.evaluate import combine, evaluate_model, judge_share
+from trainers.job.schema import Job
+from trainers.job.sections import GenerateSection
+from trainers.run.folder import step_name
+from trainers.run.record import job_task
+from trainers.shards.dataset import ShardSet
+from trainers.shards.keys import load_shards
+from trainers.shards.manifest import shards_folder
 from trainers.storage import Folder
 from trainers.tasks.base import IGNORE
+from trainers.tokenizer.encoder import load_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -150,8 +150,8 @@ def test_sampling_draws_the_same_for_the_same_seed(trained: dict[str, Trained]) 
 
 
 def test_the_record_of_an_evaluation_says_how_bleu_was_computed(trained: dict[str, Trained], tmp_path: Path) -> None:
-    from orchestrator.evaluation import EvaluationRequest, evaluate_step
-    from trainers.model_source import ModelFolder
+    from orchestrator.evaluation.task import EvaluationRequest, evaluate_step
+    from trainers.model.source import ModelFolder
 
     job = trained["T5"].job
     shards = load_shards(job, job.model.path)
@@ -253,7 +253,7 @@ def test_a_row_that_is_missing_or_counted_twice_is_an_error(trained: dict[str, T
 
 
 def test_masks_differ_between_steps_and_not_between_evaluations(trained: dict[str, Trained]) -> None:
-    from trainers.data.tokenizer import load_encoder
+    from trainers.tokenizer.encoder import load_encoder
 
     task, shards = held_out(trained["mlm"].job)
     task.prepare(load_encoder(trained["mlm"].job.model.path))
@@ -267,7 +267,7 @@ def test_masks_differ_between_steps_and_not_between_evaluations(trained: dict[st
 
 @pytest.mark.parametrize("name", ["mlm", "mlm whole words"])
 def test_the_number_of_hidden_tokens_is_known_from_the_shard(trained: dict[str, Trained], name: str) -> None:
-    from trainers.data.tokenizer import load_encoder
+    from trainers.tokenizer.encoder import load_encoder
 
     task, shards = held_out(trained[name].job)
     task.prepare(load_encoder(trained[name].job.model.path))

@@ -15,11 +15,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainers.tasks import TaskOptions, load_task
-from trainers.tasks.class_metrics import several_metrics, single_metrics
-from trainers.tasks.entities import entity_counts, entity_metrics, entity_types
-from trainers.tasks.spans import merge_windows, span_metrics
-from trainers.tasks.squad import score_v1, score_v2
-from trainers.tasks.texts import overlap_metrics, overlap_scores, signatures, translation_counts, translation_metrics
+from trainers.tasks.metrics.classes import several_metrics, single_metrics
+from trainers.tasks.metrics.entities import entity_counts, entity_metrics, entity_types
+from trainers.tasks.metrics.generated_text import (
+    overlap_metrics,
+    overlap_scores,
+    signatures,
+    translation_counts,
+    translation_metrics,
+)
+from trainers.tasks.metrics.spans import merge_windows, span_metrics
+from trainers.tasks.metrics.squad import score_v1, score_v2
 
 SEEDS = st.integers(0, 2**32 - 1)
 quick = settings(max_examples=25, deadline=None)

@@ -13,17 +13,17 @@ from tests.ranks import run_ranks
 from tests.tiny import shard_locally, tiny_job
 from tests.trainers.tasks import small
 from tests.trainers.tasks.test_every_task import export, held_out
-from tests.trainers.test_training import train_all
-from trainers.distill import Distilled, divergence_sum
-from trainers.engine import add_embedding_noise, freeze
+from tests.trainers.training.test_training import train_all
 from trainers.errors import JobError
-from trainers.groups import layer_depths, parameter_groups
-from trainers.job_file import parse_job
-from trainers.job_options import LoraSection
+from trainers.job.load import parse_job
+from trainers.job.sections import LoraSection
+from trainers.model.engine import add_embedding_noise, freeze
+from trainers.model.param_groups import layer_depths, parameter_groups
 from trainers.tasks import TaskOptions, load_task
 from trainers.tasks.base import set_dropout
 from trainers.tasks.classify import class_weights
 from trainers.tasks.losses import cross_entropy_sum
+from trainers.training.distill import Distilled, divergence_sum
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_adapters_train_resume_exactly_and_leave_the_rest(trained: dict[str, Any
 def test_export_merges_adapters_as_peft_does(trained: dict[str, Any], name: str, tmp_path: Path) -> None:
     from trainers.checkpoint.local_copies import LocalCopies
     from trainers.checkpoint.reading import CheckpointReader
-    from trainers.lora import add_adapters
-    from trainers.runs import step_name
+    from trainers.model.lora import add_adapters
+    from trainers.run.folder import step_name
     from trainers.storage import Folder
 
     one = trained["jobs"][name]
@@ -96,7 +96,7 @@ def test_export_merges_adapters_as_peft_does(trained: dict[str, Any], name: str,
 
 
 def test_adapters_on_layers_that_do_not_exist_are_refused(models: dict[str, Path]) -> None:
-    from trainers.lora import add_adapters
+    from trainers.model.lora import add_adapters
 
     task = load_task("pretrain")
     model = task.load_model(str(models["llama"]), pad_id=0, trust_remote_code=False)
@@ -164,7 +164,7 @@ def test_biases_and_norms_do_not_decay(models: dict[str, Path]) -> None:
 def test_a_groups_share_scales_the_rate() -> None:
     from types import SimpleNamespace
 
-    from trainers.loop import set_learning_rate
+    from trainers.training.loop import set_learning_rate
 
     groups: list[dict[str, float]] = [{"lr": 0.0, "lr_scale": 0.5}, {"lr": 0.0}]
     set_learning_rate(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), 0.1)

@@ -12,17 +12,17 @@ import pytest
 
 from tests.tiny import tiny_job
 from tests.trainers.tasks import small
-from trainers import loop
-from trainers.batches import StepSource
-from trainers.data.order import Order
-from trainers.job import Job
-from trainers.model_source import find_model
+from trainers.batching.batches import StepSource
+from trainers.batching.order import Order
+from trainers.job.schema import Job
+from trainers.model.source import find_model
 from trainers.tasks.base import Batch
 from trainers.tasks.causal import CausalTask
 from trainers.tasks.classify import Classify
 from trainers.tasks.mlm import Mlm
 from trainers.tasks.pretrain import Pretrain
 from trainers.tasks.tag import Tag
+from trainers.training import loop
 from trainers.verification import checks
 from trainers.verification.sample import Specimen, take_specimen
 from trainers.verification.verify import run_checks, verify_job

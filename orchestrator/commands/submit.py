@@ -1,0 +1,200 @@
+"""`tuneyard submit`: send a job to a running Ray cluster through Ray Jobs and follow it to its end.
+
+The job file is checked here, before anything is sent. The cluster gets the resolved job and exactly this code (as
+py_modules), never this machine's environment but for the few variables below. Data, model and storage paths must exist
+on the cluster. Knows nothing of what `tuneyard run` does there.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, MutableMapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from trainers.errors import PlacementError, Preempted, TrainingError
+from trainers.job.load import load_job
+from trainers.job.schema import Job
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+CODE = ("orchestrator", "trainers", "ds_configs")
+"""Packages sent along, so that the cluster runs this version."""
+PASSED_ON = ("HF_HUB_OFFLINE", "DS_ACCELERATOR")
+"""Environment variables that go with the job. Tokens never do: they are set on the cluster."""
+JOB_FILE = "job.yaml"
+START = Path(__file__).parent / "templates" / "start.sh"
+"""Shell that finds the interpreter of the cluster's Ray."""
+INTERRUPTED = 130
+LOST_AFTER_S = 60.0
+"""Silence of the head after which following is given up."""
+
+
+def submit(job_path: Path, overrides: list[str], address: str) -> int:
+    """Check a job, send it, print its logs as they come.
+
+    Args:
+        job_path: the job file.
+        overrides: `section.key=value`, as for `tuneyard run`.
+        address: of the cluster's dashboard, e.g. http://head:8265.
+
+    Returns:
+        The exit code of the job; 130 where the user stopped following.
+
+    Raises:
+        JobError: the job file is wrong; nothing was sent.
+        PlacementError: the address does not answer, or stopped answering.
+    """
+    job = load_job(job_path, overrides)
+    client = connect(address)
+    submission_id = send(client, job)
+    print(f"submitted {job.name} to {address} as {submission_id}", flush=True)
+    return follow(client, submission_id, address)
+
+
+def connect(address: str) -> "JobSubmissionClient":
+    """A client of the cluster's job server. Raises PlacementError where it does not answer or lets nobody in."""
+    use_token(os.environ, Path.home())
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it tells of every upload
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise PlacementError(
+            f"the Ray cluster at {address} wants its token ({str(error).splitlines()[0]}): copy ~/.ray/auth_token "
+            "from its head, or set RAY_AUTH_TOKEN, and RAY_AUTH_MODE=token"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PlacementError(
+            f"no Ray job server answers at {address} ({cause}): give the address of the head's dashboard, "
+            "usually http://HEAD:8265; the head needs ray[default]"
+        ) from error
+
+
+def use_token(environment: MutableMapping[str, str], home: Path) -> None:
+    """Turn Ray's token authentication on where a token is at hand, by the rule that `ray start` has for itself.
+
+    Without this the Jobs client refuses to send the token that a head started beside the same token file demands.
+    """
+    at_hand = (
+        environment.get("RAY_AUTH_TOKEN")
+        or environment.get("RAY_AUTH_TOKEN_PATH")
+        or (home / ".ray" / "auth_token").is_file()
+    )
+    if at_hand:
+        environment.setdefault("RAY_AUTH_MODE", "token")
+
+
+def send(client: "JobSubmissionClient", job: Job, arguments: str = f"-m orchestrator run {JOB_FILE}") -> str:
+    """Upload the resolved job and this code, and start it. Returns the submission id.
+
+    Args:
+        client: of the cluster.
+        job: as `load_job` gives it, its paths absolute.
+        arguments: of the interpreter on the cluster.
+    """
+    submission_id = f"tuneyard-{job.name}-{uuid.uuid4().hex[:8]}"
+    with tempfile.TemporaryDirectory(prefix="tuneyard-submit-") as folder:
+        text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        Path(folder, JOB_FILE).write_text(text, encoding="utf-8")
+        shutil.copy(START, folder)
+        try:
+            client.submit_job(
+                entrypoint=f"exec sh {START.name} {arguments}",
+                submission_id=submission_id,
+                runtime_env=runtime_env(Path(folder), os.environ),
+                metadata={"job": job.name, "task": job.task},
+            )
+        except (ConnectionError, RuntimeError, OSError) as error:
+            raise PlacementError(f"the Ray cluster refused the job: {error}") from error
+    return submission_id
+
+
+def runtime_env(working_dir: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+    """What Ray sets up for the job: its folder, this code, a few variables."""
+    return {
+        "working_dir": str(working_dir),
+        "py_modules": [_package_folder(name) for name in CODE],
+        "env_vars": {name: environment[name] for name in PASSED_ON if name in environment},
+        "excludes": ["__pycache__/"],
+    }
+
+
+def _package_folder(name: str) -> str:
+    spec = find_spec(name)
+    assert spec is not None and spec.submodule_search_locations, f"{name} is part of this program"
+    return str(Path(next(iter(spec.submodule_search_locations))).resolve())
+
+
+def follow(client: "JobSubmissionClient", submission_id: str, address: str = "ADDRESS") -> int:
+    """Print the logs of a job until it ends; Ctrl-C lets it go on alone.
+
+    Returns:
+        The exit code of the job's driver (75 where it was stopped, 5 where it has none); 130 after Ctrl-C.
+
+    Raises:
+        PlacementError: where the head stops answering; the job may still be running.
+    """
+    try:
+        asyncio.run(_print_logs(client, submission_id))
+        return _exit_code(client, submission_id)
+    except KeyboardInterrupt:
+        hint = f"--address {address} {submission_id}"
+        print(
+            f"\nno longer following; {submission_id} goes on.\n"
+            f"  follow: ray job logs --follow {hint}\n  stop:   ray job stop {hint}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return INTERRUPTED
+
+
+async def _print_logs(client: "JobSubmissionClient", submission_id: str) -> None:
+    """Print as lines come; a connection that broke is taken up where it stopped, for the server sends all again."""
+    from aiohttp import ClientError
+
+    printed, heard = 0, time.monotonic()
+    while True:
+        seen = 0
+        with contextlib.suppress(RuntimeError, OSError, asyncio.TimeoutError, ClientError):
+            async for text in client.tail_job_logs(submission_id):
+                fresh = text[max(0, printed - seen) :]
+                seen += len(text)
+                printed, heard = max(printed, seen), time.monotonic()
+                print(fresh, end="", flush=True)
+        with contextlib.suppress(RuntimeError, OSError):
+            if client.get_job_status(submission_id).is_terminal():  # the tail may have broken before the last lines
+                print(client.get_job_logs(submission_id)[printed:], end="", flush=True)
+                return
+            heard = time.monotonic()
+        if time.monotonic() - heard > LOST_AFTER_S:
+            raise PlacementError(
+                f"the head has not answered for {LOST_AFTER_S:.0f} s; {submission_id} may still be running. "
+                "Check the address; resubmitting the same job goes on from its last checkpoint"
+            )
+        await asyncio.sleep(1)
+
+
+def _exit_code(client: "JobSubmissionClient", submission_id: str) -> int:
+    info = client.get_job_info(submission_id)
+    code = info.driver_exit_code
+    if code is not None and code >= 0:
+        return int(code)
+    message = (info.message or "").strip().splitlines()
+    print(f"{submission_id}: {info.status}{': ' + message[0] if message else ''}", file=sys.stderr, flush=True)
+    if str(info.status) == "SUCCEEDED":
+        return 0
+    return Preempted.exit_code if str(info.status) == "STOPPED" else TrainingError.exit_code

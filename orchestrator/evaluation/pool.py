@@ -1,0 +1,89 @@
+"""Evaluations in flight: starts them on free resources, collects their records, writes down those that died."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from orchestrator.evaluation.selection import BASELINE, next_evaluations
+from orchestrator.evaluation.task import EvaluationRequest, evaluation_task, read_evaluations, write_evaluation
+from trainers.checkpoint.reading import committed_steps
+from trainers.run.folder import Evaluation, checkpoints_folder
+from trainers.tasks import load_task
+
+
+class EvaluationPool:
+    """The evaluations of one run."""
+
+    def __init__(self, request: EvaluationRequest, gpus: int) -> None:
+        job = request.job
+        self._request = replace(request, gpus=gpus)
+        self._task = evaluation_task(self._request)
+        self._running: dict[Any, int] = {}
+        self._baseline = () if load_task(job.task).new_head else (BASELINE,)
+        done = [one for one in read_evaluations(request.run, request.eval_shards.key) if one.status == "done"]
+        self._records = {one.step: one for one in done}
+
+    @property
+    def records(self) -> list[Evaluation]:
+        """Every evaluation known, by step."""
+        return [self._records[step] for step in sorted(self._records)]
+
+    @property
+    def running(self) -> set[int]:
+        """Steps being evaluated."""
+        return set(self._running.values())
+
+    def start_where_free(self) -> None:
+        """Start as many evaluations as free resources hold, newest checkpoints first."""
+        wanted = self.waiting()
+        if wanted:
+            self._start(wanted[: self._free_slots()])
+
+    def start_all(self) -> list[int]:
+        """Start every evaluation that is left; Ray queues them. Returns their steps."""
+        wanted = self.waiting()
+        self._start(wanted)
+        return wanted
+
+    def waiting(self) -> list[int]:
+        """Steps that were neither evaluated nor started, newest first."""
+        committed = {*committed_steps(checkpoints_folder(self._request.job, self._request.run)), *self._baseline}
+        return next_evaluations(committed, self._records.keys(), self.running, len(committed))
+
+    def _start(self, steps: list[int]) -> None:
+        for step in steps:
+            self._running[self._task.remote(self._request, step)] = step
+
+    def _free_slots(self) -> int:
+        free, job, gpus = ray.available_resources(), self._request.job, self._request.gpus
+        slots = int(free.get("CPU", 0.0) // job.scale.cpus_per_worker)
+        slots = min(slots, int(free.get("GPU", 0.0) // gpus)) if gpus else slots
+        return slots // job.evaluate.workers
+
+    def collect(self, wait_s: float = 0.0) -> Iterator[Evaluation]:
+        """Records of evaluations that ended since the last call; one whose process died gives a failed record."""
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=wait_s) if self._running else ([], [])
+        for reference in ready:
+            step = self._running.pop(reference)
+            try:
+                record = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                record = Evaluation(step=step, status="failed", error=reason, eval_key=self._request.eval_shards.key)
+                write_evaluation(self._request.run, record)
+            self._records[step] = record
+            yield record
+
+    def finish(self) -> Iterator[Evaluation]:
+        """Evaluate all that is left and give the records as they come."""
+        self.start_all()
+        while self._running:
+            yield from self.collect(wait_s=1.0)
+
+    def cancel(self) -> None:
+        """Give up evaluations in flight; they are started again when they are wanted."""
+        for reference in self._running:
+            ray.cancel(reference, force=True)
+        self._running.clear()

@@ -1,0 +1,170 @@
+"""What a job will do, worked out before it takes a worker: batches, steps, memory, disk.
+
+Exact where the shards are written; otherwise sequences are estimated from a sample and said to be so.
+"""
+
+import json
+import struct
+from itertools import islice
+from math import prod
+from pathlib import Path
+
+from trainers.batching.batch_plan import BatchPlan, plan_batches
+from trainers.batching.order import job_order
+from trainers.batching.packing import index_packs
+from trainers.job.schema import Job
+from trainers.model.source import ModelFolder
+from trainers.records import Record
+from trainers.run.folder import run_folder
+from trainers.run.record import job_task
+from trainers.shards.keys import SplitPlan, load_shards, plan_splits
+from trainers.shards.manifest import Shards, shards_folder
+from trainers.sources.readers import plan_units, read_unit, task_columns
+from trainers.storage import Folder
+from trainers.tasks import choose_metric, encode_rules, load_task
+from trainers.tokenizer.encoder import load_encoder
+
+SAMPLE_ROWS = 500
+BYTES_PER_PARAMETER = {"float32": 4 + 4 + 8, "bfloat16": 2 + 2 + 4 + 8}
+"""Weights, gradients, (fp32 master,) and two Adam moments; partitioned over the workers by ZeRO-3."""
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+"""fp32 weight and two moments."""
+
+
+class Plan(Record):
+    """What a job will do."""
+
+    run: str | None
+    """The run folder; null while the shards are not written."""
+    exact: bool
+    """Whether sequences and steps are counted rather than estimated from a sample."""
+    train_rows: int
+    train_tokens: int
+    sequences: int
+    """Sequences an epoch, packed where the job packs."""
+    steps: int
+    world_size: int
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    metric: str
+    mode: str
+    parameters: int
+    state_gib_per_worker: float
+    """Weights, gradients and optimizer state; activations come on top."""
+    checkpoint_gib: float
+    host_gib_per_worker: float
+    """Host memory that a worker's checkpoints are copied to, held from its start to its end."""
+    checkpoints: int
+    """Checkpoints written over the run; `checkpoint.keep` of them stay."""
+    notes: tuple[str, ...]
+    job: dict[str, object]
+    """The resolved job."""
+
+
+def plan_job(job: Job, model: ModelFolder) -> Plan:
+    """Work out a checked job. Raises DataError where its shards are there and refused."""
+    batches = plan_batches(
+        job.train.global_batch_size, job.train.micro_batch_size, job.scale.max_workers, job.data.max_length
+    )
+    shards = load_shards(job, model.path)
+    rows, tokens, sequences = count_sequences(job, shards) if shards else estimate_sequences(job, model)
+    steps = job_order(job, max(sequences, 1)).steps
+    parameters = count_parameters(Path(model.path))
+    stage_share = job.scale.max_workers if job.train.deepspeed.startswith("zero3") else 1
+    metric, mode = choose_metric(job)
+    return Plan(
+        run=str(run_folder(job, model.digest, shards)) if shards else None,
+        exact=shards is not None,
+        train_rows=rows,
+        train_tokens=tokens,
+        sequences=sequences,
+        steps=steps,
+        world_size=job.scale.max_workers,
+        global_batch_size=batches.global_batch_size,
+        micro_batch_size=batches.micro_batch_size,
+        accumulation=batches.accumulation,
+        metric=metric,
+        mode=mode,
+        parameters=parameters,
+        state_gib_per_worker=parameters * BYTES_PER_PARAMETER[job.model.dtype] / stage_share / 2**30,
+        checkpoint_gib=parameters * CHECKPOINT_BYTES_PER_PARAMETER / 2**30,
+        host_gib_per_worker=parameters * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / 2**30,
+        checkpoints=-(-steps // job.checkpoint.every_steps),
+        notes=tuple(notes(job, batches, steps)),
+        job=job.model_dump(mode="json"),
+    )
+
+
+def count_sequences(job: Job, shards: Shards) -> tuple[int, int, int]:
+    """Rows, tokens and sequences of an epoch, counted; a mixture's repeats are counted each time."""
+    from trainers.shards.dataset import ShardSet
+
+    folder = shards_folder(Folder(job.storage), shards.train.key)
+    held = ShardSet(folder, shards.train, job_task(job, shards.train))
+    packs = index_packs(job, held)
+    return len(packs.rows), int(packs.sums(held.lengths).sum()), len(packs)
+
+
+def estimate_sequences(job: Job, model: ModelFolder) -> tuple[int, int, int]:
+    """Rows, tokens and sequences of an epoch, from the first rows and the size of the files."""
+    split, _ = plan_splits(job, model.path)
+    units = plan_units(split.sources)
+    sample, sampled_bytes = _sample(job, split, units)
+    encoder = load_encoder(model.path, job.model.trust_remote_code)
+    encoded = load_task(job.task).encode(sample, encoder, encode_rules(job))
+    pieces = [len(piece.input_ids) for one in encoded for piece in one.sequences]
+    scale = sum(source.size for source in split.sources) / max(sampled_bytes, 1)
+    scale *= 1 - (split.fraction or 0.0)
+    rows, tokens = round(len(pieces) * scale), round(sum(pieces) * scale)
+    return rows, tokens, -(-tokens // job.data.max_length) if job.packing else rows
+
+
+def _sample(job: Job, split: SplitPlan, units: tuple) -> tuple[list, float]:  # type: ignore[type-arg]
+    """First rows of the first unit, and about how many source bytes they stand for."""
+    if not units:
+        return [], 0
+    unit = units[0]
+    source = split.sources[unit.file]
+    rows = [row for _, row in islice(read_unit(unit, source, task_columns(job)), SAMPLE_ROWS)]
+    whole = len(rows) < SAMPLE_ROWS and len(units) == 1
+    size = sum(len(json.dumps(row, ensure_ascii=False).encode()) for row in rows if row)
+    return [row for row in rows if row], float(source.size if whole else size)
+
+
+def count_parameters(folder: Path) -> int:
+    """Elements of all tensors in a folder's safetensors, from their headers alone."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
+
+
+def notes(job: Job, batches: BatchPlan, steps: int) -> list[str]:
+    """What a user would want to know before starting."""
+    found = []
+    if job.model.dtype == "bfloat16" and not cpu_has_bf16() and not _has_gpu():
+        found.append("this CPU has no bf16 arithmetic: model.dtype float32 is faster here")
+    if job.data.max_drop_fraction:
+        found.append(f"up to {job.data.max_drop_fraction:.2%} of the rows may be dropped without a refusal")
+    if steps < job.checkpoint.every_steps:
+        found.append(f"only the last step is saved: {steps} steps are fewer than checkpoint.every_steps")
+    if batches.accumulation == 1 and batches.micro_batch_size == 1:
+        found.append("one sequence a rank and step: a larger train.global_batch_size would use the hardware better")
+    return found
+
+
+def cpu_has_bf16() -> bool:
+    """Whether /proc/cpuinfo lists bf16 instructions."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))

@@ -1,0 +1,90 @@
+"""Checks a job against this machine before anything expensive starts; every problem is collected and raised once."""
+
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.registry.mlflow_client import registry_uri
+from trainers.batching.batch_plan import plan_batches
+from trainers.errors import JobError
+from trainers.job.schema import Job
+from trainers.model.deepspeed_config import derive_config
+from trainers.model.source import ModelFolder, prepare_model
+from trainers.sources.files import find_sources
+from trainers.sources.readers import check_columns, needed_fields, task_columns
+from trainers.storage import Folder
+from trainers.tasks import choose_metric
+
+
+def check_job(job: Job) -> ModelFolder:
+    """Check storage, model, data, batch arithmetic, DeepSpeed file, metric and registry.
+
+    Returns:
+        The prepared model.
+
+    Raises:
+        JobError: with every problem found.
+        DataError: where a file is not what its name says.
+    """
+    problems: list[str] = []
+
+    def check(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except JobError as error:
+            problems.extend(error.problems)
+            return None
+
+    check(Folder(job.storage).check_writable)
+    if job.checkpoint.storage is not None:
+        check(Folder(job.checkpoint.storage).check_writable)
+    check(lambda: choose_metric(job))
+    check(lambda: registry_uri(job.storage, job.registry.uri))
+    check(lambda: check_batches(job))
+    check(lambda: check_data(job))
+    model: ModelFolder | None = check(lambda: prepare_model(job))
+    if problems or model is None:
+        raise JobError(problems)
+    return model
+
+
+def check_run_storage(job: Job) -> None:
+    """A run folder is appended to, locked and mapped. Raises JobError where its place knows none of these."""
+    if not Folder(job.storage).is_local:
+        raise JobError(
+            f"storage: {job.storage} can hold data and shards, but not a run, whose log is appended to and whose "
+            "folder is locked; name a folder that all nodes share, and put the checkpoints there: checkpoint.storage: "
+            f"{job.storage}"
+        )
+
+
+def check_batches(job: Job) -> None:
+    """The global batch must divide at the smallest and the largest world size (others that do not are passed over), and
+    the DeepSpeed file must agree.
+
+    Raises:
+        JobError: naming the sizes that would do.
+    """
+    problems: dict[str, None] = {}
+    for workers in sorted({job.scale.min_workers, job.scale.max_workers}):
+        try:
+            batches = plan_batches(
+                job.train.global_batch_size, job.train.micro_batch_size, workers, job.data.max_length
+            )
+            derive_config(job, batches)
+        except JobError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise JobError(list(problems))
+
+
+def check_data(job: Job) -> None:
+    """Every file is there, is what its name says, and has the task's columns."""
+    problems: list[str] = []
+    for where, patterns in (("data.train", job.data.train_paths), ("data.eval", job.data.eval)):
+        try:
+            sources = find_sources(patterns, job.data.format, where)
+            check_columns(sources, task_columns(job), needed_fields(job.task, job.data.prompt), where)
+        except JobError as error:
+            problems += [f"{where}: {problem}" for problem in error.problems]
+    if problems:
+        raise JobError(problems)

@@ -1,0 +1,1 @@
+"""Registering the best checkpoint, promotion, and reading the registry."""

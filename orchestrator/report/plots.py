@@ -1,0 +1,176 @@
+"""Curves of a run as inline SVG that takes its colours from the page, so that it reads in light and dark alike.
+
+Knows events and evaluations; not the page. matplotlib draws in stand-in colours that are swapped for CSS variables.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from trainers.records import Event
+from trainers.run.events import steps_of
+from trainers.run.folder import Evaluation
+
+SIZE_INCHES = (5.4, 2.7)
+MOST_POINTS = 1500
+SMOOTHING = 0.8
+"""Weight of the past in the exponential mean drawn over noisy curves."""
+
+INK, MUTED = "#010203", "#040506"
+SERIES = tuple(f"#0a0b{number:02x}" for number in range(1, 7))
+CSS = {INK: "currentColor", MUTED: "var(--muted)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)
+}
+UNBOUNDED = ("loss", "perplexity")
+"""Metrics that do not share an axis with those between 0 and 1."""
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": MUTED,
+    "grid.alpha": 0.2,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "font.size": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+Points = tuple[list[float], list[float]]
+
+
+def draw_curves(events: Sequence[Event], evaluations: Sequence[Evaluation], best_step: int | None) -> list[str]:
+    """All plots that there is data for, as SVG elements."""
+    import matplotlib as mpl
+
+    steps, restarts = steps_of(events), _restarts(events)
+    done = sorted((one for one in evaluations if one.status == "done"), key=lambda one: one.step)
+    with mpl.rc_context(STYLE):
+        drawn = [
+            _loss(steps, done, restarts, best_step),
+            _metrics(done, restarts, best_step),
+            _single(steps, "learning_rate", "Learning rate", restarts, smooth=False),
+            _single(steps, "grad_norm", "Gradient norm", restarts, smooth=True),
+            _single(steps, "tokens_per_s", "Tokens per second", restarts, smooth=True),
+        ]
+    return [svg for svg in drawn if svg]
+
+
+def _restarts(events: Sequence[Event]) -> list[float]:
+    """Steps at which training was taken up again."""
+    starts = [event["step"] for event in events if event.get("kind") == "start" and _finite(event.get("step"))]
+    return [float(step) for step in starts[1:]]
+
+
+def _series(events: Sequence[Event], name: str) -> Points:
+    chosen = [event for event in events if _finite(event.get(name))]
+    chosen = chosen[:: -(-len(chosen) // MOST_POINTS) or 1]
+    return [float(event["step"]) for event in chosen], [float(event[name]) for event in chosen]
+
+
+def _metric_series(done: Sequence[Evaluation], name: str) -> Points:
+    chosen = [one for one in done if _finite(one.metrics.get(name))]
+    return [float(one.step) for one in chosen], [one.metrics[name] for one in chosen]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _loss(
+    steps: Sequence[Event], done: Sequence[Evaluation], restarts: list[float], best_step: int | None
+) -> str | None:
+    train, held = _series(steps, "loss"), _metric_series(done, "loss")
+    if not train[0] and not held[0]:
+        return None
+    figure, axes = _axes("Loss", restarts)
+    _noisy(axes, train, SERIES[0], "training", smooth=True)
+    axes.plot(*held, color=SERIES[1], marker="o", markersize=4, linewidth=1.6, label="evaluation")
+    _mark_best(axes, best_step)
+    axes.legend(loc="best")
+    return _svg(figure, "Loss by step")
+
+
+def _metrics(done: Sequence[Evaluation], restarts: list[float], best_step: int | None) -> str | None:
+    names = sorted({name for one in done for name in one.metrics if name not in UNBOUNDED and "/" not in name})
+    series = {name: points for name in names if (points := _metric_series(done, name))[0]}
+    if not series:
+        return None
+    figure, axes = _axes("Evaluation", restarts)
+    for number, (name, points) in enumerate(series.items()):
+        axes.plot(*points, color=SERIES[number % len(SERIES)], marker="o", markersize=4, linewidth=1.6, label=name)
+    _mark_best(axes, best_step)
+    axes.legend(loc="best", ncols=2)
+    return _svg(figure, "Evaluation metrics by step")
+
+
+def _single(steps: Sequence[Event], name: str, title: str, restarts: list[float], smooth: bool) -> str | None:
+    points = _series(steps, name)
+    if not points[0]:
+        return None
+    figure, axes = _axes(title, restarts)
+    _noisy(axes, points, SERIES[2], None, smooth)
+    axes.set_ylim(bottom=0)
+    return _svg(figure, f"{title} by step")
+
+
+def _axes(title: str, restarts: list[float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0)
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for step in restarts:
+        axes.axvline(step, color=MUTED, linewidth=1, linestyle=":")
+    return figure, axes
+
+
+def _noisy(axes: Any, points: Points, colour: str, label: str | None, smooth: bool) -> None:
+    """A curve; where it is long and noisy, faint with its running mean over it."""
+    steps, values = points
+    smooth = smooth and len(values) > 50
+    axes.plot(steps, values, color=colour, linewidth=0.8 if smooth else 1.5, alpha=0.3 if smooth else 1.0)
+    axes.plot(steps, _smoothed(values) if smooth else values, color=colour, linewidth=1.6, label=label)
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential mean, corrected for its start as Adam corrects its moments."""
+    mean, result = 0.0, []
+    for count, value in enumerate(values, 1):
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
+        result.append(mean / (1 - SMOOTHING**count))
+    return result
+
+
+def _mark_best(axes: Any, best_step: int | None) -> None:
+    if best_step is not None:
+        axes.axvline(best_step, color=INK, linewidth=1, linestyle="--", alpha=0.6, label=f"best, step {best_step}")
+
+
+def _svg(figure: Any, title: str) -> str:
+    """The figure as one <svg> element without prolog, metadata or fixed colours."""
+    import matplotlib as mpl
+
+    stream = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": title}):  # ids that differ between the plots of a page, and in no other way
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for stand_in, colour in CSS.items():
+        text = text.replace(stand_in, colour)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -1,0 +1,244 @@
+"""The data stage: rows to committed shards, in Ray tasks of some units each.
+
+The tasks (see `spreading`) give back one small record a shard, which is all the driver ever holds. No process group is
+alive meanwhile: nothing here imports torch. Begin at `write_shards`.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.sharding.ray_tasks import run_apart, spread, start_workers
+from trainers.errors import JobError
+from trainers.job.schema import Job
+from trainers.records import Record
+from trainers.shards.contamination import (
+    EXAMPLES,
+    Contamination,
+    contamination_name,
+    find_contamination,
+    write_counts,
+    write_texts,
+)
+from trainers.shards.dataset import ShardSet
+from trainers.shards.drop_budget import check_shards
+from trainers.shards.duplicates import DedupMode, find_duplicates, print_unit
+from trainers.shards.files import record_name
+from trainers.shards.keys import SplitPlan, explain_miss, manifest_of, plan_splits, write_key
+from trainers.shards.manifest import ShardManifest, ShardRecord, Shards, read_manifest, shards_folder, write_manifest
+from trainers.shards.reuse import adopt_shards
+from trainers.shards.writer import CONTAMINATED, ShardWork, finished_shards, write_units
+from trainers.sources.readers import Unit, check_columns, needed_fields, plan_units, read_unit, task_columns
+from trainers.storage import TEMPORARY, Folder
+from trainers.tasks import encode_rules, load_task
+from trainers.tokenizer.encoder import encoder_of, read_spec
+from trainers.tokenizer.gigatoken import TokenizerDiffers
+
+log = logging.getLogger(__name__)
+STALE_S = 3600
+"""Temporary files older than this were left by a killed run; younger ones may be another run's."""
+FALLBACK, DEDUPED = "fallback.json", "duplicates.json"
+PRINTS_A_PART = 16_000_000
+"""Fingerprints looked through at once: half a gigabyte."""
+SCAN_SHARDS = 256
+
+
+class Printed(Record):
+    """A unit whose rows are fingerprinted."""
+
+    prints: int
+
+
+@dataclass(frozen=True)
+class ShardProgress:
+    """How far a split is; rows and tokens are those of this split's sequences so far."""
+
+    split: str
+    units_done: int
+    units_total: int
+    rows: int
+    tokens: int
+
+
+Report = Callable[[ShardProgress], None]
+
+
+def write_shards(job: Job, model_path: str, on_progress: Report | None = None) -> Shards:
+    """Write what is not yet written of both splits, and check that the job accepts it.
+
+    Args:
+        job: the job.
+        model_path: folder of the prepared model, for its tokenizer.
+        on_progress: called on the driver after each few units.
+
+    Raises:
+        JobError: for files or columns that are not there.
+        DataError: for files that are not what their names say, empty splits, rows dropped over budget, unseen labels.
+    """
+    plans = plan_splits(job, model_path)
+    storage = Folder(job.storage)
+    committed = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in plans}
+    missing = [plan for plan in plans if committed[plan.name] is None]
+    _check_sources(job, missing)
+    if missing:
+        start_workers()
+    for plan in reversed(missing) if job.data.decontaminate == "drop" else missing:
+        committed[plan.name] = SplitStage(job, plan, model_path, on_progress).write()
+    shards = Shards(train=_there(committed["train"]), eval=_there(committed["eval"]))
+    check_contamination(storage, shards)
+    check_shards(job, shards)
+    return shards
+
+
+def _there(manifest: ShardManifest | None) -> ShardManifest:
+    assert manifest is not None
+    return manifest
+
+
+def _check_sources(job: Job, plans: Sequence[SplitPlan]) -> None:
+    """Look at the start of each file before any task starts. Raises with the problems of all splits."""
+    problems: dict[str, None] = {}
+    for plan in plans:
+        where = "data.train" if job.data.eval_fraction is not None else f"data.{plan.name}"
+        try:
+            check_columns(plan.sources, task_columns(job), needed_fields(job.task, job.data.prompt), where)
+        except JobError as error:
+            problems.update({f"{where}: {problem}": None for problem in error.problems})
+    if problems:
+        raise JobError(list(problems))
+
+
+class SplitStage:
+    """Writes the units of one split that are missing, then its manifest."""
+
+    def __init__(self, job: Job, plan: SplitPlan, model_path: str, on_progress: Report | None) -> None:
+        self._plan, self._report = plan, on_progress
+        self._storage = Folder(job.storage)
+        self._folder = shards_folder(self._storage, plan.key)
+        self._units = plan_units(plan.sources)
+        self._work = ShardWork(
+            folder=self._folder,
+            plan=plan,
+            task=job.task,
+            columns=task_columns(job),
+            rules=encode_rules(job),
+            tokenizer=read_spec(model_path, job.model.trust_remote_code),
+        )
+
+    def write(self) -> ShardManifest:
+        """Write, or finish, the split."""
+        if reason := explain_miss(self._storage, self._plan):
+            log.info(reason)
+        started = time.monotonic()
+        _clean(self._folder)
+        write_key(self._folder, self._plan)
+        if taken := adopt_shards(self._storage, self._folder, self._plan, self._units):
+            log.info(f"{taken:,} of {len(self._units):,} {self._plan.name} shards taken over: their files are the same")
+        if self._plan.dedup and not self._folder.exists(DEDUPED):
+            self._find_duplicates(self._plan.dedup)
+        manifest = self._write_units()
+        self._folder.sync()
+        write_manifest(self._folder, manifest)
+        log.info(
+            f"sharded {manifest.rows_in:,} {self._plan.name} rows into {len(self._units)} files "
+            f"({manifest.total('bytes') / 2**20:,.1f} MiB, {manifest.total('tokens'):,} tokens) "
+            f"in {time.monotonic() - started:.1f} s with {manifest.tokenizer}"
+        )
+        return manifest
+
+    def _write_units(self) -> ShardManifest:
+        """Write every unit with one library: with tokenizers from the start again where the quick one is caught out."""
+        reason = self._folder.read_json(FALLBACK)["reason"] if self._folder.exists(FALLBACK) else None
+        while True:
+            work = replace(self._work, quick=reason is None)
+            try:
+                records = self._records(work)
+            except TokenizerDiffers as error:
+                reason = str(error)
+                log.warning(f"{self._plan.name}: tokenizing again with tokenizers: {reason}")
+                for unit in self._units:
+                    self._folder.delete(record_name(unit.index))
+                self._folder.write_json(FALLBACK, {"reason": reason})
+                continue
+            library = encoder_of(work.tokenizer, work.quick).library
+            manifest = manifest_of(self._plan, self._work.task, records, library, reason)
+            run_apart(finish_index, self._folder, manifest)
+            return manifest
+
+    def _records(self, work: ShardWork) -> dict[int, ShardRecord]:
+        records = finished_shards(self._folder, self._units)
+        rows, tokens = sum(one.rows for one in records.values()), sum(one.tokens for one in records.values())
+        todo = [unit for unit in self._units if unit.index not in records]
+        for number, record in spread(write_group, work, todo, ShardRecord):
+            records[number] = record
+            rows, tokens = rows + record.rows, tokens + record.tokens
+            if self._report:
+                self._report(ShardProgress(self._plan.name, len(records), len(self._units), rows, tokens))
+        return records
+
+    def _find_duplicates(self, mode: DedupMode) -> None:
+        """Fingerprint the units, then settle hash range by hash range; the rows found are left out by the writers."""
+        done = [printed for _, printed in spread(print_group, self._work, self._units, Printed)]
+        parts = max(sum(one.prints for one in done) // PRINTS_A_PART, 1)
+        numbers = [unit.index for unit in self._units]
+        found = sum(run_apart(find_duplicates, self._folder, numbers, part, parts, mode) for part in range(parts))
+        self._folder.write_json(DEDUPED, {"mode": mode, "removed": found})
+        for name in self._folder.list():
+            if name.startswith(("prints-", "signatures-")):
+                self._folder.delete(name)
+
+
+def write_group(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[int, str]]:
+    """Write some units, in a process of their own."""
+    for unit, record in write_units(work, units):
+        yield unit.index, record.model_dump_json()
+
+
+def print_group(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[int, str]]:
+    """Fingerprint some units, in a process of their own."""
+    assert work.plan.dedup is not None
+    for unit in units:
+        rows = read_unit(unit, work.plan.sources[unit.file], work.columns)
+        mine = ((row, fields) for row, fields in rows if work.plan.holds(unit.file, row))
+        count = print_unit(work.folder, unit.index, mine, work.plan.dedup)
+        yield unit.index, Printed(prints=count).model_dump_json()
+
+
+def finish_index(folder: Folder, manifest: ShardManifest) -> None:
+    """What readers want to know of a whole split without opening its shards; in a process of its own."""
+    shards = ShardSet(folder, manifest, load_task(manifest.task))
+    lengths, targets = shards.scan()
+    write_counts(folder, lengths, targets)
+    if manifest.split == "eval":
+        write_texts(folder, manifest)
+
+
+def check_contamination(storage: Folder, shards: Shards) -> Contamination:
+    """Count the training rows that the evaluation set holds too, once for a pair of splits, and warn of them."""
+    folder, other = shards_folder(storage, shards.train.key), shards_folder(storage, shards.eval.key)
+    name = contamination_name(shards.eval.key)
+    if folder.exists(name):
+        return Contamination.model_validate(folder.read_json(name))
+    train = shards.train
+    groups = [train.shards[start : start + SCAN_SHARDS] for start in range(0, len(train.shards), SCAN_SHARDS)]
+    found = [run_apart(find_contamination, folder, train.sources, group, other) for group in groups]
+    examples = [example for one in found for example in one.examples][:EXAMPLES]
+    total = Contamination(rows=sum(one.rows for one in found), examples=tuple(examples))
+    folder.write_json(name, total.model_dump(mode="json"))
+    kept = total.rows - train.outcomes.get(CONTAMINATED, 0)
+    if kept > 0:
+        log.warning(
+            f"{kept:,} of {train.rows_in:,} training rows say what an evaluation row says (first: {examples[0]}); "
+            "data.decontaminate: drop leaves them out"
+        )
+    return total
+
+
+def _clean(folder: Folder) -> None:
+    """Remove what killed runs left under temporary names; object stores have none."""
+    if not folder.is_local or not folder.exists():
+        return
+    for path in folder.path.glob(f"{TEMPORARY}*"):
+        if time.time() - path.stat().st_mtime > STALE_S:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The training stage: the controller decides, node agents start and watch the ranks."""

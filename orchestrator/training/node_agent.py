@@ -1,0 +1,251 @@
+"""Keeps the ranks of one node: starts them, reads their pulse and events, and sees how each one ends.
+
+A Ray actor, one a node, that holds the node's resources through every restart. Ranks are processes of their own, which
+know nothing of Ray: forks of a zygote that has the imports done (see trainers/worker/rank_server.py), so that a restart costs the
+loading of the model and no more. Begin reading at `Keeper.launch`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.training.node_report import Ending, Look, Place, free_bytes, interface_of, oom_kills
+from trainers.records import StopReason
+from trainers.run.record import TrainRequest
+from trainers.worker.heartbeat import Pulse
+from trainers.worker.rank_server import Mode, events_file, hatch_of, pulse_file, stacks_file
+from trainers.worker.stack_dump import read_stacks
+
+STACKS_WAIT_S, KILL_WAIT_S = 1.0, 5.0
+LOG_TAIL_BYTES = 64 << 10
+"""The stacks of a crash and the list of loaded modules after them take some 20 kB."""
+
+
+@dataclass
+class _Rank:
+    """One living or ended rank."""
+
+    rank: int
+    files: Path
+    events: int
+    """File descriptor of the reading end."""
+    pulse: Pulse
+    log: str | None
+    oom_kills: int
+    zygote: "_Zygote"
+    process: int | None = None
+    rest: bytes = b""
+    failed: dict[str, Any] | None = None
+    ending: Ending | None = None
+
+
+@dataclass
+class _Zygote:
+    """A zygote process and what it said."""
+
+    process: "subprocess.Popen[bytes]"
+    ready: threading.Event = field(default_factory=threading.Event)
+
+
+class Keeper:
+    """The actor's state."""
+
+    def __init__(self, cpus_per_worker: int) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="tuneyard-keeper-"))
+        self._cpus = cpus_per_worker
+        self._gpus = tuple(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if _ray_gpus() else ()
+        self._mode: Mode = "become" if self._gpus else "fork"
+        self._ranks: dict[int, _Rank] = {}
+        self._launched = 0
+        self._zygotes: list[_Zygote] = []
+        self.warm_up(1)
+
+    def place(self) -> Place:
+        """Where this keeper is; answers once it is up."""
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        node = ray.get_runtime_context().get_node_id()
+        return Place(node, address, interface_of(address), self._gpus)
+
+    def wait_warm(self, timeout_s: float) -> bool:
+        """Whether the processes at hand have their imports done, waited for."""
+        return all(zygote.ready.wait(timeout_s) for zygote in list(self._zygotes))
+
+    def free_port(self) -> int:
+        """A TCP port that was free a moment ago."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return int(probe.getsockname()[1])
+
+    def warm_up(self, ranks: int) -> None:
+        """Have as many processes at hand as the next launch needs; one is enough where ranks are forks."""
+        wanted = 1 if self._mode == "fork" else ranks
+        while len(self._zygotes) < wanted:
+            self._zygotes.append(self._start_zygote())
+
+    def _start_zygote(self) -> _Zygote:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment["OMP_NUM_THREADS"] = str(self._cpus)
+        if self._mode == "fork":
+            environment["DS_ACCELERATOR"] = "cpu"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainers.worker.rank_server", self._mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        zygote = _Zygote(process)
+        threading.Thread(target=self._listen, args=(zygote,), daemon=True, name="zygote").start()
+        return zygote
+
+    def _listen(self, zygote: _Zygote) -> None:
+        """Take in what a zygote says until it ends."""
+        assert zygote.process.stdout is not None
+        for line in zygote.process.stdout:
+            message = json.loads(line)
+            if "ready" in message:
+                zygote.ready.set()
+            elif "pid" in message:
+                for rank in [one for one in self._ranks.values() if str(one.files) == message["files"]]:
+                    rank.process = message["pid"]
+            elif "exit" in message:
+                for rank in [one for one in self._ranks.values() if one.process == message["exit"]]:
+                    self._note_end(rank, message["code"], message["max_rss_bytes"])
+        code = zygote.process.wait()
+        for rank in [one for one in self._ranks.values() if one.zygote is zygote and one.ending is None]:
+            self._note_end(rank, code, 0)  # it was the rank, or its death took the ranks with it
+        with contextlib.suppress(ValueError):
+            self._zygotes.remove(zygote)
+
+    def launch(self, request: TrainRequest, environments: dict[int, dict[str, str]], log_folder: str | None) -> None:
+        """Start these ranks. What ran here before is killed and forgotten.
+
+        Args:
+            environments: the launcher contract of each rank.
+        """
+        self.kill()
+        self._launched += 1
+        self.warm_up(len(environments))
+        for index, (number, environment) in enumerate(sorted(environments.items())):
+            zygote = self._zygotes[0 if self._mode == "fork" else index]
+            log = f"{log_folder}/rank-{number:05d}.log" if log_folder else None
+            self._ranks[number] = rank = self._prepare(number, log, zygote)
+            hatch = hatch_of(request, environment, rank.files, log)
+            assert zygote.process.stdin is not None
+            zygote.process.stdin.write(hatch.model_dump_json().encode() + b"\n")
+            zygote.process.stdin.flush()
+        if self._mode == "become":
+            del self._zygotes[: len(environments)]
+            self.warm_up(len(environments))  # spares for the next launch
+
+    def _prepare(self, number: int, log: str | None, zygote: _Zygote) -> _Rank:
+        """The files of a new rank, each attempt's its own."""
+        files = self._folder / f"launch-{self._launched}-rank-{number}"
+        files.mkdir()
+        os.mkfifo(events_file(files))
+        events = os.open(events_file(files), os.O_RDONLY | os.O_NONBLOCK)
+        pulse = Pulse(pulse_file(files))
+        pulse.beat("start", 0)
+        return _Rank(number, files, events, pulse, log, oom_kills(), zygote)
+
+    def look(self) -> Look:
+        """What there is to see, without waiting."""
+        alive = {number: rank for number, rank in self._ranks.items() if rank.ending is None}
+        ended = [rank for rank in self._ranks.values() if rank.ending is not None]  # before their last events are read
+        events = [event for rank in self._ranks.values() for event in _read_events(rank)]
+        endings = [self._complete(rank) for rank in ended]
+        processes = {number: rank.process for number, rank in alive.items() if rank.process is not None}
+        return Look({number: rank.pulse.read() for number, rank in alive.items()}, processes, events, endings)
+
+    def _note_end(self, rank: _Rank, code: int, max_rss_bytes: int) -> None:
+        rank.ending = Ending(
+            rank=rank.rank,
+            code=code,
+            at=time.time(),
+            failed=None,
+            log_tail=_tail(rank.log),
+            max_rss_bytes=max_rss_bytes,
+            oom_kills=oom_kills() - rank.oom_kills,
+            shm_free_bytes=free_bytes("/dev/shm"),
+            node=socket.gethostname(),
+        )
+
+    @staticmethod
+    def _complete(rank: _Rank) -> Ending:
+        assert rank.ending is not None
+        return Ending(**{**vars(rank.ending), "failed": rank.failed})
+
+    def ask_to_stop(self, reason: StopReason) -> None:
+        """Have every rank stop at the end of its step."""
+        for rank in self._ranks.values():
+            rank.pulse.ask_to_stop(reason)
+
+    def stacks(self) -> dict[int, tuple[str, str]]:
+        """Of each living rank: its process state as /proc has it (T is stopped), and where each thread stands.
+
+        A stopped process is woken, for it is killed next anyway.
+        """
+        found = {}
+        for number, rank in self._ranks.items():
+            if rank.ending is None and rank.process is not None:
+                found[number] = read_stacks(rank.process, stacks_file(rank.files), STACKS_WAIT_S)
+        return found
+
+    def kill(self) -> None:
+        """Kill every rank, wait for their ends, and forget them."""
+        for rank in self._ranks.values():
+            if rank.ending is None:  # where it is not born yet, its zygote must not bear it later
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.process or rank.zygote.process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + KILL_WAIT_S
+        while any(rank.ending is None for rank in self._ranks.values()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for rank in self._ranks.values():
+            os.close(rank.events)
+            shutil.rmtree(rank.files, ignore_errors=True)
+        self._ranks.clear()
+
+    def close(self) -> None:
+        """End everything of this node."""
+        self.kill()
+        for zygote in self._zygotes:
+            zygote.process.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _read_events(rank: _Rank) -> list[dict[str, Any]]:
+    """Whole lines that have come; a rank's last words are kept."""
+    data = rank.rest
+    with contextlib.suppress(BlockingIOError):
+        while chunk := os.read(rank.events, 1 << 16):
+            data += chunk
+    *lines, rank.rest = data.split(b"\n")
+    events = [json.loads(line) for line in lines]
+    rank.failed = next((event for event in events if event["kind"] == "failed"), rank.failed)
+    return [event | {"rank": rank.rank} if event["kind"] == "refused" else event for event in events]
+
+
+def _tail(log: str | None) -> str:
+    if log is None or not Path(log).exists():
+        return ""
+    with Path(log).open("rb") as file:
+        file.seek(max(0, Path(log).stat().st_size - LOG_TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def _ray_gpus() -> list[Any]:
+    import ray
+
+    return list(ray.get_gpu_ids())

@@ -1,0 +1,82 @@
+"""What a keeper tells the controller: where it is, what its ranks do, how each one ended; facts of its machine."""
+
+import contextlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trainers.worker.heartbeat import Beat
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the others must know of a node."""
+
+    node: str
+    """Ray's id of it."""
+    address: str
+    interface: str | None
+    """Network interface that has the address; None where none has (a host behind address translation)."""
+    gpus: tuple[str, ...]
+    """Ids of the GPUs that Ray gave to the keeper."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a rank ended."""
+
+    rank: int
+    code: int
+    """Exit code; minus the signal where one killed it."""
+    at: float
+    """Wall time."""
+    failed: dict[str, Any] | None
+    """Its own last words, where it had any."""
+    log_tail: str
+    max_rss_bytes: int
+    oom_kills: int
+    """Processes of this machine that the kernel killed for memory while the rank ran."""
+    shm_free_bytes: int
+    node: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a keeper sees at one moment."""
+
+    beats: dict[int, Beat]
+    """By rank, of those alive."""
+    processes: dict[int, int]
+    """Process id by rank."""
+    events: list[dict[str, Any]]
+    """Since the last look, in order."""
+    endings: list[Ending]
+    """Of every rank that has ended."""
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address: what gloo and NCCL must be told on hosts with several."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            return str(name)
+    return None
+
+
+def oom_kills() -> int:
+    """Processes that this machine's kernel has killed for memory so far, for a control group's limit or its own."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def free_bytes(path: str) -> int:
+    """Free space of the file system that holds a path; -1 where it cannot be told."""
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return -1

@@ -1,0 +1,61 @@
+"""How many ranks run, and on which nodes. Pure: the controller measures, this decides."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainers.batching.batch_plan import plan_batches
+from trainers.errors import JobError
+from trainers.job.schema import Job
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What a node could hold."""
+
+    node: str
+    slots: int
+    """Ranks that fit on it."""
+
+
+def slots_of(resources: Mapping[str, float], cpus: int, gpus: int) -> int:
+    """Ranks that fit into a node's resources."""
+    fit = int(resources.get("CPU", 0.0) // cpus)
+    return min(fit, int(resources.get("GPU", 0.0) // gpus)) if gpus else fit
+
+
+def fitting_sizes(job: Job) -> list[int]:
+    """World sizes within scale.workers that keep the global batch, smallest first."""
+    return [size for size in range(job.scale.min_workers, job.scale.max_workers + 1) if keeps_batch(job, size)]
+
+
+def keeps_batch(job: Job, size: int) -> bool:
+    """Whether the global batch can be cut for that many ranks."""
+    try:
+        plan_batches(job.train.global_batch_size, job.train.micro_batch_size, size, job.data.max_length)
+    except JobError:
+        return False
+    return True
+
+
+def spread(size: int, nodes: list[Slots]) -> dict[str, list[int]]:
+    """Ranks by node: as few nodes as will do, the roomiest first, ranks of a node next to each other.
+
+    Raises:
+        ValueError: where the nodes hold fewer.
+    """
+    if sum(node.slots for node in nodes) < size:
+        raise ValueError(f"{size} ranks do not fit on {nodes}")
+    placed: dict[str, list[int]] = {}
+    next_rank = 0
+    for node in sorted(nodes, key=lambda node: -node.slots):
+        count = min(node.slots, size - next_rank)
+        if count:
+            placed[node.node] = list(range(next_rank, next_rank + count))
+        next_rank += count
+    return placed
+
+
+def largest_size(sizes: list[int], nodes: list[Slots]) -> int | None:
+    """The largest world size that the nodes hold, or None."""
+    room = sum(node.slots for node in nodes)
+    return max((size for size in sizes if size <= room), default=None)

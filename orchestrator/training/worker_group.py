@@ -1,0 +1,297 @@
+"""The ranks of a job as one group: keepers on the nodes that hold them, launched, watched and ended together.
+
+Ray places and runs the keepers; which nodes and how many ranks is decided by `orchestrator.training.placement`. A node that does
+not answer for `UNREACHABLE_S` is given up, whatever the cluster still believes of it.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.training.node_agent import Keeper
+from orchestrator.training.node_report import Ending, Look, Place
+from orchestrator.training.placement import Slots, fitting_sizes, largest_size, slots_of, spread
+from trainers.errors import PlacementError
+from trainers.job.schema import Job
+from trainers.records import StopReason
+from trainers.run.record import TrainRequest
+from trainers.worker.heartbeat import Beat
+
+UNREACHABLE_S = 10.0
+"""A keeper that has not answered for this long is lost; one answer takes about 2 ms."""
+START_S = 60.0
+"""A keeper must be up within this; its node is left alone for as long where it is not."""
+WARM_S = 120.0
+PATIENCE_S = 5.0
+"""How long resources that are busy may take to come free before fewer workers are taken: what the shards' tasks held is
+reported free with a delay."""
+
+
+@dataclass
+class _Held:
+    """One node of the group."""
+
+    actor: Any
+    place: Place
+    slots: int
+    answer: Any = None
+    """The look that is under way."""
+    asked: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """A keeper that is on its way up, on a node that the group may grow onto."""
+
+    actor: Any
+    slots: int
+    warm: Any
+    """Answers once its imports are done."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What all keepers saw, and the nodes that are gone."""
+
+    beats: dict[int, Beat]
+    processes: dict[int, tuple[str, int]]
+    """(node, process id) by rank."""
+    events: list[dict[str, Any]]
+    endings: list[Ending]
+    lost: list[str]
+    """Nodes given up in this look."""
+
+
+class WorkerGroup:
+    """The keepers of one job, kept through all its launches."""
+
+    def __init__(self, job: Job, gpus: int) -> None:
+        self._job, self._cpus, self._gpus = job, job.scale.cpus_per_worker, gpus
+        self._held: dict[str, _Held] = {}
+        self._arriving: dict[str, _Arriving] = {}
+        self._shunned: dict[str, float] = {}
+        self.layout: dict[str, list[int]] = {}
+        """Ranks by node, of the last launch."""
+
+    @property
+    def size(self) -> int:
+        """World size of the last launch."""
+        return sum(len(ranks) for ranks in self.layout.values())
+
+    def gather(self, wait_s: float) -> None:
+        """Have keepers for the largest world size that the cluster holds now.
+
+        Raises:
+            PlacementError: where it does not hold the smallest within `wait_s`.
+        """
+        began = time.monotonic()
+        while True:
+            candidates = self._candidates()
+            size, waited = largest_size(fitting_sizes(self._job), candidates), time.monotonic() - began
+            if size is not None and (waited > PATIENCE_S or size == self._possible_size()):
+                wanted = spread(size, candidates)
+                if all(self._hold(node, len(ranks)) for node, ranks in wanted.items()):
+                    for node in self._held.keys() - wanted.keys():
+                        self._drop(node)
+                    self.layout = wanted
+                    return
+            elif size is None and waited > wait_s:
+                raise PlacementError(self._nothing_fits(wait_s))
+            time.sleep(0.2)
+
+    def _possible_size(self) -> int | None:
+        """The world size once everything that is busy now were free."""
+        now = time.monotonic()
+        nodes = [
+            Slots(node["NodeID"], slots_of(node["Resources"], self._cpus, self._gpus))
+            for node in ray.nodes()
+            if node["Alive"] and self._shunned.get(node["NodeID"], 0.0) < now
+        ]
+        return largest_size(fitting_sizes(self._job), nodes)
+
+    def _nothing_fits(self, wait_s: float) -> str:
+        room = {node.node[:8]: node.slots for node in self._candidates()}
+        return (
+            f"no node has had room for {self._job.scale.min_workers} workers for {wait_s:.0f} s (workers that fit, by "
+            f"node: {room}); add nodes, or lower scale.workers or what each worker takes"
+        )
+
+    def _candidates(self) -> list[Slots]:
+        """Nodes that could hold ranks now: those held, and others with free resources."""
+        free = ray._private.state.available_resources_per_node()
+        now = time.monotonic()
+        found = [Slots(node, held.slots) for node, held in self._held.items() if self._shunned.get(node, 0.0) < now]
+        found += [Slots(node, one.slots) for node, one in self._arriving.items()]
+        for node in alive_nodes() - self._held.keys() - self._arriving.keys():
+            if self._shunned.get(node, 0.0) < now:
+                slots = slots_of(free.get(node, {}), self._cpus, self._gpus)
+                found.append(Slots(node, min(slots, self._job.scale.max_workers)))
+        return sorted(found, key=lambda one: (-one.slots, one.node))
+
+    def _hold(self, node: str, slots: int) -> bool:
+        """Have a keeper there; False where it does not come up, and the node is left alone for a while."""
+        if node in self._held:
+            return True
+        actor = self._start_keeper(node, slots)
+        try:
+            self._held[node] = _Held(actor, ray.get(actor.place.remote(), timeout=START_S), slots)
+        except (ray.exceptions.RayError, TimeoutError):
+            self._shun(node, actor)
+            return False
+        return True
+
+    def _start_keeper(self, node: str, slots: int) -> Any:
+        return ray.remote(Keeper).options(
+            num_cpus=slots * self._cpus,
+            num_gpus=slots * self._gpus,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        ).remote(self._cpus)  # fmt: skip
+
+    def _shun(self, node: str, actor: Any) -> None:
+        self._shunned[node] = time.monotonic() + START_S
+        ray.kill(actor)
+
+    def launch(self, request: TrainRequest) -> None:
+        """Start the ranks of the layout. Raises ray.exceptions.RayError where a node does not answer."""
+        first = self._held[next(iter(self.layout))]
+        port = ray.get(first.actor.free_port.remote(), timeout=START_S)
+        logs = str((request.run / "logs").path) if request.run.is_local else None
+        started = [
+            held.actor.launch.remote(request, self._environments(node, first.place.address, port), logs)
+            for node, held in self._held.items()
+        ]
+        ray.get(started, timeout=WARM_S)
+
+    def _environments(self, node: str, address: str, port: int) -> dict[int, dict[str, str]]:
+        """The launcher contract of each rank of a node, and the interface its collectives go through."""
+        place = self._held[node].place
+        shared = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(self.size)}
+        if place.interface:
+            shared |= {"GLOO_SOCKET_IFNAME": place.interface, "NCCL_SOCKET_IFNAME": place.interface}
+        if place.gpus:  # every rank sees all of the node's, so that NCCL can go from one to the other directly
+            shared["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
+        ranks = self.layout[node]
+        return {rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(ranks.index(rank))} for rank in ranks}
+
+    def look(self, wait_s: float) -> Seen:
+        """Look at every node once, waiting no longer than `wait_s` for slow ones."""
+        now = time.monotonic()
+        for held in self._held.values():
+            if held.answer is None:
+                held.answer, held.asked = held.actor.look.remote(), now
+        answers = [held.answer for held in self._held.values()]
+        ready, _ = ray.wait(answers, num_returns=len(answers), timeout=wait_s) if answers else ([], [])
+        looks: dict[str, Look] = {}
+        lost = []
+        for node, held in self._held.items():
+            if held.answer in ready:
+                answer, held.answer = held.answer, None
+                try:
+                    looks[node] = ray.get(answer)
+                except ray.exceptions.RayError:
+                    lost.append(node)
+            elif time.monotonic() - held.asked > UNREACHABLE_S:
+                lost.append(node)
+        for node in lost:
+            self._lose(node)
+        return _merge(looks, lost)
+
+    def _lose(self, node: str) -> None:
+        """Give a node up: it does not count until it has had time to be declared dead, or to come back."""
+        held = self._held.pop(node)
+        self._shun(node, held.actor)
+
+    def _drop(self, node: str) -> None:
+        held = self._held.pop(node)
+        _end(held.actor)
+
+    def shun(self, nodes: Iterable[str]) -> None:
+        """Leave nodes that are about to be taken away out of the next launch."""
+        for node in nodes:
+            self._shunned[node] = time.monotonic() + START_S
+
+    def can_grow(self) -> bool:
+        """Whether more ranks could run than do, on keepers that are up and warm. Never waits: asked now and then."""
+        self._welcome()
+        candidates = self._candidates()
+        size = largest_size(fitting_sizes(self._job), candidates)
+        if size is None or size <= self.size:
+            return False
+        wanted = spread(size, candidates)
+        for node in wanted.keys() - self._held.keys() - self._arriving.keys():
+            actor = self._start_keeper(node, len(wanted[node]))
+            self._arriving[node] = _Arriving(actor, len(wanted[node]), actor.wait_warm.remote(WARM_S))
+        return wanted.keys() <= self._held.keys()
+
+    def _welcome(self) -> None:
+        """Take in keepers that have come up."""
+        for node, one in list(self._arriving.items()):
+            if not ray.wait([one.warm], timeout=0)[0]:
+                continue
+            del self._arriving[node]
+            try:
+                ray.get(one.warm)
+                place = ray.get(one.actor.place.remote(), timeout=START_S)
+            except (ray.exceptions.RayError, TimeoutError):
+                self._shun(node, one.actor)
+            else:
+                self._held[node] = _Held(one.actor, place, one.slots)
+
+    def ask_to_stop(self, reason: StopReason) -> None:
+        """Have every rank stop at the end of its step."""
+        for held in self._held.values():
+            held.actor.ask_to_stop.remote(reason)
+
+    def stacks(self) -> dict[int, tuple[str, str]]:
+        """Process state and stacks by rank, of the nodes that answer."""
+        found: dict[int, tuple[str, str]] = {}
+        answers = [held.actor.stacks.remote() for held in self._held.values()]
+        for answer in ray.wait(answers, num_returns=len(answers), timeout=UNREACHABLE_S)[0] if answers else []:
+            with contextlib.suppress(ray.exceptions.RayError):
+                found |= ray.get(answer)
+        return found
+
+    def kill(self) -> None:
+        """End every rank at once; the keepers stay."""
+        answers = [held.actor.kill.remote() for held in self._held.values()]
+        if answers:
+            ray.wait(answers, num_returns=len(answers), timeout=UNREACHABLE_S)
+
+    def close(self) -> None:
+        """End the keepers too."""
+        for held in self._held.values():
+            _end(held.actor)
+        for one in self._arriving.values():
+            ray.kill(one.actor)
+        self._held.clear()
+        self._arriving.clear()
+
+
+def _end(actor: Any) -> None:
+    ray.wait([actor.close.remote()], timeout=UNREACHABLE_S)
+    ray.kill(actor)
+
+
+def alive_nodes() -> set[str]:
+    """Ids of the nodes that the cluster believes alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are about to be taken away, by a preemption notice or `ray drain-node`."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def _merge(looks: dict[str, Look], lost: list[str]) -> Seen:
+    return Seen(
+        beats={rank: beat for look in looks.values() for rank, beat in look.beats.items()},
+        processes={rank: (node, pid) for node, look in looks.items() for rank, pid in look.processes.items()},
+        events=[event for look in looks.values() for event in look.events],
+        endings=[ending for look in looks.values() for ending in look.endings],
+        lost=lost,
+    )

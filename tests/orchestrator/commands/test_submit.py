@@ -1,0 +1,164 @@
+"""Submitting through Ray Jobs to a real head node: logs come as they are written, exit codes pass through."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.commands.submit import connect, follow, runtime_env, send, submit, use_token
+from trainers.errors import JobError, PlacementError
+from trainers.job.load import parse_job
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def client(head, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    return connect(head)
+
+
+def job_of(**change):
+    raw = {
+        "name": "topics",
+        "task": "classify",
+        "model": {"path": "some/model"},
+        "data": {"train": ["/data/train.jsonl"], "eval": ["/data/eval.jsonl"]},
+        "train": {"global_batch_size": 32, "steps": 50, "learning_rate": 1.0e-4},
+        "storage": "/shared/runs",
+    }
+    return parse_job(raw | change)
+
+
+def test_the_job_runs_this_code_on_the_resolved_job_and_its_exit_code_is_returned(client, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    program = (
+        'import os, sys, orchestrator, trainers; from trainers.job.load import load_job; job = load_job("job.yaml"); '
+        "print(job.storage, job.train.steps); print(trainers.__file__, orchestrator.__file__); "
+        'print(sys.executable); print(os.environ.get("HF_HUB_OFFLINE"), os.environ.get("HF_TOKEN")); sys.exit(75)'
+    )
+    assert follow(client, send(client, job_of(), f"-c '{program}'")) == 75
+    lines = capsys.readouterr().out.splitlines()
+    assert "/shared/runs 50" in lines
+    assert sum("py_modules_files" in part for line in lines for part in line.split()) == 2
+    assert sys.executable in lines
+    assert "1 None" in lines
+
+
+@pytest.mark.parametrize("code", [2])
+def test_exit_codes_pass_through_with_the_last_word_of_the_log(client, capsys, code):
+    program = f'import sys; print("the last word"); sys.exit({code})'
+    assert follow(client, send(client, job_of(), f"-c '{program}'")) == code
+    assert "the last word" in capsys.readouterr().out.splitlines()
+
+
+def test_a_driver_that_was_killed_counts_as_failed_training(client, capsys):
+    assert follow(client, send(client, job_of(), "-c 'import os; os.kill(os.getpid(), 9)'")) == 5
+    assert "FAILED" in capsys.readouterr().err
+
+
+def heed_interrupts():
+    """Undo what a shell does to `pytest &`, whose children would otherwise ignore SIGINT, and Python with them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_logs_come_while_the_job_runs_and_interrupting_leaves_it_running(client, head, tmp_path):
+    submission = send(client, job_of(), "-c 'import time; print(\"begun\", flush=True); time.sleep(300)'")
+    program = f"""
+        import sys
+        from orchestrator.commands.submit import connect, follow
+        sys.exit(follow(connect("{head}"), "{submission}", "{head}"))
+    """
+    follower = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        preexec_fn=heed_interrupts,
+    )
+    try:
+        seen = ""
+        while "begun" not in seen.splitlines():
+            line = follower.stdout.readline()
+            assert line, follower.stderr.read()
+            seen += line
+        follower.send_signal(signal.SIGINT)
+        _, said = follower.communicate(timeout=30)
+        assert follower.returncode == 130
+        assert f"ray job stop --address {head} {submission}" in said
+        assert str(client.get_job_status(submission)) == "RUNNING"
+    finally:
+        follower.kill()
+        client.stop_job(submission)
+    assert follow(client, submission) == 75
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_stopped(client, capsys):
+    """The real server behind a connection that breaks after each few pieces."""
+
+    breaks = []
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(client, name)
+
+        async def tail_job_logs(self, submission_id):
+            async for count, text in count_up(client.tail_job_logs(submission_id)):
+                yield text
+                if count == 2:
+                    breaks.append(text)
+                    raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+    async def count_up(pieces):
+        count = 0
+        async for piece in pieces:
+            yield count, piece
+            count += 1
+
+    program = 'import time; [(print("word", i, flush=True), time.sleep(0.7)) for i in range(6)]'
+    assert follow(Broken(), send(client, job_of(), f"-c '{program}'")) == 0
+    said = capsys.readouterr().out
+    assert breaks
+    assert [said.count(f"word {number}\n") for number in range(6)] == [1] * 6
+
+
+def test_a_wrong_job_is_refused_before_anything_is_sent(tmp_path, client, head):
+    before = len(client.list_jobs())
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_of().model_dump(mode="json") | {"trian": {}}))
+    with pytest.raises(JobError, match="did you mean 'train'"):
+        submit(tmp_path / "job.yaml", [], head)
+    assert len(client.list_jobs()) == before
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://no-such-host.invalid:8265", "ftp://x"])
+def test_an_address_that_does_not_answer_is_one_message(tmp_path, monkeypatch, address):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_of().model_dump(mode="json")))
+    with pytest.raises(PlacementError, match="http://HEAD:8265") as caught:
+        submit(tmp_path / "job.yaml", [], address)
+    assert caught.value.exit_code == 3
+
+
+def test_only_the_named_variables_travel(tmp_path):
+    environment = {"HF_HUB_OFFLINE": "1", "HF_TOKEN": "x", "AWS_SECRET_ACCESS_KEY": "x", "DS_ACCELERATOR": "cpu"}
+    assert runtime_env(tmp_path, environment)["env_vars"] == {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def test_a_token_at_hand_is_used_unless_the_user_says_otherwise(tmp_path):
+    environment = {}
+    use_token(environment, tmp_path)
+    assert environment == {}
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("x")
+    use_token(environment, tmp_path)
+    assert environment == {"RAY_AUTH_MODE": "token"}
+    said = {"RAY_AUTH_MODE": "disabled"}
+    use_token(said, tmp_path)
+    assert said == {"RAY_AUTH_MODE": "disabled"}

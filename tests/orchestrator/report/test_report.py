@@ -1,0 +1,250 @@
+"""The report: one page that stands alone, tells the truth about the run and lets no text become markup."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from orchestrator.report.page import duration, render_report, write_report
+from trainers.job.load import parse_job
+from trainers.run.folder import Evaluation, RegisteredVersion, RunResult
+from trainers.run.row_scores import write_judged
+from trainers.shards.manifest import ShardManifest, ShardRecord, Shards
+from trainers.storage import Folder
+
+EVIL = "<script>alert('x')</script>"
+
+
+def job_of(**change):
+    raw = {
+        "name": "topics",
+        "task": "classify",
+        "model": {"path": "some/model"},
+        "data": {"train": ["s3://key:verysecret@bucket/train.jsonl"], "eval": ["/data/eval.jsonl"]},
+        "train": {"global_batch_size": 32, "steps": 50, "learning_rate": 1.0e-4},
+        "storage": "/shared/runs",
+    }
+    return parse_job(raw | change)
+
+
+def events_of(steps=100):
+    """A run that was killed at 60 % and taken up again at 50 %."""
+    order = [*range(1, int(steps * 0.6)), *range(steps // 2 + 1, steps + 1)]
+    random, events = np.random.default_rng(0), [{"kind": "start", "time": 0.0, "step": 0, "world_size": 2}]
+    for time, step in enumerate(order):
+        if time and step <= order[time - 1]:
+            events.append({"kind": "start", "time": float(time), "step": step - 1, "world_size": 2})
+        events.append(
+            {
+                "kind": "step",
+                "time": float(time),
+                "step": step,
+                "loss": float(2.2 * np.exp(-step / 40) + 0.15 * random.random()),
+                "learning_rate": 1e-4 * min(1, step / 10) * (1 - step / steps),
+                "grad_norm": float(1 + random.random()),
+                "tokens_per_s": float(4000 + 500 * random.random()),
+            }
+        )
+    return events
+
+
+def shards_of(labels=("ai", "coding", EVIL)):
+    def manifest(split, rows):
+        shard = ShardRecord(
+            file="f",
+            source=0,
+            ledger="l",
+            rows=rows,
+            tokens=rows * 30,
+            targets=rows,
+            bytes=1,
+            digest="d",
+            outcomes={"kept": rows - 3, "truncated": 3, "dropped:empty_text": 2},
+            tokens_lost=41,
+            labels=dict.fromkeys(labels, rows // 3),
+        )
+        return ShardManifest(
+            key=f"key-{split}", key_parts={}, split=split, task="classify", sources=(), shards=(shard,)
+        )
+
+    return Shards(train=manifest("train", 6000), eval=manifest("eval", 300))
+
+
+def finished_run(folder, classes=3, steps=100):
+    run = Folder(str(folder)) / "runs" / "topics-0badcafe"
+    random = np.random.default_rng(1)
+    labels = random.integers(0, classes, 300)
+    guesses = np.where(random.random(300) < 0.8, labels, random.integers(0, classes, 300))
+    evaluations = []
+    for step in range(20, steps + 1, 20):
+        value = 0.5 + step / 300 - (0.1 if step == steps else 0)
+        metrics = {"accuracy": value, "f1_macro": value - 0.05, "loss": 1 - value / 2}
+        evaluations.append(Evaluation(step=step, status="done", metrics=metrics, eval_key="e", rows=300, seconds=2.5))
+    evaluations.append(Evaluation(step=steps + 1, status="failed", error=f"out of memory {EVIL}", eval_key="e"))
+    best = evaluations[3]
+    write_judged(run, best.step, np.arange(300), {"label": labels, "prediction": guesses})
+    result = RunResult(
+        status="done",
+        best={"step": best.step, "metric": "accuracy", "value": best.metrics["accuracy"], "metrics": best.metrics},
+        registry=RegisteredVersion(
+            model="topics", version=4, alias="champion", step=best.step, source="/x", decision="promoted: it is better"
+        ),
+        evaluations=tuple(evaluations),
+        steps=steps,
+        tokens=1_234_567,
+        restarts=1,
+        goodput=0.93,
+        seconds={"shards": 3.2, "training": 81.0, "evaluation": 20.5, "registration": 4.0},
+    )
+    return run, result, labels, guesses
+
+
+LINEAGE = {"job": "not shown twice", "seed": "0", "version.torch": "2.13.0", "data.train.ledger": EVIL}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    run, result, *_ = finished_run(tmp_path_factory.mktemp("report"))
+    return render_report(run, result, job_of(), events_of(), shards_of(), LINEAGE)
+
+
+class Reader(HTMLParser):
+    """Tags with their attributes, and the text of each table row."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.rows, self.open = [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "tr" in self.open and self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+def test_the_page_stands_alone(page):
+    reader = Reader(page)
+    assert not [tag for tag, _ in reader.tags if tag in ("script", "link", "img", "iframe", "object", "base")]
+    targets = [
+        value for _, attrs in reader.tags for name, value in attrs.items() if name in ("href", "src", "xlink:href")
+    ]
+    assert all(target.startswith("#") for target in targets)
+    assert not re.findall(r"url\((?!#)|@import", page)
+    assert len(page) < 1_000_000
+
+
+def test_no_text_from_outside_becomes_markup_and_no_secret_is_shown(page):
+    assert EVIL not in page
+    assert page.count("&lt;script&gt;") >= 3  # the error, the class, the lineage
+    assert "verysecret" not in page
+
+
+def test_the_headline_tells_best_version_and_state(page):
+    for text in ("0.7667", "best, at step 80", "topics v4", "champion", "1,234,567 tokens", "1 min 49 s", "93%"):
+        assert text in page
+
+
+def test_there_is_a_curve_for_each_series_with_the_best_marked(page):
+    plots = re.findall(r'<svg role="img" aria-label="([^"]*)"', page)
+    assert plots == [
+        "Loss by step",
+        "Evaluation metrics by step",
+        "Learning rate by step",
+        "Gradient norm by step",
+        "Tokens per second by step",
+    ]
+    assert page.count("best, step 80") == 2
+    assert "#010203" not in page and "#0a0b01" not in page  # every stand-in colour became the page's
+    ids = re.findall(r'<clipPath id="([^"]*)"', page)
+    assert len(ids) == len(set(ids)) == 5
+
+
+def test_evaluations_are_listed_with_the_best_marked_and_failures_explained(page):
+    rows = {row[0].split()[0]: row for row in Reader(page).rows if row and row[0]}
+    assert rows["80"][0].endswith("best")
+    assert rows["80"][1:4] == ["0.7667", "0.7167", "0.6167"]
+    assert "best" not in rows["100"][0]
+    assert "out of memory" in rows["101"][1]
+
+
+def test_class_figures_equal_scikit_learn(tmp_path):
+    from sklearn.metrics import classification_report, confusion_matrix
+
+    run, result, labels, guesses = finished_run(tmp_path)
+    rows = Reader(render_report(run, result, job_of(), [], shards_of())).rows
+    known = classification_report(labels, guesses, output_dict=True)["2"]  # after <script> and ai
+    coding = [row for row in rows if row and row[0] == "coding"]
+    assert coding[0][1:4] == [f"{known[name]:.3f}" for name in ("precision", "recall", "f1-score")]
+    counts = confusion_matrix(labels, guesses)[2].tolist()
+    assert [int(cell or 0) for cell in coding[1][1:]] == counts
+
+
+def test_many_classes_are_shown_as_the_worst_confusions(tmp_path):
+    run, result, *_ = finished_run(tmp_path, classes=40)
+    page = render_report(run, result, job_of(), [])
+    assert "most frequent confusions" in page and 'class="matrix"' not in page
+
+
+def test_every_input_row_is_in_the_ledger(page):
+    rows = [row for row in Reader(page).rows if row]
+    (head,) = [row for row in rows if row[0] == "split"]
+    (train,) = [row for row in rows if row[0] == "train"]
+    told = dict(zip(head, train, strict=True))
+    assert told["kept"] == "5,997" and told["dropped:empty_text"] == "2" and told["rows in"] == "6,002"
+    assert told["tokens"] == "180,000" and told["tokens lost"] == "41"
+
+
+def test_a_step_that_was_run_again_is_drawn_once_as_it_ran_last(tmp_path):
+    from trainers.run.events import steps_of
+
+    steps = steps_of(events_of())
+    assert [event["step"] for event in steps] == list(range(1, 101))
+    assert steps[54]["time"] > steps[59]["time"] - 10
+
+
+def test_a_run_that_failed_at_once_has_a_report_with_its_error(tmp_path):
+    run, result = Folder(str(tmp_path)) / "r", RunResult(status="failed", error=f"no space left {EVIL}")
+    write_report(run, result, job_of(), [])
+    page = run.read_bytes("report.html").decode()
+    assert "no space left &lt;script&gt;" in page
+    assert "<svg" not in page
+
+
+def test_how_a_score_was_computed_stands_beside_it(tmp_path):
+    signature = {"bleu": "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"}
+    evaluation = Evaluation(step=4, status="done", metrics={"bleu": 20.5}, notes=signature, eval_key="e")
+    result = RunResult(status="done", evaluations=(evaluation,))
+    assert f"bleu: {signature['bleu']}" in render_report(Folder(str(tmp_path)), result, job_of(task="seq2seq"), [])
+
+
+def test_odd_numbers_are_drawn_around(tmp_path):
+    nan = float("nan")
+    events = [{"kind": "step", "time": 0.0, "step": step, "loss": nan if step % 2 else 1.0} for step in range(1, 9)]
+    evaluation = Evaluation(step=4, status="done", metrics={"loss": nan, "perplexity": float("inf")}, eval_key="e")
+    result = RunResult(status="preempted", evaluations=(evaluation,))
+    page = render_report(Folder(str(tmp_path)), result, job_of(task="pretrain"), events)
+    assert page.count("<svg") == 1
+    assert "inf" in page
+
+
+def test_a_long_run_gives_a_page_of_bearable_size(tmp_path):
+    run, result, *_ = finished_run(tmp_path, steps=20_000)
+    assert len(render_report(run, result, job_of(), events_of(20_000))) < 3_000_000
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")])
+def test_durations_are_said_as_people_say_them(seconds, text):
+    assert duration(seconds) == text

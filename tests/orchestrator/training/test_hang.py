@@ -1,0 +1,58 @@
+"""When ranks count as hung, and who is blamed for it."""
+
+from orchestrator.training.hang import LEAST_S, LOAD_S, blame, is_hung, stand
+from trainers.worker.heartbeat import Beat
+
+IN_STEP = 'Thread 0x1 (most recent call first):\n  File "/x/trainers/batches.py", line 5 in _collate\n'
+IN_COLLECTIVE = (
+    "Thread 0x2 (most recent call first):\n"
+    '  File "/x/site-packages/torch/distributed/distributed_c10d.py", line 3252 in all_reduce\n'
+    '  File "/x/trainers/loop.py", line {line} in _settle\n'
+)
+
+
+def waiting(rank, step=4, phase="settle", line=9):
+    return stand(rank, Beat(step, phase, 99.0), "S", IN_COLLECTIVE.format(line=line))
+
+
+def test_ranks_hang_when_none_of_them_moves():
+    still, moving = Beat(5, "step", 100.0), Beat(5, "step", 1.0)
+    assert is_hung({0: still, 1: still}, 30.0, [])
+    assert not is_hung({0: still, 1: moving}, 30.0, [])
+    assert not is_hung({}, 30.0, [])
+
+
+def test_the_automatic_threshold_follows_the_steps_and_leaves_loading_its_time():
+    def hung(age, phase, times):
+        return is_hung({0: Beat(5, phase, age)}, "auto", times)
+
+    assert not hung(LEAST_S - 1, "step", [0.1] * 9)
+    assert hung(LEAST_S + 1, "step", [0.1] * 9)
+    assert not hung(10 * 30.0, "step", [30.0] * 9)  # a step ten times slower than usual
+    assert hung(21 * 30.0, "step", [30.0] * 9)
+    for phase in ("start", "load", "save"):
+        assert not hung(LOAD_S - 1, phase, [0.1] * 9)
+        assert hung(LOAD_S + 1, phase, [0.1] * 9)
+
+
+def test_a_stopped_process_is_to_blame_wherever_it_stands():
+    stopped = stand(1, Beat(4, "step", 99.0), "T", IN_COLLECTIVE.format(line=1))
+    report = blame([waiting(0), stopped])
+    assert report.culprit.rank == 1
+    assert "its process is stopped" in str(report)
+
+
+def test_the_rank_that_is_not_in_a_collective_is_to_blame():
+    report = blame([waiting(0), waiting(2), stand(1, Beat(4, "data", 99.0), "S", IN_STEP)])
+    assert report.culprit.rank == 1
+    assert "rank 1: step 5, phase data, at /x/trainers/batches.py:5 in _collate" in str(report)
+    assert "Others: rank 0: step 5, phase settle" in str(report)
+
+
+def test_where_all_wait_the_odd_one_left_a_collective_out():
+    assert blame([waiting(0), waiting(1), waiting(2, line=30)]).culprit.rank == 2
+    assert blame([waiting(0, phase="step"), waiting(1, phase="settle")]).culprit.rank == 1  # it ran ahead
+
+
+def test_a_rank_that_cannot_answer_is_to_blame():
+    assert blame([waiting(0), stand(1, Beat(4, "step", 99.0), "D", "")]).culprit.rank == 1

@@ -1,0 +1,193 @@
+"""Whatever happens to a rank, the controller brings the run to its end, with the losses of an undisturbed one."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recovery import events_of, losses, rank_processes, run_training, with_
+from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
+from trainers.checkpoint.reading import committed_steps
+from trainers.errors import Preempted, TrainingError, TuneyardError
+from trainers.job.schema import Job
+from trainers.storage import Folder
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Job:
+    folder = tmp_path_factory.mktemp("recovery")
+    job: Job = tiny_job(
+        folder,
+        make_bert(folder / "model", tiny_tokenizer),
+        "classify",
+        film_rows(120),
+        train={"steps": STEPS, "learning_rate": 1e-3},
+        scale={"workers": 2},
+        checkpoint={"every_steps": 4},
+        evaluate={"while_training": False},
+    )
+    shard_locally(job)
+    return job
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: Job) -> dict[int, float]:
+    found = losses(run_training(job, "undisturbed"))
+    assert set(found) == set(range(1, STEPS + 1))
+    return found
+
+
+def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing_had_been(
+    job: Job, undisturbed: dict[int, float]
+) -> None:
+    faults = [
+        {"kind": "kill", "rank": 1, "step": 5},
+        {"kind": "raise", "rank": 0, "step": 6},
+        {"kind": "memory", "rank": 1, "step": 9},
+    ]
+    run = run_training(job, "failing", *faults)
+    assert losses(run) == undisturbed
+    causes = [event["cause"] for event in events_of(run, "restart")]
+    assert "rank 1" in causes[0]
+    assert "was killed by SIGKILL" in causes[0]
+    assert "rank 0" in causes[1]
+    assert "not on speaking terms" in causes[1]
+    assert "sitecustomize.py" in causes[1]
+    assert "cannot allocate 1 TiB" in causes[2]
+    assert "train.micro_batch_size" in causes[2]
+    starts = [event["step"] for event in events_of(run, "start")]
+    assert starts == sorted(starts)
+    assert set(starts) <= {0, 4, 8}  # a checkpoint that was still being written when its rank died is lost
+    assert "not on speaking terms" in (run / "logs" / "rank-00000.log").read_text()
+
+
+def test_a_rank_that_the_kernel_kills_for_memory_is_told_from_any_other_kill(
+    job: Job, undisturbed: dict[int, float], cgroup: Any
+) -> None:
+    fault = {"kind": "oom", "rank": 1, "step": 5, "cgroup": str(cgroup(200 << 20))}
+    run = run_training(job, "out-of-memory", fault)
+    (restart,) = events_of(run, "restart")
+    assert "rank 1" in restart["cause"]
+    assert "was killed by the kernel for memory" in restart["cause"]
+    assert losses(run) == undisturbed
+
+
+def test_a_rank_that_always_fails_ends_the_run_with_its_own_words(job: Job) -> None:
+    with pytest.raises(TrainingError, match=r"2 times in a row.*rank 1.*not on speaking terms") as caught:
+        run_training(
+            with_(job, scale={"max_failures": 1}), "hopeless", {"kind": "raise", "rank": 1, "step": 1, "always": True}
+        )
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "said"),
+    [
+        ("stop", 1, "its process is stopped"),
+        ("sleep_loader", 0, "phase data"),
+        ("endless_forward", 1, "the others wait for it in a collective"),
+        ("skip", 0, "it waits in another collective than the others"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_with_its_line_and_the_run_goes_on(
+    job: Job, undisturbed: dict[int, float], kind: str, rank: int, said: str
+) -> None:
+    run = run_training(with_(job, scale={"hang_after_s": 3.0}), kind, {"kind": kind, "rank": rank, "step": 5})
+    (hang,) = events_of(run, "hang")
+    assert hang["rank"] == rank
+    assert said in hang["report"]
+    assert ".py:" in hang["line"]
+    assert losses(run) == undisturbed
+
+
+def test_a_collective_that_one_rank_leaves_out_is_named_as_what_it_is(job: Job, undisturbed: dict[int, float]) -> None:
+    run = run_training(job, "mismatch", {"kind": "mismatch", "rank": 0, "step": 5})
+    (restart,) = events_of(run, "restart")
+    assert "collective mismatch" in restart["cause"]
+    assert "A rank left out a collective" in restart["cause"]
+    assert "loop.py:" in restart["cause"]
+    assert losses(run) == undisturbed
+
+
+def test_a_slow_rank_is_no_hang_but_a_straggler(job: Job, undisturbed: dict[int, float]) -> None:
+    slow = {"kind": "slow", "rank": 1, "step": 0, "seconds": 0.2, "always": True}
+    run = run_training(with_(job, train={"steps": 20}), "slow", slow)
+    assert not events_of(run, "hang")
+    assert not events_of(run, "restart")
+    found = events_of(run, "straggler")
+    assert found
+    assert {event["rank"] for event in found} == {1}
+    assert found[-1]["lag_s"] == pytest.approx(0.2, abs=0.1)
+
+
+def test_a_loss_that_is_not_finite_rolls_back_and_leaves_that_step_out(job: Job, undisturbed: dict[int, float]) -> None:
+    run = run_training(job, "diverging", {"kind": "nan", "rank": 1, "step": 6})
+    found = losses(run)
+    assert set(found) == set(range(1, STEPS + 1)) - {7}
+    assert {step: loss for step, loss in found.items() if step < 7} == {
+        step: loss for step, loss in undisturbed.items() if step < 7
+    }
+    (rolled_back,) = events_of(run, "rolled_back")
+    assert (rolled_back["step"], rolled_back["reason"]) == (7, "the loss is nan")
+    (skipped,) = json.loads((run / "skipped.json").read_text())["steps"]
+    assert skipped["step"] == 6
+    assert len(skipped["sequences"]) == 8
+    assert len({tuple(row) for row in skipped["rows"]}) == 8
+    assert not events_of(run, "restart")
+
+
+def test_a_run_that_diverges_again_and_again_ends_with_the_rows_to_look_at(job: Job) -> None:
+    with pytest.raises(TuneyardError, match=r"diverged 4 times.*train.learning_rate.*row") as caught:
+        run_training(job, "lost", {"kind": "nan", "rank": 0, "step": 5, "always": True})
+    assert caught.value.exit_code == 5
+
+
+def test_sigterm_to_one_rank_is_agreed_by_all_and_goes_on_bit_for_bit(job: Job, undisturbed: dict[int, float]) -> None:
+    """Told at different moments, one rank or the other: committed, exit 75, and the same losses in the end."""
+    run = Path(job.storage) / "runs" / "preempted"
+    for attempt in range(3):
+        sent = threading.Event()
+
+        def send(event: dict[str, Any], attempt: int = attempt, sent: threading.Event = sent) -> None:
+            if event["kind"] == "step" and not sent.is_set():
+                sent.set()
+                os.kill(rank_processes()[f"rank-{attempt % 2}"], signal.SIGTERM)
+
+        with pytest.raises(Preempted) as caught:
+            run_training(job, "preempted", on_event=send)
+        assert caught.value.exit_code == 75
+        stopped = max(losses(run))
+        assert stopped in committed_steps(Folder(str(run)) / "checkpoints")
+    assert losses(run_training(job, "preempted")) == undisturbed
+
+
+def test_a_rank_that_waits_for_data_hears_sigterm(job: Job, undisturbed: dict[int, float]) -> None:
+    def send(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 5:
+            threading.Timer(1.0, lambda: os.kill(rank_processes()["rank-1"], signal.SIGTERM)).start()
+
+    with pytest.raises(Preempted):
+        run_training(job, "waiting", {"kind": "sleep_loader", "rank": 0, "step": 5}, on_event=send)
+    run = Path(job.storage) / "runs" / "waiting"
+    assert max(losses(run)) == 5
+    assert 5 in committed_steps(Folder(str(run)) / "checkpoints")
+    assert losses(run_training(job, "waiting")) == undisturbed
+
+
+def test_a_rank_that_cannot_commit_within_the_grace_time_ends(job: Job) -> None:
+    def send(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["step"] == 5:
+            time.sleep(0.5)
+            os.kill(rank_processes()["rank-0"], signal.SIGTERM)
+
+    endless = {"kind": "endless_forward", "rank": 1, "step": 5}
+    with pytest.raises(Preempted, match=r"checkpoint\.grace_s"):
+        run_training(with_(job, checkpoint={"grace_s": 2.0}), "too-late", endless, on_event=send)

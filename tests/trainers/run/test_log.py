@@ -1,0 +1,66 @@
+"""events.jsonl and TensorBoard: one continuous curve, also after a kill and a restart."""
+
+from pathlib import Path
+
+from trainers.run.log import RunLog, read_events
+from trainers.storage import Folder
+
+
+def curve(folder: Path, tag: str) -> dict[int, float]:
+    """What TensorBoard shows for a tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=True)
+    accumulator.Reload()
+    steps = [event.step for event in accumulator.Scalars(tag)]
+    assert steps == sorted(set(steps)), "a step is shown twice or out of order"
+    return {event.step: event.value for event in accumulator.Scalars(tag)}
+
+
+def train(run: Folder, start: int, end: int, loss: float) -> None:
+    log = RunLog(run)
+    log.append({"kind": "start", "step": start, "steps": 10, "world_size": 2})
+    for step in range(start + 1, end + 1):
+        log.append({"kind": "step", "step": step, "loss": loss, "learning_rate": 0.1})
+    log.close()
+
+
+def test_a_restart_hides_the_steps_that_are_done_again(tmp_path: Path) -> None:
+    run = Folder(str(tmp_path))
+    train(run, 0, 6, loss=2.0)  # killed after step 6, with a checkpoint at 4
+    train(run, 4, 8, loss=1.0)
+    assert curve(tmp_path, "train/loss") == {step: 2.0 if step <= 4 else 1.0 for step in range(1, 9)}
+
+
+def test_evaluations_stand_on_the_same_axis(tmp_path: Path) -> None:
+    run = Folder(str(tmp_path))
+    train(run, 0, 4, loss=2.0)
+    log = RunLog(run)
+    log.append({"kind": "evaluation", "step": 4, "metrics": {"accuracy": 0.5}})
+    log.close()
+    assert curve(tmp_path, "eval/accuracy") == {4: 0.5}
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out_and_not_joined_to_the_next(tmp_path: Path) -> None:
+    run = Folder(str(tmp_path))
+    train(run, 0, 2, loss=2.0)
+    with (tmp_path / "events.jsonl").open("a") as stream:
+        stream.write('{"kind": "step", "st')
+    train(run, 2, 3, loss=1.0)
+    assert [event["step"] for event in read_events(run) if event["kind"] == "step"] == [1, 2, 3]
+
+
+def test_a_run_without_events_has_none(tmp_path: Path) -> None:
+    assert read_events(Folder(str(tmp_path))) == []
+
+
+def test_steps_that_a_killed_controller_never_heard_of_come_back_from_the_checkpoint(tmp_path: Path) -> None:
+    run = Folder(str(tmp_path))
+    train(run, 0, 3, loss=2.0)  # the controller died here; the ranks went on and committed step 6
+    log = RunLog(run)
+    steps = [{"kind": "step", "step": step, "loss": 1.0, "learning_rate": 0.1, "time": 5.0} for step in range(2, 7)]
+    log.append({"kind": "history", "events": steps})
+    log.append({"kind": "start", "step": 6, "steps": 10, "world_size": 2})
+    log.close()
+    assert curve(tmp_path, "train/loss") == {1: 2.0, 2: 2.0, 3: 2.0, 4: 1.0, 5: 1.0, 6: 1.0}
+    assert [event["step"] for event in read_events(run) if event["kind"] == "step"] == [1, 2, 3, 4, 5, 6]

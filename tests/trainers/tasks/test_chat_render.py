@@ -1,0 +1,137 @@
+"""Conversations put together from pieces are what the template writes; the spans are where the assistant speaks."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainers.tasks import EncodeRules, chat_render, load_task
+from trainers.tasks.chat_render import ChatRenderer
+from trainers.tokenizer.encoder import Encoder, load_encoder, read_spec
+from trainers.tokenizer.gigatoken import TokenizerDiffers
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STRIPPING = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
+    "{% set loop_messages = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set loop_messages = messages %}{% endif %}"
+    "{% for m in loop_messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.first and system %}<<{{ system }}>> {% endif %}"
+    "{{ m.content.strip() }} [/INST]{% else %} {{ m.content | trim }} <|im_end|>{% endif %}{% endfor %}"
+)
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and '</think>' in m.content and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "stripping": STRIPPING, "thinking": THINKING, "tools": TOOLS}
+CONTENTS = ["good film", " padded \n", "日本 👍", "<|im_end|> inside", "a\nb", "so </think> it is", "x" * 300, " "]
+
+
+def renderer(folder: Path, template: str, quick: bool) -> ChatRenderer:
+    encoder = Encoder(read_spec(folder))
+    encoder.tokenizer.chat_template = template
+    return ChatRenderer(encoder, quick)
+
+
+def conversations(count: int) -> list[list[dict[str, Any]]]:
+    draw = random.Random(1)
+    found = []
+    for _ in range(count):
+        turns = [{"role": "system", "content": draw.choice(CONTENTS)}] if draw.random() < 0.5 else []
+        for _ in range(draw.randint(1, 3)):
+            turns += [{"role": role, "content": draw.choice(CONTENTS)} for role in ("user", "assistant")]
+        found.append(turns)
+    return found
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_pieces_give_what_the_template_writes(name: str, tiny_chat_tokenizer: Path) -> None:
+    quick = renderer(tiny_chat_tokenizer, TEMPLATES[name], True)
+    exact = renderer(tiny_chat_tokenizer, TEMPLATES[name], False)
+    taken = 0
+    for messages in conversations(300):
+        taken += quick._put_together(messages) is not None
+        assert quick.render(messages) == exact.render(messages)
+    assert taken > 50, "the quick way was hardly ever taken"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_spans_hold_what_the_assistant_says_and_nothing_else(name: str, tiny_chat_tokenizer: Path) -> None:
+    quick = renderer(tiny_chat_tokenizer, TEMPLATES[name], True)
+    for messages in conversations(100):
+        rendered = quick.render(messages)
+        said = [m["content"] for m in messages if m["role"] == "assistant"]
+        if rendered is None:
+            continue
+        raw = rendered.text.encode()
+        found = [raw[start:end].decode() for start, end in rendered.spans]
+        for content, one in zip(said, found, strict=True):
+            assert one.endswith("<|im_end|>"), "without its end the model would never learn to stop"
+            assert one.removesuffix("<|im_end|>").strip() == content.strip()
+
+
+def test_a_template_that_acts_on_contents_unnoticed_is_caught_by_the_sample(
+    tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sly = CHATML.replace("{{ m['content'] }}", "{{ m['content'][:5] if m['content'] | length > 50 else m['content'] }}")
+    quick = renderer(tiny_chat_tokenizer, sly, True)
+    monkeypatch.setattr(chat_render, "SAMPLE", 1)
+    short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert quick.render(short) is not None
+    with pytest.raises(TokenizerDiffers, match="put together from pieces"):
+        quick.render([{"role": "user", "content": "a" * 60}, {"role": "assistant", "content": "b"}])
+
+
+def test_tool_calls_are_what_the_assistant_says(tiny_chat_tokenizer: Path) -> None:
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "look", "arguments": {"at": "sky"}}}],
+        },
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    rendered = renderer(tiny_chat_tokenizer, TOOLS, True).render(messages, [{"name": "look"}])
+    assert rendered is not None and "look" in rendered.text.split("<|im_end|>")[0]
+    said = [rendered.text.encode()[start:end].decode() for start, end in rendered.spans]
+    assert said[0].startswith("<call>") and said[0].endswith("<|im_end|>") and said[1] == "It rains.<|im_end|>"
+
+
+def test_a_conversation_that_the_template_refuses_is_dropped_not_raised(tiny_chat_tokenizer: Path) -> None:
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
+    refused = [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert renderer(tiny_chat_tokenizer, strict, True).render(refused) is None
+
+
+def test_bytes_and_offsets_find_the_same_targets(tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"messages": messages} for messages in conversations(80)]
+    rules, task, encoder = EncodeRules(90, "truncate"), load_task("sft"), load_encoder(str(tiny_chat_tokenizer))
+    by_bytes = task.encode(rows, encoder, rules)
+    exact = Encoder(encoder.spec, quick=False)
+    exact.__dict__["bytes_of_ids"] = None
+    by_offsets = task.encode(rows, exact, rules)
+    assert [one.outcome for one in by_bytes] == [one.outcome for one in by_offsets]
+    assert {one.outcome for one in by_bytes} >= {"kept", "truncated"}
+    for one, other in zip(by_bytes, by_offsets, strict=True):
+        assert [list(s.input_ids) for s in one.sequences] == [list(s.input_ids) for s in other.sequences]
+        decoded = [encoder.tokenizer.decode([s.input_ids[i] for a, b in _pairs(s.extra["spans"]) for i in range(a, b)])
+                   for s in (*one.sequences, *other.sequences)]  # fmt: skip
+        if decoded:
+            assert decoded[0].split() == decoded[1].split()
+
+
+def _pairs(flat: Any) -> list[tuple[int, int]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))

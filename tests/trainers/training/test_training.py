@@ -1,0 +1,191 @@
+"""The training loop under real ZeRO, several gloo ranks: exact resume, invariant gradients, every ZeRO stage.
+
+Starting two ranks and importing DeepSpeed takes about ten seconds, so each launch goes through several runs.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.tiny import chat_rows, film_rows, make_bert, make_llama, shard_locally, tiny_job
+from trainers.job.schema import Job
+from trainers.records import Phase, StopReason
+from trainers.storage import Folder
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Recorder:
+    """Hooks that keep what they are told, and ask for a stop after a step."""
+
+    stop_after: int | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+    step: int = 0
+
+    def emit(self, event: dict[str, Any]) -> None:
+        self.events.append(dict(event))
+
+    def stop_reason(self) -> StopReason | None:
+        return "preempted" if self.stop_after and self.step >= self.stop_after else None
+
+    def at(self, phase: Phase, step: int) -> None:
+        self.step = step
+
+
+def train_here(job: Job, run: str, stop_after: int | None = None) -> dict[int, float]:
+    """Train as one rank into a run folder of that name; losses by step (rank 0's record, empty elsewhere)."""
+    from trainers.model.source import find_model
+    from trainers.run.record import TrainRequest
+    from trainers.shards.keys import load_shards
+    from trainers.shards.manifest import shards_folder
+    from trainers.worker.rank import run_rank
+
+    model = find_model(job)
+    assert model is not None
+    shards = load_shards(job, model.path)
+    assert shards is not None
+    storage = Folder(job.storage)
+    request = TrainRequest(job, model, shards.train, shards_folder(storage, shards.train.key), storage / "runs" / run)
+    hooks = Recorder(stop_after)
+    run_rank(request, hooks)
+    return {event["step"]: event["loss"] for event in hooks.events if event["kind"] == "step"}
+
+
+def train_all(plan: list[tuple[Job, str, int | None]]) -> list[dict[int, float]]:
+    """Several runs, one after the other, in the same processes."""
+    return [train_here(*one) for one in plan]
+
+
+def with_(job: Job, **sections: Any) -> Job:
+    updated = {name: getattr(job, name).model_copy(update=values) for name, values in sections.items()}
+    return job.model_copy(update=updated)
+
+
+@pytest.fixture(scope="module")
+def film_job(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Job:
+    folder = tmp_path_factory.mktemp("film")
+    job: Job = tiny_job(folder, make_bert(folder / "model", tiny_tokenizer), "classify", film_rows(60))
+    shard_locally(job)
+    return job
+
+
+@pytest.fixture(scope="module")
+def chat_job(tmp_path_factory: pytest.TempPathFactory, tiny_chat_tokenizer: Path) -> Job:
+    folder = tmp_path_factory.mktemp("chat")
+    model = make_llama(folder / "model", tiny_chat_tokenizer)
+    job: Job = tiny_job(folder, model, "sft", chat_rows(60), data={"max_length": 256}, train={"global_batch_size": 4})
+    shard_locally(job)
+    return job
+
+
+@pytest.fixture(scope="module")
+def two_ranks(film_job: Job, chat_job: Job) -> dict[str, dict[int, float]]:
+    """Losses of many runs of two ranks, in one launch."""
+    frozen = with_(film_job, model={"freeze": ("bert.embeddings.*",)})
+    bf16 = with_(chat_job, model={"dtype": "bfloat16"})
+    zero2, offload = (
+        with_(chat_job, train={"deepspeed": "zero2"}),
+        with_(chat_job, train={"deepspeed": "zero3-cpu-offload"}),
+    )
+    one_by_one = with_(chat_job, train={"micro_batch_size": 1})
+    whole = {"steps": None, "epochs": 1.0, "global_batch_size": 64}  # one step, cut short, holds the whole set
+    packed, unpacked = with_(chat_job, train=whole), with_(chat_job, train=whole, data={"packing": False})
+    plan: dict[str, tuple[Job, str, int | None]] = {
+        "dropout": (film_job, "dropout", None),
+        "dropout stopped": (film_job, "dropout-again", 4),
+        "dropout resumed": (film_job, "dropout-again", None),
+        "chat": (chat_job, "chat", None),
+        "chat stopped": (chat_job, "chat-for-one", 3),
+        "bf16": (bf16, "bf16", None),
+        "bf16 stopped": (bf16, "bf16-again", 2),
+        "bf16 resumed": (bf16, "bf16-again", None),
+        "frozen stopped": (frozen, "frozen", 2),
+        "frozen resumed": (frozen, "frozen", None),
+        "zero2": (zero2, "zero2", None),
+        "zero2 stopped": (zero2, "zero2-again", 3),
+        "zero2 resumed": (zero2, "zero2-again", None),
+        "offload stopped": (offload, "offload", 3),
+        "offload resumed": (offload, "offload", None),
+        "one by one": (one_by_one, "one-by-one", None),
+        "unpacked": (unpacked, "unpacked", None),
+        "packed": (packed, "packed", None),
+    }
+    losses = run_ranks(train_all, 2, list(plan.values()))[0]
+    return dict(zip(plan, losses, strict=True))
+
+
+def test_the_loss_falls(two_ranks: dict[str, dict[int, float]]) -> None:
+    assert two_ranks["chat"][6] < two_ranks["chat"][1] - 0.1
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit_dropout_included(two_ranks: dict[str, dict[int, float]]) -> None:
+    assert list(two_ranks["dropout stopped"]) == [1, 2, 3, 4]
+    assert list(two_ranks["dropout resumed"]) == [5, 6]
+    assert two_ranks["dropout stopped"] | two_ranks["dropout resumed"] == two_ranks["dropout"]
+
+
+def test_bf16_resumes_bit_for_bit(two_ranks: dict[str, dict[int, float]]) -> None:
+    assert two_ranks["bf16 stopped"] | two_ranks["bf16 resumed"] == two_ranks["bf16"]
+
+
+def test_zero2_resumes_bit_for_bit_and_trains_as_zero3(two_ranks: dict[str, dict[int, float]]) -> None:
+    assert two_ranks["zero2 stopped"] | two_ranks["zero2 resumed"] == two_ranks["zero2"]
+    assert two_ranks["zero2"] == pytest.approx(two_ranks["chat"], abs=1e-5)
+
+
+def test_cpu_offload_trains_and_resumes_as_zero3(two_ranks: dict[str, dict[int, float]]) -> None:
+    assert two_ranks["offload stopped"] | two_ranks["offload resumed"] == pytest.approx(two_ranks["chat"], abs=1e-5)
+
+
+def test_frozen_parameters_resume_and_stay(two_ranks: dict[str, dict[int, float]], film_job: Job) -> None:
+    from safetensors.torch import load_file
+
+    from trainers.checkpoint.local_copies import LocalCopies
+    from trainers.checkpoint.reading import CheckpointReader
+
+    assert list(two_ranks["frozen resumed"]) == [3, 4, 5, 6]
+    checkpoint = Folder(film_job.storage) / "runs" / "frozen" / "checkpoints" / "step-00000006"
+    reader = CheckpointReader(LocalCopies(checkpoint))
+    before = load_file(Path(film_job.model.path) / "model.safetensors")
+    name = "embeddings.word_embeddings.weight"
+    assert reader.read("weight", f"bert.{name}", 0, before[name].numel()).equal(before[name].flatten())
+    layer = "encoder.layer.0.output.dense.weight"
+    assert not reader.read("weight", f"bert.{layer}", 0, before[layer].numel()).equal(before[layer].flatten())
+    assert f"bert.{name}" not in reader.state.trainable
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batch(two_ranks: dict[str, dict[int, float]]) -> None:
+    assert two_ranks["one by one"] == pytest.approx(two_ranks["chat"], abs=1e-5)
+
+
+def test_the_loss_does_not_depend_on_packing(two_ranks: dict[str, dict[int, float]], chat_job: Job) -> None:
+    """One step over the whole set, packed and not: the mean over target tokens is the same number.
+
+    The step holds fewer sequences than its global batch, and at another rank none at all.
+    """
+    from trainers.shards.keys import load_shards
+
+    shards = load_shards(chat_job, chat_job.model.path)
+    assert shards is not None
+    assert shards.train.total("rows") == 48
+    assert list(two_ranks["packed"]) == list(two_ranks["unpacked"]) == [1]
+    assert two_ranks["packed"][1] == pytest.approx(two_ranks["unpacked"][1], abs=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_another_world_size_goes_on_with_the_same_losses(
+    two_ranks: dict[str, dict[int, float]], chat_job: Job, world_size: int
+) -> None:
+    """From two ranks' checkpoint of step 3; at three ranks the global batch of 12 sequences must divide."""
+    if world_size == 3:
+        wide = with_(chat_job, train={"global_batch_size": 12})
+        expected = run_ranks(train_all, 2, [(wide, "wide", None), (wide, "wide-stopped", 3)])[0]
+        found = run_ranks(train_all, 3, [(wide, "wide-stopped", None)])[0][0]
+        assert found == pytest.approx({step: expected[0][step] for step in (4, 5, 6)}, abs=1e-5)
+        return
+    found = run_ranks(train_all, 1, [(chat_job, "chat-for-one", None)])[0][0]
+    assert found == pytest.approx({step: two_ranks["chat"][step] for step in (4, 5, 6)}, abs=1e-5)

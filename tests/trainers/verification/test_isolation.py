@@ -1,0 +1,146 @@
+"""A model whose packed documents see each other is told from one whose documents do not, by its own logits."""
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.ranks import run_ranks
+from tests.tiny import make_bert, make_llama
+from trainers.errors import TrainingError
+from trainers.tasks import Row, load_task
+from trainers.tasks.base import Batch
+from trainers.tasks.pretrain import Pretrain
+from trainers.verification.isolation import check_isolation, logit_change
+
+ROWS = [Row(index, np.arange(5, 5 + length, dtype=np.int32), {}) for index, length in enumerate((6, 9, 4, 7))]
+
+
+class FewRows:
+    """A split of four documents."""
+
+    lengths = np.array([len(row.input_ids) for row in ROWS], np.int32)
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def row(self, index: int) -> Row:
+        return ROWS[index]
+
+
+class Cached(Pretrain):
+    forward_options = MappingProxyType({"use_cache": True})
+
+
+class Masked(Pretrain):
+    """Also hands over the usual mask of ones."""
+
+    def collate(self, packs: Any, pad_id: int) -> Batch:
+        batch = super().collate(packs, pad_id)
+        batch.inputs["attention_mask"] = np.ones_like(batch.inputs["input_ids"])
+        return batch
+
+
+class Encoded(Pretrain):
+    """An encoder's packing: position ids and a 4-D mask of blocks."""
+
+    forward_options = MappingProxyType({})
+
+    def collate(self, packs: Any, pad_id: int) -> Batch:
+        batch = super().collate(packs, pad_id)
+        assert batch.segments is not None
+        batch.inputs["attention_mask"] = batch.segments[:, None, :, None] == batch.segments[:, None, None, :]
+        return batch
+
+
+def check(model: Any, task: Any) -> None:
+    import torch
+
+    model.train()
+    check_isolation(model, task, FewRows(), 0, "sdpa", torch.device("cpu"))  # type: ignore[arg-type]
+    assert model.training
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, tiny_chat_tokenizer: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(make_llama(tmp_path_factory.mktemp("llama"), tiny_chat_tokenizer))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory, tiny_chat_tokenizer: Path) -> Path:
+    return make_bert(tmp_path_factory.mktemp("bert"), tiny_chat_tokenizer)
+
+
+def test_documents_of_the_causal_tasks_are_apart(llama: Any) -> None:
+    check(llama, load_task("pretrain"))
+    llama.set_attn_implementation("eager")
+    check(llama, load_task("pretrain"))
+    llama.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("task", [Cached, Masked])
+def test_a_cache_or_a_mask_of_ones_is_caught(llama: Any, task: type[Pretrain]) -> None:
+    with pytest.raises(TrainingError, match=r"packed documents see each other.*model\.attention: sdpa"):
+        check(llama, task())
+
+
+def test_an_encoder_is_apart_under_sdpa_and_caught_where_it_leaks(bert: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    check(AutoModelForMaskedLM.from_pretrained(bert, attn_implementation="sdpa"), Encoded())
+    for backend, task in (("eager", Encoded()), ("sdpa", Masked())):
+        model = AutoModelForMaskedLM.from_pretrained(bert, attn_implementation=backend)
+        with pytest.raises(TrainingError, match="packed documents see each other"):
+            check(model, task)
+
+
+def test_the_change_is_measured_on_the_other_documents_alone() -> None:
+    def seen_by_all(inputs: Any) -> Any:
+        return np.broadcast_to(inputs["input_ids"].sum(), (*inputs["input_ids"].shape, 2)).astype(float)
+
+    def seen_by_itself(inputs: Any) -> Any:
+        return np.stack([inputs["input_ids"]] * 2, axis=-1).astype(float)
+
+    task = load_task("pretrain")
+    assert logit_change(seen_by_itself, task, list(ROWS), 0, 0) == 0
+    assert logit_change(seen_by_all, task, list(ROWS), 0, 0) > 0
+
+
+def _under_zero3(model_path: str) -> list[str]:
+    """Both verdicts from inside a partitioned engine."""
+    import torch
+
+    from trainers.batching.batch_plan import plan_batches
+    from trainers.job.load import parse_job
+    from trainers.model.deepspeed_config import derive_config
+    from trainers.model.engine import build_engine
+    from trainers.model.world import join_world
+
+    plain = {"global_batch_size": 2, "steps": 1, "learning_rate": 1e-4}
+    data = {"train": ["x.txt"], "eval": ["x.txt"]}
+    model = {"path": model_path, "dtype": "float32"}
+    job = parse_job({"name": "t", "task": "pretrain", "model": model, "data": data, "train": plain})
+    world = join_world(1)
+    plan = plan_batches(2, "auto", world.size, 64)
+    engine = build_engine(job, load_task("pretrain"), model_path, 0, derive_config(job, plan), world)
+    found = []
+    for task in (load_task("pretrain"), Masked()):
+        try:
+            check_isolation(engine, task, FewRows(), 0, "auto", world.device)  # type: ignore[arg-type]
+            found.append("apart")
+        except TrainingError:
+            found.append("refused")
+    ids = torch.ones((1, 8), dtype=torch.long)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)  # a step still works afterwards
+    engine.step()
+    return found
+
+
+@pytest.mark.cluster
+def test_the_check_runs_in_a_partitioned_engine(tmp_path: Path, tiny_chat_tokenizer: Path) -> None:
+    path = make_llama(tmp_path / "llama", tiny_chat_tokenizer)
+    assert run_ranks(_under_zero3, 2, str(path)) == [["apart", "refused"]] * 2

@@ -1,0 +1,1 @@
+"""Which sequences make which step: mixture, packing, order, micro-batches."""

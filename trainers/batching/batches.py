@@ -1,0 +1,100 @@
+"""The micro-batches of a step for one rank, collated ahead of time by a thread.
+
+Every rank works out the whole step from lengths alone, so ranks agree on targets and token counts without a word, and
+take equal numbers of micro-batches: where a step holds fewer sequences than the global batch, the missing ones are
+copies without targets, which add nothing to the loss.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from trainers.batching.batch_plan import BatchPlan
+from trainers.batching.order import Order
+from trainers.batching.packing import PackIndex
+from trainers.shards.dataset import ShardSet
+from trainers.tasks import Task
+from trainers.tasks.base import IGNORE, Batch
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step, as one rank sees it."""
+
+    micro_batches: tuple[Batch, ...]
+    targets: int
+    """Targets of the whole step over all ranks: the loss's denominator."""
+    tokens: int
+    """Tokens of the whole step over all ranks."""
+
+
+class StepSource:
+    """Gives any step's micro-batches; asking for the next one in order finds it ready."""
+
+    def __init__(
+        self, shards: ShardSet, packs: PackIndex, order: Order, plan: BatchPlan, rank: int, task: Task, pad_id: int
+    ) -> None:
+        self._shards, self._packs, self._order, self._plan = shards, packs, order, plan
+        self._rank, self._task, self._pad_id = rank, task, pad_id
+        self._targets, self._tokens = packs.sums(shards.targets), packs.sums(shards.lengths)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="collate")
+        self._ahead: tuple[int, Future[StepBatch]] | None = None
+
+    def ready(self, step: int, give_up: Callable[[], object]) -> bool:
+        """Wait until a step's batch is there; False where `give_up` says anything before that."""
+        while not wait([self._start(step)], timeout=POLL_S).done:
+            if give_up():
+                return False
+        return True
+
+    def next(self, step: int) -> StepBatch:
+        """Micro-batches of step `step` (counted from 0); starts on the one after it."""
+        batch = self._start(step).result()
+        if step + 1 < self._order.steps:
+            self._start(step + 1)
+        return batch
+
+    def _start(self, step: int) -> Future[StepBatch]:
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = (step, self._thread.submit(self._make, step))
+        return self._ahead[1]
+
+    def sequences(self, step: int) -> Sequence[int]:
+        """Packs of the whole step."""
+        return [int(one) for one in self._order.step(step)]
+
+    def origins(self, step: int) -> list[tuple[str, int, int]]:
+        """(file, row, part) of every sequence of the whole step."""
+        packs = (self._packs.pack(sequence) for sequence in self.sequences(step))
+        return [self._shards.origin(int(row)) for pack in packs for row in pack]
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, step: int) -> StepBatch:
+        sequences = self._order.step(step)
+        plan = self._plan
+        per_rank = plan.micro_batch_size * plan.accumulation
+        mine = sequences[self._rank * per_rank : (self._rank + 1) * per_rank]
+        micro_batches = tuple(
+            self._collate(mine[start : start + plan.micro_batch_size], sequences, step + 1)
+            for start in range(0, per_rank, plan.micro_batch_size)
+        )
+        targets, tokens = int(self._targets[sequences].sum()), int(self._tokens[sequences].sum())
+        return StepBatch(micro_batches, max(targets, 1), tokens)
+
+    def _collate(self, sequences: Any, of_step: Any, draw: int) -> Batch:
+        """One micro-batch; an empty one is the step's first sequence without targets."""
+        if len(sequences):
+            return self._task.collate([self._rows(index) for index in sequences], self._pad_id, draw)
+        batch = self._task.collate([self._rows(of_step[0])], self._pad_id)
+        return replace(batch, labels=np.full_like(batch.labels, IGNORE), rows=batch.rows[:0])
+
+    def _rows(self, sequence: int) -> list[Any]:
+        return [self._shards.row(int(row)) for row in self._packs.pack(int(sequence))]

@@ -1,0 +1,272 @@
+"""Reads a job file: YAML to a checked `Job`, with every problem found reported at once.
+
+Owns overrides, relative paths and the wording of messages; the schema is `job.py`'s. Begin at `load_job`.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from trainers.errors import JobError
+from trainers.job.schema import TASK_FIELDS, Job, names_folder
+from trainers.job.task_fields import FIELD_TASKS, PACKING_TASKS, PLACE, PROMPT_FIELDS, SPLITTING_TASKS
+from trainers.storage import is_remote
+
+BRANCHES = ("Elastic", "int", "constrained-int", "str", "SourceSection")
+"""Names that pydantic puts into a location for the branch of a union; no key of ours."""
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file, apply `section.key=value` overrides, and check it.
+
+    Relative paths in the file are taken from the file's own folder, so the same file means the same job from anywhere.
+
+    Raises:
+        JobError: with every problem found at once.
+    """
+    path = Path(path)
+    raw = _read_yaml(path)
+    problems = [problem for item in overrides if (problem := _override(raw, item))]
+    if problems:
+        raise JobError(problems, "--set")
+    return parse_job(_absolute(raw, path.absolute().parent), str(path))
+
+
+def parse_job(raw: dict[str, Any], where: str = "job") -> Job:
+    """Check a job given as plain data. Raises JobError with every problem."""
+    problems, job = _cross_problems(raw), None
+    try:
+        job = Job.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(detail) for detail in error.errors() if not _other_branch(detail)] + problems
+    if problems or job is None:
+        raise JobError(list(dict.fromkeys(problems)), where)
+    return job
+
+
+def _cross_problems(raw: dict[str, Any]) -> list[str]:
+    """Rules over several fields, read off the raw data so that they are reported beside the fields' own problems."""
+    section = {name: value if isinstance(value := raw.get(name), dict) else {} for name in ("data", "train", "scale")}
+    data, train, workers, task = (
+        section["data"],
+        section["train"],
+        section["scale"].get("workers"),
+        raw.get("task"),
+    )
+    problems = []
+    if bool(data.get("eval")) == (data.get("eval_fraction") is not None):
+        problems.append("data: give either eval (files) or eval_fraction (a share of the training rows), one of them")
+    for entry in data["train"] if isinstance(data.get("train"), list) else []:
+        if isinstance(entry, dict) and entry.get("weight") is not None and entry.get("tokens") is not None:
+            problems.append(f"data.train: {entry.get('path')} has a weight and a number of tokens; give one of them")
+    if (train.get("epochs") is None) == (train.get("steps") is None):
+        problems.append("train: give either epochs or steps, one of them")
+    if (
+        isinstance(workers, dict)
+        and isinstance(low := workers.get("min"), int)
+        and isinstance(high := workers.get("max"), int)
+        and low > high
+    ):
+        problems.append(f"scale.workers: min ({low}) is larger than max ({high})")
+    if task in TASK_FIELDS and isinstance(data.get("columns"), dict):
+        known = TASK_FIELDS[task][0] + TASK_FIELDS[task][1]
+        problems += [_unknown(f"data.columns.{key}", key, known) for key in data["columns"] if key not in known]
+    if task in TASK_FIELDS and task not in PACKING_TASKS and data.get("packing"):
+        problems.append(f"data.packing: {task} reads one row a sequence; leave packing out")
+    if task == "extract" and data.get("overlong") == "truncate":
+        problems.append("data.overlong: extract reads long contexts in windows (split); choose split, drop or error")
+    problems += _misplaced(raw, str(task)) if task in TASK_FIELDS else []
+    if task in TASK_FIELDS and task not in SPLITTING_TASKS and data.get("overlong") == "split":
+        problems.append(
+            f"data.overlong: split cuts one row into several, which {task} cannot use; choose truncate, drop or error"
+        )
+    return problems
+
+
+def _misplaced(raw: dict[str, Any], task: str) -> list[str]:
+    """Fields that another task than this one uses, and ranges that cannot be."""
+    problems = []
+    for name, tasks in FIELD_TASKS.items():
+        section, _, key = name.partition(".")
+        if task not in tasks and isinstance(raw.get(section), dict) and _is_set(raw[section], section, key):
+            problems.append(f"{name}: means nothing to task {task} (it is for {', '.join(tasks)}); leave it out")
+    data = raw["data"] if isinstance(raw.get("data"), dict) else {}
+    if "score_range" in data and not _is_range(data["score_range"]):
+        problems.append(f"data.score_range: must be [lowest, highest], lowest above -100, got {data['score_range']!r}")
+    if task == "seq2seq" and isinstance(data.get("prompt"), str):
+        problems += _prompt_problems(data["prompt"])
+    return problems
+
+
+def _prompt_problems(prompt: str) -> list[str]:
+    held = PLACE.findall(prompt)
+    problems = [_unknown(f"data.prompt: {{{name}}}", name, PROMPT_FIELDS) for name in held if name not in PROMPT_FIELDS]
+    if held.count("source") != 1:
+        problems.append("data.prompt: must hold {source} once, where the source text goes")
+    return problems
+
+
+def _is_set(values: dict[str, Any], section: str, key: str) -> bool:
+    """Whether a field is given and says something else than its default, as a resolved job file does for each."""
+    default = _section(section).model_fields[key].default
+    plain = default.model_dump() if isinstance(default, BaseModel) else default
+    value = tuple(values[key]) if isinstance(values.get(key), list) else values.get(key)
+    return value is not None and value != plain
+
+
+def _section(name: str) -> type[BaseModel]:
+    annotation = Job.model_fields[name].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return annotation
+
+
+def _is_range(value: Any) -> bool:
+    numbers = isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+    return numbers and -100 < value[0] < value[1]
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML with 1e-5 as a number (YAML 1.2) and duplicate keys refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return dict(super().construct_mapping(node, deep))
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise JobError("no such job file; `tuneyard init quickstart` writes one to start from", str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"cannot be read as text: {error}", str(path)) from None
+    except yaml.YAMLError as error:
+        raise JobError(f"is not valid YAML: {error}", str(path)) from None
+    if not isinstance(raw, dict):
+        raise JobError("a job file is a mapping of keys to values", str(path))
+    return raw
+
+
+def _override(raw: dict[str, Any], item: str) -> str | None:
+    """Apply one `section.key=value` in place; returns the problem, if any."""
+    name, equals, text = item.partition("=")
+    *sections, key = name.strip().split(".")
+    if not equals or not key:
+        return f"{item!r} is not of the form section.key=value"
+    place = raw
+    for section in sections:
+        nested = place.setdefault(section, {})
+        if not isinstance(nested, dict):
+            nested = place[section] = {}
+        place = nested
+    try:
+        place[key] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        return f"{item!r}: the value is not valid YAML: {error}"
+    if (
+        place[key] is not None
+        and sections == ["train"]
+        and key
+        in (
+            "epochs",
+            "steps",
+        )
+    ):  # the two exclude each other: the later word counts
+        place.pop("steps" if key == "epochs" else "epochs", None)
+    return None
+
+
+def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The same job with every path made absolute; values of a wrong type are left for the schema to refuse."""
+
+    def local(value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            return {**value, "path": local(value["path"])}
+        if not isinstance(value, str) or is_remote(value):
+            return value
+        return str((base / Path(value.removeprefix("file://")).expanduser()).resolve())
+
+    def section(name: str) -> dict[str, Any]:
+        value = raw.get(name)
+        return dict(value) if isinstance(value, dict) else {}
+
+    data, model, train, checkpoint = (section(name) for name in ("data", "model", "train", "checkpoint"))
+    teacher = dict(train["distill"]) if isinstance(train.get("distill"), dict) else {}
+    if isinstance(teacher.get("teacher"), str) and names_folder(teacher["teacher"], base):
+        train["distill"] = {**teacher, "teacher": local(teacher["teacher"])}
+    template = data.get("chat_template")
+    if isinstance(template, str) and template.endswith(".jinja"):
+        data["chat_template"] = local(template)
+    for key in ("train", "eval"):
+        value = data.get(key)
+        if isinstance(value, str | dict):
+            data[key] = [local(value)]
+        elif isinstance(value, list):
+            data[key] = [local(item) for item in value]
+    if isinstance(model.get("path"), str) and names_folder(model["path"], base):
+        model["path"] = local(model["path"])
+    if isinstance(train.get("deepspeed"), str) and train["deepspeed"].endswith(".json"):
+        train["deepspeed"] = local(train["deepspeed"])
+    if isinstance(checkpoint.get("storage"), str):
+        checkpoint["storage"] = local(checkpoint["storage"])
+    sections = {"data": data, "model": model, "train": train, "checkpoint": checkpoint}
+    return {
+        **raw,
+        **{name: value for name, value in sections.items() if value},
+        "storage": local(raw.get("storage", "runs")),
+    }
+
+
+def _other_branch(detail: ErrorDetails) -> bool:
+    """Whether this error is about the branch of a union that the value was not meant for."""
+    shape: dict[str, Any] = {
+        "int_type": dict,
+        "model_type": (int, str, float),
+        "string_type": dict,
+        "literal_error": int,
+    }
+    in_union = any(str(part) in BRANCHES or "[" in str(part) for part in detail["loc"])
+    return in_union and isinstance(detail["input"], shape.get(detail["type"], ()))
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One pydantic error as a line a user can act on."""
+    location = [str(part) for part in detail["loc"] if part not in BRANCHES and "[" not in str(part)]
+    where = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        return _unknown(where, location[-1], _known_keys(location[:-1]))
+    if detail["type"] == "missing":
+        return f"{where}: required, and missing"
+    return f"{where}: {detail['msg'].replace('Input should be', 'must be', 1)}, got {detail['input']!r}"
+
+
+def _unknown(where: str, key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Job
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        options: tuple[Any, ...] = (annotation, *get_args(annotation))
+        nested = [one for one in options if isinstance(one, type) and issubclass(one, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)

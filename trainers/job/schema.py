@@ -1,0 +1,298 @@
+"""The job file: what a user asks for, as frozen records.
+
+Owns the schema and its defaults; `job_file.py` reads and checks the file. Whether paths exist, columns match and
+batches divide is checked by the stages that look. Imports neither torch nor transformers, so `tuneyard --help` stays
+quick. Begin at `Job`.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trainers.job.sections import DistillSection, GenerateSection, LoraSection, MaskSection, Section, Strings
+from trainers.job.task_fields import PACKING_TASKS, SPLITTING_TASKS
+
+TaskName = Literal["pretrain", "mlm", "sft", "classify", "tag", "extract", "seq2seq", "similarity"]
+Overlong = Literal["truncate", "split", "drop", "error"]
+FormatName = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text"]
+
+
+TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "pretrain": (("text",), ()),
+    "mlm": (("text",), ()),
+    "sft": (
+        ("messages",),
+        ("prompt", "completion", "conversations", "instruction", "input", "output", "system", "history", "tools"),
+    ),
+    "classify": (("text", "label"), ("text_pair",)),
+    "tag": (("tokens", "tags"), ()),
+    "extract": (("question", "context", "answers"), ("id",)),
+    "seq2seq": (("source", "target"), ("source_language", "target_language")),
+    "similarity": (("sentence1", "sentence2", "score"), ()),
+}
+"""For each task its required and its optional fields; `data.columns` maps a field to the data's column."""
+
+
+class ModelSection(Section):
+    """Which pretrained model, and how it is held in memory."""
+
+    path: str
+    """Hub id, or a folder with config.json, safetensors and a tokenizer."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    gguf_file: str | None = None
+    """File name inside `path`; its weights are dequantized once into safetensors."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the working weights and activations; the optimizer always keeps fp32."""
+    attention: str = "auto"
+    """Attention backend as transformers names it, or auto."""
+    freeze: Strings = ()
+    """Shell-style patterns over parameter names that stay as they are, e.g. "base_model.*"."""
+    trust_remote_code: bool = False
+    """Run Python code that the model repository ships."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Replaces every dropout rate of the model's configuration; null leaves them."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters only."""
+
+
+class SourceSection(Section):
+    """One part of a mixture."""
+
+    path: str
+    """A path, glob, folder or data set, as `data.train` takes it."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """How often each of its rows is shown an epoch: 2 shows all twice, 0.5 a half of them, drawn by the seed."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Instead of a weight: tokens an epoch, reached by leaving rows out or by showing them again."""
+
+
+class DataSection(Section):
+    """Which rows, and how they become sequences."""
+
+    train: Annotated[tuple[str | SourceSection, ...], Field(strict=False)]
+    """Paths, globs or folders; local or s3://, gs://, hdfs://; hf:// data sets. Or {path, weight}, {path, tokens}."""
+    eval: Strings = ()
+    """The same for evaluation; or `eval_fraction`."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the training rows held out for evaluation, chosen by a hash of each row's place."""
+    format: FormatName | None = None
+    """Read every file as this format; null tells it from the name."""
+    columns: dict[str, str] = {}
+    """The task's field: the data's column, where they differ."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Longest sequence, in tokens, special tokens included."""
+    overlong: Overlong | None = None
+    """What happens to longer ones; null means split for pretrain and truncate for the others."""
+    packing: bool | None = None
+    """Several documents a sequence, none seeing another; null means yes for pretrain and sft."""
+    max_drop_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of rows that may be dropped before the data is refused."""
+    several_labels: bool = False
+    """classify: `label` is a list, and any number of labels may be right."""
+    window_overlap: Annotated[int, Field(ge=0)] = 128
+    """extract: tokens that two windows of a long context share."""
+    score_range: Annotated[tuple[float, float], Field(strict=False)] = (0.0, 1.0)
+    """similarity: lowest and highest score; rows outside are dropped, the embedding modes scale to 0 ... 1."""
+    prompt: str | None = None
+    """seq2seq: how a source is put to the model, with {source}, e.g. "translate English to German: {source}"; of rows
+    in several languages also with their fields {source_language} and {target_language}."""
+    max_target_length: Annotated[int, Field(ge=2)] = 128
+    """seq2seq: longest target in tokens; max_length bounds the source, or for causal models both together."""
+    chat_template: str | None = None
+    """sft: a Jinja template, or the path of one, in place of the tokenizer's."""
+    dedup: Literal["exact", "near"] | None = None
+    """Leave out training rows that repeat an earlier one: in all but case and outer white space, or nearly."""
+    decontaminate: Literal["report", "drop"] = "report"
+    """Training rows that say what an evaluation row says: counted, or left out as well."""
+
+    @property
+    def train_paths(self) -> tuple[str, ...]:
+        """The paths of `train`, without weights."""
+        return tuple(one if isinstance(one, str) else one.path for one in self.train)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether any part of the training data has a weight or a number of tokens."""
+        return any(not isinstance(one, str) and (one.weight or one.tokens) for one in self.train)
+
+
+class TrainSection(Section):
+    """The optimization."""
+
+    global_batch_size: Annotated[int, Field(ge=1)]
+    """Sequences an optimizer step, over all ranks."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Sequences a forward pass on one rank."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data; or `steps`."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up, down to zero at the last step."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps over which the learning rate rises linearly."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay; never on biases and norms."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Orders the data, initializes new layers and drives dropout."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = 3.0
+    """A loss over this many times the largest of the last 1,000 steps rolls back to the last checkpoint and skips that
+    step; null rolls back only where loss or gradient are not finite."""
+    deepspeed: str = "zero3"
+    """A name in ds_configs/ or the path of a JSON file."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target distribution that is spread over all classes."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each layer learns at this factor of the rate of the layer above it."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Uniform noise on the embeddings of causal models while training (NEFTune); 0 is none."""
+    class_weights: dict[str, float] | Literal["balanced"] | None = None
+    """classify: factor of each label's loss; balanced means rows / (labels x rows of the label)."""
+    mask: MaskSection = MaskSection()
+    """mlm: what is hidden."""
+    objective: Literal["regression", "cosine", "contrastive"] = "regression"
+    """similarity: a regression head over the pair, or sentence embeddings whose cosine is fitted to the score, or drawn
+    together and pushed apart by a margin."""
+    distill: DistillSection | None = None
+    """Learn from a teacher too."""
+    verify: bool = True
+    """Run the self-tests of `tuneyard verify` before the first launch of a model, task and attention backend."""
+
+
+class Elastic(Section):
+    """A range of world sizes."""
+
+    min: Annotated[int, Field(ge=1)]
+    max: Annotated[int, Field(ge=1)]
+
+
+class ScaleSection(Section):
+    """How many workers, and what each takes."""
+
+    workers: Annotated[int, Field(ge=1)] | Elastic = 1
+    """Ranks of the training; a range lets the run go on with fewer and grow back."""
+    gpus_per_worker: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """auto: one where the cluster has GPUs, else none."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """Also the number of threads of each rank on CPU."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts in a row, without a new checkpoint between them, before the job fails."""
+    hang_after_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Seconds without progress after which the ranks are restarted, with a report of who hung where; auto: 20 times the
+    median step, at least 60, and 1,800 while loading."""
+
+    @property
+    def max_workers(self) -> int:
+        """The largest allowed world size."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def min_workers(self) -> int:
+        """The smallest allowed world size."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+
+class CheckpointSection(Section):
+    """When the state is saved, and how much of it stays."""
+
+    every_steps: Annotated[int, Field(ge=1)] = 100
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep: Annotated[int, Field(ge=1)] = 3
+    """Newest checkpoints that stay, beside the best one and those being evaluated."""
+    grace_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds between SIGTERM or a preemption notice and the end of the machine; a rank that has not committed by then
+    ends without."""
+    storage: str | None = None
+    """Where checkpoints go instead of the run folder, such as s3://bucket/key; shared by all nodes too."""
+
+
+class EarlyStopping(Section):
+    """When to stop before the last step."""
+
+    patience: Annotated[int, Field(ge=1)]
+    """Evaluations without a new best before training stops."""
+
+
+class EvaluateSection(Section):
+    """How checkpoints are judged."""
+
+    metric: str | None = None
+    """The metric that chooses the best checkpoint; null means the task's own."""
+    mode: Literal["max", "min"] | None = None
+    """Whether larger or smaller is better; null means what the metric implies."""
+    while_training: bool = True
+    """Evaluate beside the trainers when resources are free; otherwise after them."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Sequences a forward pass."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Processes that share an evaluation, each with the whole model and a part of the rows; metrics stay the same."""
+    early_stopping: EarlyStopping | None = None
+    generate: GenerateSection | None = None
+    """seq2seq (always, null means greedy) and sft (when given): generate texts and compare them."""
+    no_answer_threshold: float = 0.0
+    """extract: how far the no-answer score must exceed the best span's for the answer to be none."""
+    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
+    """seq2seq: sacreBLEU's tokenizer."""
+
+
+class RegistrySection(Section):
+    """Where the best model is registered."""
+
+    model: str | None = None
+    """Name in the registry; null means the job's name."""
+    uri: str | None = None
+    """An MLflow tracking server; null means SQLite under storage."""
+    promote: Literal["if_better", "always", "never"] = "if_better"
+    """When the new version takes the alias champion."""
+
+
+class Job(Section):
+    """A whole job; paths are absolute once it is loaded."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    task: TaskName
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    scale: ScaleSection = ScaleSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    registry: RegistrySection = RegistrySection()
+    storage: str = "runs"
+    """Folder or bucket shared by all nodes."""
+
+    @property
+    def packing(self) -> bool:
+        """Whether several documents share a sequence."""
+        return self.task in PACKING_TASKS if self.data.packing is None else self.data.packing
+
+    @property
+    def overlong(self) -> Overlong:
+        """What happens to rows longer than `data.max_length`."""
+        return self.data.overlong or ("split" if self.task in SPLITTING_TASKS else "truncate")
+
+    def column(self, field: str) -> str:
+        """The data's name for a field of the task."""
+        return self.data.columns.get(field, field)
+
+    def identity(self) -> str:
+        """Digest of all that changes the trained weights; where and how large the job runs does not."""
+        parts = self.model_dump(mode="json", include={"task", "model", "data", "train"})
+        parts["train"].pop("verify")
+        judged_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize"}
+        parts["evaluate"] = self.evaluate.model_dump(include=judged_by)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def names_folder(path: str, base: Path = Path()) -> bool:
+    """Whether `model.path` means a folder: it exists as one, or does not have the form of a hub id."""
+    return (base / Path(path).expanduser()).is_dir() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)

@@ -1,0 +1,1 @@
+"""Loading the model and building the DeepSpeed engine."""

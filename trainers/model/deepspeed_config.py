@@ -1,0 +1,111 @@
+"""The one place where a DeepSpeed configuration is made: a template from ds_configs/ plus what the job says.
+
+A template says how to partition and offload. Batch sizes, precision, clipping, optimizer and schedule belong to the
+job: a template that states another value is refused with both values.
+"""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from trainers.batching.batch_plan import BatchPlan
+from trainers.errors import JobError
+from trainers.job.schema import Job
+
+SUPPORTED_STAGES = (1, 2, 3)
+UNSUPPORTED = {
+    "mics_shard_size": "shards within groups of ranks (MiCS), which checkpoints do not lay out",
+    "zero_quantized_weights": "keeps working weights quantized, from which checkpoints cannot be restored exactly",
+    "zero_quantized_nontrainable_weights": "keeps frozen weights quantized, which checkpoints cannot hold",
+}
+"""Options of zero_optimization under which a checkpoint would be wrong, and why."""
+OWNED_BY_THE_JOB = {
+    "optimizer": "train.learning_rate and train.weight_decay (AdamW)",
+    "scheduler": "train.schedule and train.warmup_ratio",
+    "fp16": "model.dtype (float32 or bfloat16)",
+    "amp": "model.dtype (float32 or bfloat16)",
+}
+
+
+def read_template(name: str) -> dict[str, Any]:
+    """The template of that name in ds_configs/, or the JSON file at that path.
+
+    Raises:
+        JobError: where there is none, it is not JSON, or its ZeRO stage cannot be used.
+    """
+    folder = files("ds_configs")
+    source = Path(name) if name.endswith(".json") else folder / f"{name}.json"
+    try:
+        template = json.loads(source.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        known = sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json"))
+        raise JobError(f"train.deepspeed: {name!r} is neither a file nor one of {', '.join(known)}") from None
+    except ValueError as error:
+        raise JobError(f"train.deepspeed: {source} is not valid JSON: {error}") from None
+    stage = template.get("zero_optimization", {}).get("stage") if isinstance(template, dict) else None
+    if stage not in SUPPORTED_STAGES:
+        raise JobError(f"train.deepspeed: {source} must set zero_optimization.stage to 1, 2 or 3, not {stage!r}")
+    return dict(template)
+
+
+def derive_config(job: Job, batches: BatchPlan) -> dict[str, Any]:
+    """The configuration that `deepspeed.initialize` gets.
+
+    Raises:
+        JobError: with every value of the template that contradicts the job.
+    """
+    template = read_template(job.train.deepspeed)
+    derived = _derived(job, batches)
+    problems = [
+        f"{job.train.deepspeed} sets {key!r}, which belongs to the job: {owner}"
+        for key, owner in OWNED_BY_THE_JOB.items()
+        if _is_on(template.get(key))
+    ]
+    problems += [
+        f"{job.train.deepspeed} sets zero_optimization.{option}, which {reason}: take it out of the file"
+        for option, reason in UNSUPPORTED.items()
+        if template["zero_optimization"].get(option, 0) not in (0, -1, False)
+    ]
+    problems += [
+        f"{job.train.deepspeed} says {path} = {json.dumps(theirs)}, the job {json.dumps(ours)}: take it out of the file"
+        for path, theirs, ours in _contradictions(template, derived)
+    ]
+    if problems:
+        raise JobError(problems, "train.deepspeed")
+    kept = {key: value for key, value in template.items() if key not in OWNED_BY_THE_JOB}
+    return _merge(kept, derived)
+
+
+def _derived(job: Job, batches: BatchPlan) -> dict[str, Any]:
+    return {
+        "train_batch_size": batches.global_batch_size,
+        "train_micro_batch_size_per_gpu": batches.micro_batch_size,
+        "gradient_accumulation_steps": batches.accumulation,
+        "gradient_clipping": job.train.max_grad_norm,
+        "bf16": {"enabled": job.model.dtype == "bfloat16"},
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPU too, without a compiler
+    }
+
+
+def _is_on(section: Any) -> bool:
+    return bool(section) and (not isinstance(section, dict) or section.get("enabled", True) is not False)
+
+
+def _contradictions(template: dict[str, Any], derived: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = []
+    for key, ours in derived.items():
+        theirs = template.get(key, "auto")
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            found += _contradictions(theirs, ours, f"{prefix}{key}.")
+        elif theirs not in ("auto", ours):
+            found.append((f"{prefix}{key}", theirs, ours))
+    return found
+
+
+def _merge(template: dict[str, Any], derived: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(template)
+    for key, value in derived.items():
+        nested = merged.get(key)
+        merged[key] = _merge(nested, value) if isinstance(value, dict) and isinstance(nested, dict) else value
+    return merged

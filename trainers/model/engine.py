@@ -1,0 +1,101 @@
+"""Builds the DeepSpeed engine: model, frozen parameters, optimizer, ZeRO partitioning, in that order."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from trainers.errors import JobError
+from trainers.job.schema import Job
+from trainers.model.lora import add_adapters
+from trainers.model.param_groups import parameter_groups
+from trainers.model.world import World
+from trainers.tasks import Task
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+
+
+def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dict[str, Any], world: World) -> Any:
+    """The DeepSpeed engine of this rank; no rank ever holds the whole model under ZeRO-3.
+
+    Args:
+        model_path: folder with config.json and safetensors.
+        config: what `derive_config` made.
+    """
+    import deepspeed
+    import torch
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    # DeepSpeed's all-reduce over shared memory is compiled at first use and waits for ever on a peer that died
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)  # finds the process group that join_world made
+    unset_hf_deepspeed_config()
+    partition_on_load = HfDeepSpeedConfig(config) if config["zero_optimization"]["stage"] == 3 else None
+    torch.manual_seed(job.train.seed)  # a new head is initialized alike at any world size
+    model = task.load_model(model_path, pad_id=pad_id, **load_options(job))
+    model = prepare_model(model, job, task)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, job.train.weight_decay, job.train.layer_decay),
+        lr=job.train.learning_rate,
+        betas=ADAM_BETAS,
+        eps=ADAM_EPS,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.partition_on_load = partition_on_load  # transformers keeps only a weak reference
+    return engine
+
+
+def prepare_model(model: Any, job: Job, task: Task) -> Any:
+    """What the job changes in a loaded model before it trains: frozen parts, adapters, noise."""
+    freeze(model, job.model.freeze)
+    if job.model.lora is not None:
+        model = add_adapters(model, job.model.lora, task)
+    if job.train.neftune_alpha:
+        add_embedding_noise(model, job.train.neftune_alpha)
+    model.train()
+    return model
+
+
+def load_options(job: Job) -> dict[str, Any]:
+    """Arguments of from_pretrained that the job decides."""
+    import torch
+
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, job.model.dtype),
+        "use_safetensors": True,
+        "trust_remote_code": job.model.trust_remote_code,
+    }
+    if job.model.attention != "auto":
+        options["attn_implementation"] = job.model.attention
+    return options
+
+
+def freeze(model: Any, patterns: Sequence[str]) -> None:
+    """Turn off gradients of the parameters whose names match.
+
+    Raises:
+        JobError: where a pattern matches nothing, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        raise JobError(f"model.freeze: {idle} match no parameter; names look like {names[:3]} ... {names[-2:]}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise JobError(f"model.freeze: {list(patterns)} freeze every parameter, so there is nothing to train")
+
+
+def add_embedding_noise(model: Any, alpha: float) -> None:
+    """NEFTune (Jain et al. 2023, arXiv:2310.05914): while training, embeddings get uniform noise of up to
+    alpha / sqrt(sequence length x dimension)."""
+    import torch
+
+    def add_noise(module: Any, _: Any, output: Any) -> Any:
+        if not module.training:
+            return output
+        bound = alpha / (output.shape[1] * output.shape[2]) ** 0.5
+        return output + torch.empty_like(output).uniform_(-bound, bound)
+
+    model.get_input_embeddings().register_forward_hook(add_noise)

@@ -1,0 +1,95 @@
+"""Low-rank adapters: put on before training (by peft), merged into plain weights when a checkpoint is exported.
+
+Hu et al. 2021 (arXiv:2106.09685). The head of a task that brings a new one is trained in full. The merge needs only the
+checkpoint's tensors, so an export never builds the adapted model.
+"""
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+from trainers.errors import JobError
+from trainers.job.sections import LoraSection
+from trainers.tasks import Task
+
+PREFIX = "base_model.model."
+BASE, FACTORS = ".base_layer.", (".lora_A.default.weight", ".lora_B.default.weight")
+ALL_LINEAR = ("all-linear",)
+
+
+def add_adapters(model: Any, lora: LoraSection, task: Task) -> Any:
+    """The model with adapters beside its linear layers; everything else but a new head is frozen.
+
+    Raises:
+        JobError: where `model.lora.target_modules` match no layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    head = _head_modules(model) if task.new_head else []
+    targets = _linear_layers(model, head) if lora.target_modules == ALL_LINEAR else list(lora.target_modules)
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    try:
+        adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        raise JobError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from error
+    for name, parameter in adapted.named_parameters():
+        if any(name.startswith(f"{PREFIX}{module}.") for module in head):
+            parameter.requires_grad_(True)
+    return adapted
+
+
+def _head_modules(model: Any) -> list[str]:
+    """Direct parts of the model beside its backbone."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+
+
+def _linear_layers(model: Any, head: list[str]) -> list[str]:
+    """Full names of the linear layers, without the head and what makes logits of states."""
+    import torch
+
+    output = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not output and name.split(".")[0] not in head
+    ]
+
+
+def merged_shapes(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Names and shapes of the merged model, from those of the adapted one."""
+    return {
+        _plain(name): shape for name, shape in shapes.items() if not any(name.endswith(factor) for factor in FACTORS)
+    }
+
+
+def merged_reader(
+    shapes: Mapping[str, list[int]], read: Callable[[str], Any], lora: LoraSection
+) -> Callable[[str], Any]:
+    """A function that gives any merged weight in fp32.
+
+    Args:
+        shapes: of the adapted model.
+        read: gives a tensor of the adapted model by name.
+        lora: whose alpha / rank scales the product.
+    """
+    sources = {_plain(name): name for name in shapes if not any(name.endswith(factor) for factor in FACTORS)}
+
+    def load(name: str) -> Any:
+        source = sources[name]
+        weight = read(source)
+        if BASE not in source or not source.endswith(".weight"):
+            return weight
+        stem = source[: source.index(BASE)]
+        down, up = (read(stem + factor) for factor in FACTORS)
+        return weight + (lora.alpha / lora.rank) * (up @ down)
+
+    return load
+
+
+def adapter_parameters(shapes: Mapping[str, list[int]]) -> int:
+    """How many numbers the adapters hold."""
+    return sum(prod(shape) for name, shape in shapes.items() if any(name.endswith(factor) for factor in FACTORS))
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix(PREFIX).replace(BASE, ".")

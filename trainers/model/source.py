@@ -1,0 +1,149 @@
+"""Turns `model.path` into a local Hugging Face folder with safetensors and a tokenizer, and gives it a digest.
+
+A hub id is downloaded once into the hub's cache; a GGUF file is dequantized once into storage, because a GGUF model is
+not partitioned while it loads under ZeRO-3. Weights in pickle files are refused.
+"""
+
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from trainers.errors import JobError
+from trainers.job.schema import Job, names_folder
+from trainers.storage import Folder
+from trainers.tokenizer.encoder import TOKENIZER_FILES
+
+EDGE_BYTES = 1 << 20
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model ready for from_pretrained."""
+
+    path: str
+    digest: str
+    """Of config, tokenizer and weights (names, sizes, first and last MiB): part of the run's identity."""
+
+
+def prepare_model(job: Job) -> ModelFolder:
+    """Download or convert where needed. Calling it again does nothing twice.
+
+    Raises:
+        JobError: where there is no such model, or it cannot be used.
+    """
+    source = _source(job)
+    if job.model.gguf_file is not None:
+        source = _convert_gguf(job, source)
+    return _checked(source, job)
+
+
+def find_model(job: Job) -> ModelFolder | None:
+    """The prepared model, or None where `prepare_model` has not been called yet for a GGUF model."""
+    source = _source(job)
+    if job.model.gguf_file is not None:
+        source = _gguf_target(job, source)
+        if not source.is_dir():
+            return None
+    return _checked(source, job)
+
+
+def _source(job: Job) -> Path:
+    path = Path(job.model.path)
+    if not names_folder(job.model.path):
+        return _download(job)
+    if not path.is_dir():
+        raise JobError(f"model.path: no folder {path}; name a folder with config.json and safetensors, or a hub id")
+    if job.model.gguf_file is not None and not (path / job.model.gguf_file).is_file():
+        found = sorted(item.name for item in path.glob("*.gguf")) or "none"
+        raise JobError(f"model.gguf_file: no {job.model.gguf_file} in {path}; GGUF files there: {found}")
+    return path
+
+
+def _download(job: Job) -> Path:
+    from huggingface_hub import snapshot_download
+
+    allowed = [job.model.gguf_file, "*.json"] if job.model.gguf_file else HUB_FILES
+    try:
+        return Path(snapshot_download(job.model.path, revision=job.model.revision, allow_patterns=allowed))
+    except Exception as error:  # the hub client raises a dozen unrelated types; all mean: not to be had
+        raise JobError(
+            f"model.path: {job.model.path!r} (revision {job.model.revision or 'main'}) is neither a folder here nor "
+            f"to be had from the hub: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+            "Check the spelling, the network, or HF_TOKEN for gated models"
+        ) from error
+
+
+def _checked(path: Path, job: Job) -> ModelFolder:
+    if not (path / "config.json").is_file():
+        raise JobError(f"model.path: {path} has no config.json, so it is not a Hugging Face model folder")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        pickles = [item.name for item in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.gguf")]]
+        found = f" ({', '.join(sorted(pickles))} found: pickles are never loaded, a GGUF file needs model.gguf_file)"
+        raise JobError(f"model.path: {path} has no safetensors weights{found if pickles else ''}")
+    digest = xxhash.xxh3_128(str(job.model.trust_remote_code).encode())
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (path / name).is_file():
+            digest.update(name.encode() + (path / name).read_bytes())
+    for file in weights:
+        digest.update(file.name.encode() + _edges(file))
+    return ModelFolder(str(path), digest.hexdigest())
+
+
+def _edges(path: Path) -> bytes:
+    """Size and both ends of a file, which tell two sets of weights apart without reading gigabytes."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        head = stream.read(EDGE_BYTES)
+        stream.seek(max(size - EDGE_BYTES, 0))
+        return str(size).encode() + head + stream.read(EDGE_BYTES)
+
+
+def _gguf_target(job: Job, source: Path) -> Path:
+    storage = Folder(job.storage)
+    if not storage.is_local:
+        raise JobError(
+            f"model.gguf_file: convert the model to safetensors first; storage {storage} is not a local folder"
+        )
+    assert job.model.gguf_file is not None
+    name = f"{Path(job.model.gguf_file).stem}-{xxhash.xxh3_64_hexdigest(_edges(source / job.model.gguf_file))}"
+    return storage.path / "models" / name
+
+
+def _convert_gguf(job: Job, source: Path) -> Path:
+    """Dequantize to fp32 safetensors; the folder appears whole or not at all."""
+    target = _gguf_target(job, source)
+    if target.is_dir():
+        return target
+    partial = target.with_name(f".tmp-{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    try:
+        _dequantize(source, str(job.model.gguf_file), partial)
+        os.sync()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _dequantize(source: Path, gguf_file: str, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise JobError(f"model.gguf_file: {source / gguf_file} cannot be converted: {error}") from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

@@ -1,0 +1,31 @@
+"""Small types that several rooms share."""
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+Event = dict[str, Any]
+
+
+Phase = Literal["start", "load", "data", "step", "settle", "save", "done"]
+"""start: imports. load: joining, data index, model, resuming. data: waiting for a batch. step: forward, backward,
+update. settle: agreeing on the loss. save: copying the state, and waiting for the commit of the last one."""
+
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+StopReason = Literal["preempted", "early_stopping", "resize"]
+
+
+STOPS: tuple[StopReason, ...] = get_args(StopReason)
+
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Record(BaseModel):
+    """Base of the records that stages leave behind as JSON: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")

@@ -1,0 +1,1 @@
+"""A run on storage: its record, folder, events and log."""

@@ -1,0 +1,94 @@
+"""The run folder: its names, and the records that stages leave in it as JSON. Torch-free.
+
+<storage>/runs/<name>-<hash8>/
+    job.yaml plan.json result.json events.jsonl report.html
+    checkpoints/step-00000100/   evals/step-00000100.{json,arrow}   export/step-00000100/   tensorboard/   logs/
+"""
+
+import hashlib
+import re
+from typing import Literal
+
+from trainers.job.schema import Job
+from trainers.records import Record
+from trainers.shards.manifest import Shards
+from trainers.storage import Folder
+
+STEP_NAME = re.compile(r"step-(\d{8})")
+
+
+def checkpoints_folder(job: Job, run: Folder) -> Folder:
+    """Where a run's checkpoints are: in its folder, or under `checkpoint.storage`."""
+    place = run if job.checkpoint.storage is None else Folder(job.checkpoint.storage) / "runs" / run.name
+    return place / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    """Folder or file stem of a step."""
+    return f"step-{step:08d}"
+
+
+def parse_step(name: str) -> int | None:
+    """The step a name stands for, or None."""
+    found = STEP_NAME.match(name)
+    return int(found.group(1)) if found else None
+
+
+def run_folder(job: Job, model_digest: str, shards: Shards) -> Folder:
+    """Where this job's run lives. Other data, another model or other settings give another folder."""
+    parts = (job.identity(), model_digest, shards.train.key, shards.eval.key)
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return Folder(job.storage) / "runs" / f"{job.name}-{digest[:8]}"
+
+
+class Evaluation(Record):
+    """What became of one checkpoint's evaluation: evals/step-XXXXXXXX.json.
+
+    Beside a successful one, evals/step-XXXXXXXX.arrow holds what `Task.judge` said of each evaluation row.
+    """
+
+    step: int
+    status: Literal["done", "failed"]
+    metrics: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    """What makes a metric comparable, such as sacreBLEU's signature, by its name."""
+    error: str | None = None
+    eval_key: str
+    """Key of the evaluation shards; only metrics over the same key compare."""
+    rows: int = 0
+    seconds: float = 0.0
+
+
+class RegisteredVersion(Record):
+    """One version in the model registry."""
+
+    model: str
+    version: int
+    alias: str | None
+    """champion, where this version holds it."""
+    step: int
+    source: str
+    """The exported Hugging Face folder."""
+    decision: str
+    """Why it was, or was not, promoted."""
+
+
+class RunResult(Record):
+    """result.json: the outcome of a whole run."""
+
+    schema_version: int = 1
+    status: Literal["done", "failed", "preempted"]
+    error: str | None = None
+    best: dict[str, object] | None = None
+    """step, metric, value, metrics."""
+    registry: RegisteredVersion | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    steps: int = 0
+    tokens: int = 0
+    restarts: int = 0
+    goodput: float = 0.0
+    """Share of the training stage's wall time that went into steps that were kept."""
+    accounting: dict[str, float] = {}
+    """Seconds of the run's wall time by what they went into; see trainers/run/goodput.py."""
+    seconds: dict[str, float] = {}
+    """Wall time by stage."""

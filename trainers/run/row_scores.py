@@ -1,0 +1,87 @@
+"""What an evaluation said of each row: evals/step-XXXXXXXX.arrow. Torch-free.
+
+Metrics are sums over these numbers, so keeping them lets two checkpoints be compared row by row long after the models
+are gone. Knows the file's form; what the columns mean is the task's business.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from trainers.errors import EvaluationError
+from trainers.records import Array
+from trainers.run.folder import step_name
+from trainers.storage import Folder
+
+ROW = "row"
+"""Column with the place of a document in the evaluation split."""
+
+
+def judged_name(step: int) -> str:
+    """Path of the file inside the run folder."""
+    return f"evals/{step_name(step)}.arrow"
+
+
+LABELS = b"labels"
+
+
+def write_judged(run: Folder, step: int, rows: Array, judged: Mapping[str, Array], labels: Sequence[str] = ()) -> None:
+    """Store what `Task.judge` returned for all documents, sorted by row.
+
+    Args:
+        run: the run folder.
+        step: the checkpoint that was evaluated.
+        rows: int [documents], the documents' places in the evaluation split, each once, in any order.
+        judged: the task's numbers, each [documents], aligned with `rows`.
+        labels: names of the classes, kept beside the numbers.
+
+    Raises:
+        EvaluationError: where a row stands twice or a column is of another length.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    lengths = {name: len(values) for name, values in judged.items() if len(values) != len(rows)}
+    if lengths:
+        raise EvaluationError(f"evaluation of step {step}: {len(rows)} rows, but columns of length {lengths}")
+    order = np.argsort(rows, kind="stable")
+    if len(np.unique(rows)) != len(rows):
+        twice = rows[order][1:][np.diff(rows[order]) == 0]
+        raise EvaluationError(f"evaluation of step {step} judged rows more than once: {twice[:10].tolist()}")
+    table = pa.table({ROW: rows[order], **{name: np.asarray(values)[order] for name, values in judged.items()}})
+    table = table.replace_schema_metadata({LABELS: json.dumps(list(labels)).encode()})
+    with run.open_output(judged_name(step)) as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_labels(run: Folder, step: int) -> list[str]:
+    """Names of the classes of one evaluation; none where it is missing or its task has none."""
+    try:
+        with run.open_input(judged_name(step)) as stream:
+            metadata = pa.ipc.open_file(stream).schema.metadata or {}
+    except (OSError, pa.ArrowException):
+        return []
+    names: list[str] = json.loads(metadata.get(LABELS, b"[]"))
+    return names
+
+
+def read_judged(run: Folder, step: int) -> dict[str, Array]:
+    """The columns of one evaluation, `row` among them, sorted by row.
+
+    Raises:
+        EvaluationError: where the file is missing or damaged.
+    """
+    name = judged_name(step)
+    try:
+        with run.open_input(name) as stream:
+            table = pa.ipc.open_file(stream).read_all()
+            return {
+                column: np.array(table[column].to_numpy(zero_copy_only=False), copy=True)
+                for column in table.column_names
+            }
+    except FileNotFoundError:
+        raise EvaluationError(
+            f"{run / name} is missing, so step {step} cannot be compared; `tuneyard evaluate` writes it again"
+        ) from None
+    except (pa.ArrowException, OSError) as error:
+        raise EvaluationError(f"{run / name} is damaged ({error}); `tuneyard evaluate` writes it again") from error

@@ -1,0 +1,1 @@
+"""Arrow shards: written, described, found again and read."""

@@ -1,0 +1,100 @@
+"""Whether a job accepts what its shards hold: rows at all, rows dropped within budget, labels that training has seen.
+
+The answer depends on the job, not on the shards, so it is asked each time shards are used, also when they were
+written long ago for a job with another budget.
+"""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainers.errors import DataError
+from trainers.job.schema import Job
+from trainers.shards.manifest import ShardManifest, Shards, check_labels, shards_folder
+from trainers.sources.files import compression_of, format_of
+from trainers.storage import Folder, filesystem_of
+
+EXAMPLES = 10
+EXAMPLE_CHARS = 80
+OVERLONG = "dropped:overlong"
+
+
+def check_shards(job: Job, shards: Shards) -> None:
+    """Refuse shards that this job may not train on, with every reason. Raises DataError."""
+    refusals = [refusal for manifest in (shards.train, shards.eval) if (refusal := _refusal(job, manifest))]
+    if refusals:
+        raise DataError("\n".join(refusals))
+    check_labels(shards)
+
+
+def _refusal(job: Job, manifest: ShardManifest) -> str | None:
+    name = f"data.{manifest.split}"
+    if manifest.rows_in == 0:
+        files = ", ".join(manifest.sources[:5])
+        why = " after data.eval_fraction took its share; give more rows or data.eval" if job.data.eval_fraction else ""
+        return f"{name}: the data set is empty: no rows in {files}{why}"
+    folder = shards_folder(Folder(job.storage), manifest.key)
+    dropped, total = manifest.dropped, manifest.rows_in
+    kept = total - dropped - manifest.removed
+    if kept == 0:
+        return f"{name}: not one of {total:,} rows can be used\n{_account(job, manifest, folder)}"
+    if job.overlong == "error" and (count := manifest.outcomes.get(OVERLONG, 0)):
+        return (
+            f"{name}: {count:,} of {total:,} rows are longer than data.max_length ({job.data.max_length} tokens) and "
+            f"data.overlong is error. Raise data.max_length, or set data.overlong to truncate or drop\n"
+            f"{_account(job, manifest, folder)}"
+        )
+    if dropped > job.data.max_drop_fraction * total:
+        return (
+            f"{name}: {dropped:,} of {total:,} rows are dropped ({dropped / total:.2%}), over data.max_drop_fraction "
+            f"({job.data.max_drop_fraction:.2%}). Correct the rows, or set data.max_drop_fraction to at least "
+            f"{_at_least(dropped / total)}\n{_account(job, manifest, folder)}"
+        )
+    return None
+
+
+def _at_least(fraction: float) -> str:
+    """The fraction, rounded up to four decimals."""
+    return f"{min(-(-fraction * 10_000 // 1) / 10_000, 1.0):.4g}"
+
+
+def _account(job: Job, manifest: ShardManifest, folder: Folder) -> str:
+    """Dropped rows by reason, and the first of them."""
+    reasons = sorted((outcome, count) for outcome, count in manifest.outcomes.items() if outcome.startswith("dropped:"))
+    lines = [f"  {count:>8,}  {outcome.removeprefix('dropped:')}" for outcome, count in reasons]
+    for file, row, outcome in _dropped_rows(manifest, folder):
+        uri = manifest.sources[file]
+        start = _line_start(uri, row, job)
+        lines.append(f"  {uri}, {start[0]} {row}: {outcome.removeprefix('dropped:')}{start[1]}")
+    return "\n".join(lines)
+
+
+def _dropped_rows(manifest: ShardManifest, folder: Folder) -> Iterator[tuple[int, int, str]]:
+    """(file, row, outcome) of the first dropped rows, from as few ledgers as hold them."""
+    left = EXAMPLES
+    for shard in manifest.shards:
+        if left and any(outcome.startswith("dropped:") for outcome in shard.outcomes):
+            with folder.open_input(shard.ledger) as stream:
+                table = pa.ipc.open_file(stream).read_all()
+                outcomes = pc.cast(table["outcome"], pa.string())
+                table = table.set_column(table.schema.get_field_index("outcome"), "outcome", outcomes)
+                found = table.filter(pc.starts_with(outcomes, "dropped:")).slice(0, left).to_pylist()
+            left -= len(found)
+            yield from ((one["file"], one["row"], one["outcome"]) for one in found)
+
+
+def _line_start(uri: str, row: int, job: Job) -> tuple[str, str]:
+    """What a row number counts in this file, and the start of the line where it can be read at once."""
+    if (job.data.format or format_of(uri)) not in ("jsonl", "text"):
+        return "row", ""
+    if compression_of(uri):
+        return "byte", ""
+    try:
+        fs, path = filesystem_of(uri)
+        with fs.open_input_file(path) as stream:
+            stream.seek(row)
+            line = bytes(stream.read(EXAMPLE_CHARS)).partition(b"\n")[0]
+    except OSError:  # an example is a courtesy: the data may have moved since
+        return "byte", ""
+    return "byte", f"  {line.decode(errors='replace')}"

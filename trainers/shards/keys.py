@@ -1,0 +1,208 @@
+"""The identity of a split's shards: what they were made from, as a key with a digest for each part.
+
+Two jobs that read the same bytes in the same way share shards; the number of workers never counts. Needs neither Ray
+nor torch nor a tokenizer, so that every launcher can find the shards. Begin at `plan_splits`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from trainers.errors import JobError
+from trainers.job.schema import Job
+from trainers.shards.drop_budget import check_shards
+from trainers.shards.duplicates import DedupMode
+from trainers.shards.manifest import MANIFEST, ShardManifest, Shards, read_manifest, shards_folder
+from trainers.shards.shard_table import ShardTable
+from trainers.sources import readers
+from trainers.sources.files import SourceFile, entries_of, find_sources, source_key
+from trainers.storage import Folder
+from trainers.tasks.options import read_template
+from trainers.tokenizer.encoder import TOKENIZER_FILES
+
+ENCODER_VERSION = 3
+"""Raised whenever the same inputs would give other shards."""
+KEY = "key.json"
+"""What a folder of shards is made from; written first, where the manifest is written last."""
+SplitName = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """One split of a job: its files, its share of their rows, and its identity."""
+
+    name: SplitName
+    sources: tuple[SourceFile, ...]
+    fraction: float | None
+    """Share of the rows held out for eval, where both splits are read from the same files."""
+    key_parts: Mapping[str, str]
+    """Digest of each thing that decides what the shards hold."""
+    dedup: DedupMode | None = None
+    """Which repeats are left out."""
+    eval_key: str | None = None
+    """Shards whose rows are left out of this split."""
+    entries: tuple[int, ...] = ()
+    """For each source the entry of data.train that names it, where a mixture tells them apart."""
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal characters."""
+        return _digest(sorted(self.key_parts.items()))
+
+    def holds(self, file: int, row: int) -> bool:
+        """Whether a row belongs to this split, by a hash of its file's content and its place there."""
+        if self.fraction is None:
+            return True
+        draw = xxhash.xxh3_64_intdigest(f"{self.sources[file].digest}:{row}".encode())
+        return (draw < self.fraction * 2**64) == (self.name == "eval")
+
+
+def plan_splits(job: Job, model_path: str) -> tuple[SplitPlan, SplitPlan]:
+    """The train and the eval split of a job.
+
+    Args:
+        job: the job.
+        model_path: folder of the prepared model, for its tokenizer.
+
+    Raises:
+        JobError: with every path that names nothing, of both splits.
+    """
+    found: dict[SplitName, tuple[SourceFile, ...]] = {}
+    problems: list[str] = []
+    fraction = job.data.eval_fraction
+    patterns_of: dict[SplitName, Sequence[str]] = {"train": job.data.train_paths, "eval": job.data.eval}
+    for name, patterns in patterns_of.items():
+        try:
+            found[name] = find_sources(patterns, job.data.format, f"data.{name}")
+        except JobError as error:
+            problems += [f"data.{name}: {problem}" for problem in error.problems]
+    if problems:
+        raise JobError(problems)
+    tokenizer = _tokenizer_digest(Path(model_path))
+    if fraction is not None:
+        found["eval"] = found["train"]
+    evaluation = _plan(job, "eval", found["eval"], tokenizer)
+    return _training_plan(job, _plan(job, "train", found["train"], tokenizer), evaluation), evaluation
+
+
+def _training_plan(job: Job, plan: SplitPlan, evaluation: SplitPlan) -> SplitPlan:
+    """The training split with what applies to it alone; only what is asked for becomes a part of the key."""
+    parts = dict(plan.key_parts)
+    entries: tuple[int, ...] = ()
+    if job.data.dedup:
+        parts["dedup"] = job.data.dedup
+    if job.data.decontaminate == "drop":
+        parts["decontaminate"] = evaluation.key
+    if job.data.is_mixture:
+        entries = entries_of(plan.sources, job.data.train_paths, job.data.format)
+        parts["mixture"] = _digest(entries)
+    eval_key = evaluation.key if job.data.decontaminate == "drop" else None
+    return replace(plan, key_parts=parts, dedup=job.data.dedup, eval_key=eval_key, entries=entries)
+
+
+def shard_keys(job: Job, model_path: str) -> tuple[str, str]:
+    """Keys of the train and the eval shards. Raises as `plan_splits` does."""
+    train, evaluation = plan_splits(job, model_path)
+    return train.key, evaluation.key
+
+
+def load_shards(job: Job, model_path: str) -> Shards | None:
+    """The committed shards of a job, or None where they have not been written.
+
+    Raises:
+        JobError: where the job's files or tokenizer are missing.
+        DataError: where the shards are damaged, or the job refuses what they hold.
+    """
+    storage = Folder(job.storage)
+    train, evaluation = (read_manifest(shards_folder(storage, plan.key)) for plan in plan_splits(job, model_path))
+    if train is None or evaluation is None:
+        return None
+    shards = Shards(train=train, eval=evaluation)
+    check_shards(job, shards)
+    return shards
+
+
+def write_key(folder: Folder, plan: SplitPlan) -> None:
+    """Note in a folder of shards what it is made from."""
+    folder.write_json(KEY, {"split": plan.name, "key_parts": dict(plan.key_parts), "sources": identity_of(plan)})
+
+
+def identity_of(plan: SplitPlan) -> list[list[str | None]]:
+    """What decides the rows of each source."""
+    return [[source.digest, source.format, source.compression] for source in plan.sources]
+
+
+def explain_miss(storage: Folder, plan: SplitPlan) -> str | None:
+    """Which parts of the key differ from those of the most alike shards of this storage; None where none are alike."""
+    shelf = storage / "shards"
+    changes: list[tuple[int, str, list[str]]] = []
+    for name in shelf.list():
+        folder = shelf / name
+        if name == plan.key or not folder.exists(KEY) or not folder.exists(MANIFEST):
+            continue
+        other: dict[str, Any] = folder.read_json(KEY)
+        if other["split"] == plan.name:
+            changed = [part for part, digest in plan.key_parts.items() if other["key_parts"].get(part) != digest]
+            changes.append((len(changed), name, changed))
+    count, name, changed = min(changes, default=(len(plan.key_parts), "", []))
+    if count > len(plan.key_parts) // 2:
+        return None
+    return f"the {plan.name} shards {name} do not fit any more: {' and '.join(changed)} changed"
+
+
+def manifest_of(
+    plan: SplitPlan,
+    task: str,
+    records: Mapping[int, Any],
+    library: str = "tokenizers",
+    fallback_reason: str | None = None,
+) -> ShardManifest:
+    """The manifest of a finished split, from the records of its shards by number."""
+    return ShardManifest(
+        key=plan.key,
+        key_parts=dict(plan.key_parts),
+        split=plan.name,
+        task=task,
+        sources=tuple(source.uri for source in plan.sources),
+        shards=ShardTable.of(records[index] for index in sorted(records)),
+        tokenizer=library,
+        fallback_reason=fallback_reason,
+        entries=plan.entries,
+    )
+
+
+def _plan(job: Job, name: SplitName, sources: tuple[SourceFile, ...], tokenizer: str) -> SplitPlan:
+    fraction = job.data.eval_fraction
+    parts = {
+        "sources": source_key(sources),
+        "tokenizer": tokenizer,
+        "columns": _digest([job.task, readers.task_columns(job)]),
+        "length": _digest([job.data.max_length, job.overlong]),
+        "form": _digest(_form(job)),
+        "encoder": _digest([ENCODER_VERSION, readers.UNIT_BYTES]),
+        "split": _digest([name, fraction]),
+    }
+    return SplitPlan(name, sources, fraction, parts)
+
+
+def _form(job: Job) -> list[Any]:
+    """Choices that change how a row is written down, beside its length."""
+    data = job.data
+    form: list[Any] = [data.several_labels, data.window_overlap, data.score_range, data.prompt, data.max_target_length]
+    return [*form, read_template(data.chat_template), job.train.objective if job.task == "similarity" else None]
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    held = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not held:
+        raise JobError(f"model.path: {folder} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    return _digest([[name, xxhash.xxh3_128_hexdigest((folder / name).read_bytes())] for name in held])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Where rows come from: files, buckets, the hub, and their formats."""

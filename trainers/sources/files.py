@@ -1,0 +1,269 @@
+"""Which files a split is read from: patterns to files, each with its format, compression and content digest.
+
+Knows names and bytes, nothing of rows. Begin at `find_sources`.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import xxhash
+
+from trainers.errors import JobError
+from trainers.job.schema import FormatName
+from trainers.sources.hub import SCHEME, arrow_files
+from trainers.storage import filesystem_of, is_remote
+
+SUFFIXES: dict[str, FormatName] = {
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "json": "json",
+    "csv": "csv",
+    "tsv": "tsv",
+    "parquet": "parquet",
+    "arrow": "arrow",
+    "feather": "arrow",
+    "txt": "text",
+    "text": "text",
+}
+COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
+COLUMNAR: frozenset[FormatName] = frozenset({"parquet", "arrow"})
+"""Formats that compress inside the file, so never as a whole."""
+WHOLE_DIGEST_BYTES = 2**30
+END_BYTES = 2**20
+BLOCK_BYTES = 4 * 2**20
+WILDCARD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file."""
+
+    uri: str
+    """Absolute local path, or URI."""
+    format: FormatName
+    compression: str | None
+    """gzip, zstd, or None."""
+    size: int
+    """Bytes as stored."""
+    digest: str
+    """xxh3-128 of the content; past 1 GiB of size, modification time and the first and last MiB."""
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A file that a pattern names, before it is read."""
+
+    uri: str
+    info: pafs.FileInfo
+
+    @property
+    def name(self) -> str:
+        return str(self.info.base_name)
+
+
+def find_sources(patterns: Sequence[str], format: FormatName | None, where: str) -> tuple[SourceFile, ...]:
+    """The files that paths, globs and folders name, sorted by name, each once.
+
+    Args:
+        patterns: absolute paths or URIs; `*`, `?`, `[]` match within a name, `**` matches folders. A folder stands for
+            the files of a known format below it; names that begin with a dot or an underscore are passed over.
+        format: read every file as this; None tells it from the name.
+        where: the key of the job file that the patterns come from, for messages.
+
+    Raises:
+        JobError: with every pattern that names nothing and every file whose format cannot be told.
+    """
+    problems: list[str] = []
+    named: dict[str, tuple[_Named, FormatName, str | None]] = {}
+    for pattern in patterns:
+        try:
+            for one in _resolve(pattern, format):
+                kind = None if pattern.startswith(SCHEME) else format
+                named[one.uri] = (one, *_kind(one.uri, one.name, kind))
+        except JobError as error:
+            problems += error.problems
+    if problems:
+        raise JobError(problems, where)
+    return tuple(_source(*named[uri], where=where) for uri in sorted(named))
+
+
+def entries_of(sources: Sequence[SourceFile], patterns: Sequence[str], format: FormatName | None) -> tuple[int, ...]:
+    """For each source the first of the patterns that names it."""
+    entry: dict[str, int] = {}
+    for place, pattern in enumerate(patterns):
+        for named in _resolve(pattern, format):
+            entry.setdefault(named.uri, place)
+    return tuple(entry[source.uri] for source in sources)
+
+
+def source_key(sources: Sequence[SourceFile]) -> str:
+    """Digest of what the files hold and how they are read, in order; where they lie does not count."""
+    lines = (f"{source.digest} {source.format} {source.compression}" for source in sources)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def format_of(name: str) -> FormatName | None:
+    """The format a file name tells, its compression suffix aside; None where it tells none."""
+    parts = PurePosixPath(name).name.lower().split(".")
+    if len(parts) > 2 and parts[-1] in COMPRESSIONS:
+        parts.pop()
+    return SUFFIXES.get(parts[-1]) if len(parts) > 1 else None
+
+
+def compression_of(name: str) -> str | None:
+    """gzip, zstd or None, from a file name."""
+    return COMPRESSIONS.get(name.lower().rpartition(".")[2])
+
+
+def _kind(uri: str, name: str, format: FormatName | None) -> tuple[FormatName, str | None]:
+    told, compression = format or format_of(name), compression_of(name)
+    if told is None:
+        known = ", ".join(SUFFIXES)
+        raise JobError(
+            f"{uri}: its name tells no format. Set data.format, or name it one of {known} (or those .gz, .zst)"
+        )
+    if compression and told in COLUMNAR:
+        raise JobError(
+            f"{uri}: {told} is compressed inside the file, never as a whole. Unpack it with its own tool first"
+        )
+    return told, compression
+
+
+def _source(named: _Named, format: FormatName, compression: str | None, where: str) -> SourceFile:
+    try:
+        digest = _digest(named)
+    except (OSError, pa.ArrowException) as error:
+        raise JobError(f"{named.uri} cannot be read: {error}", where) from error
+    return SourceFile(named.uri, format, compression, int(named.info.size), digest)
+
+
+def _digest(named: _Named) -> str:
+    fs, path = filesystem_of(named.uri)
+    hasher, size = xxhash.xxh3_128(), int(named.info.size)
+    with fs.open_input_file(path) as stream:
+        if size <= WHOLE_DIGEST_BYTES:
+            while block := stream.read(BLOCK_BYTES):
+                hasher.update(block)
+        else:
+            hasher.update(f"{size} {named.info.mtime_ns}".encode())
+            hasher.update(stream.read(END_BYTES))
+            stream.seek(size - END_BYTES)
+            hasher.update(stream.read(END_BYTES))
+    return str(hasher.hexdigest())
+
+
+def _resolve(pattern: str, format: FormatName | None) -> list[_Named]:
+    """The files of one pattern. Raises JobError where there are none."""
+    if pattern.startswith(SCHEME):
+        return [_Named(file, _look(file)) for file in arrow_files(pattern)]
+    try:
+        return _resolve_place(pattern, format)
+    except (OSError, pa.ArrowException) as error:
+        raise JobError(f"{pattern} cannot be read: {error}") from error
+
+
+def _resolve_place(pattern: str, format: FormatName | None) -> list[_Named]:
+    place, question, query = pattern.partition("?") if is_remote(pattern) else (_tidy(pattern), "", "")
+    options = question + query  # of a URI, such as an endpoint
+    wild = WILDCARD.search(place)
+    if not wild or not is_remote(place):
+        info = _look(place + options)
+        if info.type == pafs.FileType.File:
+            return [_Named(place + options, info)]
+        if info.type == pafs.FileType.Directory:
+            return _under(place, options, _folder_files(place + options, info.path, format))
+        if not wild:
+            raise JobError(f"{pattern}: no such file or folder{_hint(place, options)}")
+    root = place[: place.rfind("/", 0, wild.start())]
+    fs, base = filesystem_of((root or "/") + options)
+    infos = list(_expand(fs, base, place[len(root) + 1 :].split("/")))
+    if not infos:
+        raise JobError(f"{pattern}: matches no file{_hint(place, options)}")
+    return _under(root, options, infos)
+
+
+def _under(root: str, options: str, infos: Sequence[pafs.FileInfo]) -> list[_Named]:
+    """Files found below a folder, each named in the folder's own way."""
+    root = root.rstrip("/")
+    base = filesystem_of((root or "/") + options)[1].rstrip("/")
+    return [_Named(root + info.path[len(base) :] + options, info) for info in infos]
+
+
+def _look(uri: str) -> pafs.FileInfo:
+    fs, path = filesystem_of(uri)
+    return fs.get_file_info(path)
+
+
+def _tidy(uri: str) -> str:
+    """Local paths as the file system writes them, so that one file has one name."""
+    return uri if is_remote(uri) else filesystem_of(uri)[1]
+
+
+def _list(fs: pafs.FileSystem, base: str, recursive: bool = False) -> list[pafs.FileInfo]:
+    return list(fs.get_file_info(pafs.FileSelector(base or "/", recursive=recursive, allow_not_found=True)))
+
+
+def _expand(fs: pafs.FileSystem, base: str, segments: Sequence[str]) -> Iterator[pafs.FileInfo]:
+    """Files below `base` whose path matches the segments, as a shell would match them."""
+    head, *tail = segments
+    if head == "**":
+        for folder in (base, *_folders(fs, base)):
+            yield from _expand(fs, folder, tail or ["*"])
+        return
+    for info in _list(fs, base):
+        if not fnmatch.fnmatchcase(info.base_name, head) or (info.base_name[0] == "." and head[0] != "."):
+            continue
+        if not tail and info.type == pafs.FileType.File:
+            yield info
+        elif tail and info.type == pafs.FileType.Directory:
+            yield from _expand(fs, info.path, tail)
+
+
+def _folders(fs: pafs.FileSystem, base: str) -> list[str]:
+    infos = [info for info in _list(fs, base, recursive=True) if info.type == pafs.FileType.Directory]
+    return [info.path for info in infos if not _hidden(info.path[len(base) :], (".",))]
+
+
+def _hidden(relative: str, marks: tuple[str, ...] = (".", "_")) -> bool:
+    return any(part.startswith(marks) for part in relative.split("/") if part)
+
+
+def _folder_files(pattern: str, path: str, format: FormatName | None) -> list[pafs.FileInfo]:
+    """Data files below a folder; refused where they are of several formats, as a README.txt beside data would be."""
+    fs, _ = filesystem_of(pattern)
+    infos = [info for info in _list(fs, path, recursive=True) if info.type == pafs.FileType.File]
+    infos = [info for info in infos if not _hidden(info.path[len(path) :])]
+    kinds = {kind for info in infos if (kind := format_of(info.base_name))}
+    wanted = format or (next(iter(kinds)) if len(kinds) == 1 else None)
+    chosen = [info for info in infos if wanted and format_of(info.base_name) == wanted]
+    if chosen:
+        return chosen
+    held = ", ".join(sorted(kinds)) or "no file of a known format"
+    if wanted is None and kinds:
+        raise JobError(
+            f"{pattern}: the folder holds several formats ({held}). Set data.format or use a glob such as *.jsonl"
+        )
+    asked = f"no {format} file" if format else "no data file"
+    raise JobError(f"{pattern}: {asked} in this folder (it holds {held}). Use a glob to name files of other names")
+
+
+def _hint(path: str, options: str = "") -> str:
+    """What exists nearest to a path that does not: a similar name in the same folder, or the folder that is missing."""
+    parent, _, name = path.rstrip("/").rpartition("/")
+    if not parent or parent.endswith(":/"):
+        return ""
+    if _look(parent + options).type != pafs.FileType.Directory:
+        return f"; the folder {parent} does not exist" + _hint(parent, options)
+    fs, inner = filesystem_of(parent + options)
+    names = sorted(info.base_name for info in _list(fs, inner))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {parent}/{near[0]}?"
+    return f"; {parent} holds {', '.join(names[:5]) or 'nothing'}{', ...' if len(names) > 5 else ''}"

@@ -1,0 +1,146 @@
+"""Reading a split: a plan of units that depends on the files alone, and the rows of one unit.
+
+A unit is the least work that is done, or done again after a kill, as a whole: it becomes one shard. Which files those
+are is decided in `sources`, how their bytes become rows in `formats`. Begin at `plan_units`.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from trainers.errors import DataError, JobError
+from trainers.job.schema import TASK_FIELDS, Job
+from trainers.job.task_fields import PLACE
+from trainers.sources.files import SourceFile
+from trainers.sources.formats import FORMATS, RawRow, Span
+
+UNIT_BYTES = 8 * 2**20
+"""Source bytes a unit aims at: about two million tokens, a tenth of a second of the quickest tokenizer."""
+NEEDED_FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "sft": (("messages",), ("prompt", "completion"), ("conversations",), ("instruction", "output"))
+}
+"""Tasks that take any one of several sets of fields; the others need their required fields."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One part of one file."""
+
+    index: int
+    """Its place among the units of the split, which is also its shard's number."""
+    file: int
+    """The file, as an index into the split's sources."""
+    span: Span
+
+
+def plan_units(sources: Sequence[SourceFile], unit_bytes: int | None = None) -> tuple[Unit, ...]:
+    """Cut files into units of about `unit_bytes` (UNIT_BYTES), in order. The number of workers has no say."""
+    unit_bytes = UNIT_BYTES if unit_bytes is None else unit_bytes
+    spans = [
+        (file, span) for file, source in enumerate(sources) for span in FORMATS[source.format].plan(source, unit_bytes)
+    ]
+    return tuple(Unit(index, file, span) for index, (file, span) in enumerate(spans))
+
+
+def read_unit(unit: Unit, source: SourceFile, columns: Mapping[str, str]) -> Iterator[RawRow]:
+    """The rows of a unit, in order, as the task's fields.
+
+    Args:
+        unit: what to read.
+        source: its file.
+        columns: for each field of the task, the data's column; a column that a row lacks leaves its field out.
+
+    Yields:
+        (row, fields): `row` is the byte offset of the line for jsonl and text, the row number from 0 for the others;
+        `fields` is None where the row is malformed.
+
+    Raises:
+        DataError: where the file is damaged beyond a single row.
+    """
+    try:
+        for row, record in FORMATS[source.format].read(source, unit.span, list(columns.values())):
+            if record is None:
+                yield row, None
+            else:
+                yield row, {field: record[column] for field, column in columns.items() if column in record}
+    except (OSError, EOFError, pa.ArrowException) as error:
+        raise DataError(
+            f"{source.uri}: the file is damaged or cannot be read to its end ({error}). "
+            "Fetch or write it again, or leave it out"
+        ) from error
+
+
+def task_columns(job: Job) -> dict[str, str]:
+    """For each field of the job's task, the data's column."""
+    required, optional = TASK_FIELDS[job.task]
+    return {field: job.column(field) for field in (*required, *optional)}
+
+
+def check_columns(
+    sources: Sequence[SourceFile], columns: Mapping[str, str], needed: Sequence[Sequence[str]], where: str
+) -> None:
+    """Look at the start of each file: is it what its name says, and has it the columns that the task reads?
+
+    Args:
+        sources: the files of a split.
+        columns: for each field of the task, the data's column. One that is mapped to another name must exist.
+        needed: sets of fields, any one of which is enough.
+        where: the key of the job file that the files come from, for messages.
+
+    Raises:
+        DataError: for files that are not what they are said to be, all of them at once.
+        JobError: for columns that are missing, all files at once.
+    """
+    refused: list[str] = []
+    problems: list[str] = []
+    for source in sources:
+        try:
+            present = _peek(source)
+        except DataError as error:
+            refused.append(str(error))
+            continue
+        if present is not None and (problem := _missing(present, columns, needed)):
+            problems.append(f"{source.uri}: {problem}")
+    if refused:
+        raise DataError(refused[0] if len(refused) == 1 else "\n  - ".join([f"{len(refused)} files", *refused]))
+    if problems:
+        raise JobError(problems, where)
+
+
+def needed_fields(task: str, prompt: str | None = None) -> tuple[tuple[str, ...], ...]:
+    """Sets of fields of a task, any one of which a file must have; what `data.prompt` holds is needed too."""
+    sets = NEEDED_FIELDS.get(task, (TASK_FIELDS[task][0],))
+    return tuple(tuple(dict.fromkeys((*fields, *PLACE.findall(prompt or "")))) for fields in sets)
+
+
+def _peek(source: SourceFile) -> tuple[str, ...] | None:
+    try:
+        return FORMATS[source.format].peek(source)
+    except (OSError, EOFError, pa.ArrowException) as error:
+        raise DataError(
+            f"{source.uri}: cannot be read as {source.format} ({error}). Fetch or write it again"
+        ) from error
+
+
+def _missing(present: Sequence[str], columns: Mapping[str, str], needed: Sequence[Sequence[str]]) -> str | None:
+    """What a file lacks, with the nearest column it has; None where nothing."""
+
+    def lacking(fields: Sequence[str]) -> list[str]:
+        return [field for field in fields if columns[field] not in present]
+
+    named = [field for field, column in columns.items() if field != column]
+    fullest = min(needed, key=lambda fields: len(lacking(fields)) / len(fields) - len(set(fields) & set(named)))
+    absent = lacking(list(dict.fromkeys([*fullest, *named])))
+    if not absent:
+        return None
+    wanted = ", ".join(repr(columns[field]) for field in absent)
+    others = [" and ".join(repr(columns[field]) for field in fields) for fields in needed if fields is not fullest]
+    instead = f" (nor {', nor '.join(others)})" if others else ""
+    near = {field: difflib.get_close_matches(columns[field], present, n=1, cutoff=0.5) for field in absent}
+    example = ", ".join(f"{field}: {near[field][0] if near[field] else 'YOUR_COLUMN'}" for field in absent)
+    return (
+        f"no column {wanted}{instead}; columns here: {', '.join(present) or 'none'}. "
+        f"Say which column holds the field: data.columns: {{{example}}}"
+    )

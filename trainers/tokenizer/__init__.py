@@ -1,0 +1,1 @@
+"""Text to token ids, in bulk, checked against the reference tokenizer."""

@@ -1,0 +1,245 @@
+"""The model's tokenizer, as the data stage uses it: batches of texts in, ids and character offsets out.
+
+`load_encoder` reads it with transformers, once; `Encoder.spec` is what other processes need in order to have the same
+one in milliseconds, without transformers. Which library makes the ids is `quick_tokenizer`'s affair.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from trainers.errors import DataError, JobError
+from trainers.records import Array
+from trainers.tokenizer.gigatoken import QuickTokenizer, bytes_of_ids, check_sample, open_quick, specials_around
+from trainers.tokenizer.reference import encode_exact, encode_words
+from trainers.tokenizer.token_arrays import Tokens, surround
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+"""Files of a model folder that decide which ids a text becomes; their digest is part of the shard key."""
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer as one process hands it to another."""
+
+    folder: str
+    trust_remote_code: bool
+    backend: str
+    """tokenizers' own JSON."""
+    eos_id: int | None
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class LightEncoding:
+    """Ids of a single text."""
+
+    ids: Array
+    type_ids: tuple[int, ...] = ()
+
+
+class Encoder:
+    """A fast (Rust) tokenizer without padding or truncation of its own.
+
+    Args:
+        spec: what `read_spec` gave, in this process or another.
+        quick: use a quicker library where it loads this tokenizer; what it gives is checked on a sample.
+    """
+
+    def __init__(self, spec: TokenizerSpec, quick: bool = True) -> None:
+        from tokenizers import Tokenizer
+
+        self.spec = spec
+        self.quick = quick
+        self._backend = Tokenizer.from_str(spec.backend)
+        self._quick: QuickTokenizer | None = open_quick(spec.backend, self._backend) if quick else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer."""
+        return _load_tokenizer(self.spec.folder, self.spec.trust_remote_code)
+
+    @cached_property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model reads with one part and writes with another."""
+        return _is_encoder_decoder(Path(self.spec.folder))
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the end-of-sequence token, if there is one."""
+        return self.spec.eos_id
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills short sequences; never attended to, never a target."""
+        return self.spec.pad_id
+
+    @property
+    def library(self) -> str:
+        """What makes the ids: gigatoken, remembered words or tokenizers."""
+        return self._quick.library if self._quick else "tokenizers"
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]] | None:
+        """Special tokens before and after a text; None where they are not simply around it."""
+        return specials_around(self._backend)
+
+    @cached_property
+    def bytes_of_ids(self) -> Array | None:
+        """Bytes of text that each id stands for, int32 [vocabulary]; None where ids do not spell the text out."""
+        return bytes_of_ids(json.loads(self.spec.backend))
+
+    def encode_ids(self, texts: Sequence[Any], special: bool = True) -> Tokens:
+        """Ids of texts, or of (text, pair) tuples, as arrays: the way to go for many.
+
+        Raises:
+            TokenizerDiffers: where the quick library is caught giving other ids than tokenizers does.
+        """
+        if self._quick is None or any(isinstance(text, tuple) for text in texts):
+            return self._encode_exact(texts, special)
+        tokens = self._quick.encode(list(texts), special)
+        check_sample(texts, tokens, self._backend, special)
+        return tokens
+
+    def _encode_exact(self, texts: Sequence[Any], special: bool) -> Tokens:
+        """tokenizers' own ids."""
+        if any(isinstance(text, tuple) for text in texts) or (special and self.frame is None):
+            return Tokens.of([one.ids for one in self.encode(texts, special)])
+        tokens = encode_exact(self._backend, texts)
+        return surround(tokens, *self.frame) if special and self.frame else tokens
+
+    def encode(self, texts: Sequence[Any], special: bool = True) -> list[Any]:
+        """Encodings of texts, or of (text, pair) tuples, without character offsets."""
+        return list(self._backend.encode_batch_fast(list(texts), add_special_tokens=special))
+
+    def encode_with_words(self, texts: Sequence[str]) -> list[tuple[Array, Array]]:
+        """Ids of each text, no special tokens around, and the word each belongs to, -1 for none; int32 both."""
+        return encode_words(self._backend, texts)
+
+    def encode_light(self, texts: Sequence[Any]) -> list[Any]:
+        """`encode`, with special tokens, for callers who want ids and type_ids alone; no type_ids means all are 0."""
+        if self._quick is None or any(isinstance(text, tuple) for text in texts):
+            return self.encode(texts)
+        tokens = self.encode_ids(texts)
+        return [LightEncoding(tokens[place]) for place in range(len(tokens))]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[Any]:
+        """Encodings of texts that already hold their special tokens, with character offsets."""
+        return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
+
+    def truncate(self, text: Any, max_length: int) -> Any:
+        """The encoding of one text or pair, cut (longest first) so that special tokens included it fits."""
+        self._backend.enable_truncation(max_length, strategy="longest_first")
+        try:
+            return self._backend.encode(*text) if isinstance(text, tuple) else self._backend.encode(text)
+        finally:
+            self._backend.no_truncation()
+
+    def encode_words(self, rows: Sequence[Sequence[str]], max_length: int) -> list[tuple[Any, int]]:
+        """Encodings of texts given as words, special tokens included, and how many tokens each lost to `max_length`."""
+        whole = self._backend.encode_batch(list(map(list, rows)), is_pretokenized=True)
+        return [
+            (one, 0) if len(one) <= max_length else (self._cut_words(words, max_length), len(one) - max_length)
+            for one, words in zip(whole, rows, strict=True)
+        ]
+
+    def _cut_words(self, words: Sequence[str], max_length: int) -> Any:
+        self._backend.enable_truncation(max_length)
+        try:
+            return self._backend.encode(list(words), is_pretokenized=True)
+        finally:
+            self._backend.no_truncation()
+
+    def encode_windows(self, pairs: Sequence[tuple[str, str]], max_length: int, overlap: int) -> list[list[Any]]:
+        """Encodings of (first, second) texts with offsets; a second text too long is cut into overlapping windows.
+
+        Windows share `overlap` tokens of the second text; each holds the first text whole.
+
+        Raises:
+            ValueError: where a first text leaves no room for `overlap` + 1 tokens.
+        """
+        self._backend.enable_truncation(max_length, stride=overlap, strategy="only_second")
+        try:
+            found = self._backend.encode_batch(list(pairs))
+        except Exception as error:  # the Rust side raises a bare Exception
+            raise ValueError(str(error)) from error
+        finally:
+            self._backend.no_truncation()
+        return [[one, *one.overflowing] for one in found]
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token. Raises JobError where there is none."""
+        if self.tokenizer.mask_token_id is None:
+            raise JobError("task mlm: the tokenizer has no mask token; choose an encoder such as BERT or RoBERTa")
+        return int(self.tokenizer.mask_token_id)
+
+    def render(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
+        """A conversation as the model's chat template writes it. Raises DataError where there is no template."""
+        if self.tokenizer.chat_template is None:
+            raise DataError(
+                "the tokenizer has no chat template, which task sft needs: choose an instruction-tuned model, or give "
+                "one in data.chat_template"
+            )
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **arguments))
+
+
+def read_spec(folder: str | Path, trust_remote_code: bool = False) -> TokenizerSpec:
+    """The tokenizer of a model folder, read with transformers.
+
+    Raises:
+        JobError: where the folder holds no fast tokenizer.
+    """
+    tokenizer = _load_tokenizer(str(folder), trust_remote_code)
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad_id = next(int(value) for value in ids if value is not None)
+    return TokenizerSpec(str(folder), trust_remote_code, backend.to_str(), tokenizer.eos_token_id, pad_id)
+
+
+def _is_encoder_decoder(folder: Path) -> bool:
+    """Whether the model beside the tokenizer reads with one part and writes with another."""
+    file = folder / "config.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("is_encoder_decoder", False))
+
+
+@lru_cache(maxsize=2)
+def load_encoder(folder: str, trust_remote_code: bool = False) -> Encoder:
+    """The encoder of a model folder, loaded once a process."""
+    return Encoder(read_spec(folder, trust_remote_code))
+
+
+@lru_cache(maxsize=2)
+def encoder_of(spec: TokenizerSpec, quick: bool) -> Encoder:
+    """The encoder of a spec, made once a process."""
+    return Encoder(spec, quick)
+
+
+@lru_cache(maxsize=2)
+def _load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer  # 1.6 s: only processes that read a spec or render chats pay it
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise JobError(f"model.path: no tokenizer can be loaded from {folder}: {error}") from error
+    if not tokenizer.is_fast:
+        raise JobError(f"model.path: {folder} has only a slow tokenizer; convert it to tokenizer.json first")
+    return tokenizer

@@ -1,0 +1,163 @@
+"""Quicker ways to tokenizers' ids, checked on a sample of every batch: gigatoken, and remembered words for WordPiece.
+
+gigatoken applies to byte-level and SentencePiece-style BPE. Texts with bytes that the vocabulary cannot spell go to
+tokenizers, and so does a whole vocabulary that gigatoken does not load. Begin at `open_quick`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from trainers.records import Array
+from trainers.tokenizer.reference import encode_exact
+from trainers.tokenizer.token_arrays import Tokens, surround
+from trainers.tokenizer.wordpiece_cache import open_words
+
+SAMPLE_CHARS = 20_000
+"""A text drawn for the check is skipped the more often the longer it is than this: a check costs 1.4 µs a token."""
+PROBE = "a"
+
+
+class TokenizerDiffers(Exception):
+    """The quick library gave other ids than tokenizers does; the split has to be written with tokenizers."""
+
+
+class QuickTokenizer:
+    """A quick way to tokenizers' ids.
+
+    Args:
+        library: its name.
+        bare: gives the ids of texts without special tokens around.
+        prefix: ids that the tokenizer puts before a text.
+        suffix: ids that it puts after.
+    """
+
+    def __init__(
+        self, library: str, bare: Callable[[list[str]], Tokens], prefix: Sequence[int], suffix: Sequence[int]
+    ) -> None:
+        self.library, self._bare = library, bare
+        self._prefix, self._suffix = prefix, suffix
+
+    def encode(self, texts: list[str], special: bool) -> Tokens:
+        """Ids of texts; `special` puts the special tokens around each."""
+        tokens = self._bare(texts) if texts else Tokens.of([])
+        return surround(tokens, self._prefix, self._suffix) if special else tokens
+
+
+class GigaTokenizer:
+    """One vocabulary loaded by gigatoken; ids from `limit` on stand for bytes that the vocabulary does not have."""
+
+    def __init__(self, quick: Any, exact: Any, limit: int) -> None:
+        self._quick, self._exact, self._limit = quick, exact, limit
+
+    def encode(self, texts: list[str]) -> Tokens:
+        """Ids of texts; those that the vocabulary cannot spell are done by tokenizers."""
+        layout = self._quick.encode_batch(texts, parallel=False).layout
+        tokens = Tokens(np.asarray(layout.content.data).view(np.int32), np.asarray(layout.offsets.data))
+        if not len(tokens.ids) or int(tokens.ids.max()) < self._limit:
+            return tokens
+        places = np.unique(np.searchsorted(tokens.offsets, np.flatnonzero(tokens.ids >= self._limit), side="right") - 1)
+        exact = encode_exact(self._exact, [texts[place] for place in places])
+        lists: list[Any] = [tokens[place] for place in range(len(tokens))]
+        for number, place in enumerate(places.tolist()):
+            lists[place] = exact[number]
+        return Tokens.of(lists)
+
+
+def open_quick(backend_json: str, exact: Any) -> QuickTokenizer | None:
+    """The quick way for tokenizers' JSON, or None where there is none, or it cannot add the tokenizer's specials."""
+    config = json.loads(backend_json)
+    around = specials_around(exact)
+    if around is None:
+        return None
+    if giga := _open_giga(config, exact):
+        return QuickTokenizer("gigatoken", giga.encode, *around)
+    if words := open_words(config, exact):
+        return QuickTokenizer("remembered words", words.encode, *around)
+    return None
+
+
+def _open_giga(config: dict[str, Any], exact: Any) -> GigaTokenizer | None:
+    import gigatoken
+
+    if config["model"].get("type") != "BPE":
+        return None
+    vocabulary = dict(config["model"]["vocab"])
+    limit = max([*vocabulary.values(), *(one["id"] for one in config["added_tokens"]), -1]) + 1
+    if not config["model"].get("byte_fallback"):
+        # gigatoken asks for all 256 bytes; those that a vocabulary lacks get ids of their own, found again afterwards
+        missing = [char for char in _byte_characters() if char not in vocabulary]
+        vocabulary.update({char: limit + place for place, char in enumerate(missing)})
+    whole = {**config, "model": {**config["model"], "vocab": vocabulary}}
+    try:
+        return GigaTokenizer(gigatoken.Tokenizer.from_json(json.dumps(whole)), exact, limit)
+    except Exception:  # whatever it says, it does not load this vocabulary
+        return None
+
+
+def check_sample(texts: Sequence[str], tokens: Tokens, exact: Any, special: bool) -> None:
+    """Compare one text of a batch, drawn by its content, with tokenizers' ids. Raises TokenizerDiffers."""
+    if not len(texts):
+        return
+    seed = xxhash.xxh3_64_intdigest(tokens.offsets.tobytes())
+    place = seed % len(texts)
+    text = texts[place]
+    if len(text) > SAMPLE_CHARS and seed / 2**64 > SAMPLE_CHARS / len(text):
+        return
+    expected, found = _expected(exact, text, special), tokens[place].tolist()
+    if expected != found:
+        at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
+        raise TokenizerDiffers(
+            f"at token {at} of a text that begins with {text[:40]!r}, tokenizers gives {expected[at : at + 4]} "
+            f"and the quick way {found[at : at + 4]}"
+        )
+
+
+def _expected(exact: Any, text: str, special: bool) -> list[int]:
+    around = specials_around(exact) if special else None
+    if special and around is None:
+        ids: list[int] = exact.encode(text).ids
+        return ids
+    before, after = around or ([], [])
+    return [*before, *encode_exact(exact, [text])[0].tolist(), *after]
+
+
+def bytes_of_ids(config: dict[str, Any]) -> Array | None:
+    """Bytes that each id of a byte-level vocabulary stands for, int32 [vocabulary]; None for other vocabularies."""
+    if config["model"].get("type") != "BPE" or not _is_byte_level(config.get("pre_tokenizer")):
+        return None
+    added = {one["id"]: len(one["content"].encode()) for one in config["added_tokens"]}
+    table = np.zeros(max([*config["model"]["vocab"].values(), *added, 0]) + 1, np.int32)
+    for token, number in config["model"]["vocab"].items():
+        table[number] = len(token)  # one character a byte
+    for number, size in added.items():
+        table[number] = size
+    return table
+
+
+def _is_byte_level(step: Any) -> bool:
+    if not isinstance(step, dict):
+        return False
+    if step.get("type") == "Sequence":
+        return any(_is_byte_level(one) for one in step["pretokenizers"])
+    return bool(step.get("type") == "ByteLevel")
+
+
+def specials_around(exact: Any) -> tuple[list[int], list[int]] | None:
+    """Ids that the tokenizer puts before and after a text."""
+    bare = exact.encode(PROBE, add_special_tokens=False).ids
+    full = exact.encode(PROBE, add_special_tokens=True).ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return None
+
+
+def _byte_characters() -> list[str]:
+    """The 256 characters that stand for bytes in byte-level vocabularies (Radford et al. 2019, GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = len([byte for byte in range(256) if byte not in printable])
+    return [chr(byte) for byte in printable] + [chr(256 + place) for place in range(others)]

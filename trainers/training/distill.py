@@ -1,0 +1,76 @@
+"""Distillation: a task's loss with a teacher beside the labels (Hinton et al. 2015, arXiv:1503.02531).
+
+loss = alpha x T^2 x KL(teacher || student), both softened by T, + (1 - alpha) x the task's own loss; both are summed
+over targets, so the gradient depends on the cut of a step as little as without a teacher. The teacher's logits are
+computed beside the student's, in the same micro-batch; every rank holds the teacher whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from trainers.errors import JobError
+from trainers.job.schema import Job
+from trainers.model.world import World
+from trainers.tasks import Task
+from trainers.tasks.base import IGNORE
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Distilled:
+    """A task's training loss with a teacher."""
+
+    def __init__(self, task: Task, teacher: Any, temperature: float, alpha: float) -> None:
+        self._task, self._teacher, self._temperature, self._alpha = task, teacher, temperature, alpha
+
+    def step_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """The training loss of a micro-batch, summed over targets. Raises JobError where the two do not fit."""
+        import torch
+
+        logits = self._task.forward(model, inputs)
+        with torch.no_grad():
+            wanted = self._task.forward(self._teacher, inputs)
+        if wanted.shape != logits.shape:
+            raise JobError(
+                f"train.distill.teacher: it has {wanted.shape[-1]} outputs, the model {logits.shape[-1]}; "
+                "teacher and student must share vocabulary and labels"
+            )
+        own = self._task.loss_sum(logits, labels)
+        targets = labels != IGNORE
+        apart = divergence_sum(logits[targets].float(), wanted[targets].float(), self._temperature)
+        return self._alpha * apart + (1 - self._alpha) * own
+
+
+def divergence_sum(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 x KL(teacher || student) summed over targets; both [targets, classes]."""
+    from torch.nn.functional import kl_div, log_softmax
+
+    said, wanted = log_softmax(logits / temperature, -1), log_softmax(teacher / temperature, -1)
+    return temperature**2 * kl_div(said, wanted, reduction="sum", log_target=True)
+
+
+def load_objective(job: Job, task: Task, pad_id: int, world: World) -> Task | Distilled:
+    """The task itself, or with its teacher, who is loaded whole: call it before the engine partitions what it loads.
+
+    Raises:
+        JobError: where there is no such teacher.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from trainers.model.engine import load_options
+
+    wish = job.train.distill
+    if wish is None:
+        return task
+    if job.data.several_labels:
+        raise JobError("train.distill: a teacher's distribution is over one label; data.several_labels must be off")
+    unset_hf_deepspeed_config()  # of an earlier engine in this process: it would partition the teacher
+    try:
+        teacher: Any = task.load_model(wish.teacher, pad_id=pad_id, **load_options(job))
+    except (OSError, ValueError) as error:
+        raise JobError(f"train.distill.teacher: {wish.teacher} cannot be loaded: {error}") from error
+    teacher.to(world.device).eval().requires_grad_(False)
+    return Distilled(task, teacher, wish.temperature, wish.alpha)

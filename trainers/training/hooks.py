@@ -1,0 +1,43 @@
+"""What the loop needs from outside: the hooks it reports through, what saves, and what is minimized."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from trainers.checkpoint.records import Progress
+from trainers.records import Phase, StopReason
+
+
+class Hooks(Protocol):
+    """What a rank tells the outside world, and hears from it. Only rank 0's `emit` is called."""
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        """Record an event."""
+
+    def stop_reason(self) -> StopReason | None:
+        """Why to stop after this step, or None; cheap enough to ask many times a step."""
+
+    def at(self, phase: Phase, step: int) -> None:
+        """This rank enters a phase of step `step`, counted from 0."""
+
+
+class Objective(Protocol):
+    """What is minimized: a task, or one with a teacher."""
+
+    def step_loss(self, model: Any, inputs: Mapping[str, Any], labels: Any) -> Any:
+        """The loss of a micro-batch, summed over targets."""
+
+
+class Saver(Protocol):
+    """Writes checkpoints."""
+
+    def save(self, progress: "Progress") -> None:
+        """Begin to copy the state after `progress.step` steps, and to write the copy; called by every rank."""
+
+    def before_update(self) -> None:
+        """Wait until the copy is made."""
+
+    def poll(self) -> None:
+        """Tell of a commit that has happened since; does not wait."""
+
+    def finish(self) -> None:
+        """Wait until the save in flight is committed, or lost."""

@@ -1,0 +1,205 @@
+"""The training loop of one rank, shared by every task and launcher. Begin at `train`.
+
+It knows steps, not files or launchers: data comes from `StepSource`, progress leaves through `Hooks`.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainers.batching.batches import StepBatch, StepSource
+from trainers.checkpoint.records import Progress
+from trainers.model.world import World
+from trainers.records import STOPS, Event, StopReason
+from trainers.training.divergence import Diverged, divergence
+from trainers.training.hooks import Hooks, Objective, Saver
+from trainers.training.schedule import Schedule
+from trainers.training.straggler import BusyMeter, Straggler, StragglerWatch
+
+HISTORY = 1000
+"""Steps whose events a checkpoint carries."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop needs of the job."""
+
+    steps: int
+    every_steps: int
+    """Steps between checkpoints."""
+    seed: int
+    spike_factor: float | None = None
+    """A loss over this many times the largest of the last HISTORY steps has diverged."""
+    skip: frozenset[int] = frozenset()
+    """Steps, counted from 0, that pass without training."""
+
+
+@dataclass(frozen=True)
+class LoopOutcome:
+    """How the loop ended."""
+
+    progress: Progress
+    stopped: StopReason | None
+    """The stop reason, or None where every step is done."""
+
+
+def train(
+    engine: Any,
+    objective: Objective,
+    source: StepSource,
+    schedule: Schedule,
+    settings: LoopSettings,
+    start: Progress,
+    world: World,
+    hooks: Hooks,
+    saver: Saver,
+) -> LoopOutcome:
+    """Run steps start.step ... settings.steps, saving every `every_steps` and at the end.
+
+    Raises:
+        Diverged: on every rank, before anything of the step is saved.
+    """
+    step, tokens, stopped, saved = start.step, start.tokens, None, start.step
+    history = deque(start.history, maxlen=HISTORY)
+    meter, stragglers = BusyMeter(), StragglerWatch(world.size)
+    while step < settings.steps:
+        began = time.perf_counter()
+        hooks.at("data", step)
+        source.ready(step, hooks.stop_reason)
+        waited = time.perf_counter() - began
+        stopped = agree_to_stop(hooks.stop_reason(), world)
+        if stopped:
+            break
+        hooks.at("step", step)
+        if step in settings.skip:
+            step += 1
+            continue
+        seed_step(settings.seed, step, world.rank)
+        set_learning_rate(engine, schedule.rate(step))
+        batch = source.next(step)
+        loss_sum = run_micro_batches(engine, objective, batch, world, saver.before_update)
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        hooks.at("settle", step)
+        seconds = time.perf_counter() - began
+        loss, busy = _settle(loss_sum / batch.targets, seconds * meter.share(), world)
+        wrong = divergence(loss, norm, [event["loss"] for event in history], settings.spike_factor)
+        if wrong:
+            raise Diverged(step, loss, wrong)
+        step, tokens = step + 1, tokens + batch.tokens
+        history.append(_step_event(step, loss, schedule.rate(step - 1), norm, batch, seconds, waited, tokens))
+        _tell(hooks, history[-1], stragglers.note(seconds, busy), world)
+        if step == settings.steps or step % settings.every_steps == 0:
+            hooks.at("save", step)
+            saver.save(Progress(step, tokens, tuple(history)))
+            saved = step
+        saver.poll()
+    meter.close()
+    hooks.at("save", step)
+    if saved != step:
+        saver.save(Progress(step, tokens, tuple(history)))
+    saver.finish()
+    return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
+
+
+def _tell(hooks: Hooks, event: Event, straggler: Straggler | None, world: World) -> None:
+    """Rank 0 reports a step, and the rank that the others waited for."""
+    if world.rank == 0:
+        hooks.emit(event)
+        if straggler:
+            lag = {"rank": straggler.rank, "lag_s": straggler.lag_s}
+            hooks.emit({"kind": "straggler", "step": event["step"], **lag})
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout and the like draw from (seed, step, rank): there is no generator state to save or lose."""
+    import numpy as np
+    import torch
+
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set the rate of every parameter group for the coming update; groups may learn at a share of it."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def run_micro_batches(
+    engine: Any, objective: Objective, batch: StepBatch, world: World, before_update: Callable[[], None]
+) -> Any:
+    """Forward and backward over the accumulation, then the update. Returns this rank's loss sum, a detached scalar.
+
+    DeepSpeed averages gradients over ranks, so a loss of sum x world / targets gives the gradient of
+    (sum over the whole step) / (targets of the whole step), however the step is cut up.
+    """
+    import torch
+
+    total = torch.zeros((), dtype=torch.float64)
+    for place, micro in enumerate(batch.micro_batches, 1):
+        inputs = {name: torch.from_numpy(array).to(world.device) for name, array in micro.inputs.items()}
+        labels = torch.from_numpy(micro.labels).to(world.device)
+        loss_sum = objective.step_loss(engine, inputs, labels)
+        engine.backward(share_of_step(loss_sum, batch.targets, world.size), scale_wrt_gas=False)
+        if place == len(batch.micro_batches):
+            before_update()
+        engine.step()
+        total += loss_sum.detach().double().cpu()
+    return total
+
+
+def share_of_step(loss_sum: Any, targets: int, world_size: int) -> Any:
+    """What a micro-batch adds to the step's mean loss, times the world size, by which DeepSpeed divides gradients."""
+    return loss_sum * (world_size / targets)
+
+
+def agree_to_stop(reason: StopReason | None, world: World) -> StopReason | None:
+    """Whether any rank was asked to stop, and why: the same answer on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    votes = torch.tensor([float(reason == name) for name in STOPS], device=world.device)
+    dist.all_reduce(votes)
+    return next((name for name, count in zip(STOPS, votes.tolist(), strict=True) if count), None)
+
+
+def _settle(loss: Any, busy_s: float, world: World) -> tuple[float, Sequence[float]]:
+    """The loss summed over ranks, and how long each rank worked, in one collective."""
+    import torch
+    import torch.distributed as dist
+
+    shared = torch.zeros(1 + world.size, dtype=torch.float64, device=world.device)
+    shared[0], shared[1 + world.rank] = float(loss), busy_s
+    dist.all_reduce(shared)
+    total, *busy = shared.tolist()
+    return total, busy
+
+
+def _step_event(
+    step: int, loss: float, rate: float, norm: float, batch: StepBatch, seconds: float, waited: float, tokens: int
+) -> Event:
+    return {
+        "kind": "step",
+        "time": time.time(),
+        "step": step,
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "tokens_per_s": batch.tokens / seconds,
+        "step_s": seconds,
+        "data_wait_s": waited,
+        "memory_gib": peak_memory_gib(),
+    }
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this rank: of the GPU where there is one, else resident memory."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,1 @@
+"""One rank: its life from launch to exit, and how the node agent sees it."""

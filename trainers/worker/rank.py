@@ -1,0 +1,125 @@
+"""What one rank does from launch to last checkpoint, whoever launched it. Build, build, build, train."""
+
+import time
+from typing import Any
+
+from trainers.batching.batch_plan import plan_batches
+from trainers.batching.batches import StepSource
+from trainers.batching.order import job_order
+from trainers.batching.packing import index_packs
+from trainers.checkpoint.checkpointer import Checkpointer, barrier, new_attempt
+from trainers.model.deepspeed_config import derive_config
+from trainers.model.engine import build_engine
+from trainers.model.world import World, join_world
+from trainers.run.folder import checkpoints_folder
+from trainers.run.record import TrainRequest, job_task
+from trainers.shards.dataset import ShardSet
+from trainers.storage import Folder
+from trainers.tokenizer.encoder import load_encoder
+from trainers.training.distill import load_objective
+from trainers.training.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
+from trainers.training.hooks import Hooks
+from trainers.training.loop import LoopOutcome, LoopSettings, train
+from trainers.training.schedule import Schedule
+from trainers.verification.isolation import check_isolation
+from trainers.verification.verify import demand, read_verification, verify_job
+
+
+def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
+    """Train this rank's share of the job, from the newest committed checkpoint if there is one.
+
+    Raises:
+        JobError: the job contradicts itself at this world size.
+        TrainingError: the checkpoints belong to something else, or the loss diverged too often.
+    """
+    hooks.at("load", 0)
+    world = join_world(request.job.scale.cpus_per_worker)
+    if request.job.train.verify:
+        _verify(request, world, hooks)
+    while True:
+        try:
+            return _attempt(request, hooks, world)
+        except Diverged as error:
+            if world.rank == 0:
+                hooks.emit({"kind": "rolled_back", "step": error.step + 1, "reason": error.reason})
+            hooks.at("load", error.step)
+
+
+def _verify(request: TrainRequest, world: World, hooks: Hooks) -> None:
+    """Before the first launch of a model, task and attention backend: is this training what it says? Rank 0 asks.
+
+    Raises:
+        TrainingError: where a self-test fails.
+    """
+    if world.rank == 0:
+        found = read_verification(request.job, request.model)
+        if found is None:
+            began = time.monotonic()
+            found = verify_job(request.job, request.model)
+            failed = [check.name for check in found.checks if not check.passed]
+            told = {"passed": len(found.checks) - len(failed), "failed": failed, "key": found.key}
+            hooks.emit({"kind": "verification", **told, "seconds": time.monotonic() - began})
+        demand(found, request.job.model.dtype)
+    barrier(world)
+
+
+def _attempt(request: TrainRequest, hooks: Hooks, world: World) -> LoopOutcome:
+    """Build everything, resume, and train until the end, a stop or a divergence."""
+    job = request.job
+    task = job_task(job, request.train_shards)
+    plan = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world.size, job.data.max_length)
+    encoder = load_encoder(request.model.path, job.model.trust_remote_code)
+    task.prepare(encoder)
+    pad_id = encoder.pad_id
+    shards = ShardSet(request.shards_folder, request.train_shards, task)
+    packs = index_packs(job, shards)
+    order = job_order(job, len(packs))
+    objective = load_objective(job, task, pad_id, world)
+    skipped = read_skipped(request.run)
+    engine = build_engine(job, task, request.model.path, pad_id, derive_config(job, plan), world)
+    if job.packing:
+        check_isolation(engine, task, shards, pad_id, job.model.attention, world.device)
+    source = StepSource(shards, packs, order, plan, world.rank, task, pad_id)
+    schedule = Schedule(job.train.schedule, job.train.learning_rate, order.steps, job.train.warmup_ratio)
+    checkpointer = Checkpointer(
+        engine,
+        checkpoints_folder(job, request.run),
+        world,
+        new_attempt(world),
+        request.train_shards.key,
+        job.identity(),
+        hooks.emit,
+        skipped.numbers,
+    )
+    start = checkpointer.resume()
+    host_bytes = checkpointer.prepare()
+    if world.rank == 0:
+        hooks.emit({"kind": "history", "events": list(start.history)})
+        found = {"step": start.step, "steps": order.steps, "world_size": world.size, "checkpoint_bytes": host_bytes}
+        hooks.emit({"kind": "start", **found})
+    settings = LoopSettings(
+        order.steps, job.checkpoint.every_steps, job.train.seed, job.train.spike_factor, skipped.numbers
+    )
+    try:
+        outcome = train(engine, objective, source, schedule, settings, start, world, hooks, checkpointer)
+    except Diverged as error:
+        checkpointer.finish()
+        listed = add_skipped(skipped, skipped_step(error, source.sequences(error.step), source.origins(error.step)))
+        _roll_back(request.run, listed, engine, source, world)
+        raise
+    finally:
+        checkpointer.close()
+    if world.rank == 0:
+        done = {"step": outcome.progress.step, "tokens": outcome.progress.tokens, "stopped": outcome.stopped}
+        hooks.emit({"kind": "done", **done})
+    hooks.at("done", outcome.progress.step)
+    return outcome
+
+
+def _roll_back(run: Folder, listed: SkippedSteps, engine: Any, source: StepSource, world: World) -> None:
+    """Write down what is left out from now on, on rank 0, and let go of the engine that diverged."""
+    if world.rank == 0:
+        write_skipped(run, listed)
+    barrier(world)
+    source.close()
+    engine.destroy()

@@ -1,0 +1,197 @@
+"""A process that imports torch, DeepSpeed and transformers once and then becomes, or forks, ranks at once.
+
+A keeper starts it (`python -m trainers.worker.rank_server fork|become`), sees `{"ready": true}` on its standard output, and writes
+one `Hatch` a line to its standard input. `fork`: every rank is a fork, so a restart costs no import; sound because
+nothing but imports has happened here: no thread, no CUDA context, no process group. `become`: this process itself turns
+into the one rank, for machines with GPUs, whose driver does not survive a fork; the keeper holds a spare one ready.
+When the keeper ends, standard input closes and everything here ends. Answers are `{"pid": ..., "files": ...}` for a
+new rank and `{"exit": pid, "code": ..., "max_rss_bytes": ...}` for one that ended.
+"""
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+from trainers.errors import TuneyardError
+from trainers.job.schema import Job
+from trainers.model.source import ModelFolder
+from trainers.records import Record
+from trainers.run.record import TrainRequest
+from trainers.shards.manifest import ShardManifest
+from trainers.storage import Folder
+from trainers.worker.heartbeat import Pulse
+from trainers.worker.rank import run_rank
+from trainers.worker.stop_signal import PipeHooks, StopSignal
+
+Mode = Literal["fork", "become"]
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+FAILED = 1
+"""Exit code of a rank that raised; the event `failed` says what."""
+
+
+class Hatch(Record):
+    """All that a new rank is told, as one line of JSON."""
+
+    environment: dict[str, str]
+    """The launcher contract, and the interfaces collectives go through."""
+    files: str
+    """Folder of this host for the rank's pulse, events and stacks."""
+    log: str | None
+    """File that standard output and error are appended to; None leaves them."""
+    job: Job
+    model_path: str
+    model_digest: str
+    train_shards: ShardManifest
+    shards_folder: str
+    run: str
+
+    def request(self) -> TrainRequest:
+        """What `run_rank` takes."""
+        model = ModelFolder(self.model_path, self.model_digest)
+        return TrainRequest(self.job, model, self.train_shards, Folder(self.shards_folder), Folder(self.run))
+
+
+def hatch_of(request: TrainRequest, environment: dict[str, str], files: Path, log: str | None) -> Hatch:
+    """A request as it travels."""
+    return Hatch(
+        environment=environment,
+        files=str(files),
+        log=log,
+        job=request.job,
+        model_path=request.model.path,
+        model_digest=request.model.digest,
+        train_shards=request.train_shards,
+        shards_folder=str(request.shards_folder),
+        run=str(request.run),
+    )
+
+
+def pulse_file(files: Path) -> Path:
+    """Where a rank's pulse page is."""
+    return files / "pulse"
+
+
+def events_file(files: Path) -> Path:
+    """The named pipe a rank's events leave by."""
+    return files / "events"
+
+
+def stacks_file(files: Path) -> Path:
+    """Where a rank's stacks go on SIGUSR1."""
+    return files / "stacks"
+
+
+def main(mode: Mode) -> None:
+    """Import, say so, then serve hatches until standard input closes."""
+    _import_ahead()
+    signal.signal(signal.SIGCHLD, _reap)
+    _say({"ready": True})
+    for line in sys.stdin:
+        hatch = Hatch.model_validate_json(line)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # its birth is told before its end
+        born = os.fork() if mode == "fork" else os.getpid()
+        if born:
+            _say({"pid": born, "files": hatch.files})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        if born in (0, os.getpid()):
+            _live(hatch)
+
+
+def _import_ahead() -> None:
+    """What a rank imports, also late and inside functions: most of the time to the first step."""
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused here
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - DeepSpeed does when it looks at an optimizer
+    import torch._dynamo
+    import torch.distributed.tensor
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers.integrations.deepspeed
+    import transformers.modeling_utils
+    import transformers.models.auto.modeling_auto
+    import transformers.models.auto.tokenization_auto  # noqa: F401
+
+    import trainers.model.engine
+    import trainers.tasks  # noqa: F401
+
+    del sys.modules["mlflow"]
+
+
+def _say(message: dict[str, Any]) -> None:
+    """One line, in one write, so that it may be said from a signal handler too."""
+    os.write(1, json.dumps(message).encode() + b"\n")
+
+
+def _reap(*_: Any) -> None:
+    """Say how every child ended that did since the last call."""
+    while True:
+        try:
+            child, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if child == 0:
+            return
+        code = os.waitstatus_to_exitcode(status)
+        _say({"exit": child, "code": code, "max_rss_bytes": usage.ru_maxrss * 1024})
+
+
+def _live(hatch: Hatch) -> NoReturn:
+    """Be a rank to the end; never returns."""
+    files = Path(hatch.files)
+    pulse = Pulse(pulse_file(files))
+    stop = StopSignal(hatch.job.checkpoint.grace_s, pulse)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(PR_SET_NAME, f"rank-{hatch.environment['RANK']}".encode())  # what ps and top show
+    _redirect(hatch.log)
+    os.environ.update(hatch.environment)
+    events = events_file(files).open("w", encoding="utf-8")
+    stacks = stacks_file(files).open("w")
+    faulthandler.enable()  # a crash leaves its Python stack in the log
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
+    hooks = PipeHooks(events, pulse, stop)
+    code = _run(hatch.request(), hooks)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    events.close()
+    os._exit(code)  # gloo's threads would keep a rank whose peer is gone
+
+
+def _redirect(log: str | None) -> None:
+    """Standard input from nowhere; standard output, which was the line to the keeper, and error to the log."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if log is not None:
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+    os.dup2(2, 1)
+
+
+def _run(request: TrainRequest, hooks: PipeHooks) -> int:
+    try:
+        run_rank(request, hooks)
+    except TuneyardError as error:
+        hooks.emit({"kind": "refused", "error": str(error), "exit_code": error.exit_code})
+        return error.exit_code
+    except BaseException as error:
+        traceback.print_exc()
+        hooks.emit({"kind": "failed", "time": time.time(), "error": f"{type(error).__name__}: {error}",
+                    "errno": getattr(error, "errno", None), "where": _innermost(error)})  # fmt: skip
+        return FAILED
+    return 0
+
+
+def _innermost(error: BaseException) -> str:
+    """The line that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+
+
+if __name__ == "__main__":
+    assert sys.argv[1] in get_args(Mode)
+    main("fork" if sys.argv[1] == "fork" else "become")

@@ -1,0 +1,63 @@
+"""How a rank hears that it should stop: SIGTERM to itself, or its keeper's word on the pulse page."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from trainers.errors import Preempted
+from trainers.records import Phase, StopReason
+from trainers.worker.heartbeat import Pulse
+
+
+class StopSignal:
+    """Remembers SIGTERM, also while the main thread is blocked in a collective: a thread of its own hears it at once.
+
+    Made in the main thread, before anything that takes long. Once the grace time is over the machine is about to go:
+    a process that has not ended by itself then ends with exit code 75.
+    """
+
+    def __init__(self, grace_s: float, pulse: Pulse | None = None) -> None:
+        self.came = False
+        self._grace_s, self._pulse = grace_s, pulse
+        self._ear, mouth = os.pipe()
+        os.set_blocking(mouth, False)
+        signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # what counts is the byte that the wakeup descriptor gets
+        threading.Thread(target=self._listen, name="stop-signal", daemon=True).start()
+
+    def _listen(self) -> None:
+        while signal.SIGTERM not in os.read(self._ear, 64):
+            pass
+        self.came = True
+        if self._pulse:
+            self._pulse.tell()
+        time.sleep(self._grace_s)
+        os._exit(Preempted.exit_code)
+
+    def reason(self) -> StopReason | None:
+        """preempted after SIGTERM, else what the keeper asked."""
+        return "preempted" if self.came else self._pulse.stop_reason() if self._pulse else None
+
+
+class PipeHooks:
+    """`trainers.training.loop.Hooks` of a rank that a keeper started: events leave as JSON lines, the pulse is kept."""
+
+    def __init__(self, events: Any, pulse: Pulse, stop: StopSignal) -> None:
+        self._events, self._pulse, self._stop = events, pulse, stop
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        """Send an event; it has left this process when this returns."""
+        self._events.write(json.dumps(event) + "\n")
+        self._events.flush()
+
+    def stop_reason(self) -> StopReason | None:
+        """Why to stop, if this rank was told."""
+        return self._stop.reason()
+
+    def at(self, phase: Phase, step: int) -> None:
+        """Enter a phase."""
+        self._pulse.beat(phase, step)
