@@ -85,11 +85,11 @@ def verify(
     """Run numerical self-tests on this model, task and attention backend, with the job's own rows."""
     from orchestrator.terminal.tables import verification_table
     from orchestrator.verify import verify as run_checks
-    from trainers.verification.verify import demand
+    from trainers.verification.verify import require_passed
 
     found = run_checks(_load(job_path, overrides), again)
     _print_json(found.model_dump(mode="json")) if as_json else verification_table(found)
-    demand(found)
+    require_passed(found)
 
 
 @app.command()

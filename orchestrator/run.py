@@ -19,14 +19,14 @@ from orchestrator.planning.preflight import check_job, check_run_storage
 from orchestrator.ray_session import check_placement, ray_session
 from orchestrator.registry.lineage import lineage
 from orchestrator.registry.mlflow_client import registry_uri
-from orchestrator.registry.promotion import Judged, Promotion, decide
-from orchestrator.registry.read import champion, judged_of
+from orchestrator.registry.promotion import Promotion, RowScores, decide
+from orchestrator.registry.read import champion, row_scores_of
 from orchestrator.registry.register import register
 from orchestrator.report.page import write_report
 from orchestrator.run_session import OpenRun, finished_result, open_run, summarize
 from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
-from orchestrator.training.controller import thin_out, train
+from orchestrator.training.controller import prune_checkpoints, train
 from orchestrator.training.progress import finished_training, record_event
 from trainers.errors import Preempted, TuneyardError
 from trainers.job.schema import Job
@@ -34,7 +34,7 @@ from trainers.model.source import ModelFolder
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, checkpoints_folder, run_folder, step_name
 from trainers.run.goodput import account, share
 from trainers.run.record import TrainRequest, job_task
-from trainers.run.row_scores import read_judged
+from trainers.run.row_scores import read_row_scores
 from trainers.shards.keys import load_shards
 from trainers.shards.manifest import Shards, shards_folder
 from trainers.storage import Folder
@@ -121,7 +121,7 @@ def train_stage(stages: Stages) -> EvaluationPool:
     with stages.opened.timed("train"), _stop_asked_for() as asked:
         train(request, pool, metric, gpus, stages.opened.log, show, asked)
     note_goodput(stages)
-    thin_out(checkpoints, stages.job.checkpoint.keep, pool, metric)
+    prune_checkpoints(checkpoints, stages.job.checkpoint.keep, pool, metric)
     return pool
 
 
@@ -168,11 +168,17 @@ def weigh(stages: Stages, best: Evaluation) -> Promotion:
     """Whether the best checkpoint should become the champion."""
     job = stages.job
     metric, mode = choose_metric(job)
-    candidate = Judged(f"step {best.step}", best.eval_key, read_judged(stages.run, best.step))
+    candidate = RowScores(f"step {best.step}", best.eval_key, read_row_scores(stages.run, best.step))
     standing = champion(registry_uri(job.storage, job.registry.uri), job.registry.model or job.name)
     task = job_task(job, stages.shards.train)
     return decide(
-        job.registry.promote, candidate, judged_of(standing) if standing else None, task, metric, mode, job.train.seed
+        job.registry.promote,
+        candidate,
+        row_scores_of(standing) if standing else None,
+        task,
+        metric,
+        mode,
+        job.train.seed,
     )
 
 

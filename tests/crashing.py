@@ -251,20 +251,20 @@ def _engine_rank(folder: Path, saver: str, rank: int, port: int, steps: int, loa
 
     world = join_world(1)
     engine = make_engine(world, width=384)
-    keeper: Any = OurSaver(engine, folder, world) if saver == "ours" else DeepSpeedSaver(engine, folder)
+    agent: Any = OurSaver(engine, folder, world) if saver == "ours" else DeepSpeedSaver(engine, folder)
     if load:
-        (folder / f"loaded-{rank}").write_text(json.dumps({"step": keeper.load(), "digest": state_digest(engine)}))
+        (folder / f"loaded-{rank}").write_text(json.dumps({"step": agent.load(), "digest": state_digest(engine)}))
     else:
         torch.manual_seed(rank)
         for step in range(1, steps + 1):
             loss = engine(torch.randn(4, 384)).square().mean()
             engine.backward(loss)
-            keeper.before_update()
+            agent.before_update()
             engine.step()
             with (folder / f"digests-{rank}.jsonl").open("a") as stream:
                 stream.write(json.dumps({"step": step, "digest": state_digest(engine)}) + "\n")
-            keeper.save(step)
-        keeper.finish()
+            agent.save(step)
+        agent.finish()
     os._exit(0)
 
 

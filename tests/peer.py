@@ -21,7 +21,7 @@ from trainers.shards.keys import load_shards
 from trainers.shards.manifest import shards_folder
 from trainers.storage import Folder
 from trainers.tasks import Task
-from trainers.tasks.base import IGNORE, Row
+from trainers.tasks.base import IGNORE, Example
 from trainers.tasks.causal import CausalTask
 from trainers.tokenizer.encoder import Encoder, load_encoder
 
@@ -30,12 +30,12 @@ from trainers.tokenizer.encoder import Encoder, load_encoder
 class _Lines:
     """A map-style data set of the lines that the Trainer collates: (draw of the masks, rows)."""
 
-    lines: list[tuple[int, list[Row]]]
+    lines: list[tuple[int, list[Example]]]
 
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, index: int) -> tuple[int, list[Row]]:
+    def __getitem__(self, index: int) -> tuple[int, list[Example]]:
         return self.lines[int(index)]
 
 
@@ -102,7 +102,7 @@ def train_peer(
     return {line["step"]: line["loss"] for line in peer.state.log_history if "loss" in line}
 
 
-def ordered(order: Order, packs: PackIndex, rows: ShardSet) -> list[tuple[int, list[Row]]]:
+def ordered(order: Order, packs: PackIndex, rows: ShardSet) -> list[tuple[int, list[Example]]]:
     """Of each step the draw of its masks and its documents."""
     return [
         (step + 1, [rows.row(int(row)) for pack in order.step(step) for row in packs.pack(int(pack))])
@@ -110,7 +110,7 @@ def ordered(order: Order, packs: PackIndex, rows: ShardSet) -> list[tuple[int, l
     ]
 
 
-def collate(task: Task, lines: list[tuple[int, list[Row]]], encoder: Encoder) -> dict[str, Any]:
+def collate(task: Task, lines: list[tuple[int, list[Example]]], encoder: Encoder) -> dict[str, Any]:
     """Rows as tensors."""
     import torch
 
@@ -119,7 +119,7 @@ def collate(task: Task, lines: list[tuple[int, list[Row]]], encoder: Encoder) ->
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
-def as_transformers(task: Task, rows: list[Row], encoder: Encoder, draw: int) -> Mapping[str, Any]:
+def as_transformers(task: Task, rows: list[Example], encoder: Encoder, draw: int) -> Mapping[str, Any]:
     """A batch as transformers' models want it: labels not shifted, padding masked."""
     made = task.collate([[row] for row in rows], encoder.pad_id, draw)
     if isinstance(task, CausalTask):

@@ -53,7 +53,7 @@ class LocalHooks:
         return self._stop.reason()
 
     def at(self, phase: Phase, step: int) -> None:
-        """Nobody watches the pulse here: the launcher sees deaths alone."""
+        """Nobody watches the heartbeat here: the launcher sees deaths alone."""
 
 
 def describe(event: Mapping[str, Any]) -> str:

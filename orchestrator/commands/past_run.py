@@ -51,9 +51,9 @@ def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:
     request = _request(job, check_job(job))
     task = job_task(job, request.train_shards)
     shards = ShardSet(request.eval_folder, request.eval_shards, task)
-    rows, judged = evaluate_model(job, task, str(model), shards)
+    rows, row_scores = evaluate_model(job, task, str(model), shards)
     key = request.eval_shards.key
-    return [Evaluation(step=0, status="done", metrics=task.metrics(judged), eval_key=key, rows=len(rows))]
+    return [Evaluation(step=0, status="done", metrics=task.metrics(row_scores), eval_key=key, rows=len(rows))]
 
 
 def _request(job: Job, model: ModelFolder) -> EvaluationRequest:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from trainers.job.schema import Job
 from trainers.model.source import ModelFolder
 from trainers.run.folder import Evaluation, checkpoints_folder, step_name
-from trainers.run.row_scores import write_judged
+from trainers.run.row_scores import write_row_scores
 from trainers.shards.manifest import ShardManifest
 from trainers.storage import Folder
 
 if TYPE_CHECKING:
-    from trainers.evaluation.evaluate import Judged
+    from trainers.evaluation.evaluate import RowScores
     from trainers.shards.dataset import ShardSet
 
 RETRIES = 2
@@ -80,30 +80,30 @@ def _measure(request: EvaluationRequest, step: int) -> tuple[dict[str, float], d
 
     task, shards = _opened(request)
     path = request.model.path if step == 0 else _export(request, step, task)
-    rows, judged = combine(task, _judge_all(request, path), len(shards.lengths))
-    write_judged(request.run, step, rows, judged, task.labels)
-    metrics = task.metrics(judged)
+    rows, row_scores = combine(task, _score_all(request, path), len(shards.lengths))
+    write_row_scores(request.run, step, rows, row_scores, task.labels)
+    metrics = task.metrics(row_scores)
     return metrics, {name: note for name, note in task.notes().items() if name in metrics}, len(rows)
 
 
-def _judge_all(request: EvaluationRequest, path: str) -> "list[Judged]":
+def _score_all(request: EvaluationRequest, path: str) -> "list[RowScores]":
     """What each worker says of its share."""
     workers = request.job.evaluate.workers
     if workers == 1:
-        return [judge(request, path, 0)]
+        return [score(request, path, 0)]
     import ray
 
-    task = _with_resources(request)(judge)
-    found: list[Judged] = ray.get([task.remote(request, path, share) for share in range(workers)])
+    task = _with_resources(request)(score)
+    found: list[RowScores] = ray.get([task.remote(request, path, share) for share in range(workers)])
     return found
 
 
-def judge(request: EvaluationRequest, path: str, share: int) -> "Judged":
+def score(request: EvaluationRequest, path: str, share: int) -> "RowScores":
     """One share of the rows, by the model in folder `path`."""
-    from trainers.evaluation.evaluate import judge_share
+    from trainers.evaluation.evaluate import score_share
 
     task, shards = _opened(request)
-    return judge_share(request.job, task, path, shards, share, request.job.evaluate.workers)
+    return score_share(request.job, task, path, shards, share, request.job.evaluate.workers)
 
 
 def _opened(request: EvaluationRequest) -> "tuple[Any, ShardSet]":

@@ -1,6 +1,6 @@
 """Is one checkpoint better than another beyond the luck of the evaluation rows? The paired bootstrap.
 
-Both checkpoints are judged on the same rows; rows are drawn again with replacement, the same draw for both, and the
+Both checkpoints are scored on the same rows; rows are drawn again with replacement, the same draw for both, and the
 difference of the metric is taken each time (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; for metrics
 of language systems Koehn, "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004).
 
@@ -15,8 +15,8 @@ import numpy as np
 from trainers.records import Array
 from trainers.tasks import Task
 
-Judged = Mapping[str, Array]
-Statistic = Callable[[Judged], float]
+RowScores = Mapping[str, Array]
+Statistic = Callable[[RowScores], float]
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -31,11 +31,13 @@ class Interval:
     high: float
 
 
-def compare(first: Judged, second: Judged, task: Task, metric: str, seed: int, resamples: int = RESAMPLES) -> Interval:
+def compare(
+    first: RowScores, second: RowScores, task: Task, metric: str, seed: int, resamples: int = RESAMPLES
+) -> Interval:
     """Percentile interval of metric(first) - metric(second).
 
     Args:
-        first: per-row numbers of `Task.judge`, each [rows].
+        first: per-row numbers of `Task.score`, each [rows].
         second: the same over the same rows in the same order.
         task: whose `metrics` are computed.
         metric: the one compared.
@@ -54,11 +56,11 @@ def compare(first: Judged, second: Judged, task: Task, metric: str, seed: int, r
     return Interval(measure_first(first) - measure_second(second), float(low), float(high))
 
 
-def _take(judged: Judged, rows: Array) -> dict[str, Array]:
-    return {name: values[rows] for name, values in judged.items()}
+def _take(row_scores: RowScores, rows: Array) -> dict[str, Array]:
+    return {name: values[rows] for name, values in row_scores.items()}
 
 
-def pick_statistic(judged: Judged, task: Task, metric: str) -> Statistic:
+def pick_statistic(row_scores: RowScores, task: Task, metric: str) -> Statistic:
     """The metric as a function of per-row numbers: a quick form where one gives the task's own value, else the task's.
 
     scikit-learn takes 20 ms for all metrics of 10,000 rows, 40 s for two thousand draws; the quick forms one.
@@ -66,29 +68,29 @@ def pick_statistic(judged: Judged, task: Task, metric: str) -> Statistic:
     quick = QUICK.get(metric)
     if quick is not None:
         try:
-            if np.isclose(quick(judged), task.metrics(judged)[metric], rtol=1e-9, atol=1e-12):
+            if np.isclose(quick(row_scores), task.metrics(row_scores)[metric], rtol=1e-9, atol=1e-12):
                 return quick
         except KeyError:  # this task's rows hold other numbers
             pass
     return lambda rows: task.metrics(rows)[metric]
 
 
-def _loss(judged: Judged) -> float:
+def _loss(row_scores: RowScores) -> float:
     """Mean over targets where rows have several, else over rows."""
-    losses = judged["loss_sum"]
-    return float(losses.sum() / (judged["targets"].sum() if "targets" in judged else len(losses)))
+    losses = row_scores["loss_sum"]
+    return float(losses.sum() / (row_scores["targets"].sum() if "targets" in row_scores else len(losses)))
 
 
-def _perplexity(judged: Judged) -> float:
-    return float(np.exp(_loss(judged)))
+def _perplexity(row_scores: RowScores) -> float:
+    return float(np.exp(_loss(row_scores)))
 
 
-def _token_accuracy(judged: Judged) -> float:
-    return float(judged["correct"].sum() / judged["targets"].sum())
+def _token_accuracy(row_scores: RowScores) -> float:
+    return float(row_scores["correct"].sum() / row_scores["targets"].sum())
 
 
-def _accuracy(judged: Judged) -> float:
-    return float((judged["label"] == judged["prediction"]).mean())
+def _accuracy(row_scores: RowScores) -> float:
+    return float((row_scores["label"] == row_scores["prediction"]).mean())
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ class _Counts:
     predictions: Array
 
 
-def _count(judged: Judged) -> _Counts:
-    label, prediction = judged["label"], judged["prediction"]
+def _count(row_scores: RowScores) -> _Counts:
+    label, prediction = row_scores["label"], row_scores["prediction"]
     size = int(max(label.max(), prediction.max())) + 1
     return _Counts(
         np.bincount(label[label == prediction], minlength=size),
@@ -118,18 +120,18 @@ def _f1_by_class(counts: _Counts) -> Array:
     return scores
 
 
-def _f1_macro(judged: Judged) -> float:
-    return float(np.nanmean(_f1_by_class(_count(judged))))
+def _f1_macro(row_scores: RowScores) -> float:
+    return float(np.nanmean(_f1_by_class(_count(row_scores))))
 
 
-def _f1_weighted(judged: Judged) -> float:
-    counts = _count(judged)
+def _f1_weighted(row_scores: RowScores) -> float:
+    counts = _count(row_scores)
     return float(np.nansum(_f1_by_class(counts) * counts.labels) / counts.labels.sum())
 
 
-def _mcc(judged: Judged) -> float:
+def _mcc(row_scores: RowScores) -> float:
     """Gorodkin's R_K from the class counts; 0 where either side is constant, as scikit-learn has it."""
-    counts = _count(judged)
+    counts = _count(row_scores)
     size, hits = float(counts.labels.sum()), float(counts.hits.sum())
     labels, predictions = counts.labels.astype(np.float64), counts.predictions.astype(np.float64)
     spread = (size**2 - predictions @ predictions) * (size**2 - labels @ labels)

@@ -27,7 +27,7 @@ class Promotion(Record):
 
 
 @dataclass(frozen=True)
-class Judged:
+class RowScores:
     """One model's evaluation, row by row."""
 
     name: str
@@ -35,13 +35,13 @@ class Judged:
     eval_key: str
     """Key of the evaluation shards."""
     numbers: Mapping[str, Array]
-    """As `trainers.run.row_scores.read_judged` gives them; empty where the file is gone."""
+    """As `trainers.run.row_scores.read_row_scores` gives them; empty where the file is gone."""
 
 
 def decide(
     rule: Rule,
-    candidate: Judged,
-    champion: Judged | None,
+    candidate: RowScores,
+    champion: RowScores | None,
     task: Task,
     metric: str,
     mode: Literal["max", "min"],
@@ -60,7 +60,7 @@ def decide(
     return _weigh(candidate, champion, task, metric, mode, seed)
 
 
-def _obstacle(candidate: Judged, champion: Judged) -> str | None:
+def _obstacle(candidate: RowScores, champion: RowScores) -> str | None:
     """Why the two cannot be compared row by row, or None."""
     remedy = "evaluate both on the same data, or set registry.promote: always"
     if candidate.eval_key != champion.eval_key:
@@ -72,12 +72,12 @@ def _obstacle(candidate: Judged, champion: Judged) -> str | None:
         if len(one.numbers.get(ROW, ())) == 0:
             return f"the evaluation rows of {one.name} cannot be read any more; {remedy}"
     if not np.array_equal(candidate.numbers[ROW], champion.numbers[ROW]):
-        return f"{candidate.name} and the champion ({champion.name}) were judged on different rows; {remedy}"
+        return f"{candidate.name} and the champion ({champion.name}) were scored on different rows; {remedy}"
     return None
 
 
 def _weigh(
-    candidate: Judged, champion: Judged, task: Task, metric: str, mode: Literal["max", "min"], seed: int
+    candidate: RowScores, champion: RowScores, task: Task, metric: str, mode: Literal["max", "min"], seed: int
 ) -> Promotion:
     first, second = _columns(candidate), _columns(champion)
     known = task.metrics(first)
@@ -95,5 +95,5 @@ def _weigh(
     return Promotion(promote=better, reason=f"{'promoted' if better else 'not promoted'}: {reason}")
 
 
-def _columns(judged: Judged) -> dict[str, Array]:
-    return {name: values for name, values in judged.numbers.items() if name != ROW}
+def _columns(row_scores: RowScores) -> dict[str, Array]:
+    return {name: values for name, values in row_scores.numbers.items() if name != ROW}

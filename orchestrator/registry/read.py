@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.registry import mlflow_client
 from orchestrator.registry.mlflow_client import error_code, explain_failures, is_empty
-from orchestrator.registry.promotion import Judged
-from orchestrator.registry.register import mlflow_client
+from orchestrator.registry.promotion import RowScores
 from trainers.errors import EvaluationError, JobError
 from trainers.records import Record
-from trainers.run.row_scores import read_judged
+from trainers.run.row_scores import read_row_scores
 from trainers.storage import Folder, hide_credentials
 
 if TYPE_CHECKING:
@@ -103,13 +103,13 @@ def champion(uri: str, name: str) -> ModelVersion | None:
         return _version(found, standing) if RUN_STEP in found.tags else None
 
 
-def judged_of(version: ModelVersion) -> Judged:
+def row_scores_of(version: ModelVersion) -> RowScores:
     """The evaluation rows of a version, without numbers where its run folder does not hold them any more."""
     try:
-        numbers = read_judged(Folder(version.run), version.step)
+        numbers = read_row_scores(Folder(version.run), version.step)
     except EvaluationError:
         numbers = {}
-    return Judged(f"version {version.version}", version.eval_key, numbers)
+    return RowScores(f"version {version.version}", version.eval_key, numbers)
 
 
 def find_version(client: "MlflowClient", name: str, run_step: str) -> ModelVersion | None:

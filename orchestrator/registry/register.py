@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.registry import mlflow_client
 from orchestrator.registry.mlflow_client import error_code, explain_failures, registry_uri
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.read import CHAMPION, RUN_STEP, SETTLED, ModelVersion, champion_version, find_version
-from orchestrator.registry.register import mlflow_client
 from trainers.job.schema import Job
 from trainers.records import Event
 from trainers.run.events import steps_of

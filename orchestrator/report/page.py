@@ -15,7 +15,7 @@ from trainers.errors import EvaluationError
 from trainers.job.schema import Job
 from trainers.records import Event
 from trainers.run.folder import RunResult
-from trainers.run.row_scores import read_judged, read_labels
+from trainers.run.row_scores import read_labels, read_row_scores
 from trainers.shards.manifest import Shards
 from trainers.storage import Folder, hide_credentials
 
@@ -117,10 +117,10 @@ def _classes(run: Folder, job: Job, best_step: int | None, shards: Shards | None
     if job.task != "classify" or best_step is None:
         return None
     try:
-        judged = read_judged(run, best_step)
+        row_scores = read_row_scores(run, best_step)
     except EvaluationError:
         return None
-    if "label" not in judged:  # several labels a row: metrics by class stand in the table of evaluations
+    if "label" not in row_scores:  # several labels a row: metrics by class stand in the table of evaluations
         return None
     names = tuple(shards.train.labels) if shards else tuple(read_labels(run, best_step))
-    return {"step": best_step, **class_tables(judged["label"], judged["prediction"], names)}
+    return {"step": best_step, **class_tables(row_scores["label"], row_scores["prediction"], names)}

@@ -64,7 +64,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
     return ray.get(ray.remote(num_cpus=1)(function).remote(*arguments))
 
 
-def spread(
+def map_units(
     function: GroupFunction,
     work: ShardWork,
     units: Sequence[Unit],

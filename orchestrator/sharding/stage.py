@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.sharding.ray_tasks import run_apart, spread, start_workers
+from orchestrator.sharding.ray_tasks import map_units, run_apart, start_workers
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.records import Record
@@ -26,8 +26,9 @@ from trainers.shards.drop_budget import check_shards
 from trainers.shards.duplicates import DedupMode, find_duplicates, print_unit
 from trainers.shards.files import record_name
 from trainers.shards.keys import SplitPlan, explain_miss, manifest_of, plan_splits, write_key
-from trainers.shards.manifest import ShardManifest, ShardRecord, Shards, read_manifest, shards_folder, write_manifest
+from trainers.shards.manifest import ShardManifest, Shards, read_manifest, shards_folder, write_manifest
 from trainers.shards.reuse import adopt_shards
+from trainers.shards.shard_table import ShardRecord
 from trainers.shards.writer import CONTAMINATED, ShardWork, finished_shards, write_units
 from trainers.sources.readers import Unit, check_columns, needed_fields, plan_units, read_unit, task_columns
 from trainers.storage import TEMPORARY, Folder
@@ -170,7 +171,7 @@ class SplitStage:
         records = finished_shards(self._folder, self._units)
         rows, tokens = sum(one.rows for one in records.values()), sum(one.tokens for one in records.values())
         todo = [unit for unit in self._units if unit.index not in records]
-        for number, record in spread(write_group, work, todo, ShardRecord):
+        for number, record in map_units(write_group, work, todo, ShardRecord):
             records[number] = record
             rows, tokens = rows + record.rows, tokens + record.tokens
             if self._report:
@@ -179,7 +180,7 @@ class SplitStage:
 
     def _find_duplicates(self, mode: DedupMode) -> None:
         """Fingerprint the units, then settle hash range by hash range; the rows found are left out by the writers."""
-        done = [printed for _, printed in spread(print_group, self._work, self._units, Printed)]
+        done = [printed for _, printed in map_units(print_group, self._work, self._units, Printed)]
         parts = max(sum(one.prints for one in done) // PRINTS_A_PART, 1)
         numbers = [unit.index for unit in self._units]
         found = sum(run_apart(find_duplicates, self._folder, numbers, part, parts, mode) for part in range(parts))

@@ -1,7 +1,7 @@
 """Trains: launches the ranks, watches over them, and starts them again whatever happened. Begin at `train`.
 
-The controller decides, keepers start and watch processes, the ranks do. Its state is what stands on storage: killed and
-started again, it goes on from there.
+The controller decides, node agents start and watch processes, the ranks do. Its state is what stands on storage: killed
+and started again, it goes on from there.
 """
 
 import time
@@ -15,7 +15,7 @@ from orchestrator.evaluation.selection import out_of_patience, select
 from orchestrator.training.failure_cause import find_cause, is_victim
 from orchestrator.training.hang import blame, is_hung, stand
 from orchestrator.training.progress import Failure, TrainOutcome, Watch, record_event
-from orchestrator.training.worker_group import Seen, WorkerGroup, draining_nodes
+from orchestrator.training.worker_group import GroupReport, WorkerGroup, draining_nodes
 from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
@@ -123,9 +123,9 @@ def _launch(controller: Controller) -> Failure | None:
         seen = _look(controller)
         if seen.lost:
             return Failure(f"lost the node {', '.join(node[:8] for node in seen.lost)}", tuple(seen.lost))
-        if any(ending.code for ending in seen.endings):
+        if any(rank_exit.code for rank_exit in seen.exits):
             return _why(controller, seen)
-        if len(seen.endings) == controller.group.size:
+        if len(seen.exits) == controller.group.size:
             return None
         failure = _steer(controller, seen)
         if failure is not None:
@@ -133,7 +133,7 @@ def _launch(controller: Controller) -> Failure | None:
         time.sleep(POLL_S)
 
 
-def _look(controller: Controller, wait_s: float = POLL_S) -> Seen:
+def _look(controller: Controller, wait_s: float = POLL_S) -> GroupReport:
     """Look at the ranks, and take in what they and the evaluations say."""
     seen = controller.group.look(wait_s)
     for event in seen.events:
@@ -145,28 +145,28 @@ def _look(controller: Controller, wait_s: float = POLL_S) -> Seen:
     return seen
 
 
-def _why(controller: Controller, seen: Seen) -> Failure:
+def _why(controller: Controller, seen: GroupReport) -> Failure:
     """Who failed first, once the others have had their moment to say so."""
     began = time.monotonic()
-    endings = {ending.rank: ending for ending in seen.endings}
+    exits = {rank_exit.rank: rank_exit for rank_exit in seen.exits}
     while time.monotonic() - began < LAST_WORDS_S or (
-        all(is_victim(one) for one in endings.values() if one.code) and time.monotonic() - began < LOST_WAIT_S
+        all(is_victim(one) for one in exits.values() if one.code) and time.monotonic() - began < LOST_WAIT_S
     ):
         time.sleep(POLL_S)
         seen = _look(controller)
-        endings |= {ending.rank: ending for ending in seen.endings}
+        exits |= {rank_exit.rank: rank_exit for rank_exit in seen.exits}
         if seen.lost:
             return Failure(f"lost the node {', '.join(node[:8] for node in seen.lost)}", tuple(seen.lost))
     _check_refusal(controller.watch)
-    if any(ending.code == Preempted.exit_code for ending in endings.values()):
+    if any(rank_exit.code == Preempted.exit_code for rank_exit in exits.values()):
         raise Preempted(
             f"a rank was told to go and could not commit within checkpoint.grace_s "
             f"({controller.request.job.checkpoint.grace_s:g} s); the same command goes on from the newest checkpoint"
         )
-    return Failure(str(find_cause(list(endings.values()))))
+    return Failure(str(find_cause(list(exits.values()))))
 
 
-def _steer(controller: Controller, seen: Seen) -> Failure | None:
+def _steer(controller: Controller, seen: GroupReport) -> Failure | None:
     """One round of decisions while the ranks work; a failure where they hang."""
     job, group, pool = controller.request.job, controller.group, controller.pool
     if controller.asked_to_stop() or any(beat.told for beat in seen.beats.values()):
@@ -179,7 +179,7 @@ def _steer(controller: Controller, seen: Seen) -> Failure | None:
     if due or checkpoints.is_local:  # elsewhere each look is a request
         if job.evaluate.while_training:
             pool.start_where_free()
-        thin_out(checkpoints, job.checkpoint.keep, pool, controller.metric)
+        prune_checkpoints(checkpoints, job.checkpoint.keep, pool, controller.metric)
     if not due:
         return None
     controller.looked = time.monotonic()
@@ -199,13 +199,13 @@ def _heed_notices(controller: Controller) -> None:
         return
     left = sum(len(ranks) for node, ranks in group.layout.items() if node not in going)
     if left >= controller.request.job.scale.min_workers:
-        group.shun(going)
+        group.cordon(going)
         group.ask_to_stop("resize")
     else:
         group.ask_to_stop("preempted")
 
 
-def _report_hang(controller: Controller, seen: Seen) -> Failure:
+def _report_hang(controller: Controller, seen: GroupReport) -> Failure:
     """Name the rank that holds up the others, with its line, then have everything started again."""
     stacks = controller.group.stacks()
     standings = [stand(rank, beat, *stacks.get(rank, ("?", ""))) for rank, beat in sorted(seen.beats.items())]
@@ -242,7 +242,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def thin_out(checkpoints: Folder, keep: int, pool: EvaluationPool, metric: tuple[str, Mode]) -> None:
+def prune_checkpoints(checkpoints: Folder, keep: int, pool: EvaluationPool, metric: tuple[str, Mode]) -> None:
     """Delete checkpoints that nothing needs: not among the newest, not the best, not being evaluated."""
     for step in deletable(committed_steps(checkpoints), keep, pinned_steps(pool, metric)):
         remove_checkpoint(checkpoints, step)

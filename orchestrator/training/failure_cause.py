@@ -10,7 +10,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.training.node_report import Ending
+from orchestrator.training.node_report import RankExit
 from trainers.worker.stack_dump import code_line, parse_stacks
 
 VICTIM = re.compile(
@@ -37,48 +37,48 @@ class Cause:
         return f"rank {self.rank} {self.what}" + (f". {self.remedy}" if self.remedy else "")
 
 
-def find_cause(endings: Sequence[Ending]) -> Cause:
+def find_cause(exits: Sequence[RankExit]) -> Cause:
     """The cause among the ends of the ranks; at least one must have failed.
 
     A rank that was killed, or that raised something of its own, comes before one that lost its peers; of equals the
     first in time.
     """
-    bad = [ending for ending in endings if ending.code != 0]
+    bad = [rank_exit for rank_exit in exits if rank_exit.code != 0]
     assert bad, "no rank failed"
-    first = min(bad, key=lambda ending: (is_victim(ending), ending.at))
+    first = min(bad, key=lambda rank_exit: (is_victim(rank_exit), rank_exit.at))
     what, remedy = _explain(first)
     return Cause(first.rank, f"on {first.node} {what}", remedy)
 
 
-def is_victim(ending: Ending) -> bool:
+def is_victim(rank_exit: RankExit) -> bool:
     """Whether a rank says no more than that its peers are gone."""
-    if ending.failed is None:
+    if rank_exit.failed is None:
         return False
-    own = ending.failed.get("errno") in (errno.ENOSPC, errno.ENOMEM)
-    return not own and bool(VICTIM.search(ending.failed["error"]))
+    own = rank_exit.failed.get("errno") in (errno.ENOSPC, errno.ENOMEM)
+    return not own and bool(VICTIM.search(rank_exit.failed["error"]))
 
 
-def _explain(ending: Ending) -> tuple[str, str]:
-    if ending.failed is not None:
-        return _explain_exception(ending)
-    if ending.code < 0:
-        return _explain_signal(ending)
-    last = [line for line in ending.log_tail.splitlines() if line.strip()][-1:]
-    return f"ended with exit code {ending.code}{': ' + last[0] if last else ''}", ""
+def _explain(rank_exit: RankExit) -> tuple[str, str]:
+    if rank_exit.failed is not None:
+        return _explain_exception(rank_exit)
+    if rank_exit.code < 0:
+        return _explain_signal(rank_exit)
+    last = [line for line in rank_exit.log_tail.splitlines() if line.strip()][-1:]
+    return f"ended with exit code {rank_exit.code}{': ' + last[0] if last else ''}", ""
 
 
-def _explain_signal(ending: Ending) -> tuple[str, str]:
-    name = signal.Signals(-ending.code).name
-    memory = f"{ending.max_rss_bytes / 2**30:.1f} GiB"
-    if name == "SIGKILL" and ending.oom_kills:
+def _explain_signal(rank_exit: RankExit) -> tuple[str, str]:
+    name = signal.Signals(-rank_exit.code).name
+    memory = f"{rank_exit.max_rss_bytes / 2**30:.1f} GiB"
+    if name == "SIGKILL" and rank_exit.oom_kills:
         return (
             f"was killed by the kernel for memory (it held {memory})",
             "Lower train.micro_batch_size or data.max_length, use more workers, or give the container more memory",
         )
-    if name == "SIGBUS" and 0 <= ending.shm_free_bytes < SHM_FULL_BYTES:
+    if name == "SIGBUS" and 0 <= rank_exit.shm_free_bytes < SHM_FULL_BYTES:
         return "was killed by SIGBUS, and /dev/shm is full", SHM_REMEDY
-    said = CRASH.search(ending.log_tail)
-    line = code_line(parse_stacks(ending.log_tail)[-1:])
+    said = CRASH.search(rank_exit.log_tail)
+    line = code_line(parse_stacks(rank_exit.log_tail)[-1:])
     what = f"was killed by {name}" + (f" at {line}" if line else "") + (f": {said[1].strip()}" if said else "")
     return what, MISMATCH_REMEDY if "collective mismatch" in what else ""
 
@@ -88,12 +88,12 @@ MISMATCH_REMEDY = "A rank left out a collective that the others took part in, or
 SHM_REMEDY = "Give the container more shared memory (docker run --shm-size=8g, or an emptyDir of medium Memory)"
 
 
-def _explain_exception(ending: Ending) -> tuple[str, str]:
-    assert ending.failed is not None
-    error, number = ending.failed["error"], ending.failed.get("errno")
-    what = f"raised {error.strip().splitlines()[0]} at {ending.failed['where']}"
+def _explain_exception(rank_exit: RankExit) -> tuple[str, str]:
+    assert rank_exit.failed is not None
+    error, number = rank_exit.failed["error"], rank_exit.failed.get("errno")
+    what = f"raised {error.strip().splitlines()[0]} at {rank_exit.failed['where']}"
     if number == errno.ENOSPC or "No space left" in error:
-        if 0 <= ending.shm_free_bytes < SHM_FULL_BYTES:
+        if 0 <= rank_exit.shm_free_bytes < SHM_FULL_BYTES:
             return f"found /dev/shm full: it {what}", SHM_REMEDY
         return f"found a disk full: it {what}", "Free space on the disk that it names, or lower checkpoint.keep"
     if OUT_OF_MEMORY.search(error):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainers.records import PHASES
-from trainers.worker.heartbeat import Beat
+from trainers.worker.heartbeat import Heartbeat
 from trainers.worker.stack_dump import Frame, code_line, parse_stacks, waits_for_others
 
 LOAD_S = 1800.0
@@ -21,7 +21,7 @@ class Standing:
     """Where one rank was found."""
 
     rank: int
-    beat: Beat
+    beat: Heartbeat
     state: str
     """The process state as /proc has it: T is stopped."""
     line: Frame | None
@@ -46,7 +46,7 @@ class HangReport:
         return f"{self.culprit}: {self.why}" + (f". Others: {others}" if others else "")
 
 
-def threshold_s(hang_after_s: float | Literal["auto"], step_times: list[float], beat: Beat) -> float:
+def threshold_s(hang_after_s: float | Literal["auto"], step_times: list[float], beat: Heartbeat) -> float:
     """Seconds in one phase after which a rank hangs."""
     if hang_after_s != "auto":
         return hang_after_s if beat.phase not in LONG_PHASES else max(hang_after_s, LOAD_S)
@@ -55,12 +55,12 @@ def threshold_s(hang_after_s: float | Literal["auto"], step_times: list[float], 
     return max(STEPS * statistics.median(step_times), LEAST_S)
 
 
-def is_hung(beats: Mapping[int, Beat], hang_after_s: float | Literal["auto"], step_times: list[float]) -> bool:
+def is_hung(beats: Mapping[int, Heartbeat], hang_after_s: float | Literal["auto"], step_times: list[float]) -> bool:
     """Whether no rank has moved for longer than its phase allows: one that moves will move the others."""
     return bool(beats) and all(beat.age_s > threshold_s(hang_after_s, step_times, beat) for beat in beats.values())
 
 
-def stand(rank: int, beat: Beat, state: str, stacks: str) -> Standing:
+def stand(rank: int, beat: Heartbeat, state: str, stacks: str) -> Standing:
     """One rank, out of what was read of it."""
     threads = parse_stacks(stacks)
     return Standing(rank, beat, state, code_line(threads), waits_for_others(threads))

@@ -1,8 +1,8 @@
-"""Keeps the ranks of one node: starts them, reads their pulse and events, and sees how each one ends.
+"""Keeps the ranks of one node: starts them, reads their heartbeat and events, and sees how each one ends.
 
 A Ray actor, one a node, that holds the node's resources through every restart. Ranks are processes of their own, which
-know nothing of Ray: forks of a zygote that has the imports done (see trainers/worker/rank_server.py), so that a restart costs the
-loading of the model and no more. Begin reading at `Keeper.launch`.
+know nothing of Ray: forks of a rank server that has the imports done (see trainers/worker/rank_server.py), so that a
+restart costs the loading of the model and no more. Begin reading at `NodeAgent.launch`.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.training.node_report import Ending, Look, Place, free_bytes, interface_of, oom_kills
+from orchestrator.training.node_report import NodeInfo, NodeReport, RankExit, free_bytes, interface_of, oom_kills
 from trainers.records import StopReason
 from trainers.run.record import TrainRequest
-from trainers.worker.heartbeat import Pulse
-from trainers.worker.rank_server import Mode, events_file, hatch_of, pulse_file, stacks_file
+from trainers.worker.heartbeat import HeartbeatPage
+from trainers.worker.rank_server import Mode, events_file, heartbeat_file, rank_spec, stacks_file
 from trainers.worker.stack_dump import read_stacks
 
 STACKS_WAIT_S, KILL_WAIT_S = 1.0, 5.0
@@ -40,48 +40,48 @@ class _Rank:
     files: Path
     events: int
     """File descriptor of the reading end."""
-    pulse: Pulse
+    heartbeat: HeartbeatPage
     log: str | None
     oom_kills: int
-    zygote: "_Zygote"
+    server: "_Server"
     process: int | None = None
     rest: bytes = b""
     failed: dict[str, Any] | None = None
-    ending: Ending | None = None
+    rank_exit: RankExit | None = None
 
 
 @dataclass
-class _Zygote:
-    """A zygote process and what it said."""
+class _Server:
+    """A rank server process and what it said."""
 
     process: "subprocess.Popen[bytes]"
     ready: threading.Event = field(default_factory=threading.Event)
 
 
-class Keeper:
+class NodeAgent:
     """The actor's state."""
 
     def __init__(self, cpus_per_worker: int) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="tuneyard-keeper-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="tuneyard-agent-"))
         self._cpus = cpus_per_worker
         self._gpus = tuple(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if _ray_gpus() else ()
         self._mode: Mode = "become" if self._gpus else "fork"
         self._ranks: dict[int, _Rank] = {}
         self._launched = 0
-        self._zygotes: list[_Zygote] = []
+        self._servers: list[_Server] = []
         self.warm_up(1)
 
-    def place(self) -> Place:
-        """Where this keeper is; answers once it is up."""
+    def place(self) -> NodeInfo:
+        """Where this node agent is; answers once it is up."""
         import ray
 
         address = ray.util.get_node_ip_address()
         node = ray.get_runtime_context().get_node_id()
-        return Place(node, address, interface_of(address), self._gpus)
+        return NodeInfo(node, address, interface_of(address), self._gpus)
 
     def wait_warm(self, timeout_s: float) -> bool:
         """Whether the processes at hand have their imports done, waited for."""
-        return all(zygote.ready.wait(timeout_s) for zygote in list(self._zygotes))
+        return all(server.ready.wait(timeout_s) for server in list(self._servers))
 
     def free_port(self) -> int:
         """A TCP port that was free a moment ago."""
@@ -92,10 +92,10 @@ class Keeper:
     def warm_up(self, ranks: int) -> None:
         """Have as many processes at hand as the next launch needs; one is enough where ranks are forks."""
         wanted = 1 if self._mode == "fork" else ranks
-        while len(self._zygotes) < wanted:
-            self._zygotes.append(self._start_zygote())
+        while len(self._servers) < wanted:
+            self._servers.append(self._start_server())
 
-    def _start_zygote(self) -> _Zygote:
+    def _start_server(self) -> _Server:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment["OMP_NUM_THREADS"] = str(self._cpus)
         if self._mode == "fork":
@@ -106,28 +106,28 @@ class Keeper:
             stdout=subprocess.PIPE,
             env=environment,
         )
-        zygote = _Zygote(process)
-        threading.Thread(target=self._listen, args=(zygote,), daemon=True, name="zygote").start()
-        return zygote
+        server = _Server(process)
+        threading.Thread(target=self._listen, args=(server,), daemon=True, name="rank-server").start()
+        return server
 
-    def _listen(self, zygote: _Zygote) -> None:
-        """Take in what a zygote says until it ends."""
-        assert zygote.process.stdout is not None
-        for line in zygote.process.stdout:
+    def _listen(self, server: _Server) -> None:
+        """Take in what a rank server says until it ends."""
+        assert server.process.stdout is not None
+        for line in server.process.stdout:
             message = json.loads(line)
             if "ready" in message:
-                zygote.ready.set()
+                server.ready.set()
             elif "pid" in message:
                 for rank in [one for one in self._ranks.values() if str(one.files) == message["files"]]:
                     rank.process = message["pid"]
             elif "exit" in message:
                 for rank in [one for one in self._ranks.values() if one.process == message["exit"]]:
                     self._note_end(rank, message["code"], message["max_rss_bytes"])
-        code = zygote.process.wait()
-        for rank in [one for one in self._ranks.values() if one.zygote is zygote and one.ending is None]:
+        code = server.process.wait()
+        for rank in [one for one in self._ranks.values() if one.server is server and one.rank_exit is None]:
             self._note_end(rank, code, 0)  # it was the rank, or its death took the ranks with it
         with contextlib.suppress(ValueError):
-            self._zygotes.remove(zygote)
+            self._servers.remove(server)
 
     def launch(self, request: TrainRequest, environments: dict[int, dict[str, str]], log_folder: str | None) -> None:
         """Start these ranks. What ran here before is killed and forgotten.
@@ -139,38 +139,40 @@ class Keeper:
         self._launched += 1
         self.warm_up(len(environments))
         for index, (number, environment) in enumerate(sorted(environments.items())):
-            zygote = self._zygotes[0 if self._mode == "fork" else index]
+            server = self._servers[0 if self._mode == "fork" else index]
             log = f"{log_folder}/rank-{number:05d}.log" if log_folder else None
-            self._ranks[number] = rank = self._prepare(number, log, zygote)
-            hatch = hatch_of(request, environment, rank.files, log)
-            assert zygote.process.stdin is not None
-            zygote.process.stdin.write(hatch.model_dump_json().encode() + b"\n")
-            zygote.process.stdin.flush()
+            self._ranks[number] = rank = self._prepare(number, log, server)
+            spec = rank_spec(request, environment, rank.files, log)
+            assert server.process.stdin is not None
+            server.process.stdin.write(spec.model_dump_json().encode() + b"\n")
+            server.process.stdin.flush()
         if self._mode == "become":
-            del self._zygotes[: len(environments)]
+            del self._servers[: len(environments)]
             self.warm_up(len(environments))  # spares for the next launch
 
-    def _prepare(self, number: int, log: str | None, zygote: _Zygote) -> _Rank:
+    def _prepare(self, number: int, log: str | None, server: _Server) -> _Rank:
         """The files of a new rank, each attempt's its own."""
         files = self._folder / f"launch-{self._launched}-rank-{number}"
         files.mkdir()
         os.mkfifo(events_file(files))
         events = os.open(events_file(files), os.O_RDONLY | os.O_NONBLOCK)
-        pulse = Pulse(pulse_file(files))
-        pulse.beat("start", 0)
-        return _Rank(number, files, events, pulse, log, oom_kills(), zygote)
+        heartbeat = HeartbeatPage(heartbeat_file(files))
+        heartbeat.beat("start", 0)
+        return _Rank(number, files, events, heartbeat, log, oom_kills(), server)
 
-    def look(self) -> Look:
+    def look(self) -> NodeReport:
         """What there is to see, without waiting."""
-        alive = {number: rank for number, rank in self._ranks.items() if rank.ending is None}
-        ended = [rank for rank in self._ranks.values() if rank.ending is not None]  # before their last events are read
+        alive = {number: rank for number, rank in self._ranks.items() if rank.rank_exit is None}
+        ended = [
+            rank for rank in self._ranks.values() if rank.rank_exit is not None
+        ]  # before their last events are read
         events = [event for rank in self._ranks.values() for event in _read_events(rank)]
-        endings = [self._complete(rank) for rank in ended]
+        exits = [self._complete(rank) for rank in ended]
         processes = {number: rank.process for number, rank in alive.items() if rank.process is not None}
-        return Look({number: rank.pulse.read() for number, rank in alive.items()}, processes, events, endings)
+        return NodeReport({number: rank.heartbeat.read() for number, rank in alive.items()}, processes, events, exits)
 
     def _note_end(self, rank: _Rank, code: int, max_rss_bytes: int) -> None:
-        rank.ending = Ending(
+        rank.rank_exit = RankExit(
             rank=rank.rank,
             code=code,
             at=time.time(),
@@ -183,14 +185,14 @@ class Keeper:
         )
 
     @staticmethod
-    def _complete(rank: _Rank) -> Ending:
-        assert rank.ending is not None
-        return Ending(**{**vars(rank.ending), "failed": rank.failed})
+    def _complete(rank: _Rank) -> RankExit:
+        assert rank.rank_exit is not None
+        return RankExit(**{**vars(rank.rank_exit), "failed": rank.failed})
 
     def ask_to_stop(self, reason: StopReason) -> None:
         """Have every rank stop at the end of its step."""
         for rank in self._ranks.values():
-            rank.pulse.ask_to_stop(reason)
+            rank.heartbeat.ask_to_stop(reason)
 
     def stacks(self) -> dict[int, tuple[str, str]]:
         """Of each living rank: its process state as /proc has it (T is stopped), and where each thread stands.
@@ -199,18 +201,18 @@ class Keeper:
         """
         found = {}
         for number, rank in self._ranks.items():
-            if rank.ending is None and rank.process is not None:
+            if rank.rank_exit is None and rank.process is not None:
                 found[number] = read_stacks(rank.process, stacks_file(rank.files), STACKS_WAIT_S)
         return found
 
     def kill(self) -> None:
         """Kill every rank, wait for their ends, and forget them."""
         for rank in self._ranks.values():
-            if rank.ending is None:  # where it is not born yet, its zygote must not bear it later
+            if rank.rank_exit is None:  # where it is not born yet, its rank server must not bear it later
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank.process or rank.zygote.process.pid, signal.SIGKILL)
+                    os.kill(rank.process or rank.server.process.pid, signal.SIGKILL)
         deadline = time.monotonic() + KILL_WAIT_S
-        while any(rank.ending is None for rank in self._ranks.values()) and time.monotonic() < deadline:
+        while any(rank.rank_exit is None for rank in self._ranks.values()) and time.monotonic() < deadline:
             time.sleep(0.01)
         for rank in self._ranks.values():
             os.close(rank.events)
@@ -220,8 +222,8 @@ class Keeper:
     def close(self) -> None:
         """End everything of this node."""
         self.kill()
-        for zygote in self._zygotes:
-            zygote.process.kill()
+        for server in self._servers:
+            server.process.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

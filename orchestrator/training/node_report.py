@@ -1,4 +1,4 @@
-"""What a keeper tells the controller: where it is, what its ranks do, how each one ended; facts of its machine."""
+"""What a node agent tells the controller: where it is, what its ranks do, how each one ended; facts of its machine."""
 
 import contextlib
 import shutil
@@ -8,11 +8,11 @@ from typing import Any
 
 import psutil
 
-from trainers.worker.heartbeat import Beat
+from trainers.worker.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True)
-class Place:
+class NodeInfo:
     """What the others must know of a node."""
 
     node: str
@@ -21,11 +21,11 @@ class Place:
     interface: str | None
     """Network interface that has the address; None where none has (a host behind address translation)."""
     gpus: tuple[str, ...]
-    """Ids of the GPUs that Ray gave to the keeper."""
+    """Ids of the GPUs that Ray gave to the node agent."""
 
 
 @dataclass(frozen=True)
-class Ending:
+class RankExit:
     """How a rank ended."""
 
     rank: int
@@ -44,16 +44,16 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a keeper sees at one moment."""
+class NodeReport:
+    """What a node agent sees at one moment."""
 
-    beats: dict[int, Beat]
+    beats: dict[int, Heartbeat]
     """By rank, of those alive."""
     processes: dict[int, int]
     """Process id by rank."""
     events: list[dict[str, Any]]
     """Since the last look, in order."""
-    endings: list[Ending]
+    exits: list[RankExit]
     """Of every rank that has ended."""
 
 

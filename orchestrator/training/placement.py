@@ -37,7 +37,7 @@ def keeps_batch(job: Job, size: int) -> bool:
     return True
 
 
-def spread(size: int, nodes: list[Slots]) -> dict[str, list[int]]:
+def assign_ranks(size: int, nodes: list[Slots]) -> dict[str, list[int]]:
     """Ranks by node: as few nodes as will do, the roomiest first, ranks of a node next to each other.
 
     Raises:

@@ -1,4 +1,5 @@
-"""What the controller has heard from a training, and how one ends: the records of `orchestrator.training.controller`."""
+"""What the controller has heard from a training, and how one ends: the records of
+`orchestrator.training.controller`."""
 
 from dataclasses import dataclass, field
 from typing import Any

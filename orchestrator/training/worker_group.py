@@ -1,7 +1,7 @@
-"""The ranks of a job as one group: keepers on the nodes that hold them, launched, watched and ended together.
+"""The ranks of a job as one group: node agents on the nodes that hold them, launched, watched and ended together.
 
-Ray places and runs the keepers; which nodes and how many ranks is decided by `orchestrator.training.placement`. A node that does
-not answer for `UNREACHABLE_S` is given up, whatever the cluster still believes of it.
+Ray places and runs the node agents; which nodes and how many ranks is decided by `orchestrator.training.placement`. A
+node that does not answer for `UNREACHABLE_S` is given up, whatever the cluster still believes of it.
 """
 
 import contextlib
@@ -13,19 +13,19 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.training.node_agent import Keeper
-from orchestrator.training.node_report import Ending, Look, Place
-from orchestrator.training.placement import Slots, fitting_sizes, largest_size, slots_of, spread
+from orchestrator.training.node_agent import NodeAgent
+from orchestrator.training.node_report import NodeInfo, NodeReport, RankExit
+from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, largest_size, slots_of
 from trainers.errors import PlacementError
 from trainers.job.schema import Job
 from trainers.records import StopReason
 from trainers.run.record import TrainRequest
-from trainers.worker.heartbeat import Beat
+from trainers.worker.heartbeat import Heartbeat
 
 UNREACHABLE_S = 10.0
-"""A keeper that has not answered for this long is lost; one answer takes about 2 ms."""
+"""A node agent that has not answered for this long is lost; one answer takes about 2 ms."""
 START_S = 60.0
-"""A keeper must be up within this; its node is left alone for as long where it is not."""
+"""A node agent must be up within this; its node is left alone for as long where it is not."""
 WARM_S = 120.0
 PATIENCE_S = 5.0
 """How long resources that are busy may take to come free before fewer workers are taken: what the shards' tasks held is
@@ -33,11 +33,11 @@ reported free with a delay."""
 
 
 @dataclass
-class _Held:
+class _Node:
     """One node of the group."""
 
     actor: Any
-    place: Place
+    place: NodeInfo
     slots: int
     answer: Any = None
     """The look that is under way."""
@@ -45,8 +45,8 @@ class _Held:
 
 
 @dataclass(frozen=True)
-class _Arriving:
-    """A keeper that is on its way up, on a node that the group may grow onto."""
+class _Joining:
+    """A node agent that is on its way up, on a node that the group may grow onto."""
 
     actor: Any
     slots: int
@@ -55,26 +55,26 @@ class _Arriving:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What all keepers saw, and the nodes that are gone."""
+class GroupReport:
+    """What all node agents saw, and the nodes that are gone."""
 
-    beats: dict[int, Beat]
+    beats: dict[int, Heartbeat]
     processes: dict[int, tuple[str, int]]
     """(node, process id) by rank."""
     events: list[dict[str, Any]]
-    endings: list[Ending]
+    exits: list[RankExit]
     lost: list[str]
     """Nodes given up in this look."""
 
 
 class WorkerGroup:
-    """The keepers of one job, kept through all its launches."""
+    """The node agents of one job, kept through all its launches."""
 
     def __init__(self, job: Job, gpus: int) -> None:
         self._job, self._cpus, self._gpus = job, job.scale.cpus_per_worker, gpus
-        self._held: dict[str, _Held] = {}
-        self._arriving: dict[str, _Arriving] = {}
-        self._shunned: dict[str, float] = {}
+        self._nodes: dict[str, _Node] = {}
+        self._joining: dict[str, _Joining] = {}
+        self._cordoned: dict[str, float] = {}
         self.layout: dict[str, list[int]] = {}
         """Ranks by node, of the last launch."""
 
@@ -84,7 +84,7 @@ class WorkerGroup:
         return sum(len(ranks) for ranks in self.layout.values())
 
     def gather(self, wait_s: float) -> None:
-        """Have keepers for the largest world size that the cluster holds now.
+        """Have node agents for the largest world size that the cluster holds now.
 
         Raises:
             PlacementError: where it does not hold the smallest within `wait_s`.
@@ -94,10 +94,10 @@ class WorkerGroup:
             candidates = self._candidates()
             size, waited = largest_size(fitting_sizes(self._job), candidates), time.monotonic() - began
             if size is not None and (waited > PATIENCE_S or size == self._possible_size()):
-                wanted = spread(size, candidates)
-                if all(self._hold(node, len(ranks)) for node, ranks in wanted.items()):
-                    for node in self._held.keys() - wanted.keys():
-                        self._drop(node)
+                wanted = assign_ranks(size, candidates)
+                if all(self._acquire(node, len(ranks)) for node, ranks in wanted.items()):
+                    for node in self._nodes.keys() - wanted.keys():
+                        self._release(node)
                     self.layout = wanted
                     return
             elif size is None and waited > wait_s:
@@ -110,7 +110,7 @@ class WorkerGroup:
         nodes = [
             Slots(node["NodeID"], slots_of(node["Resources"], self._cpus, self._gpus))
             for node in ray.nodes()
-            if node["Alive"] and self._shunned.get(node["NodeID"], 0.0) < now
+            if node["Alive"] and self._cordoned.get(node["NodeID"], 0.0) < now
         ]
         return largest_size(fitting_sizes(self._job), nodes)
 
@@ -125,51 +125,53 @@ class WorkerGroup:
         """Nodes that could hold ranks now: those held, and others with free resources."""
         free = ray._private.state.available_resources_per_node()
         now = time.monotonic()
-        found = [Slots(node, held.slots) for node, held in self._held.items() if self._shunned.get(node, 0.0) < now]
-        found += [Slots(node, one.slots) for node, one in self._arriving.items()]
-        for node in alive_nodes() - self._held.keys() - self._arriving.keys():
-            if self._shunned.get(node, 0.0) < now:
+        found = [
+            Slots(node, member.slots) for node, member in self._nodes.items() if self._cordoned.get(node, 0.0) < now
+        ]
+        found += [Slots(node, one.slots) for node, one in self._joining.items()]
+        for node in alive_nodes() - self._nodes.keys() - self._joining.keys():
+            if self._cordoned.get(node, 0.0) < now:
                 slots = slots_of(free.get(node, {}), self._cpus, self._gpus)
                 found.append(Slots(node, min(slots, self._job.scale.max_workers)))
         return sorted(found, key=lambda one: (-one.slots, one.node))
 
-    def _hold(self, node: str, slots: int) -> bool:
-        """Have a keeper there; False where it does not come up, and the node is left alone for a while."""
-        if node in self._held:
+    def _acquire(self, node: str, slots: int) -> bool:
+        """Have a node agent there; False where it does not come up, and the node is left alone for a while."""
+        if node in self._nodes:
             return True
-        actor = self._start_keeper(node, slots)
+        actor = self._start_agent(node, slots)
         try:
-            self._held[node] = _Held(actor, ray.get(actor.place.remote(), timeout=START_S), slots)
+            self._nodes[node] = _Node(actor, ray.get(actor.place.remote(), timeout=START_S), slots)
         except (ray.exceptions.RayError, TimeoutError):
-            self._shun(node, actor)
+            self._cordon(node, actor)
             return False
         return True
 
-    def _start_keeper(self, node: str, slots: int) -> Any:
-        return ray.remote(Keeper).options(
+    def _start_agent(self, node: str, slots: int) -> Any:
+        return ray.remote(NodeAgent).options(
             num_cpus=slots * self._cpus,
             num_gpus=slots * self._gpus,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         ).remote(self._cpus)  # fmt: skip
 
-    def _shun(self, node: str, actor: Any) -> None:
-        self._shunned[node] = time.monotonic() + START_S
+    def _cordon(self, node: str, actor: Any) -> None:
+        self._cordoned[node] = time.monotonic() + START_S
         ray.kill(actor)
 
     def launch(self, request: TrainRequest) -> None:
         """Start the ranks of the layout. Raises ray.exceptions.RayError where a node does not answer."""
-        first = self._held[next(iter(self.layout))]
+        first = self._nodes[next(iter(self.layout))]
         port = ray.get(first.actor.free_port.remote(), timeout=START_S)
         logs = str((request.run / "logs").path) if request.run.is_local else None
         started = [
-            held.actor.launch.remote(request, self._environments(node, first.place.address, port), logs)
-            for node, held in self._held.items()
+            member.actor.launch.remote(request, self._environments(node, first.place.address, port), logs)
+            for node, member in self._nodes.items()
         ]
         ray.get(started, timeout=WARM_S)
 
     def _environments(self, node: str, address: str, port: int) -> dict[int, dict[str, str]]:
         """The launcher contract of each rank of a node, and the interface its collectives go through."""
-        place = self._held[node].place
+        place = self._nodes[node].place
         shared = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(self.size)}
         if place.interface:
             shared |= {"GLOO_SOCKET_IFNAME": place.interface, "NCCL_SOCKET_IFNAME": place.interface}
@@ -178,98 +180,99 @@ class WorkerGroup:
         ranks = self.layout[node]
         return {rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(ranks.index(rank))} for rank in ranks}
 
-    def look(self, wait_s: float) -> Seen:
+    def look(self, wait_s: float) -> GroupReport:
         """Look at every node once, waiting no longer than `wait_s` for slow ones."""
         now = time.monotonic()
-        for held in self._held.values():
-            if held.answer is None:
-                held.answer, held.asked = held.actor.look.remote(), now
-        answers = [held.answer for held in self._held.values()]
+        for member in self._nodes.values():
+            if member.answer is None:
+                member.answer, member.asked = member.actor.look.remote(), now
+        answers = [member.answer for member in self._nodes.values()]
         ready, _ = ray.wait(answers, num_returns=len(answers), timeout=wait_s) if answers else ([], [])
-        looks: dict[str, Look] = {}
+        looks: dict[str, NodeReport] = {}
         lost = []
-        for node, held in self._held.items():
-            if held.answer in ready:
-                answer, held.answer = held.answer, None
+        for node, member in self._nodes.items():
+            if member.answer in ready:
+                answer, member.answer = member.answer, None
                 try:
                     looks[node] = ray.get(answer)
                 except ray.exceptions.RayError:
                     lost.append(node)
-            elif time.monotonic() - held.asked > UNREACHABLE_S:
+            elif time.monotonic() - member.asked > UNREACHABLE_S:
                 lost.append(node)
         for node in lost:
-            self._lose(node)
+            self._drop(node)
         return _merge(looks, lost)
 
-    def _lose(self, node: str) -> None:
-        """Give a node up: it does not count until it has had time to be declared dead, or to come back."""
-        held = self._held.pop(node)
-        self._shun(node, held.actor)
-
     def _drop(self, node: str) -> None:
-        held = self._held.pop(node)
-        _end(held.actor)
+        """Give a node up: it does not count until it has had time to be declared dead, or to come back."""
+        member = self._nodes.pop(node)
+        self._cordon(node, member.actor)
 
-    def shun(self, nodes: Iterable[str]) -> None:
+    def _release(self, node: str) -> None:
+        member = self._nodes.pop(node)
+        _end(member.actor)
+
+    def cordon(self, nodes: Iterable[str]) -> None:
         """Leave nodes that are about to be taken away out of the next launch."""
         for node in nodes:
-            self._shunned[node] = time.monotonic() + START_S
+            self._cordoned[node] = time.monotonic() + START_S
 
     def can_grow(self) -> bool:
-        """Whether more ranks could run than do, on keepers that are up and warm. Never waits: asked now and then."""
-        self._welcome()
+        """Whether more ranks could run than do, on node agents that are up and warm. Never waits: asked now and
+        then."""
+        self._admit()
         candidates = self._candidates()
         size = largest_size(fitting_sizes(self._job), candidates)
         if size is None or size <= self.size:
             return False
-        wanted = spread(size, candidates)
-        for node in wanted.keys() - self._held.keys() - self._arriving.keys():
-            actor = self._start_keeper(node, len(wanted[node]))
-            self._arriving[node] = _Arriving(actor, len(wanted[node]), actor.wait_warm.remote(WARM_S))
-        return wanted.keys() <= self._held.keys()
+        wanted = assign_ranks(size, candidates)
+        for node in wanted.keys() - self._nodes.keys() - self._joining.keys():
+            actor = self._start_agent(node, len(wanted[node]))
+            self._joining[node] = _Joining(actor, len(wanted[node]), actor.wait_warm.remote(WARM_S))
+        return wanted.keys() <= self._nodes.keys()
 
-    def _welcome(self) -> None:
-        """Take in keepers that have come up."""
-        for node, one in list(self._arriving.items()):
+    def _admit(self) -> None:
+        """Take in node agents that have come up."""
+        for node, one in list(self._joining.items()):
             if not ray.wait([one.warm], timeout=0)[0]:
                 continue
-            del self._arriving[node]
+            del self._joining[node]
             try:
                 ray.get(one.warm)
                 place = ray.get(one.actor.place.remote(), timeout=START_S)
             except (ray.exceptions.RayError, TimeoutError):
-                self._shun(node, one.actor)
+                self._cordon(node, one.actor)
             else:
-                self._held[node] = _Held(one.actor, place, one.slots)
+                self._nodes[node] = _Node(one.actor, place, one.slots)
 
     def ask_to_stop(self, reason: StopReason) -> None:
         """Have every rank stop at the end of its step."""
-        for held in self._held.values():
-            held.actor.ask_to_stop.remote(reason)
+        for member in self._nodes.values():
+            member.actor.ask_to_stop.remote(reason)
 
     def stacks(self) -> dict[int, tuple[str, str]]:
         """Process state and stacks by rank, of the nodes that answer."""
         found: dict[int, tuple[str, str]] = {}
-        answers = [held.actor.stacks.remote() for held in self._held.values()]
+        answers = [member.actor.stacks.remote() for member in self._nodes.values()]
         for answer in ray.wait(answers, num_returns=len(answers), timeout=UNREACHABLE_S)[0] if answers else []:
             with contextlib.suppress(ray.exceptions.RayError):
                 found |= ray.get(answer)
         return found
 
     def kill(self) -> None:
-        """End every rank at once; the keepers stay."""
-        answers = [held.actor.kill.remote() for held in self._held.values()]
+        """End every rank at once; the node agents stay."""
+        answers = [member.actor.kill.remote() for member in self._nodes.values()]
         if answers:
             ray.wait(answers, num_returns=len(answers), timeout=UNREACHABLE_S)
 
     def close(self) -> None:
-        """End the keepers too."""
-        for held in self._held.values():
-            _end(held.actor)
-        for one in self._arriving.values():
+        """End the node agents too."""
+        for member in self._nodes.values():
+            _end(member.actor)
+        for one in self._joining.values():
             ray.kill(one.actor)
-        self._held.clear()
-        self._arriving.clear()
+        self._nodes.clear()
+        self._joining.clear()
 
 
 def _end(actor: Any) -> None:
@@ -287,11 +290,11 @@ def draining_nodes() -> set[str]:
     return set(ray._private.state.state.get_draining_nodes())
 
 
-def _merge(looks: dict[str, Look], lost: list[str]) -> Seen:
-    return Seen(
+def _merge(looks: dict[str, NodeReport], lost: list[str]) -> GroupReport:
+    return GroupReport(
         beats={rank: beat for look in looks.values() for rank, beat in look.beats.items()},
         processes={rank: (node, pid) for node, look in looks.items() for rank, pid in look.processes.items()},
         events=[event for look in looks.values() for event in look.events],
-        endings=[ending for look in looks.values() for ending in look.endings],
+        exits=[rank_exit for look in looks.values() for rank_exit in look.exits],
         lost=lost,
     )

@@ -94,20 +94,20 @@ def save_ours(engine: Any, world: Any, place: Path, width: int, repeats: int) ->
     from trainers.storage import Folder
 
     events: list[Any] = []
-    keeper = Checkpointer(engine, Folder(str(place)), world, new_attempt(world), "key", "job", events.append)
-    total = keeper.prepare()
+    agent = Checkpointer(engine, Folder(str(place)), world, new_attempt(world), "key", "job", events.append)
+    total = agent.prepare()
     blocked, quiet, busy = [], [], []
     for number in range(1, repeats + 1):
         quiet += [train_step(engine, width) for _ in range(2)]
-        keeper.save(Progress(number, 0))
-        busy.append(train_step(engine, width, keeper.before_update))
-        blocked.append(keeper._said["blocked_s"])
-        while writing(keeper, world):  # so each of these steps begins beside the writers
+        agent.save(Progress(number, 0))
+        busy.append(train_step(engine, width, agent.before_update))
+        blocked.append(agent._said["blocked_s"])
+        while writing(agent, world):  # so each of these steps begins beside the writers
             busy.append(train_step(engine, width))
-        keeper.finish()
+        agent.finish()
         meet(world)
         shutil.rmtree(place / f"step-{number:08d}", ignore_errors=True)
-    keeper.close()
+    agent.close()
     copied = [event["copy_s"] for event in events]
     return {
         "bytes": total,
@@ -119,13 +119,13 @@ def save_ours(engine: Any, world: Any, place: Path, width: int, repeats: int) ->
     }
 
 
-def writing(keeper: Any, world: Any) -> bool:
+def writing(agent: Any, world: Any) -> bool:
     """Whether a writer of any rank is still at work; every rank hears the same."""
     import torch
     import torch.distributed as dist
 
-    keeper.poll()
-    busy = torch.tensor(float(keeper._writing.link.busy))
+    agent.poll()
+    busy = torch.tensor(float(agent._writing.link.busy))
     dist.all_reduce(busy)
     return bool(busy)
 

@@ -86,15 +86,15 @@ def save_both(place: str, layers: int) -> dict[str, Any]:
     tokens = torch.arange(32).view(4, 8)
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
-    keeper = Checkpointer(engine, Folder(f"{place}/ours"), world, new_attempt(world), "key", "job", lambda event: None)
-    keeper.save(Progress(1, 0))
-    keeper.finish()
+    agent = Checkpointer(engine, Folder(f"{place}/ours"), world, new_attempt(world), "key", "job", lambda event: None)
+    agent.save(Progress(1, 0))
+    agent.finish()
     engine.save_checkpoint(f"{place}/theirs", tag="one")
     engine.eval()
     with torch.no_grad():
         logits = engine(input_ids=tokens).logits
     largest = max(4 * parameter.ds_numel for parameter in engine.module.parameters())
-    return {"largest": largest, "state": keeper.prepare(), "logits": digest(logits)}
+    return {"largest": largest, "state": agent.prepare(), "logits": digest(logits)}
 
 
 def digest(tensor: Any) -> str:

@@ -48,7 +48,7 @@ def main() -> None:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         undisturbed, run = losses(run_training(job, "undisturbed")), run_training(job, "hanging", *faults)
         ray.shutdown()
-        right, delays = judge(run, faults)
+        right, delays = score(run, faults)
         print("| fault | injected | named rightly |\n| --- | --- | --- |")
         for kind in KINDS:
             print(f"| {kind} | {sum(one['kind'] == kind for one in faults)} | {right[kind]} |")
@@ -56,7 +56,7 @@ def main() -> None:
         print(f"losses equal to the undisturbed run: {losses(run) == undisturbed}")
 
 
-def judge(run: Path, faults: list[dict[str, Any]]) -> tuple[Counter[str], list[float]]:
+def score(run: Path, faults: list[dict[str, Any]]) -> tuple[Counter[str], list[float]]:
     """How many were named with rank, phase and line, by kind; seconds from the threshold to each report."""
     right, delays = Counter[str](), []
     hangs = {event["step"]: event for event in events_of(run, "hang")}

@@ -38,19 +38,19 @@ def write_job(task: str, rows: int, folder: Path) -> Any:
 
 
 def evaluate(job_file: str, run: str) -> None:
-    """In a process of its own: judge, compute metrics, write the record, and say how much memory it took."""
+    """In a process of its own: score, compute metrics, write the record, and say how much memory it took."""
     from tests.trainers.tasks.test_every_task import held_out
     from trainers.evaluation.evaluate import evaluate_model
     from trainers.job.schema import Job
-    from trainers.run.row_scores import write_judged
+    from trainers.run.row_scores import write_row_scores
     from trainers.storage import Folder
 
     job = Job.model_validate_json(Path(job_file).read_text())
     task, shards = held_out(job)
-    rows, judged = evaluate_model(job, task, job.model.path, shards)
-    task.metrics(judged)
-    write_judged(Folder(run), 1, rows, judged, task.labels)
-    held = sum(values.nbytes for values in judged.values())
+    rows, row_scores = evaluate_model(job, task, job.model.path, shards)
+    task.metrics(row_scores)
+    write_row_scores(Folder(run), 1, rows, row_scores, task.labels)
+    held = sum(values.nbytes for values in row_scores.values())
     peak = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     print(len(rows), int(peak) / 1024, held / len(rows))
 

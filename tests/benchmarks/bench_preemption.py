@@ -20,7 +20,7 @@ from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import Preempted
 from trainers.storage import Folder
-from trainers.worker.heartbeat import Pulse
+from trainers.worker.heartbeat import HeartbeatPage
 
 STEPS = 400
 
@@ -83,10 +83,10 @@ def preempt(rank: int, after_s: float) -> dict[str, object]:
 
 
 def phase_of(process: int) -> str:
-    """What the pulse of a rank says, found by its mapping."""
+    """What the heartbeat of a rank says, found by its mapping."""
     for line in Path(f"/proc/{process}/maps").read_text().splitlines():
-        if line.endswith("/pulse"):
-            return Pulse(Path(line.split()[-1])).read().phase
+        if line.endswith("/heartbeat"):
+            return HeartbeatPage(Path(line.split()[-1])).read().phase
     return "start"
 
 

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench_recovery.py [--kills 3] [--model FOLDER]
 
-Both run `trainers.worker.rank.run_rank` on two ranks and resume from the same kind of checkpoint. Plain Ray Train starts it in
-a `TorchTrainer` with `FailureConfig`; ours through keepers, whose ranks are forks with the imports done.
+Both run `trainers.worker.rank.run_rank` on two ranks and resume from the same kind of checkpoint. Plain Ray Train
+starts it in a `TorchTrainer` with `FailureConfig`; ours through node agents, whose ranks are forks with the imports
+done.
 """
 
 import argparse

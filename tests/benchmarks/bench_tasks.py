@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_tasks --data DIR [--smol FOLDER] [--task ner sft ...] [--seeds 2] [--steps 60]
 
 DIR holds one folder a task. Encoder tasks train MiniLM, the others the model folder given by --smol; the table shows
-the untouched model too, where it has a head. Both sides read the same tokenized rows and are judged by the same
+the untouched model too, where it has a head. Both sides read the same tokenized rows and are scored by the same
 evaluation; the Trainer's side (tests/peer.py) computes its own loss and has its own loop, optimizer and schedule. Each
 draws order and dropout in its own way, and their first steps differ (ours learns at peak / warm-up steps, the
 Trainer's at 0); with --same nothing is left to chance. Ours runs one ZeRO-3 rank, whose time includes its process's

@@ -230,7 +230,7 @@ def test_tensorboard_holds_a_confusion_matrix_of_every_evaluation(finished: Path
         assert event.encoded_image_string.startswith(b"\x89PNG") and min(event.width, event.height) > 100
 
 
-def test_adapters_are_registered_merged_and_judged_alike_by_any_number_of_workers(job_file: Path) -> None:
+def test_adapters_are_registered_merged_and_scored_alike_by_any_number_of_workers(job_file: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForSequenceClassification
 

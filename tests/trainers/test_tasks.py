@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import chat_rows, make_llama
-from trainers.tasks import Encoded, EncodeRules, Row, load_task
+from trainers.tasks import EncodedRow, EncodeRules, Example, load_task
 from trainers.tasks.base import IGNORE
 from trainers.tokenizer.encoder import Encoder, read_spec
 
@@ -41,12 +41,12 @@ def encoder(tiny_chat_tokenizer: Path) -> Iterator[Encoder]:
     own.tokenizer.chat_template = template
 
 
-def encode_one(row: dict[str, Any], encoder: Encoder, rules: EncodeRules = RULES, task: str = "sft") -> Encoded:
+def encode_one(row: dict[str, Any], encoder: Encoder, rules: EncodeRules = RULES, task: str = "sft") -> EncodedRow:
     (encoded,) = load_task(task).encode([row], encoder, rules)
     return encoded
 
 
-def targets(encoded: Encoded, encoder: Encoder) -> list[str]:
+def targets(encoded: EncodedRow, encoder: Encoder) -> list[str]:
     """The text of each span of targets."""
     (sequence,) = encoded.sequences
     spans = sequence.extra["spans"]
@@ -88,7 +88,7 @@ def test_target_counts_agree_with_the_labels_of_the_batch(encoder: Encoder) -> N
     encoded = task.encode(chat_rows(12), encoder, RULES)
     sequences = [one.sequences[0] for one in encoded]
     table = pa.table({"spans": pa.array([one.extra["spans"] for one in sequences], pa.list_(pa.int32()))})
-    rows = [Row(i, np.array(one.input_ids, dtype=np.int32), one.extra) for i, one in enumerate(sequences)]
+    rows = [Example(i, np.array(one.input_ids, dtype=np.int32), one.extra) for i, one in enumerate(sequences)]
     batch = task.collate([rows[:5], rows[5:9], rows[9:]], pad_id=0)
     counted = task.count_targets(table)
     assert batch.segments is not None
@@ -152,7 +152,7 @@ def test_no_window_of_a_split_document_is_without_a_target(length: int) -> None:
     from trainers.tokenizer.token_arrays import Tokens
 
     document = Tokens(np.arange(length, dtype=np.int32), np.array([0, length]))
-    (encoded,) = Encoded.unpack(_fit(document, EncodeRules(8, "split")))
+    (encoded,) = EncodedRow.unpack(_fit(document, EncodeRules(8, "split")))
     assert list(chain(*(one.input_ids for one in encoded.sequences))) == list(range(length))
     assert min(len(one.input_ids) for one in encoded.sequences) >= 2
 
@@ -173,7 +173,9 @@ def packed_logits(model: Any, first: list[int], second: list[int], task: Any) ->
     """Logits of the second of two documents in one sequence, after a padded neighbour line."""
     import torch
 
-    rows = [Row(i, np.array(ids, dtype=np.int32), {"spans": [1, len(ids)]}) for i, ids in enumerate((first, second))]
+    rows = [
+        Example(i, np.array(ids, dtype=np.int32), {"spans": [1, len(ids)]}) for i, ids in enumerate((first, second))
+    ]
     batch = task.collate([rows, rows[:1]], pad_id=0)
     inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
     with torch.no_grad():

@@ -6,7 +6,7 @@ import numpy as np
 
 from trainers.errors import EvaluationError
 from trainers.records import Array
-from trainers.run.row_scores import read_judged, read_labels
+from trainers.run.row_scores import read_labels, read_row_scores
 from trainers.storage import Folder
 
 MOST_CLASSES = 40
@@ -16,16 +16,16 @@ MOST_CLASSES = 40
 def draw_confusion(run: Folder, step: int) -> Any:
     """A matplotlib figure, or None where the evaluation is not of a single-label classification of few classes."""
     try:
-        judged = read_judged(run, step)
+        row_scores = read_row_scores(run, step)
     except EvaluationError:
         return None
-    if "label" not in judged or "prediction" not in judged:
+    if "label" not in row_scores or "prediction" not in row_scores:
         return None
     names = read_labels(run, step)
-    size = max(len(names), int(judged["label"].max()) + 1, int(judged["prediction"].max()) + 1)
+    size = max(len(names), int(row_scores["label"].max()) + 1, int(row_scores["prediction"].max()) + 1)
     if size > MOST_CLASSES:
         return None
-    counts = count_pairs(judged["label"], judged["prediction"], size)
+    counts = count_pairs(row_scores["label"], row_scores["prediction"], size)
     return _figure(counts, [*names, *map(str, range(len(names), size))])
 
 

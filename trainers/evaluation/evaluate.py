@@ -15,7 +15,7 @@ from trainers.model.engine import load_options
 from trainers.records import Array
 from trainers.shards.dataset import ShardSet
 from trainers.tasks import Task
-from trainers.tasks.base import Row
+from trainers.tasks.base import Example
 from trainers.tokenizer.encoder import load_encoder
 
 
@@ -28,23 +28,23 @@ def evaluate_model(
         on_progress: called with the share done, 0 to 1.
 
     Returns:
-        rows, int64 [rows], ascending; and what `Task.judge` said of each, aligned with it.
+        rows, int64 [rows], ascending; and what `Task.score` said of each, aligned with it.
 
     Raises:
         EvaluationError: where a row is missing or counted twice.
     """
-    return combine(task, [judge_share(job, task, model_path, shards, 0, 1, on_progress)], len(shards.lengths))
+    return combine(task, [score_share(job, task, model_path, shards, 0, 1, on_progress)], len(shards.lengths))
 
 
 @dataclass(frozen=True)
-class Judged:
+class RowScores:
     """What was said of some rows, batch by batch, in the order in which they were looked at."""
 
     rows: list[Array]
     numbers: list[dict[str, Array]]
 
 
-def judge_share(
+def score_share(
     job: Job,
     task: Task,
     model_path: str,
@@ -52,7 +52,7 @@ def judge_share(
     share: int,
     shares: int,
     on_progress: Callable[[float], None] | None = None,
-) -> Judged:
+) -> RowScores:
     """Run the model over every `shares`-th batch, from batch `share` on.
 
     Batches are the same whatever the number of shares, so that any number of processes gives the same numbers.
@@ -64,11 +64,11 @@ def judge_share(
     pad_id = encoder.pad_id
     model: Any = task.load_model(model_path, pad_id=pad_id, **load_options(job)).to(device).eval()
     packs = index_packs(job, shards)
-    found, done = Judged([], []), 0
+    found, done = RowScores([], []), 0
     for number, group in enumerate(_groups(packs, shards, job)):
         done += len(group)
         if number % shares == share:
-            rows, numbers = _judge(task, model, group, pad_id, device)
+            rows, numbers = _score(task, model, group, pad_id, device)
             found.rows.append(rows)
             found.numbers.append(numbers)
             if on_progress:
@@ -76,19 +76,21 @@ def judge_share(
     return found
 
 
-def _judge(task: Task, model: Any, group: list[list[Row]], pad_id: int, device: Any) -> tuple[Array, dict[str, Array]]:
+def _score(
+    task: Task, model: Any, group: list[list[Example]], pad_id: int, device: Any
+) -> tuple[Array, dict[str, Array]]:
     import torch
 
     batch = task.collate(group, pad_id)
     inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.inputs.items()}
     with torch.inference_mode():
-        numbers = task.judge(task.forward(model, inputs), batch)
+        numbers = task.score(task.forward(model, inputs), batch)
         numbers |= task.generate(model, [row for pack in group for row in pack], pad_id)
     return batch.rows, numbers
 
 
-def combine(task: Task, shares: Sequence[Judged], expected: int) -> tuple[Array, dict[str, Array]]:
-    """What several processes judged, in the rows' order.
+def combine(task: Task, shares: Sequence[RowScores], expected: int) -> tuple[Array, dict[str, Array]]:
+    """What several processes scored, in the rows' order.
 
     Raises:
         EvaluationError: where a row is missing or counted twice.
@@ -106,7 +108,7 @@ def _device(threads: int) -> Any:
     return torch.device("cpu")
 
 
-def _groups(packs: PackIndex, shards: ShardSet, job: Job) -> Iterator[list[list[Row]]]:
+def _groups(packs: PackIndex, shards: ShardSet, job: Job) -> Iterator[list[list[Example]]]:
     """Sequences of similar length together, as many as `evaluate.batch_size` and the token bound allow."""
     lengths = packs.sums(shards.lengths)
     order = np.argsort(-lengths, kind="stable")
@@ -118,11 +120,11 @@ def _groups(packs: PackIndex, shards: ShardSet, job: Job) -> Iterator[list[list[
         start += size
 
 
-def _in_order(rows: list[Array], judged: list[dict[str, Array]], expected: int) -> tuple[Array, dict[str, Array]]:
+def _in_order(rows: list[Array], row_scores: list[dict[str, Array]], expected: int) -> tuple[Array, dict[str, Array]]:
     places = np.concatenate(rows)
     order = np.argsort(places, kind="stable")
     if not np.array_equal(places[order], np.arange(expected)):
         raise EvaluationError(
             f"the evaluation saw {len(np.unique(places))} of {expected} rows in {len(places)} results"
         )
-    return places[order], {name: np.concatenate([one[name] for one in judged])[order] for name in judged[0]}
+    return places[order], {name: np.concatenate([one[name] for one in row_scores])[order] for name in row_scores[0]}

@@ -20,6 +20,8 @@ from trainers.storage import is_remote
 
 BRANCHES = ("Elastic", "int", "constrained-int", "str", "SourceSection")
 """Names that pydantic puts into a location for the branch of a union; no key of ours."""
+RENAMED = {"several_labels": "multi_label"}
+"""Keys of earlier versions."""
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -256,6 +258,8 @@ def _explain(detail: ErrorDetails) -> str:
 
 def _unknown(where: str, key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if key in RENAMED and RENAMED[key] in known:
+        return f"{where}: this key is called {RENAMED[key]} now"
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
     return f"{where}: unknown key; {hint}"
 

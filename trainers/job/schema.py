@@ -92,7 +92,7 @@ class DataSection(Section):
     """Several documents a sequence, none seeing another; null means yes for pretrain and sft."""
     max_drop_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of rows that may be dropped before the data is refused."""
-    several_labels: bool = False
+    multi_label: bool = False
     """classify: `label` is a list, and any number of labels may be right."""
     window_overlap: Annotated[int, Field(ge=0)] = 128
     """extract: tokens that two windows of a long context share."""
@@ -223,7 +223,7 @@ class EarlyStopping(Section):
 
 
 class EvaluateSection(Section):
-    """How checkpoints are judged."""
+    """How checkpoints are scored."""
 
     metric: str | None = None
     """The metric that chooses the best checkpoint; null means the task's own."""
@@ -288,8 +288,8 @@ class Job(Section):
         """Digest of all that changes the trained weights; where and how large the job runs does not."""
         parts = self.model_dump(mode="json", include={"task", "model", "data", "train"})
         parts["train"].pop("verify")
-        judged_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize"}
-        parts["evaluate"] = self.evaluate.model_dump(include=judged_by)
+        scored_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize"}
+        parts["evaluate"] = self.evaluate.model_dump(include=scored_by)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

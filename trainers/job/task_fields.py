@@ -8,7 +8,7 @@ SPLITTING_TASKS = ("pretrain", "mlm", "extract")
 TOKEN_TASKS = ("pretrain", "mlm", "sft", "seq2seq", "classify", "tag")
 """Tasks whose loss is a cross entropy over classes, so that it can be smoothed and distilled."""
 FIELD_TASKS: dict[str, tuple[str, ...]] = {
-    "data.several_labels": ("classify",),
+    "data.multi_label": ("classify",),
     "data.window_overlap": ("extract",),
     "data.score_range": ("similarity",),
     "data.prompt": ("seq2seq",),

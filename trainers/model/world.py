@@ -1,6 +1,6 @@
 """The launcher contract: five environment variables make a process a rank.
 
-Our keepers, `accelerate launch` and `torchrun` all set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
+Our node agents, `accelerate launch` and `torchrun` all set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT;
 nothing else of the launcher is known here.
 """
 

@@ -44,7 +44,7 @@ def run_folder(job: Job, model_digest: str, shards: Shards) -> Folder:
 class Evaluation(Record):
     """What became of one checkpoint's evaluation: evals/step-XXXXXXXX.json.
 
-    Beside a successful one, evals/step-XXXXXXXX.arrow holds what `Task.judge` said of each evaluation row.
+    Beside a successful one, evals/step-XXXXXXXX.arrow holds what `Task.score` said of each evaluation row.
     """
 
     step: int

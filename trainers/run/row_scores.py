@@ -19,7 +19,7 @@ ROW = "row"
 """Column with the place of a document in the evaluation split."""
 
 
-def judged_name(step: int) -> str:
+def row_scores_name(step: int) -> str:
     """Path of the file inside the run folder."""
     return f"evals/{step_name(step)}.arrow"
 
@@ -27,37 +27,39 @@ def judged_name(step: int) -> str:
 LABELS = b"labels"
 
 
-def write_judged(run: Folder, step: int, rows: Array, judged: Mapping[str, Array], labels: Sequence[str] = ()) -> None:
-    """Store what `Task.judge` returned for all documents, sorted by row.
+def write_row_scores(
+    run: Folder, step: int, rows: Array, row_scores: Mapping[str, Array], labels: Sequence[str] = ()
+) -> None:
+    """Store what `Task.score` returned for all documents, sorted by row.
 
     Args:
         run: the run folder.
         step: the checkpoint that was evaluated.
         rows: int [documents], the documents' places in the evaluation split, each once, in any order.
-        judged: the task's numbers, each [documents], aligned with `rows`.
+        row_scores: the task's numbers, each [documents], aligned with `rows`.
         labels: names of the classes, kept beside the numbers.
 
     Raises:
         EvaluationError: where a row stands twice or a column is of another length.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    lengths = {name: len(values) for name, values in judged.items() if len(values) != len(rows)}
+    lengths = {name: len(values) for name, values in row_scores.items() if len(values) != len(rows)}
     if lengths:
         raise EvaluationError(f"evaluation of step {step}: {len(rows)} rows, but columns of length {lengths}")
     order = np.argsort(rows, kind="stable")
     if len(np.unique(rows)) != len(rows):
         twice = rows[order][1:][np.diff(rows[order]) == 0]
-        raise EvaluationError(f"evaluation of step {step} judged rows more than once: {twice[:10].tolist()}")
-    table = pa.table({ROW: rows[order], **{name: np.asarray(values)[order] for name, values in judged.items()}})
+        raise EvaluationError(f"evaluation of step {step} scored rows more than once: {twice[:10].tolist()}")
+    table = pa.table({ROW: rows[order], **{name: np.asarray(values)[order] for name, values in row_scores.items()}})
     table = table.replace_schema_metadata({LABELS: json.dumps(list(labels)).encode()})
-    with run.open_output(judged_name(step)) as stream, pa.ipc.new_file(stream, table.schema) as writer:
+    with run.open_output(row_scores_name(step)) as stream, pa.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table)
 
 
 def read_labels(run: Folder, step: int) -> list[str]:
     """Names of the classes of one evaluation; none where it is missing or its task has none."""
     try:
-        with run.open_input(judged_name(step)) as stream:
+        with run.open_input(row_scores_name(step)) as stream:
             metadata = pa.ipc.open_file(stream).schema.metadata or {}
     except (OSError, pa.ArrowException):
         return []
@@ -65,13 +67,13 @@ def read_labels(run: Folder, step: int) -> list[str]:
     return names
 
 
-def read_judged(run: Folder, step: int) -> dict[str, Array]:
+def read_row_scores(run: Folder, step: int) -> dict[str, Array]:
     """The columns of one evaluation, `row` among them, sorted by row.
 
     Raises:
         EvaluationError: where the file is missing or damaged.
     """
-    name = judged_name(step)
+    name = row_scores_name(step)
     try:
         with run.open_input(name) as stream:
             table = pa.ipc.open_file(stream).read_all()

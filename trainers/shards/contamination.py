@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array, Record
-from trainers.shards.manifest import ShardManifest, ShardRecord
+from trainers.shards.manifest import ShardManifest
+from trainers.shards.shard_table import ShardRecord
 from trainers.storage import Folder, load_array, save_array
 
 LENGTHS, TEXTS = "lengths.npy", "texts.npy"

@@ -19,9 +19,10 @@ from trainers.errors import DataError
 from trainers.records import Array
 from trainers.shards.contamination import read_counts
 from trainers.shards.files import ORIGIN, shard_schema
-from trainers.shards.manifest import ShardManifest, ShardRecord
+from trainers.shards.manifest import ShardManifest
+from trainers.shards.shard_table import ShardRecord
 from trainers.storage import Folder
-from trainers.tasks import Row, Task
+from trainers.tasks import Example, Task
 from trainers.tokenizer.token_arrays import starts_of
 
 OPEN_SHARDS = 256
@@ -51,12 +52,12 @@ class ShardSet:
         """Targets of each sequence, int64 [rows]: what the loss is averaged over."""
         return self._counts[1]
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> Example:
         """The sequence at a place of the split; its ids are a view of the mapped file. Raises IndexError."""
         shard, place = self._find(index)
         batch, inner = shard.locate(place)
         extra = {name: batch.batch.column(name)[inner].as_py() for name, _ in self._task.extra_schema}
-        return Row(index, batch.ids[batch.offsets[inner] : batch.offsets[inner + 1]], extra)
+        return Example(index, batch.ids[batch.offsets[inner] : batch.offsets[inner + 1]], extra)
 
     def origin(self, index: int) -> tuple[str, int, int]:
         """(file, row, part) that a sequence came from: the row as the ledger names it. Raises IndexError."""

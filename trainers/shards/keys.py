@@ -193,7 +193,7 @@ def _plan(job: Job, name: SplitName, sources: tuple[SourceFile, ...], tokenizer:
 def _form(job: Job) -> list[Any]:
     """Choices that change how a row is written down, beside its length."""
     data = job.data
-    form: list[Any] = [data.several_labels, data.window_overlap, data.score_range, data.prompt, data.max_target_length]
+    form: list[Any] = [data.multi_label, data.window_overlap, data.score_range, data.prompt, data.max_target_length]
     return [*form, read_template(data.chat_template), job.train.objective if job.task == "similarity" else None]
 
 

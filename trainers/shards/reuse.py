@@ -9,7 +9,8 @@ from typing import Any
 
 from trainers.shards.files import ledger_name, record_name, shard_name
 from trainers.shards.keys import KEY, SplitPlan, identity_of
-from trainers.shards.manifest import MANIFEST, ShardRecord, read_manifest
+from trainers.shards.manifest import MANIFEST, read_manifest
+from trainers.shards.shard_table import ShardRecord
 from trainers.shards.writer import finished_shard
 from trainers.sources.readers import Unit
 from trainers.storage import Folder

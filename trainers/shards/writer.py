@@ -19,7 +19,7 @@ from trainers.shards.contamination import contained, read_texts
 from trainers.shards.duplicates import read_removed
 from trainers.shards.files import LedgerFile, SequenceFile, ledger_name, record_name, shard_name
 from trainers.shards.keys import SplitPlan
-from trainers.shards.manifest import ShardRecord
+from trainers.shards.shard_table import ShardRecord
 from trainers.sources.formats import RawRow
 from trainers.sources.readers import Unit, read_unit
 from trainers.sources.text_digest import text_digests

@@ -1,14 +1,14 @@
 """The one extension point: a task says how a row becomes tensors, what the loss is and which metrics count.
 
-To add a task, write one file like `classify.py`, add its fields to `trainers.job.schema.TASK_FIELDS` and its class to `TASKS`.
-Importing a task does not import torch: the data stage runs the same files without it.
+To add a task, write one file like `classify.py`, add its fields to `trainers.job.schema.TASK_FIELDS` and its class to
+`TASKS`. Importing a task does not import torch: the data stage runs the same files without it.
 """
 
 from typing import Literal
 
 from trainers.errors import JobError
 from trainers.job.schema import Job
-from trainers.tasks.base import Encoded, EncodeRules, Row, Sequence, Task, encode_rules
+from trainers.tasks.base import EncodedRow, EncodeRules, Example, Task, TokenSequence, encode_rules
 from trainers.tasks.classify import Classify
 from trainers.tasks.extract import Extract
 from trainers.tasks.mlm import Mlm
@@ -50,12 +50,12 @@ def choose_metric(job: Job) -> tuple[str, Mode]:
 __all__ = [
     "TASKS",
     "EncodeRules",
-    "Encoded",
+    "EncodedRow",
+    "Example",
     "Mode",
-    "Row",
-    "Sequence",
     "Task",
     "TaskOptions",
+    "TokenSequence",
     "choose_metric",
     "encode_rules",
     "load_task",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -43,46 +42,46 @@ def encode_rules(job: Job) -> EncodeRules:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """One training sequence: ids, plus what the task cannot derive from them."""
 
-    input_ids: Seq[int] | Array
+    input_ids: Sequence[int] | Array
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedRow:
     """What became of one input row. The ledger keeps `outcome`; `sequences` is empty where the row was dropped."""
 
     outcome: str
-    sequences: tuple[Sequence, ...] = ()
+    sequences: tuple[TokenSequence, ...] = ()
     tokens_lost: int = 0
 
     @staticmethod
-    def dropped(reason: str) -> Encoded:
+    def dropped(reason: str) -> EncodedRow:
         """A row that trains nothing, and why."""
-        return Encoded(f"dropped:{reason}")
+        return EncodedRow(f"dropped:{reason}")
 
     @staticmethod
-    def whole(sequence: Sequence, tokens_lost: int = 0) -> Encoded:
+    def whole(sequence: TokenSequence, tokens_lost: int = 0) -> EncodedRow:
         """A row that became one sequence."""
-        return Encoded(TRUNCATED if tokens_lost else KEPT, (sequence,), tokens_lost)
+        return EncodedRow(TRUNCATED if tokens_lost else KEPT, (sequence,), tokens_lost)
 
     @staticmethod
-    def unpack(batch: EncodedBatch) -> list[Encoded]:
+    def unpack(batch: EncodedBatch) -> list[EncodedRow]:
         """One record a row, out of a batch."""
-        sequences: list[list[Sequence]] = [[] for _ in batch.codes]
+        sequences: list[list[TokenSequence]] = [[] for _ in batch.codes]
         for place, row in enumerate(batch.row.tolist()):
             extra = {name: values[place].as_py() for name, values in batch.extra.items()}
-            sequences[row].append(Sequence(batch.tokens[place].tolist(), extra))
+            sequences[row].append(TokenSequence(batch.tokens[place].tolist(), extra))
         return [
-            Encoded(batch.outcomes[code], tuple(own), int(lost))
+            EncodedRow(batch.outcomes[code], tuple(own), int(lost))
             for code, own, lost in zip(batch.codes, sequences, batch.tokens_lost, strict=True)
         ]
 
 
 @dataclass(frozen=True)
-class Row:
+class Example:
     """One sequence as read back from a shard."""
 
     index: int
@@ -116,10 +115,10 @@ class Task(ABC):
         self.labels: tuple[str, ...] = ()
 
     @abstractmethod
-    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
         """Tokenize rows, given as the task's fields; one result each, in order."""
 
-    def encode_batch(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+    def encode_batch(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """`encode` as arrays. A task that is given many rows overrides this one and does without Python lists."""
         builder = BatchBuilder(self.extra_schema)
         encoded = self.encode(rows, encoder, rules)
@@ -133,7 +132,7 @@ class Task(ABC):
         """Targets of each sequence of a shard, int64 [rows]: what the loss is averaged over."""
 
     @abstractmethod
-    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+    def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Sequences (each of one or more documents) as arrays [batch, seq].
 
         Args:
@@ -167,20 +166,20 @@ class Task(ABC):
         """Loss summed over targets, fp32 scalar."""
 
     @abstractmethod
-    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """For evaluation: per document the numbers its metrics are made of, each [documents of the batch]."""
 
-    def generate(self, model: Any, rows: Seq[Row], pad_id: int) -> dict[str, Array]:
-        """For evaluation, where the job asks for texts: numbers about them, each [rows], beside those of `judge`."""
+    def generate(self, model: Any, rows: Sequence[Example], pad_id: int) -> dict[str, Array]:
+        """For evaluation, where the job asks for texts: numbers about them, each [rows], beside those of `score`."""
         return {}
 
-    def merge(self, rows: Array, judged: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        """Put together what `judge` said of several sequences of one input row; rows ascend, each once."""
-        return rows, judged
+    def merge(self, rows: Array, row_scores: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """Put together what `score` said of several sequences of one input row; rows ascend, each once."""
+        return rows, row_scores
 
     @abstractmethod
-    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
-        """Metrics over the documents that `judge` saw, in any order."""
+    def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
+        """Metrics over the documents that `score` saw, in any order."""
 
     def notes(self) -> dict[str, str]:
         """What makes the metrics comparable, by metric, where a name and a number do not say it all."""
@@ -269,7 +268,7 @@ class Batch:
     """What the loss compares with; IGNORE where there is no target."""
     rows: Array
     """int64 [documents]: places in the split of the documents in this batch."""
-    documents: tuple[Row, ...] = ()
+    documents: tuple[Example, ...] = ()
     """The rows themselves, in the order of `rows`, for tasks whose metrics need more than labels."""
     segments: Array | None = None
     """int64 [batch, seq], for packed batches: the document of a position, as an index into `rows`; -1 is padding."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, Row, Task
-from trainers.tasks.losses import cross_entropy_sum, judge_tokens
+from trainers.tasks.base import IGNORE, Batch, Example, Task
+from trainers.tasks.losses import cross_entropy_sum, score_tokens
 from trainers.tasks.padding import places
 
 if TYPE_CHECKING:
@@ -33,16 +32,16 @@ class CausalTask(Task):
     metrics_known: tuple[str, ...] = ("loss", "perplexity", "token_accuracy")
 
     @abstractmethod
-    def target_mask(self, row: Row) -> Array:
+    def target_mask(self, row: Example) -> Array:
         """bool [length]: which tokens of the document are predicted. The first never can be."""
 
-    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+    def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Packs as rows padded on the right; labels are already shifted to the position that predicts them."""
         longest = max(sum(len(row.input_ids) for row in pack) for pack in packs)
         shape = (len(packs), longest)
         ids, positions = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         labels, segments = np.full(shape, IGNORE, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
-        rows: list[Row] = []
+        rows: list[Example] = []
         for line, pack in enumerate(packs):
             start = 0
             for row in pack:
@@ -61,22 +60,22 @@ class CausalTask(Task):
         """Cross entropy summed over target positions; logits [batch, seq, vocabulary]."""
         return cross_entropy_sum(logits, labels, self.options.label_smoothing)
 
-    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """Loss, targets and correct predictions of each document."""
         assert batch.segments is not None
-        return judge_tokens(logits, batch.labels, batch.segments, len(batch.rows))
+        return score_tokens(logits, batch.labels, batch.segments, len(batch.rows))
 
-    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+    def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """Mean over all target tokens, not over documents."""
-        return token_metrics(judged)
+        return token_metrics(row_scores)
 
 
-def token_metrics(judged: Mapping[str, Array]) -> dict[str, float]:
+def token_metrics(row_scores: Mapping[str, Array]) -> dict[str, float]:
     """Loss, perplexity and accuracy over all target tokens."""
-    targets = float(judged["targets"].sum())
-    loss = float(judged["loss_sum"].sum()) / targets
+    targets = float(row_scores["targets"].sum())
+    loss = float(row_scores["loss_sum"].sum()) / targets
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "token_accuracy": float(judged["correct"].sum()) / targets,
+        "token_accuracy": float(row_scores["correct"].sum()) / targets,
     }

@@ -47,7 +47,7 @@ class _Pieces:
     """Bytes of each fixed text."""
     strips: tuple[tuple[bool, bool], ...]
     """Whether a content loses white space on its left, and on its right."""
-    endings: tuple[int | None, ...]
+    exits: tuple[int | None, ...]
     """Bytes of the special token that ends the turn, for assistant turns; None for the others."""
 
 
@@ -96,8 +96,8 @@ class ChatRenderer:
             content = content.strip() if left and right else content.lstrip() if left else content
             content = content.rstrip() if right and not left else content
             end = place + (len(content) if content.isascii() else len(content.encode()))
-            if (ending := pieces.endings[turn]) is not None:
-                spans.append((place, end + ending))
+            if (rank_exit := pieces.exits[turn]) is not None:
+                spans.append((place, end + rank_exit))
             parts += [content, pieces.fixed[turn + 1]]
             place = end + pieces.sizes[turn + 1]
         return Rendered("".join(parts), tuple(spans))
@@ -130,9 +130,9 @@ class ChatRenderer:
             rest = rest if right else rest.removeprefix(PAD_RIGHT)
             strips.append((left, right))
         fixed.append(rest)
-        endings = [self._ending(fixed[turn + 1]) if role == "assistant" else None for turn, role in enumerate(roles)]
+        exits = [self._ending(fixed[turn + 1]) if role == "assistant" else None for turn, role in enumerate(roles)]
         sizes = tuple(len(piece.encode()) for piece in fixed)
-        return _Pieces(tuple(fixed), sizes, tuple(strips), tuple(endings))
+        return _Pieces(tuple(fixed), sizes, tuple(strips), tuple(exits))
 
     def _exactly(self, messages: Sequence[Message], tools: Any) -> Rendered | None:
         """By the template itself. The spans come from rendering once more with markers for what the assistant says."""

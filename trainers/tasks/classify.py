@@ -1,13 +1,12 @@
 """classify: labels of a closed set for a text or a pair of texts.
 
 A row: {"text": "a masterpiece four years in the making .", "label": "positive"}. Labels may be strings, integers or
-booleans; the set is what the training rows show, in sorted order. With `data.several_labels` a label is a list of them.
+booleans; the set is what the training rows show, in sorted order. With `data.multi_label` a label is a list of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +15,9 @@ import pyarrow.compute as pc
 
 from trainers.errors import JobError
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.tasks.base import IGNORE, Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
 from trainers.tasks.losses import cross_entropy_sum
-from trainers.tasks.metrics.classes import MOST_SCORED, several_metrics, single_metrics
+from trainers.tasks.metrics.classes import MOST_SCORED, multi_label_metrics, single_label_metrics
 from trainers.tasks.padding import as_inputs, places
 from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, insert_rows, surround
 
@@ -38,23 +37,23 @@ class Classify(Task):
     has_labels = True
     metrics_known = ("accuracy", "f1_macro", "f1_micro", "f1_weighted", "mcc", "auroc", "loss")
 
-    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
         """Tokenize texts; rows without text or label are dropped with the reason."""
-        reasons = [_refusal(row, rules.options.several_labels) for row in rows]
+        reasons = [_refusal(row, rules.options.multi_label) for row in rows]
         texts = [_text(row) for row, reason in zip(rows, reasons, strict=True) if reason is None]
         encodings = iter(zip(texts, encoder.encode_light(texts), strict=True))
         return [
-            Encoded.dropped(reason) if reason else fit_pair(*next(encodings), _shown(row["label"]), encoder, rules)
+            EncodedRow.dropped(reason) if reason else fit_pair(*next(encodings), _shown(row["label"]), encoder, rules)
             for row, reason in zip(rows, reasons, strict=True)
         ]
 
-    def encode_batch(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+    def encode_batch(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """The same as arrays, without a Python object a row, where no row has a pair."""
         frame = encoder.frame
         pairs = any(row.get("text_pair") is not None for row in rows)
         if frame is None or pairs or rules.max_length <= len(frame[0]) + len(frame[1]):
             return super().encode_batch(rows, encoder, rules)
-        reasons = [_refusal(row, rules.options.several_labels) for row in rows]
+        reasons = [_refusal(row, rules.options.multi_label) for row in rows]
         used = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         tokens = encoder.encode_ids([row["text"] for row in used], special=False)
         batch = _fit_single(tokens, [row["label"] for row in used], frame, rules)
@@ -83,14 +82,14 @@ class Classify(Task):
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
             "label2id": {name: index for index, name in enumerate(self.labels)},
-            "problem_type": f"{'multi' if self.options.several_labels else 'single'}_label_classification",
+            "problem_type": f"{'multi' if self.options.multi_label else 'single'}_label_classification",
         }
 
-    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+    def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Rows padded on the right to the longest of the batch."""
         rows = [row for pack in packs for row in pack]
         number = {name: index for index, name in enumerate(self.labels)}
-        if self.options.several_labels:
+        if self.options.multi_label:
             labels = np.zeros((len(rows), len(number)), dtype=np.float32)
             for place, row in enumerate(rows):
                 labels[place, [number[name] for name in row.extra["several"]]] = 1.0
@@ -101,7 +100,7 @@ class Classify(Task):
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy, or with several labels the mean binary one, summed over rows; logits [batch, labels]."""
         weights = self._weights(logits)
-        if not self.options.several_labels:
+        if not self.options.multi_label:
             return cross_entropy_sum(logits, labels, self.options.label_smoothing, weights)
         from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -116,13 +115,13 @@ class Classify(Task):
         values = class_weights(self.options.class_weights, self.options.label_counts, self.labels)
         return None if values is None else torch.tensor(values, dtype=torch.float32, device=logits.device)
 
-    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """Label, prediction, loss and scores of each row; with several labels the truth of each."""
         import torch
 
         logits, count = logits.detach().double().cpu(), logits.shape[-1]
         truth = torch.from_numpy(batch.labels)
-        if self.options.several_labels:
+        if self.options.multi_label:
             losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth.double(), reduction="none")
             scores, shown = torch.sigmoid(logits).numpy(), batch.labels.astype(np.int8)
             named = {f"true_{index}": shown[:, index] for index in range(count)}
@@ -131,13 +130,13 @@ class Classify(Task):
         numbers = {"label": batch.labels, "prediction": logits.argmax(-1).numpy(), "loss_sum": losses.numpy()}
         return {**numbers, **_columns(torch.softmax(logits, -1).numpy(), count if count <= MOST_SCORED else 0)}
 
-    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+    def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """scikit-learn's metrics and the mean loss."""
-        found = several_metrics if self.options.several_labels else single_metrics
-        return found(judged, self.labels)
+        found = multi_label_metrics if self.options.multi_label else single_label_metrics
+        return found(row_scores, self.labels)
 
 
-def class_weights(asked: Any, counts: Mapping[str, int], labels: Seq[str]) -> list[float] | None:
+def class_weights(asked: Any, counts: Mapping[str, int], labels: Sequence[str]) -> list[float] | None:
     """The factor of each label's loss. Raises JobError for a label that training never shows."""
     if asked is None:
         return None
@@ -167,7 +166,7 @@ def _refusal(row: Mapping[str, Any], several: bool) -> str | None:
     if not isinstance(text, str) or not (pair is None or isinstance(pair, str)):
         return "text_not_a_string"
     if isinstance(label, list) != several:
-        return "label_not_a_list" if several else "several_labels_but_data.several_labels_is_off"
+        return "label_not_a_list" if several else "multi_label_but_data.multi_label_is_off"
     if not all(isinstance(one, str | int) for one in (label if several else [label])):
         return "label_not_a_name"
     return None if text.strip() else "empty_text"
@@ -180,7 +179,7 @@ def _shown(label: Any) -> dict[str, Any]:
 
 
 def _fit_single(
-    tokens: Tokens, labels: Seq[Any], frame: tuple[list[int], list[int]], rules: EncodeRules
+    tokens: Tokens, labels: Sequence[Any], frame: tuple[list[int], list[int]], rules: EncodeRules
 ) -> EncodedBatch:
     """Apply the length policy to texts given without special tokens, and put those around."""
     room = rules.max_length - len(frame[0]) - len(frame[1])
@@ -205,12 +204,12 @@ def _fit_single(
     )
 
 
-def fit_pair(text: Any, encoding: Any, extra: Mapping[str, Any], encoder: Encoder, rules: EncodeRules) -> Encoded:
+def fit_pair(text: Any, encoding: Any, extra: Mapping[str, Any], encoder: Encoder, rules: EncodeRules) -> EncodedRow:
     """Apply the length policy to a text or a pair; the special tokens survive truncation."""
     lost = len(encoding.ids) - rules.max_length
     if lost > 0:
         if rules.overlong != "truncate":
-            return Encoded.dropped("overlong")
+            return EncodedRow.dropped("overlong")
         encoding = encoder.truncate(text, rules.max_length)
     second = next((place for place, kind in enumerate(encoding.type_ids) if kind == 1), 0)
-    return Encoded.whole(Sequence(encoding.ids, {**extra, "pair_start": second}), max(lost, 0))
+    return EncodedRow.whole(TokenSequence(encoding.ids, {**extra, "pair_start": second}), max(lost, 0))

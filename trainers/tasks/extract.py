@@ -7,15 +7,14 @@ takes the best span over all windows of a question.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array
-from trainers.tasks.base import Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.tasks.base import Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
 from trainers.tasks.losses import cross_entropy_sum
 from trainers.tasks.metrics.spans import best_span, merge_windows, span_metrics
 from trainers.tasks.metrics.squad import score_v1, score_v2
@@ -50,7 +49,7 @@ class Extract(Task):
     new_head = True
     metrics_known = ("f1", "exact", "best_f1", "best_exact", "loss")
 
-    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
         """Cut each context into windows and find the answer in each."""
         return [_encode(row, encoder, rules) for row in rows]
 
@@ -58,7 +57,7 @@ class Extract(Task):
         """One target a window."""
         return np.ones(table.num_rows, dtype=np.int64)
 
-    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+    def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Windows padded on the right; labels [windows, 2] are the answer's first and last token."""
         rows = [row for pack in packs for row in pack]
         labels = np.array([row.extra["answer_tokens"] for row in rows], dtype=np.int64)
@@ -76,22 +75,22 @@ class Extract(Task):
         """Mean of the cross entropies of start and end, summed over windows."""
         return cross_entropy_sum(logits, labels, self.options.label_smoothing) / 2
 
-    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """Of each window: its loss, its best span's score with exact match and F1, and the score of no answer."""
         import torch
 
         logits, labels = logits.detach().cpu(), torch.from_numpy(batch.labels)
         losses = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").mean(-1).double().numpy()
-        lines = [_judge_window(row, scores) for row, scores in zip(batch.documents, logits.numpy(), strict=True)]
+        lines = [_score_window(row, scores) for row, scores in zip(batch.documents, logits.numpy(), strict=True)]
         return {"loss_sum": losses, **{name: np.array([line[name] for line in lines]) for name in lines[0]}}
 
-    def merge(self, rows: Array, judged: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def merge(self, rows: Array, row_scores: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         """Windows of one question together."""
-        return merge_windows(rows, judged)
+        return merge_windows(rows, row_scores)
 
-    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+    def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """Exact match and F1 of the official evaluation, in percent."""
-        return span_metrics(judged, self.options.no_answer_threshold)
+        return span_metrics(row_scores, self.options.no_answer_threshold)
 
 
 def read_answers(row: Mapping[str, Any]) -> list[Answer] | str:
@@ -122,23 +121,23 @@ def read_answers(row: Mapping[str, Any]) -> list[Answer] | str:
     return found
 
 
-def _encode(row: Mapping[str, Any], encoder: Encoder, rules: EncodeRules) -> Encoded:
+def _encode(row: Mapping[str, Any], encoder: Encoder, rules: EncodeRules) -> EncodedRow:
     answers = read_answers(row)
     if isinstance(answers, str):
-        return Encoded.dropped(answers)
+        return EncodedRow.dropped(answers)
     pair = (row["question"].strip(), row["context"])
     overlap = min(rules.options.window_overlap, rules.max_length // 2)
     try:
         ((first, *others),) = encoder.encode_windows([pair], rules.max_length, overlap)
     except ValueError:
-        return Encoded.dropped("question_leaves_no_room")
+        return EncodedRow.dropped("question_leaves_no_room")
     if others and rules.overlong != "split":
-        return Encoded.dropped("overlong")
+        return EncodedRow.dropped("overlong")
     windows = tuple(_window(one, number, row["context"], answers) for number, one in enumerate([first, *others]))
-    return Encoded(SPLIT, windows) if others else Encoded.whole(windows[0])
+    return EncodedRow(SPLIT, windows) if others else EncodedRow.whole(windows[0])
 
 
-def _window(encoding: Any, number: int, context: str, answers: list[Answer]) -> Sequence:
+def _window(encoding: Any, number: int, context: str, answers: list[Answer]) -> TokenSequence:
     places = [place for place, side in enumerate(encoding.sequence_ids) if side == 1]
     first, last = places[0], places[-1]
     spans = encoding.offsets[first : last + 1]
@@ -153,10 +152,10 @@ def _window(encoding: Any, number: int, context: str, answers: list[Answer]) -> 
         "answers": [text for _, text in answers],
         "window": number,
     }
-    return Sequence(encoding.ids, extra)
+    return TokenSequence(encoding.ids, extra)
 
 
-def _find(spans: Seq[tuple[int, int]], first: int, answers: Seq[Answer]) -> list[int]:
+def _find(spans: Sequence[tuple[int, int]], first: int, answers: Sequence[Answer]) -> list[int]:
     """First and last token of the first answer, [0, 0] where the window does not hold it whole."""
     if not answers:
         return [0, 0]
@@ -168,7 +167,7 @@ def _find(spans: Seq[tuple[int, int]], first: int, answers: Seq[Answer]) -> list
     return [first + begins, first + max(ends, begins)]
 
 
-def _judge_window(row: Row, scores: Array) -> dict[str, float]:
+def _score_window(row: Example, scores: Array) -> dict[str, float]:
     extra = row.extra
     first, spans = extra["context_start"], np.asarray(extra["offsets"]).reshape(-1, 2)
     start, end, score = best_span(scores[0][first : first + len(spans)], scores[1][first : first + len(spans)])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from trainers.tasks.padding import pad_left, pad_right
 
 
 def generate_texts(
-    model: Any, prompts: Seq[Array], tokenizer: Any, pad_id: int, settings: Mapping[str, Any], seed: Seq[int]
+    model: Any, prompts: Sequence[Array], tokenizer: Any, pad_id: int, settings: Mapping[str, Any], seed: Sequence[int]
 ) -> list[str]:
     """What the model says to each prompt, special tokens left out.
 

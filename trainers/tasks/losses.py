@@ -32,7 +32,7 @@ def cross_entropy_sum(
     )
 
 
-def judge_tokens(logits: torch.Tensor, labels: Array, document: Array, count: int) -> dict[str, Array]:
+def score_tokens(logits: torch.Tensor, labels: Array, document: Array, count: int) -> dict[str, Array]:
     """Loss, targets and correct predictions of each document.
 
     Args:

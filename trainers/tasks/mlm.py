@@ -6,8 +6,7 @@ that was not stopped, and evaluation always hides the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +14,9 @@ import pyarrow as pa
 
 from trainers.errors import JobError
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.tasks.base import IGNORE, Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
 from trainers.tasks.causal import token_metrics
-from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
+from trainers.tasks.losses import by_line, cross_entropy_sum, score_tokens
 from trainers.tasks.metrics.bits_per_byte import bits_per_byte, target_bytes, token_bytes
 from trainers.tasks.padding import as_inputs, pad_right, places
 from trainers.tasks.pretrain import text_refusal
@@ -42,7 +41,7 @@ class Mlm(Task):
     metrics_known = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     smaller_is_better = frozenset({"loss", "perplexity", "bits_per_byte"})
 
-    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
         """Tokenize texts without special tokens, then window them and put those around each window."""
         reasons = [text_refusal(row.get("text")) for row in rows]
         texts = [row["text"] for row, why in zip(rows, reasons, strict=True) if why is None]
@@ -50,7 +49,7 @@ class Mlm(Task):
         if frame is None:
             raise JobError("task mlm: the tokenizer does not put its special tokens around a text; choose an encoder")
         # popped, not looked up: those of a long text go before the next one's are cut up
-        return [Encoded.dropped(why) if why else _fit(*found.pop(), frame, rules) for why in reasons]
+        return [EncodedRow.dropped(why) if why else _fit(*found.pop(), frame, rules) for why in reasons]
 
     def count_targets(self, table: pa.Table) -> Array:
         """A fixed share of each row's tokens, special ones aside, but at least one."""
@@ -68,7 +67,7 @@ class Mlm(Task):
         self._mask_id, self._vocabulary = encoder.mask_id, len(encoder.tokenizer)
         self._bytes = token_bytes(encoder)
 
-    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+    def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Rows padded on the right, some tokens hidden."""
         rows = [row for pack in packs for row in pack]
         inputs = as_inputs(rows, pad_id)
@@ -79,7 +78,7 @@ class Mlm(Task):
             lines.append(labels)
         return Batch(inputs, pad_right(lines, IGNORE), places(rows))
 
-    def _hide(self, row: Row, draw: int) -> tuple[Array, Array]:
+    def _hide(self, row: Example, draw: int) -> tuple[Array, Array]:
         """Ids with some hidden, and the labels of those, both [length]."""
         random = np.random.default_rng([self.options.seed, draw, row.index])
         chosen, targets = choose(np.asarray(row.extra["words"]), self.options, random)
@@ -96,15 +95,15 @@ class Mlm(Task):
         """Cross entropy summed over hidden tokens; logits [batch, seq, vocabulary]."""
         return cross_entropy_sum(logits, labels, self.options.label_smoothing)
 
-    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """Loss, hidden tokens, right guesses and bytes hidden of each row."""
         lines, count = by_line(batch.labels), len(batch.rows)
         held = target_bytes(self._bytes, batch.labels, lines, count)
-        return {**judge_tokens(logits, batch.labels, lines, count), "bytes": held}
+        return {**score_tokens(logits, batch.labels, lines, count), "bytes": held}
 
-    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+    def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """Over all hidden tokens; bits per byte is that of the hidden text."""
-        return {**token_metrics(judged), "bits_per_byte": bits_per_byte(judged)}
+        return {**token_metrics(row_scores), "bits_per_byte": bits_per_byte(row_scores)}
 
 
 def choose(words: Array, options: Any, random: np.random.Generator) -> tuple[Array, Array]:
@@ -125,24 +124,24 @@ def choose(words: Array, options: Any, random: np.random.Generator) -> tuple[Arr
     return whole, order[:wanted]
 
 
-def _fit(ids: Array, words: Array, frame: tuple[list[int], list[int]], rules: EncodeRules) -> Encoded:
+def _fit(ids: Array, words: Array, frame: tuple[list[int], list[int]], rules: EncodeRules) -> EncodedRow:
     """Windows of at most `max_length` with the special tokens around each."""
     room = rules.max_length - len(frame[0]) - len(frame[1])
     if not len(ids):
-        return Encoded.dropped("no_target")
+        return EncodedRow.dropped("no_target")
     if len(ids) > room and rules.overlong in ("drop", "error"):
-        return Encoded.dropped("overlong")
+        return EncodedRow.dropped("overlong")
     starts = range(0, len(ids), room) if rules.overlong == "split" else range(1)
     windows = tuple(_window(ids[start : start + room], words[start : start + room], frame) for start in starts)
     if len(windows) > 1:
-        return Encoded(SPLIT, windows)
-    return Encoded.whole(windows[0], max(len(ids) - room, 0))
+        return EncodedRow(SPLIT, windows)
+    return EncodedRow.whole(windows[0], max(len(ids) - room, 0))
 
 
-def _window(ids: Array, words: Array, frame: tuple[list[int], list[int]]) -> Sequence:
+def _window(ids: Array, words: Array, frame: tuple[list[int], list[int]]) -> TokenSequence:
     before, after = (np.array(part, dtype=np.int32) for part in frame)
     inner = np.where(words >= 0, words - max(int(words.min()), 0), np.arange(len(words)))
     around = (np.full(len(part), -1, dtype=np.int32) for part in (before, after))
     first, last = around
     whole = np.concatenate([first, inner, last]).astype(np.int32)
-    return Sequence(np.concatenate([before, ids, after]), {"words": whole})
+    return TokenSequence(np.concatenate([before, ids, after]), {"words": whole})

@@ -14,7 +14,7 @@ class TaskOptions:
     seed: int = 0
     dropout: float | None = None
     label_smoothing: float = 0.0
-    several_labels: bool = False
+    multi_label: bool = False
     class_weights: Mapping[str, float] | str | None = None
     mask_fraction: float = 0.15
     whole_words: bool = False
@@ -42,7 +42,7 @@ def task_options(job: Job) -> TaskOptions:
         seed=train.seed,
         dropout=job.model.dropout,
         label_smoothing=train.label_smoothing,
-        several_labels=data.several_labels,
+        multi_label=data.multi_label,
         class_weights=train.class_weights,
         mask_fraction=train.mask.fraction,
         whole_words=train.mask.whole_words,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import numpy as np
 
 from trainers.records import Array
-from trainers.tasks.base import Row
+from trainers.tasks.base import Example
 
 
-def pad_right(lines: Seq[Array], fill: int) -> Array:
+def pad_right(lines: Sequence[Array], fill: int) -> Array:
     """Lines as one int64 array [lines, longest], filled on the right."""
     padded = np.full((len(lines), max(map(len, lines))), fill, dtype=np.int64)
     for place, line in enumerate(lines):
@@ -18,7 +18,7 @@ def pad_right(lines: Seq[Array], fill: int) -> Array:
     return padded
 
 
-def pad_left(lines: Seq[Array], fill: int) -> Array:
+def pad_left(lines: Sequence[Array], fill: int) -> Array:
     """Lines as one int64 array [lines, longest], filled on the left, as generation by causal models needs it."""
     longest = max(map(len, lines))
     padded = np.full((len(lines), longest), fill, dtype=np.int64)
@@ -27,7 +27,7 @@ def pad_left(lines: Seq[Array], fill: int) -> Array:
     return padded
 
 
-def as_inputs(rows: Seq[Row], pad_id: int) -> dict[str, Array]:
+def as_inputs(rows: Sequence[Example], pad_id: int) -> dict[str, Array]:
     """input_ids, attention_mask and, where a row holds a pair (`pair_start`), token_type_ids; each [rows, longest]."""
     ids = pad_right([row.input_ids for row in rows], pad_id)
     mask, types = np.zeros_like(ids), np.zeros_like(ids)
@@ -39,6 +39,6 @@ def as_inputs(rows: Seq[Row], pad_id: int) -> dict[str, Array]:
     return {**inputs, "token_type_ids": types} if types.any() else inputs
 
 
-def places(rows: Seq[Row]) -> Array:
+def places(rows: Sequence[Example]) -> Array:
     """The rows' places in the split, int64 [rows]."""
     return np.array([row.index for row in rows], dtype=np.int64)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainers.records import Array
-from trainers.tasks.base import Batch, Encoded, EncodeRules, Row
+from trainers.tasks.base import Batch, EncodedRow, EncodeRules, Example
 from trainers.tasks.causal import CausalTask
 from trainers.tasks.metrics.bits_per_byte import bits_per_byte, target_bytes, token_bytes
 from trainers.tokenizer.token_arrays import KEPT, SPLIT, TRUNCATED, EncodedBatch, Tokens, insert_rows, starts_of
@@ -30,11 +29,11 @@ class Pretrain(CausalTask):
     metrics_known = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     smaller_is_better = frozenset({"loss", "perplexity", "bits_per_byte"})
 
-    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
         """One record a row; the work is `encode_batch`'s."""
-        return Encoded.unpack(self.encode_batch(rows, encoder, rules))
+        return EncodedRow.unpack(self.encode_batch(rows, encoder, rules))
 
-    def encode_batch(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+    def encode_batch(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Tokenize texts, end each with EOS and apply the length policy."""
         refusals = [text_refusal(row.get("text")) for row in rows]
         reasons = [f"dropped:{why}" if why else None for why in refusals]
@@ -51,7 +50,7 @@ class Pretrain(CausalTask):
         targets: Array = np.maximum(lengths.astype(np.int64) - 1, 0)
         return targets
 
-    def target_mask(self, row: Row) -> Array:
+    def target_mask(self, row: Example) -> Array:
         """All tokens."""
         return np.ones(len(row.input_ids), dtype=bool)
 
@@ -59,15 +58,15 @@ class Pretrain(CausalTask):
         """Note how many bytes of text each token stands for."""
         self._bytes = token_bytes(encoder)
 
-    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """As for every causal task, and the bytes that the targets stand for."""
         assert batch.segments is not None
         held = target_bytes(self._bytes, batch.labels, batch.segments, len(batch.rows))
-        return {**super().judge(logits, batch), "bytes": held}
+        return {**super().score(logits, batch), "bytes": held}
 
-    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+    def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """With bits per byte of text, which compares models whatever their vocabularies."""
-        return {**super().metrics(judged), "bits_per_byte": bits_per_byte(judged)}
+        return {**super().metrics(row_scores), "bits_per_byte": bits_per_byte(row_scores)}
 
 
 def text_refusal(text: Any) -> str | None:

@@ -8,8 +8,7 @@ languages "translate {source_language} to {target_language}: {source}", or ">>{t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +17,10 @@ import pyarrow as pa
 from trainers.job.sections import GenerateSection
 from trainers.job.task_fields import PLACE
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.tasks.base import IGNORE, Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
 from trainers.tasks.causal import token_metrics
 from trainers.tasks.generation import generate_texts
-from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
+from trainers.tasks.losses import by_line, cross_entropy_sum, score_tokens
 from trainers.tasks.metrics.generated_text import (
     overlap_metrics,
     overlap_scores,
@@ -53,7 +52,7 @@ class Seq2Seq(Task):
         """Encoder-decoder or causal, as the model is."""
         return self.auto_class if config.is_encoder_decoder else "AutoModelForCausalLM"
 
-    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
         """Tokenize sources and targets apart."""
         causal = not encoder.is_encoder_decoder
         prompt = rules.options.prompt or (CAUSAL_PROMPT if causal else "{source}")
@@ -64,7 +63,7 @@ class Seq2Seq(Task):
         sources = encoder.encode(prompts, special=not causal)
         targets = encoder.encode([row["target"] for row in kept], special=not causal)
         pairs = iter(zip(kept, sources, targets, strict=True))
-        return [Encoded.dropped(why) if why else _fit(*next(pairs), causal, encoder, rules) for why in reasons]
+        return [EncodedRow.dropped(why) if why else _fit(*next(pairs), causal, encoder, rules) for why in reasons]
 
     def count_targets(self, table: pa.Table) -> Array:
         """Tokens of the target, its end included."""
@@ -77,14 +76,14 @@ class Seq2Seq(Task):
         """Keep the tokenizer, to read what was generated."""
         self._tokenizer = encoder.tokenizer
 
-    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+    def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Sources and targets padded on the right; of a causal model source and target as one line."""
         rows = [row for pack in packs for row in pack]
         targets = [np.asarray(row.extra["target"], dtype=np.int64) for row in rows]
         if not rows[0].extra["causal"]:
             labels = pad_right(targets, IGNORE)
             return Batch({**as_inputs(rows, pad_id), "target_ids": pad_right(targets, pad_id)}, labels, places(rows))
-        whole = [Row(row.index, np.concatenate([row.input_ids, target]), {})
+        whole = [Example(row.index, np.concatenate([row.input_ids, target]), {})
                  for row, target in zip(rows, targets, strict=True)]  # fmt: skip
         lines = [np.concatenate([np.full(len(row.input_ids) - 1, IGNORE), target, [IGNORE]])
                  for row, target in zip(rows, targets, strict=True)]  # fmt: skip
@@ -105,11 +104,11 @@ class Seq2Seq(Task):
         """Cross entropy summed over target tokens; logits [batch, seq, vocabulary]."""
         return cross_entropy_sum(logits, labels, self.options.label_smoothing)
 
-    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """Loss, targets and correct predictions of each row."""
-        return judge_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
+        return score_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
 
-    def generate(self, model: Any, rows: Seq[Row], pad_id: int) -> dict[str, Array]:
+    def generate(self, model: Any, rows: Sequence[Example], pad_id: int) -> dict[str, Array]:
         """Counts and scores of the generated texts against the targets as they stand in the data."""
         settings = self.options.generate or GenerateSection(max_new_tokens=self.options.max_target_length).model_dump()
         prompts, wanted = [row.input_ids for row in rows], [row.extra["reference"] for row in rows]
@@ -118,11 +117,15 @@ class Seq2Seq(Task):
         counts = translation_counts(said, wanted, self.options.bleu_tokenize)
         return {**counts, **overlap_scores(said, wanted), "said": np.array(said, dtype=object)}
 
-    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+    def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """Loss and its kin over target tokens; BLEU, chrF and ROUGE over generated texts."""
-        texts = "bleu_0" in judged
-        found = {**translation_metrics(judged, self.options.bleu_tokenize), **overlap_metrics(judged)} if texts else {}
-        return {**token_metrics(judged), **found}
+        texts = "bleu_0" in row_scores
+        found = (
+            {**translation_metrics(row_scores, self.options.bleu_tokenize), **overlap_metrics(row_scores)}
+            if texts
+            else {}
+        )
+        return {**token_metrics(row_scores), **found}
 
     def notes(self) -> dict[str, str]:
         """sacreBLEU's signatures."""
@@ -142,7 +145,7 @@ def _refusal(row: Mapping[str, Any], needed: set[str]) -> str | None:
 
 def _fit(
     row: Mapping[str, Any], source: Any, target: Any, causal: bool, encoder: Encoder, rules: EncodeRules
-) -> Encoded:
+) -> EncodedRow:
     """Apply the length policy; a target keeps its end, a prompt of a causal model loses its start."""
     said = list(target.ids)
     if encoder.eos_id is not None and (causal or said[-1] != encoder.eos_id):
@@ -151,11 +154,11 @@ def _fit(
     room = rules.max_length - min(len(said), most) if causal else rules.max_length
     lost = max(len(said) - most, 0) + max(len(read) - room, 0)
     if lost and (rules.overlong != "truncate" or room < 1):
-        return Encoded.dropped("overlong")
+        return EncodedRow.dropped("overlong")
     if not read:
-        return Encoded.dropped("empty_source")
+        return EncodedRow.dropped("empty_source")
     if len(said) > most:
         said = [*said[: most - 1], said[-1]]
     if len(read) > room:
         read = read[-room:] if causal else [*read[: room - 1], read[-1]]
-    return Encoded.whole(Sequence(read, {"target": said, "reference": row["target"], "causal": causal}), lost)
+    return EncodedRow.whole(TokenSequence(read, {"target": said, "reference": row["target"], "causal": causal}), lost)

@@ -6,15 +6,14 @@ other shapes that `trainers.tasks.conversations` reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array
-from trainers.tasks.base import Encoded, EncodeRules, Row, Sequence
+from trainers.tasks.base import EncodedRow, EncodeRules, Example, TokenSequence
 from trainers.tasks.causal import CausalTask, token_metrics
 from trainers.tasks.chat_render import Rendered, renderer_of
 from trainers.tasks.conversations import read_messages, read_tools
@@ -35,11 +34,11 @@ class Sft(CausalTask):
     extra_schema = (("spans", SPANS),)
     metrics_known = ("loss", "perplexity", "token_accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match")
 
-    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
         """One record a row; the work is `encode_batch`'s."""
-        return Encoded.unpack(self.encode_batch(rows, encoder, rules))
+        return EncodedRow.unpack(self.encode_batch(rows, encoder, rules))
 
-    def encode_batch(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+    def encode_batch(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Render each conversation with the chat template, tokenize it, and find the assistant's tokens."""
         rendered = [_render(row, encoder, rules.options.chat_template) for row in rows]
         whole = [one for one in rendered if not isinstance(one, str)]
@@ -57,7 +56,7 @@ class Sft(CausalTask):
         targets: Array = running[offsets[1:]] - running[offsets[:-1]]
         return targets
 
-    def target_mask(self, row: Row) -> Array:
+    def target_mask(self, row: Example) -> Array:
         """True inside the assistant's spans."""
         mask = np.zeros(len(row.input_ids), dtype=bool)
         spans = row.extra["spans"]
@@ -69,7 +68,7 @@ class Sft(CausalTask):
         """Keep the tokenizer, to read what was generated."""
         self._tokenizer = encoder.tokenizer
 
-    def generate(self, model: Any, rows: Seq[Row], pad_id: int) -> dict[str, Array]:
+    def generate(self, model: Any, rows: Sequence[Example], pad_id: int) -> dict[str, Array]:
         """Where the job asks for texts: the last answer generated anew and compared with the one in the data."""
         settings = self.options.generate
         if settings is None:
@@ -82,9 +81,9 @@ class Sft(CausalTask):
         said = [text.strip() for text in generate_texts(model, prompts, self._tokenizer, pad_id, settings, seed)]
         return {**overlap_scores(said, wanted), "said": np.array(said, dtype=object)}
 
-    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+    def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """Over all target tokens; with texts also ROUGE and exact match."""
-        return {**token_metrics(judged), **(overlap_metrics(judged) if "rougeL" in judged else {})}
+        return {**token_metrics(row_scores), **(overlap_metrics(row_scores) if "rougeL" in row_scores else {})}
 
 
 def _render(row: Mapping[str, Any], encoder: Encoder, template: str | None) -> Rendered | str:
@@ -95,7 +94,7 @@ def _render(row: Mapping[str, Any], encoder: Encoder, template: str | None) -> R
     return renderer_of(encoder, encoder.quick, template).render(messages, read_tools(row)) or "template_hides_the_turns"
 
 
-def _encode(rendered: Seq[Rendered], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+def _encode(rendered: Sequence[Rendered], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
     texts = [one.text for one in rendered]
     sizes = encoder.bytes_of_ids
     if sizes is not None:
@@ -107,7 +106,7 @@ def _encode(rendered: Seq[Rendered], encoder: Encoder, rules: EncodeRules) -> En
     return _fit_by_offsets(rendered, encoder, rules)
 
 
-def _fit(tokens: Tokens, running: Array, rendered: Seq[Rendered], rules: EncodeRules) -> EncodedBatch:
+def _fit(tokens: Tokens, running: Array, rendered: Sequence[Rendered], rules: EncodeRules) -> EncodedBatch:
     """Bytes to tokens for all spans at once, then the length policy.
 
     Args:
@@ -143,7 +142,7 @@ def _fit(tokens: Tokens, running: Array, rendered: Seq[Rendered], rules: EncodeR
     )
 
 
-def _fit_by_offsets(rendered: Seq[Rendered], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+def _fit_by_offsets(rendered: Sequence[Rendered], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
     """The same for tokenizers whose ids do not spell the text out: by the character offsets that they report."""
     builder = BatchBuilder((("spans", SPANS),))
     for one, encoding in zip(rendered, encoder.encode_with_offsets([one.text for one in rendered]), strict=True):
@@ -157,11 +156,11 @@ def _fit_by_offsets(rendered: Seq[Rendered], encoder: Encoder, rules: EncodeRule
         elif not told:
             builder.add("dropped:no_target", (), 0)
         else:
-            builder.add(TRUNCATED if lost else KEPT, (Sequence(ids, {"spans": told}),), lost)
+            builder.add(TRUNCATED if lost else KEPT, (TokenSequence(ids, {"spans": told}),), lost)
     return builder.build()
 
 
-def _token_spans(offsets: Seq[tuple[int, int]], spans: Seq[tuple[int, int]]) -> list[int]:
+def _token_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
     """Flat [start, end, start, end, ...] over tokens that overlap a character span; token 0 is never a target."""
     starts = np.array([start for start, _ in offsets], dtype=np.int64)
     ends = np.array([end for _, end in offsets], dtype=np.int64)

@@ -8,15 +8,14 @@ as negatives would depend on how a step is cut into micro-batches, which nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, Encoded, EncodeRules, Row, Sequence, Task
+from trainers.tasks.base import IGNORE, Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
 from trainers.tasks.classify import fit_pair
 from trainers.tasks.padding import as_inputs, places
 
@@ -54,13 +53,13 @@ class Similarity(Task):
         """A regression head, or the bare model."""
         return "AutoModel" if self.embeds else "AutoModelForSequenceClassification"
 
-    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
         """Tokenize pairs together, or each sentence by itself one after the other."""
         reasons = [_refusal(row, rules.options.score_range) for row in rows]
         kept = [row for row, why in zip(rows, reasons, strict=True) if why is None]
         encode = _encode_apart if rules.options.objective != "regression" else _encode_pairs
         encoded = iter(encode(kept, encoder, rules) if kept else ())
-        return [Encoded.dropped(why) if why else next(encoded) for why in reasons]
+        return [EncodedRow.dropped(why) if why else next(encoded) for why in reasons]
 
     def count_targets(self, table: pa.Table) -> Array:
         """One target a row."""
@@ -70,7 +69,7 @@ class Similarity(Task):
         """One output, for regression."""
         return {} if self.embeds else {"num_labels": 1, "problem_type": "regression"}
 
-    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+    def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Pairs as rows, or all first sentences followed by all second ones."""
         rows = [row for pack in packs for row in pack]
         shown = [half for side in (0, 1) for row in rows if (half := _half(row, side))] if self.embeds else rows
@@ -106,7 +105,7 @@ class Similarity(Task):
         distance, alike = 1 - said, (scaled >= ALIKE).to(said.dtype)
         return 0.5 * (alike * distance**2 + (1 - alike) * (MARGIN - distance).clamp(min=0) ** 2)
 
-    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """Score, prediction and loss of each row."""
         import torch
 
@@ -114,12 +113,12 @@ class Similarity(Task):
         losses = self._losses(said, scores).numpy()
         return {"score": scores.numpy(), "said": said.numpy(), "loss_sum": losses}
 
-    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+    def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """scipy's correlations (left out where one side is constant) and the mean loss."""
         from scipy.stats import pearsonr, spearmanr
 
-        score, said = judged["score"], judged["said"]
-        found = {"loss": float(judged["loss_sum"].mean())}
+        score, said = row_scores["score"], row_scores["said"]
+        found = {"loss": float(row_scores["loss_sum"].mean())}
         if not self.embeds:
             found["mse"] = float(((score - said) ** 2).mean())
         if len(score) > 1 and np.ptp(score) > 0 and np.ptp(said) > 0:
@@ -144,7 +143,7 @@ def _refusal(row: Mapping[str, Any], score_range: tuple[float, float]) -> str | 
     return None if low <= score <= high else f"score_outside_{low:g}_to_{high:g}"
 
 
-def _encode_pairs(rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+def _encode_pairs(rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
     pairs = [(row["sentence1"], row["sentence2"]) for row in rows]
     return [
         fit_pair(pair, encoding, {"score": float(row["score"])}, encoder, rules)
@@ -152,7 +151,7 @@ def _encode_pairs(rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeR
     ]
 
 
-def _encode_apart(rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+def _encode_apart(rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
     sides = []
     for name in ("sentence1", "sentence2"):
         texts = [row[name] for row in rows]
@@ -161,14 +160,14 @@ def _encode_apart(rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeR
     return [_join(first, second, float(row["score"])) for row, first, second in zip(rows, *sides, strict=True)]
 
 
-def _join(first: Encoded, second: Encoded, score: float) -> Encoded:
+def _join(first: EncodedRow, second: EncodedRow, score: float) -> EncodedRow:
     if not first.sequences or not second.sequences:
         return first if not first.sequences else second
     ids = [list(one.sequences[0].input_ids) for one in (first, second)]
     extra = {"score": score, "pair_start": len(ids[0])}
-    return Encoded.whole(Sequence(ids[0] + ids[1], extra), first.tokens_lost + second.tokens_lost)
+    return EncodedRow.whole(TokenSequence(ids[0] + ids[1], extra), first.tokens_lost + second.tokens_lost)
 
 
-def _half(row: Row, side: int) -> Row:
+def _half(row: Example, side: int) -> Example:
     cut = row.extra["pair_start"]
-    return Row(row.index, row.input_ids[cut:] if side else row.input_ids[:cut], {})
+    return Example(row.index, row.input_ids[cut:] if side else row.input_ids[:cut], {})

@@ -7,8 +7,7 @@ so that a short `max_length` cannot flatter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, Encoded, EncodeRules, Row, Sequence, Task
-from trainers.tasks.losses import by_line, cross_entropy_sum, judge_tokens
+from trainers.tasks.base import IGNORE, Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
+from trainers.tasks.losses import by_line, cross_entropy_sum, score_tokens
 from trainers.tasks.metrics.entities import entity_counts, entity_metrics, entity_types
 from trainers.tasks.padding import as_inputs, pad_right, places
 
@@ -40,13 +39,13 @@ class Tag(Task):
     has_labels = True
     metrics_known = ("f1", "precision", "recall", "strict_f1", "strict_precision", "strict_recall", "accuracy", "loss")
 
-    def encode(self, rows: Seq[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[Encoded]:
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
         """Tokenize words and find where each begins."""
         reasons = [_refusal(row.get("tokens"), row.get("tags")) for row in rows]
         words = [row["tokens"] for row, why in zip(rows, reasons, strict=True) if why is None]
         encodings = iter(encoder.encode_words(words, rules.max_length) if words else ())
         return [
-            Encoded.dropped(why) if why else _fit(*next(encodings), row["tags"], rules)
+            EncodedRow.dropped(why) if why else _fit(*next(encodings), row["tags"], rules)
             for row, why in zip(rows, reasons, strict=True)
         ]
 
@@ -67,7 +66,7 @@ class Tag(Task):
             "label2id": {name: index for index, name in enumerate(self.labels)},
         }
 
-    def collate(self, packs: Seq[Seq[Row]], pad_id: int, draw: int = 0) -> Batch:
+    def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Rows padded on the right; only the first token of a word has a label."""
         rows = [row for pack in packs for row in pack]
         number = {name: index for index, name in enumerate(self.labels)}
@@ -81,9 +80,9 @@ class Tag(Task):
         """Cross entropy summed over words; logits [batch, seq, tags]."""
         return cross_entropy_sum(logits, labels, self.options.label_smoothing)
 
-    def judge(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """Of each row: loss, words, words tagged right, and entities true, predicted and right by type."""
-        numbers = judge_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
+        numbers = score_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
         guesses = logits.argmax(-1).cpu().numpy()
         said = [self._predicted(guesses[line], row) for line, row in enumerate(batch.documents)]
         truth = [row.extra["tags"] for row in batch.documents]
@@ -96,16 +95,16 @@ class Tag(Task):
             **entity_counts(truth, said, self.labels),
         }
 
-    def _predicted(self, guesses: Array, row: Row) -> list[str]:
+    def _predicted(self, guesses: Array, row: Example) -> list[str]:
         said = [self.labels[index] for index in guesses[row.extra["starts"]]]
         return said + [OUTSIDE] * (len(row.extra["tags"]) - len(said))
 
-    def metrics(self, judged: Mapping[str, Array]) -> dict[str, float]:
+    def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """Entity-level precision, recall and F1 as seqeval has them, plain and strict, overall and by type."""
         return {
-            **entity_metrics(judged, entity_types(self.labels)),
-            "accuracy": float(judged["words_right"].sum() / judged["words"].sum()),
-            "loss": float(judged["loss_sum"].sum() / judged["targets"].sum()),
+            **entity_metrics(row_scores, entity_types(self.labels)),
+            "accuracy": float(row_scores["words_right"].sum() / row_scores["words"].sum()),
+            "loss": float(row_scores["loss_sum"].sum() / row_scores["targets"].sum()),
         }
 
 
@@ -128,17 +127,19 @@ def _is_tag(tag: str) -> bool:
     return tag == OUTSIDE or (tag[:2] in ("B-", "I-", "E-", "S-") and len(tag) > 2)
 
 
-def _fit(encoding: Any, lost: int, tags: list[str], rules: EncodeRules) -> Encoded:
+def _fit(encoding: Any, lost: int, tags: list[str], rules: EncodeRules) -> EncodedRow:
     """Apply the length policy and find the words' first tokens."""
     if lost and rules.overlong != "truncate":
-        return Encoded.dropped("overlong")
+        return EncodedRow.dropped("overlong")
     first: dict[int, int] = {}
     for place, word in enumerate(encoding.word_ids):
         if word is not None:
             first.setdefault(word, place)
     kept = max(first, default=-1) + 1
     if len(first) < kept:
-        return Encoded.dropped("word_without_tokens")
+        return EncodedRow.dropped("word_without_tokens")
     if not first:
-        return Encoded.dropped("no_target")
-    return Encoded.whole(Sequence(encoding.ids, {"tags": tags, "starts": [first[word] for word in range(kept)]}), lost)
+        return EncodedRow.dropped("no_target")
+    return EncodedRow.whole(
+        TokenSequence(encoding.ids, {"tags": tags, "starts": [first[word] for word in range(kept)]}), lost
+    )

@@ -40,8 +40,8 @@ class Distilled:
             )
         own = self._task.loss_sum(logits, labels)
         targets = labels != IGNORE
-        apart = divergence_sum(logits[targets].float(), wanted[targets].float(), self._temperature)
-        return self._alpha * apart + (1 - self._alpha) * own
+        distance = divergence_sum(logits[targets].float(), wanted[targets].float(), self._temperature)
+        return self._alpha * distance + (1 - self._alpha) * own
 
 
 def divergence_sum(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -65,8 +65,8 @@ def load_objective(job: Job, task: Task, pad_id: int, world: World) -> Task | Di
     wish = job.train.distill
     if wish is None:
         return task
-    if job.data.several_labels:
-        raise JobError("train.distill: a teacher's distribution is over one label; data.several_labels must be off")
+    if job.data.multi_label:
+        raise JobError("train.distill: a teacher's distribution is over one label; data.multi_label must be off")
     unset_hf_deepspeed_config()  # of an earlier engine in this process: it would partition the teacher
     try:
         teacher: Any = task.load_model(wish.teacher, pad_id=pad_id, **load_options(job))

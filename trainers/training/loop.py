@@ -16,7 +16,7 @@ from trainers.records import STOPS, Event, StopReason
 from trainers.training.divergence import Diverged, divergence
 from trainers.training.hooks import Hooks, Objective, Saver
 from trainers.training.schedule import Schedule
-from trainers.training.straggler import BusyMeter, Straggler, StragglerWatch
+from trainers.training.straggler import ComputeSampler, Straggler, StragglerDetector
 
 HISTORY = 1000
 """Steps whose events a checkpoint carries."""
@@ -63,7 +63,7 @@ def train(
     """
     step, tokens, stopped, saved = start.step, start.tokens, None, start.step
     history = deque(start.history, maxlen=HISTORY)
-    meter, stragglers = BusyMeter(), StragglerWatch(world.size)
+    meter, stragglers = ComputeSampler(), StragglerDetector(world.size)
     while step < settings.steps:
         began = time.perf_counter()
         hooks.at("data", step)

@@ -32,7 +32,7 @@ def in_collective(frames: Sequence[tuple[str, str]]) -> bool:
     )
 
 
-class BusyMeter:
+class ComputeSampler:
     """Samples the calling thread's stack until it is closed."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Straggler:
     """Median time a step that it works longer than the least busy rank."""
 
 
-class StragglerWatch:
+class StragglerDetector:
     """Keeps each rank's work over the last steps."""
 
     def __init__(self, world_size: int) -> None:

@@ -1,9 +1,8 @@
-"""Losses and gradients of a specimen, document by document and step by step, and how far two of them lie apart."""
+"""Losses and gradients of a sample, document by document and step by step, and how far two of them lie apart."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,45 +11,45 @@ from trainers.batching.batch_plan import BatchPlan
 from trainers.batching.batches import StepSource
 from trainers.batching.order import Order
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, Row
+from trainers.tasks.base import IGNORE, Batch, Example
 from trainers.training import loop
-from trainers.verification.sample import Specimen
+from trainers.verification.sample import CheckContext
 
 DRAW = 1
 """As the first step draws."""
 
 
-def rows_of(specimen: Specimen, packs: Seq[int]) -> list[list[Row]]:
+def rows_of(context: CheckContext, packs: Sequence[int]) -> list[list[Example]]:
     """The documents of some packs."""
-    return [[specimen.shards.row(int(row)) for row in specimen.packs.pack(int(pack))] for pack in packs]
+    return [[context.shards.row(int(row)) for row in context.packs.pack(int(pack))] for pack in packs]
 
 
-def collate(specimen: Specimen, packs: Seq[Seq[Row]]) -> Batch:
+def collate(context: CheckContext, packs: Sequence[Sequence[Example]]) -> Batch:
     """As training does in its first step."""
-    return specimen.task.collate(packs, specimen.pad_id, DRAW)
+    return context.task.collate(packs, context.pad_id, DRAW)
 
 
-def logits_of(specimen: Specimen, batch: Batch) -> Any:
+def logits_of(context: CheckContext, batch: Batch) -> Any:
     """Without a gradient."""
     import torch
 
     with torch.no_grad():
-        return specimen.task.forward(specimen.model, as_tensors(specimen, batch.inputs)).float().cpu()
+        return context.task.forward(context.model, as_tensors(context, batch.inputs)).float().cpu()
 
 
-def as_tensors(specimen: Specimen, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def as_tensors(context: CheckContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs for the model, where it is."""
     import torch
 
-    return {name: torch.from_numpy(np.ascontiguousarray(array)).to(specimen.device) for name, array in inputs.items()}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)).to(context.device) for name, array in inputs.items()}
 
 
-def loss_of(specimen: Specimen, batch: Batch) -> Any:
+def loss_of(context: CheckContext, batch: Batch) -> Any:
     """The loss summed over targets, with its gradient to come."""
     import torch
 
-    labels = torch.from_numpy(batch.labels).to(specimen.device)
-    return specimen.task.step_loss(specimen.model, as_tensors(specimen, batch.inputs), labels)
+    labels = torch.from_numpy(batch.labels).to(context.device)
+    return context.task.step_loss(context.model, as_tensors(context, batch.inputs), labels)
 
 
 def count_targets(batch: Batch) -> int:
@@ -61,34 +60,34 @@ def count_targets(batch: Batch) -> int:
     return len(batch.labels) if one_each else int((batch.labels != IGNORE).sum())
 
 
-def gradient_apart(specimen: Specimen, packs: Seq[int], scale: float) -> tuple[float, Any]:
+def reference_gradient(context: CheckContext, packs: Sequence[int], scale: float) -> tuple[float, Any]:
     """Loss and gradient of the documents of some packs, each alone in a batch of its own, times `scale`."""
-    specimen.model.zero_grad(set_to_none=True)
+    context.model.zero_grad(set_to_none=True)
     total = 0.0
-    for pack in rows_of(specimen, packs):
+    for pack in rows_of(context, packs):
         for row in pack:
-            loss = loss_of(specimen, collate(specimen, [[row]])) * scale
+            loss = loss_of(context, collate(context, [[row]])) * scale
             loss.backward()
             total += float(loss.detach())
-    return total, take_gradient(specimen.model)
+    return total, take_gradient(context.model)
 
 
-def gradient_of_step(specimen: Specimen, order: Order, plan: BatchPlan) -> tuple[float, Any]:
+def gradient_of_step(context: CheckContext, order: Order, plan: BatchPlan) -> tuple[float, Any]:
     """Loss and gradient of the first step, cut up by `plan` and put together as the trainers' loop and DeepSpeed do."""
-    specimen.model.zero_grad(set_to_none=True)
+    context.model.zero_grad(set_to_none=True)
     total = 0.0
     for rank in range(plan.world_size):
-        step = source_of(specimen, order, plan, rank).next(0)
+        step = source_of(context, order, plan, rank).next(0)
         for micro in step.micro_batches:
-            loss = loop.share_of_step(loss_of(specimen, micro), step.targets, plan.world_size)
+            loss = loop.share_of_step(loss_of(context, micro), step.targets, plan.world_size)
             loss.backward()
             total += float(loss.detach())
-    return total / plan.world_size, take_gradient(specimen.model) / plan.world_size
+    return total / plan.world_size, take_gradient(context.model) / plan.world_size
 
 
-def source_of(specimen: Specimen, order: Order, plan: BatchPlan, rank: int) -> StepSource:
+def source_of(context: CheckContext, order: Order, plan: BatchPlan, rank: int) -> StepSource:
     """A rank's batches."""
-    return StepSource(specimen.shards, specimen.packs, order, plan, rank, specimen.task, specimen.pad_id)
+    return StepSource(context.shards, context.packs, order, plan, rank, context.task, context.pad_id)
 
 
 def take_gradient(model: Any) -> Any:
@@ -102,7 +101,7 @@ def take_gradient(model: Any) -> Any:
     return torch.cat(parts)
 
 
-def apart(found: Any, wanted: Any) -> float:
+def relative_error(found: Any, wanted: Any) -> float:
     """Length of the difference over the length of `wanted`."""
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from trainers.errors import TrainingError
 from trainers.shards.dataset import ShardSet
-from trainers.tasks import Row, Task
+from trainers.tasks import Example, Task
 
 DOCUMENTS = 3
 TOLERANCE = 1e-5
@@ -43,7 +43,7 @@ def check_isolation(model: Any, task: Task, shards: ShardSet, pad_id: int, backe
 
 
 def logit_change(
-    forward: Callable[[Mapping[str, Any]], Any], task: Task, rows: list[Row], changed: int, pad_id: int
+    forward: Callable[[Mapping[str, Any]], Any], task: Task, rows: list[Example], changed: int, pad_id: int
 ) -> float:
     """How far the logits of the other documents move when one is changed, as a share of the largest logit.
 
@@ -62,7 +62,7 @@ def logit_change(
     return float(np.abs(before - after).max()) / max(largest, 1e-30)
 
 
-def _short_rows(shards: ShardSet) -> list[Row]:
+def _short_rows(shards: ShardSet) -> list[Example]:
     """The shortest documents, each of a place of its own; the same on every rank."""
     count = min(DOCUMENTS, len(shards))
     chosen = np.argpartition(shards.lengths, count - 1)[:count]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from trainers.verification import gradients as g
-from trainers.verification.sample import Specimen
+from trainers.verification.sample import CheckContext
 
 OFF = 0.05
 """Relative difference of the losses: bf16 keeps 8 bits, and a mean over many targets most of that."""
@@ -17,7 +17,7 @@ ALIKE = 0.9
 PART = 2**22
 
 
-def bf16_follows(specimen: Specimen) -> tuple[bool, str]:
+def bf16_follows(context: CheckContext) -> tuple[bool, str]:
     """(g) The first step in bf16 has the loss of fp32, and its gradient points the same way.
 
     Later losses say less: a first update of AdamW is smaller than what bf16 tells apart in most weights, so the working
@@ -25,11 +25,11 @@ def bf16_follows(specimen: Specimen) -> tuple[bool, str]:
     """
     import torch
 
-    if specimen.is_half:
+    if context.is_half:
         return True, "the attention backend computes in bf16 alone, so there is nothing to compare"
-    packs = g.rows_of(specimen, range(min(len(specimen.packs), 2)))
-    half = replace(specimen, model=copy.deepcopy(specimen.model).to(torch.bfloat16))
-    (loss, gradient), (half_loss, half_gradient) = (_first_step(one, packs) for one in (specimen, half))
+    packs = g.rows_of(context, range(min(len(context.packs), 2)))
+    half = replace(context, model=copy.deepcopy(context.model).to(torch.bfloat16))
+    (loss, gradient), (half_loss, half_gradient) = (_first_step(one, packs) for one in (context, half))
     off = abs(loss - half_loss) / max(abs(loss), 1e-2)
     cosine = _dot(gradient, half_gradient) / math.sqrt(_dot(gradient, gradient) * _dot(half_gradient, half_gradient))
     shown = f"fp32/bf16 loss {loss:.4f}/{half_loss:.4f}, cosine of the gradients {cosine:.4f}"
@@ -43,14 +43,14 @@ def _dot(first: Any, second: Any) -> float:
     )
 
 
-def _first_step(specimen: Specimen, packs: Any) -> tuple[float, Any]:
+def _first_step(context: CheckContext, packs: Any) -> tuple[float, Any]:
     """Loss of one batch, and its gradient over all parameters, flat, in fp32."""
     import torch
 
-    batch = g.collate(specimen, packs)
-    specimen.model.zero_grad(set_to_none=True)
-    loss = g.loss_of(specimen, batch) / max(g.count_targets(batch), 1)
+    batch = g.collate(context, packs)
+    context.model.zero_grad(set_to_none=True)
+    loss = g.loss_of(context, batch) / max(g.count_targets(batch), 1)
     loss.backward()
-    gradients = [p.grad.detach().float().flatten() for p in specimen.model.parameters() if p.grad is not None]
-    specimen.model.zero_grad(set_to_none=True)
+    gradients = [p.grad.detach().float().flatten() for p in context.model.parameters() if p.grad is not None]
+    context.model.zero_grad(set_to_none=True)
     return float(loss.detach()), torch.cat(gradients)

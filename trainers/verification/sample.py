@@ -14,7 +14,7 @@ from trainers.job.schema import Job
 from trainers.model.engine import load_options
 from trainers.shards.dataset import ShardSet
 from trainers.shards.keys import SplitPlan, manifest_of, plan_splits
-from trainers.shards.manifest import ShardRecord
+from trainers.shards.shard_table import ShardRecord
 from trainers.shards.writer import write_shard
 from trainers.sources.formats import RawRow
 from trainers.sources.readers import plan_units, read_unit, task_columns
@@ -23,7 +23,7 @@ from trainers.tasks import EncodeRules, Task, encode_rules, load_task
 from trainers.tokenizer.encoder import Encoder, load_encoder
 
 ROWS, ROWS_PACKED = 48, 12
-"""Rows of a specimen as read; where they are split and packed, few make many documents."""
+"""Rows of a sample as read; where they are split and packed, few make many documents."""
 LEAST = 8
 """Sequences that they should give."""
 ALONE, PACKED, PACK = 64, 32, 3
@@ -37,7 +37,7 @@ LAYERS = 2
 
 
 @dataclass(frozen=True)
-class Specimen:
+class CheckContext:
     """What the checks look at."""
 
     task: Task
@@ -59,7 +59,7 @@ class Specimen:
         return str(self.model.dtype) == "torch.bfloat16"
 
 
-def take_specimen(job: Job, model_path: str, folder: Path, device: Any = "cpu") -> Specimen:
+def make_context(job: Job, model_path: str, folder: Path, device: Any = "cpu") -> CheckContext:
     """Write the first usable rows of the training data as a shard and load the model.
 
     Raises:
@@ -78,7 +78,7 @@ def take_specimen(job: Job, model_path: str, folder: Path, device: Any = "cpu") 
     packs = pack_rows(shards.lengths, PACK * longest, 0) if job.packing else one_row_each(len(shards))
     layers = LAYERS if weight_bytes(model_path) > WHOLE_BYTES else None
     model = _load(job, task, model_path, encoder.pad_id, layers, device)
-    return Specimen(task, shards, packs, encoder.pad_id, model, device, job.packing, job.train.seed, layers)
+    return CheckContext(task, shards, packs, encoder.pad_id, model, device, job.packing, job.train.seed, layers)
 
 
 def _labels(record: ShardRecord) -> tuple[str, ...]:

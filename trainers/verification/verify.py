@@ -23,7 +23,7 @@ from trainers.records import Record
 from trainers.storage import Folder
 from trainers.verification.checks import CHECKS, Finding
 from trainers.verification.precision import bf16_follows
-from trainers.verification.sample import Specimen, take_specimen, weight_bytes
+from trainers.verification.sample import CheckContext, make_context, weight_bytes
 
 BF16 = "bf16"
 SMALL_BYTES = 20 * 2**20
@@ -85,11 +85,11 @@ def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verificatio
 
     key = verification_key(job, model)
     with _quick_threads(model.path), tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
-        specimen = take_specimen(job, model.path, Path(scratch), _device())
-        attention = str(specimen.model.config._attn_implementation)
+        context = make_context(job, model.path, Path(scratch), _device())
+        attention = str(context.model.config._attn_implementation)
         found = Verification(key=key, task=job.task, attention=attention, packing=job.packing,
-                             checks=run_checks(specimen), layers=specimen.layers)  # fmt: skip
-        del specimen
+                             checks=run_checks(context), layers=context.layers)  # fmt: skip
+        del context
     if torch.cuda.is_available():  # the training's own peak is what counts
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -128,16 +128,16 @@ def _quick_threads(model_path: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_checks(specimen: Specimen) -> tuple[CheckResult, ...]:
-    """All checks on one specimen; one that raises has not passed. The last changes the model."""
-    return tuple(_run(name, check, specimen) for name, check in {**CHECKS, BF16: bf16_follows}.items())
+def run_checks(context: CheckContext) -> tuple[CheckResult, ...]:
+    """All checks on one sample; one that raises has not passed. The last changes the model."""
+    return tuple(_run(name, check, context) for name, check in {**CHECKS, BF16: bf16_follows}.items())
 
 
-def _run(name: str, check: object, specimen: Specimen) -> CheckResult:
+def _run(name: str, check: object, context: CheckContext) -> CheckResult:
     began = time.perf_counter()
     broke = False
     try:
-        passed, detail = _call(check, specimen)
+        passed, detail = _call(check, context)
     except Exception as error:  # in the model's code or in the check's own
         passed, broke = False, True
         detail = (
@@ -146,13 +146,13 @@ def _run(name: str, check: object, specimen: Specimen) -> CheckResult:
     return CheckResult(name=name, passed=passed, detail=detail, seconds=time.perf_counter() - began, error=broke)
 
 
-def _call(check: object, specimen: Specimen) -> Finding:
+def _call(check: object, context: CheckContext) -> Finding:
     assert callable(check)
-    finding: Finding = check(specimen)
+    finding: Finding = check(context)
     return finding
 
 
-def demand(found: Verification, dtype: str = "bfloat16") -> None:
+def require_passed(found: Verification, dtype: str = "bfloat16") -> None:
     """Raises TrainingError where a check failed that matters to a model trained in `dtype`."""
     matter = [check for check in found.checks if check.name != BF16 or dtype == "bfloat16"]
     failed = [check for check in matter if not check.passed]

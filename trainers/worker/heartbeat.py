@@ -1,7 +1,8 @@
-"""A rank's pulse: where it is and since when, on a page of memory that its keeper reads even while the rank hangs.
+"""A rank's heartbeat: where it is and since when, on a page of memory that its node agent reads even while the rank
+hangs.
 
-The rank writes, the keeper reads; the keeper's one word back is the wish to stop. Plain stores into a mapped file: no
-call that could block, no lock that a stopped process could hold.
+The rank writes, the node agent reads; the node agent's one word back is the wish to stop. Plain stores into a mapped
+file: no call that could block, no lock that a stopped process could hold.
 """
 
 import mmap
@@ -19,7 +20,7 @@ _SIZE = 128
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """What a rank said last of where it is."""
 
     step: int
@@ -31,7 +32,7 @@ class Beat:
     """Whether it got SIGTERM; the others must hear of it too, for it may be waiting for them."""
 
 
-class Pulse:
+class HeartbeatPage:
     """One rank's page; both sides open the same file. CLOCK_MONOTONIC is one clock for all processes of a host."""
 
     def __init__(self, path: Path) -> None:
@@ -44,18 +45,18 @@ class Pulse:
         """The rank enters a phase."""
         _BEAT.pack_into(self._page, 0, step, PHASES.index(phase), time.monotonic())
 
-    def read(self) -> Beat:
+    def read(self) -> Heartbeat:
         """The last beat."""
         step, phase, since = _BEAT.unpack_from(self._page, 0)
         (told,) = _STOP.unpack_from(self._page, _TOLD_AT)
-        return Beat(step, PHASES[phase], time.monotonic() - since, bool(told))
+        return Heartbeat(step, PHASES[phase], time.monotonic() - since, bool(told))
 
     def tell(self) -> None:
         """The rank got SIGTERM."""
         _STOP.pack_into(self._page, _TOLD_AT, 1)
 
     def ask_to_stop(self, reason: StopReason) -> None:
-        """The keeper asks the rank to stop at the end of its step."""
+        """The node agent asks the rank to stop at the end of its step."""
         _STOP.pack_into(self._page, _STOP_AT, STOPS.index(reason) + 1)
 
     def stop_reason(self) -> StopReason | None:

@@ -22,7 +22,7 @@ from trainers.training.hooks import Hooks
 from trainers.training.loop import LoopOutcome, LoopSettings, train
 from trainers.training.schedule import Schedule
 from trainers.verification.isolation import check_isolation
-from trainers.verification.verify import demand, read_verification, verify_job
+from trainers.verification.verify import read_verification, require_passed, verify_job
 
 
 def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
@@ -59,7 +59,7 @@ def _verify(request: TrainRequest, world: World, hooks: Hooks) -> None:
             failed = [check.name for check in found.checks if not check.passed]
             told = {"passed": len(found.checks) - len(failed), "failed": failed, "key": found.key}
             hooks.emit({"kind": "verification", **told, "seconds": time.monotonic() - began})
-        demand(found, request.job.model.dtype)
+        require_passed(found, request.job.model.dtype)
     barrier(world)
 
 

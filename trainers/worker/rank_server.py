@@ -1,11 +1,11 @@
 """A process that imports torch, DeepSpeed and transformers once and then becomes, or forks, ranks at once.
 
-A keeper starts it (`python -m trainers.worker.rank_server fork|become`), sees `{"ready": true}` on its standard output, and writes
-one `Hatch` a line to its standard input. `fork`: every rank is a fork, so a restart costs no import; sound because
-nothing but imports has happened here: no thread, no CUDA context, no process group. `become`: this process itself turns
-into the one rank, for machines with GPUs, whose driver does not survive a fork; the keeper holds a spare one ready.
-When the keeper ends, standard input closes and everything here ends. Answers are `{"pid": ..., "files": ...}` for a
-new rank and `{"exit": pid, "code": ..., "max_rss_bytes": ...}` for one that ended.
+A node agent starts it (`python -m trainers.worker.rank_server fork|become`), sees `{"ready": true}` on its standard
+output, and writes one `RankSpec` a line to its standard input. `fork`: every rank is a fork, so a restart costs no
+import; sound because nothing but imports has happened here: no thread, no CUDA context, no process group. `become`:
+this process itself turns into the one rank, for machines with GPUs, whose driver does not survive a fork; the node
+agent holds a spare one ready. When the node agent ends, standard input closes and everything here ends. Answers are
+`{"pid": ..., "files": ...}` for a new rank and `{"exit": pid, "code": ..., "max_rss_bytes": ...}` for one that ended.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ from trainers.records import Record
 from trainers.run.record import TrainRequest
 from trainers.shards.manifest import ShardManifest
 from trainers.storage import Folder
-from trainers.worker.heartbeat import Pulse
+from trainers.worker.heartbeat import HeartbeatPage
 from trainers.worker.rank import run_rank
 from trainers.worker.stop_signal import PipeHooks, StopSignal
 
@@ -36,13 +36,13 @@ FAILED = 1
 """Exit code of a rank that raised; the event `failed` says what."""
 
 
-class Hatch(Record):
+class RankSpec(Record):
     """All that a new rank is told, as one line of JSON."""
 
     environment: dict[str, str]
     """The launcher contract, and the interfaces collectives go through."""
     files: str
-    """Folder of this host for the rank's pulse, events and stacks."""
+    """Folder of this host for the rank's heartbeat, events and stacks."""
     log: str | None
     """File that standard output and error are appended to; None leaves them."""
     job: Job
@@ -58,9 +58,9 @@ class Hatch(Record):
         return TrainRequest(self.job, model, self.train_shards, Folder(self.shards_folder), Folder(self.run))
 
 
-def hatch_of(request: TrainRequest, environment: dict[str, str], files: Path, log: str | None) -> Hatch:
+def rank_spec(request: TrainRequest, environment: dict[str, str], files: Path, log: str | None) -> RankSpec:
     """A request as it travels."""
-    return Hatch(
+    return RankSpec(
         environment=environment,
         files=str(files),
         log=log,
@@ -73,9 +73,9 @@ def hatch_of(request: TrainRequest, environment: dict[str, str], files: Path, lo
     )
 
 
-def pulse_file(files: Path) -> Path:
-    """Where a rank's pulse page is."""
-    return files / "pulse"
+def heartbeat_file(files: Path) -> Path:
+    """Where a rank's heartbeat page is."""
+    return files / "heartbeat"
 
 
 def events_file(files: Path) -> Path:
@@ -89,19 +89,19 @@ def stacks_file(files: Path) -> Path:
 
 
 def main(mode: Mode) -> None:
-    """Import, say so, then serve hatches until standard input closes."""
+    """Import, say so, then serve rank specs until standard input closes."""
     _import_ahead()
     signal.signal(signal.SIGCHLD, _reap)
     _say({"ready": True})
     for line in sys.stdin:
-        hatch = Hatch.model_validate_json(line)
+        spec = RankSpec.model_validate_json(line)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # its birth is told before its end
-        born = os.fork() if mode == "fork" else os.getpid()
-        if born:
-            _say({"pid": born, "files": hatch.files})
+        pid = os.fork() if mode == "fork" else os.getpid()
+        if pid:
+            _say({"pid": pid, "files": spec.files})
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        if born in (0, os.getpid()):
-            _live(hatch)
+        if pid in (0, os.getpid()):
+            _run_forever(spec)
 
 
 def _import_ahead() -> None:
@@ -140,23 +140,23 @@ def _reap(*_: Any) -> None:
         _say({"exit": child, "code": code, "max_rss_bytes": usage.ru_maxrss * 1024})
 
 
-def _live(hatch: Hatch) -> NoReturn:
+def _run_forever(spec: RankSpec) -> NoReturn:
     """Be a rank to the end; never returns."""
-    files = Path(hatch.files)
-    pulse = Pulse(pulse_file(files))
-    stop = StopSignal(hatch.job.checkpoint.grace_s, pulse)
+    files = Path(spec.files)
+    heartbeat = HeartbeatPage(heartbeat_file(files))
+    stop = StopSignal(spec.job.checkpoint.grace_s, heartbeat)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.prctl(PR_SET_NAME, f"rank-{hatch.environment['RANK']}".encode())  # what ps and top show
-    _redirect(hatch.log)
-    os.environ.update(hatch.environment)
+    libc.prctl(PR_SET_NAME, f"rank-{spec.environment['RANK']}".encode())  # what ps and top show
+    _redirect(spec.log)
+    os.environ.update(spec.environment)
     events = events_file(files).open("w", encoding="utf-8")
     stacks = stacks_file(files).open("w")
     faulthandler.enable()  # a crash leaves its Python stack in the log
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
-    hooks = PipeHooks(events, pulse, stop)
-    code = _run(hatch.request(), hooks)
+    hooks = PipeHooks(events, heartbeat, stop)
+    code = _run(spec.request(), hooks)
     sys.stdout.flush()
     sys.stderr.flush()
     events.close()
@@ -164,7 +164,7 @@ def _live(hatch: Hatch) -> NoReturn:
 
 
 def _redirect(log: str | None) -> None:
-    """Standard input from nowhere; standard output, which was the line to the keeper, and error to the log."""
+    """Standard input from nowhere; standard output, which was the line to the node agent, and error to the log."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if log is not None:
         Path(log).parent.mkdir(parents=True, exist_ok=True)

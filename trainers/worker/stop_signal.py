@@ -1,4 +1,4 @@
-"""How a rank hears that it should stop: SIGTERM to itself, or its keeper's word on the pulse page."""
+"""How a rank hears that it should stop: SIGTERM to itself, or its node agent's word on the heartbeat page."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 from trainers.errors import Preempted
 from trainers.records import Phase, StopReason
-from trainers.worker.heartbeat import Pulse
+from trainers.worker.heartbeat import HeartbeatPage
 
 
 class StopSignal:
@@ -20,9 +20,9 @@ class StopSignal:
     a process that has not ended by itself then ends with exit code 75.
     """
 
-    def __init__(self, grace_s: float, pulse: Pulse | None = None) -> None:
+    def __init__(self, grace_s: float, heartbeat: HeartbeatPage | None = None) -> None:
         self.came = False
-        self._grace_s, self._pulse = grace_s, pulse
+        self._grace_s, self._heartbeat = grace_s, heartbeat
         self._ear, mouth = os.pipe()
         os.set_blocking(mouth, False)
         signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
@@ -33,21 +33,22 @@ class StopSignal:
         while signal.SIGTERM not in os.read(self._ear, 64):
             pass
         self.came = True
-        if self._pulse:
-            self._pulse.tell()
+        if self._heartbeat:
+            self._heartbeat.tell()
         time.sleep(self._grace_s)
         os._exit(Preempted.exit_code)
 
     def reason(self) -> StopReason | None:
-        """preempted after SIGTERM, else what the keeper asked."""
-        return "preempted" if self.came else self._pulse.stop_reason() if self._pulse else None
+        """preempted after SIGTERM, else what the node agent asked."""
+        return "preempted" if self.came else self._heartbeat.stop_reason() if self._heartbeat else None
 
 
 class PipeHooks:
-    """`trainers.training.loop.Hooks` of a rank that a keeper started: events leave as JSON lines, the pulse is kept."""
+    """`trainers.training.loop.Hooks` of a rank that a node agent started: events leave as JSON lines, the heartbeat is
+    kept."""
 
-    def __init__(self, events: Any, pulse: Pulse, stop: StopSignal) -> None:
-        self._events, self._pulse, self._stop = events, pulse, stop
+    def __init__(self, events: Any, heartbeat: HeartbeatPage, stop: StopSignal) -> None:
+        self._events, self._heartbeat, self._stop = events, heartbeat, stop
 
     def emit(self, event: Mapping[str, Any]) -> None:
         """Send an event; it has left this process when this returns."""
@@ -60,4 +61,4 @@ class PipeHooks:
 
     def at(self, phase: Phase, step: int) -> None:
         """Enter a phase."""
-        self._pulse.beat(phase, step)
+        self._heartbeat.beat(phase, step)

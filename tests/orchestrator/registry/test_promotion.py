@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from orchestrator.registry.bootstrap import QUICK, compare, pick_statistic
-from orchestrator.registry.promotion import Judged, decide
+from orchestrator.registry.promotion import RowScores, decide
 from trainers.errors import EvaluationError
-from trainers.run.row_scores import read_judged, write_judged
+from trainers.run.row_scores import read_row_scores, write_row_scores
 from trainers.storage import Folder
 from trainers.tasks import load_task
 
@@ -16,7 +16,7 @@ ROWS = 2000
 
 
 def predictions(accuracy, seed, rows=ROWS, classes=4):
-    """Judged rows of a classifier that is right with this probability, on labels shared by all seeds."""
+    """Row scores of a classifier that is right with this probability, on labels shared by all seeds."""
     labels = np.random.default_rng(7).integers(0, classes, rows)
     random = np.random.default_rng(seed)
     wrong = (labels + random.integers(1, classes, rows)) % classes
@@ -24,8 +24,8 @@ def predictions(accuracy, seed, rows=ROWS, classes=4):
     return {"row": np.arange(rows), "label": labels, "prediction": guesses, "loss_sum": random.random(rows)}
 
 
-def judged(accuracy, seed, key="k", **change):
-    return Judged(f"model {seed}", key, {**predictions(accuracy, seed), **change})
+def row_scores(accuracy, seed, key="k", **change):
+    return RowScores(f"model {seed}", key, {**predictions(accuracy, seed), **change})
 
 
 def choose(candidate, champion, rule="if_better", metric="accuracy", mode="max"):
@@ -33,59 +33,59 @@ def choose(candidate, champion, rule="if_better", metric="accuracy", mode="max")
 
 
 def test_the_first_version_becomes_champion():
-    assert choose(judged(0.5, 1), None).promote
+    assert choose(row_scores(0.5, 1), None).promote
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "mcc"])
 def test_a_clearly_better_model_is_promoted_and_the_reason_gives_the_numbers(metric):
-    decision = choose(judged(0.9, 1), judged(0.8, 2), metric=metric)
+    decision = choose(row_scores(0.9, 1), row_scores(0.8, 2), metric=metric)
     assert decision.promote
     assert metric in decision.reason
     assert "2,000 rows" in decision.reason
 
 
 def test_a_worse_model_is_not_promoted():
-    assert not choose(judged(0.8, 1), judged(0.9, 2)).promote
+    assert not choose(row_scores(0.8, 1), row_scores(0.9, 2)).promote
 
 
 def test_a_difference_within_luck_is_not_promoted():
-    better, worse = judged(0.805, 1), judged(0.8, 3)
+    better, worse = row_scores(0.805, 1), row_scores(0.8, 3)
     right = [(one.numbers["label"] == one.numbers["prediction"]).mean() for one in (better, worse)]
     assert right[0] > right[1]
     assert not choose(better, worse).promote
 
 
 def test_the_same_model_again_is_not_promoted():
-    assert not choose(judged(0.8, 1), judged(0.8, 1)).promote
+    assert not choose(row_scores(0.8, 1), row_scores(0.8, 1)).promote
 
 
 def test_smaller_is_better_by_mode():
-    low = judged(0.8, 1, loss_sum=np.random.default_rng(1).random(ROWS) * 0.5)
-    high = judged(0.8, 2)
+    low = row_scores(0.8, 1, loss_sum=np.random.default_rng(1).random(ROWS) * 0.5)
+    high = row_scores(0.8, 2)
     assert choose(low, high, metric="loss", mode="min").promote
     assert not choose(high, low, metric="loss", mode="min").promote
 
 
 def test_other_evaluation_data_is_never_promoted_and_the_remedy_is_named():
-    decision = choose(judged(0.9, 1, key="new"), judged(0.1, 2, key="old"))
+    decision = choose(row_scores(0.9, 1, key="new"), row_scores(0.1, 2, key="old"))
     assert not decision.promote
     assert "registry.promote: always" in decision.reason
     assert "old" in decision.reason
 
 
 def test_a_champion_whose_rows_are_gone_is_not_replaced():
-    decision = choose(judged(0.9, 1), Judged("version 1", "k", {}))
+    decision = choose(row_scores(0.9, 1), RowScores("version 1", "k", {}))
     assert not decision.promote
     assert "version 1" in decision.reason
 
 
 def test_other_rows_are_not_compared():
-    assert not choose(judged(0.9, 1), judged(0.1, 2, row=np.arange(ROWS) + 1)).promote
+    assert not choose(row_scores(0.9, 1), row_scores(0.1, 2, row=np.arange(ROWS) + 1)).promote
 
 
 def test_rules_always_and_never_ask_nothing():
-    assert choose(judged(0.1, 1), judged(0.9, 2), rule="always").promote
-    assert not choose(judged(0.9, 1), None, rule="never").promote
+    assert choose(row_scores(0.1, 1), row_scores(0.9, 2), rule="always").promote
+    assert not choose(row_scores(0.9, 1), None, rule="never").promote
 
 
 def test_the_interval_covers_the_true_difference_about_19_times_in_20():
@@ -122,8 +122,8 @@ def test_quick_metrics_of_causal_tasks_equal_the_task(metric):
 
 def test_a_metric_without_a_quick_form_uses_the_task():
     class Odd(type(load_task("classify"))):
-        def metrics(self, judged):
-            return {"accuracy": float((judged["label"] == judged["prediction"]).mean()) ** 2}
+        def metrics(self, row_scores):
+            return {"accuracy": float((row_scores["label"] == row_scores["prediction"]).mean()) ** 2}
 
     rows = predictions(0.6, 5)
     statistic = pick_statistic(rows, Odd(), "accuracy")
@@ -138,23 +138,23 @@ def test_ten_thousand_rows_take_seconds():
     assert time.monotonic() - begun < 20
 
 
-def test_judged_rows_come_back_sorted_and_equal(tmp_path):
+def test_row_scores_come_back_sorted_and_equal(tmp_path):
     run, rows = Folder(str(tmp_path)), np.array([3, 0, 2, 1])
-    write_judged(run, 40, rows, {"label": rows * 10, "loss_sum": rows / 3})
-    back = read_judged(run, 40)
+    write_row_scores(run, 40, rows, {"label": rows * 10, "loss_sum": rows / 3})
+    back = read_row_scores(run, 40)
     assert back["row"].tolist() == [0, 1, 2, 3]
     assert back["label"].tolist() == [0, 10, 20, 30]
     np.testing.assert_array_equal(back["loss_sum"], np.arange(4) / 3)
 
 
-def test_judged_rows_twice_or_missing_are_refused(tmp_path):
+def test_row_scores_twice_or_missing_are_refused(tmp_path):
     run = Folder(str(tmp_path))
     with pytest.raises(EvaluationError, match=r"more than once: \[1\]"):
-        write_judged(run, 1, np.array([1, 1, 2]), {"label": np.zeros(3)})
+        write_row_scores(run, 1, np.array([1, 1, 2]), {"label": np.zeros(3)})
     with pytest.raises(EvaluationError, match="length"):
-        write_judged(run, 1, np.array([1, 2]), {"label": np.zeros(3)})
+        write_row_scores(run, 1, np.array([1, 2]), {"label": np.zeros(3)})
     with pytest.raises(EvaluationError, match="tuneyard evaluate"):
-        read_judged(run, 1)
+        read_row_scores(run, 1)
     run.write_bytes("evals/step-00000001.arrow", b"torn")
     with pytest.raises(EvaluationError, match="damaged"):
-        read_judged(run, 1)
+        read_row_scores(run, 1)

@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 import yaml
 
+from orchestrator.registry import mlflow_client
+from orchestrator.registry.register import register
 from orchestrator.registry.lineage import lineage
 from orchestrator.registry.mlflow_client import open_client, registry_uri
 from orchestrator.registry.promotion import Promotion
-from orchestrator.registry.read import champion, judged_of, list_models, show_model
-from orchestrator.registry.register import mlflow_client, register
+from orchestrator.registry.read import champion, list_models, row_scores_of, show_model
 from trainers.errors import EvaluationError, JobError
 from trainers.job.load import parse_job
 from trainers.run.folder import Evaluation
-from trainers.run.row_scores import write_judged
-from trainers.shards.manifest import ShardManifest, ShardRecord, Shards
+from trainers.run.row_scores import write_row_scores
+from trainers.shards.manifest import ShardManifest, Shards
+from trainers.shards.shard_table import ShardRecord
 from trainers.storage import Folder
 from trainers.training.divergence import SkippedStep, SkippedSteps
 
@@ -64,7 +66,7 @@ def run_of(storage, name="topics-0badcafe"):
     for step, accuracy in ((10, 0.5), (20, 0.75)):
         evaluation = Evaluation(step=step, status="done", metrics={"accuracy": accuracy, "loss": 1.0}, eval_key="e1")
         run.write_json(f"evals/step-{step:08d}.json", evaluation.model_dump(mode="json"))
-        write_judged(run, step, np.arange(4), {"label": np.arange(4), "prediction": np.arange(4)})
+        write_row_scores(run, step, np.arange(4), {"label": np.arange(4), "prediction": np.arange(4)})
     steps = [*range(1, 15), *range(11, 21)]
     lines = [{"kind": "step", "time": 1.0 * i, "step": step, "loss": 1 / step + i} for i, step in enumerate(steps)]
     run.write_bytes("events.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -137,11 +139,11 @@ def test_a_rerun_of_an_older_run_takes_the_alias_back_from_nobody(storage):
 
 def test_the_champions_evaluation_rows_are_found_again(storage):
     enter(storage)
-    judged = judged_of(champion(uri_of(storage), "topics"))
-    assert judged.eval_key == "e1"
-    assert judged.numbers["row"].tolist() == [0, 1, 2, 3]
+    row_scores = row_scores_of(champion(uri_of(storage), "topics"))
+    assert row_scores.eval_key == "e1"
+    assert row_scores.numbers["row"].tolist() == [0, 1, 2, 3]
     (storage / "runs").delete()
-    assert judged_of(champion(uri_of(storage), "topics")).numbers == {}
+    assert row_scores_of(champion(uri_of(storage), "topics")).numbers == {}
 
 
 class Killed(BaseException):

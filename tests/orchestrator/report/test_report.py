@@ -9,8 +9,9 @@ import pytest
 from orchestrator.report.page import duration, render_report, write_report
 from trainers.job.load import parse_job
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult
-from trainers.run.row_scores import write_judged
-from trainers.shards.manifest import ShardManifest, ShardRecord, Shards
+from trainers.run.row_scores import write_row_scores
+from trainers.shards.manifest import ShardManifest, Shards
+from trainers.shards.shard_table import ShardRecord
 from trainers.storage import Folder
 
 EVIL = "<script>alert('x')</script>"
@@ -83,7 +84,7 @@ def finished_run(folder, classes=3, steps=100):
         evaluations.append(Evaluation(step=step, status="done", metrics=metrics, eval_key="e", rows=300, seconds=2.5))
     evaluations.append(Evaluation(step=steps + 1, status="failed", error=f"out of memory {EVIL}", eval_key="e"))
     best = evaluations[3]
-    write_judged(run, best.step, np.arange(300), {"label": labels, "prediction": guesses})
+    write_row_scores(run, best.step, np.arange(300), {"label": labels, "prediction": guesses})
     result = RunResult(
         status="done",
         best={"step": best.step, "metric": "accuracy", "value": best.metrics["accuracy"], "metrics": best.metrics},

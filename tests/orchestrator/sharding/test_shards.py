@@ -93,7 +93,7 @@ def test_a_second_run_writes_nothing_and_starts_no_task(
     def no_task(*_: Any) -> Any:
         raise AssertionError("a committed split was read again")
 
-    monkeypatch.setattr(stage, "spread", no_task)
+    monkeypatch.setattr(stage, "map_units", no_task)
     assert write_shards(job, str(tiny_tokenizer)) == first
     assert stamps(job) == before
 
@@ -208,7 +208,9 @@ def test_a_changed_source_does_its_own_shards_again_and_no_others(
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_budget_is_judged_again_over_committed_shards(tmp_path: Path, files: list[str], tiny_tokenizer: Path) -> None:
+def test_a_budget_is_checked_again_over_committed_shards(
+    tmp_path: Path, files: list[str], tiny_tokenizer: Path
+) -> None:
     strict = make_job(tmp_path, tiny_tokenizer, train=files, eval=files)
     for _ in range(2):
         with pytest.raises(DataError, match=r"12 of 492 rows are dropped"):

@@ -1,7 +1,7 @@
 """When ranks count as hung, and who is blamed for it."""
 
 from orchestrator.training.hang import LEAST_S, LOAD_S, blame, is_hung, stand
-from trainers.worker.heartbeat import Beat
+from trainers.worker.heartbeat import Heartbeat
 
 IN_STEP = 'Thread 0x1 (most recent call first):\n  File "/x/trainers/batches.py", line 5 in _collate\n'
 IN_COLLECTIVE = (
@@ -12,11 +12,11 @@ IN_COLLECTIVE = (
 
 
 def waiting(rank, step=4, phase="settle", line=9):
-    return stand(rank, Beat(step, phase, 99.0), "S", IN_COLLECTIVE.format(line=line))
+    return stand(rank, Heartbeat(step, phase, 99.0), "S", IN_COLLECTIVE.format(line=line))
 
 
 def test_ranks_hang_when_none_of_them_moves():
-    still, moving = Beat(5, "step", 100.0), Beat(5, "step", 1.0)
+    still, moving = Heartbeat(5, "step", 100.0), Heartbeat(5, "step", 1.0)
     assert is_hung({0: still, 1: still}, 30.0, [])
     assert not is_hung({0: still, 1: moving}, 30.0, [])
     assert not is_hung({}, 30.0, [])
@@ -24,7 +24,7 @@ def test_ranks_hang_when_none_of_them_moves():
 
 def test_the_automatic_threshold_follows_the_steps_and_leaves_loading_its_time():
     def hung(age, phase, times):
-        return is_hung({0: Beat(5, phase, age)}, "auto", times)
+        return is_hung({0: Heartbeat(5, phase, age)}, "auto", times)
 
     assert not hung(LEAST_S - 1, "step", [0.1] * 9)
     assert hung(LEAST_S + 1, "step", [0.1] * 9)
@@ -36,14 +36,14 @@ def test_the_automatic_threshold_follows_the_steps_and_leaves_loading_its_time()
 
 
 def test_a_stopped_process_is_to_blame_wherever_it_stands():
-    stopped = stand(1, Beat(4, "step", 99.0), "T", IN_COLLECTIVE.format(line=1))
+    stopped = stand(1, Heartbeat(4, "step", 99.0), "T", IN_COLLECTIVE.format(line=1))
     report = blame([waiting(0), stopped])
     assert report.culprit.rank == 1
     assert "its process is stopped" in str(report)
 
 
 def test_the_rank_that_is_not_in_a_collective_is_to_blame():
-    report = blame([waiting(0), waiting(2), stand(1, Beat(4, "data", 99.0), "S", IN_STEP)])
+    report = blame([waiting(0), waiting(2), stand(1, Heartbeat(4, "data", 99.0), "S", IN_STEP)])
     assert report.culprit.rank == 1
     assert "rank 1: step 5, phase data, at /x/trainers/batches.py:5 in _collate" in str(report)
     assert "Others: rank 0: step 5, phase settle" in str(report)
@@ -55,4 +55,4 @@ def test_where_all_wait_the_odd_one_left_a_collective_out():
 
 
 def test_a_rank_that_cannot_answer_is_to_blame():
-    assert blame([waiting(0), stand(1, Beat(4, "step", 99.0), "D", "")]).culprit.rank == 1
+    assert blame([waiting(0), stand(1, Heartbeat(4, "step", 99.0), "D", "")]).culprit.rank == 1

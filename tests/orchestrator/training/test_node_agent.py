@@ -1,11 +1,12 @@
-"""A keeper whose ranks are no forks, as on machines with GPUs: each is a process that was ready, and spares follow."""
+"""A node agent whose ranks are no forks, as on machines with GPUs: each is a process that was ready, and spares
+follow."""
 
 import time
 from pathlib import Path
 
 import pytest
 
-from orchestrator.training.controller import node_agent as keeper
+from orchestrator.training import node_agent as agent
 from tests.benchmarks.bench_recovery import request_of
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 
@@ -15,26 +16,26 @@ pytestmark = pytest.mark.slow
 def test_ranks_that_are_no_forks_run_and_leave_a_spare(
     tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "_ray_gpus", lambda: ["0"])
+    monkeypatch.setattr(agent, "_ray_gpus", lambda: ["0"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(40))
     shard_locally(job)
-    request, kept = request_of(job, "become"), keeper.Keeper(1)
-    first = [zygote.process.pid for zygote in kept._zygotes]
+    request, kept = request_of(job, "become"), agent.NodeAgent(1)
+    first = [server.process.pid for server in kept._servers]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.free_port())}
     kept.launch(request, {0: {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}}, None)
     events, ranks, deadline = [], set(), time.monotonic() + 120
-    while not (seen := kept.look()).endings:
+    while not (seen := kept.look()).exits:
         assert time.monotonic() < deadline
         events += seen.events
         ranks |= set(seen.processes.values())
         time.sleep(0.05)
     events += kept.look().events
-    assert [ending.code for ending in seen.endings] == [0]
+    assert [rank_exit.code for rank_exit in seen.exits] == [0]
     assert ranks == set(first)
     assert [event["step"] for event in events if event["kind"] == "step"] == list(range(1, 7))
-    (spare,) = kept._zygotes
+    (spare,) = kept._servers
     assert spare.process.pid not in first
     assert kept.wait_warm(60)
     kept.close()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.training.placement import Slots, fitting_sizes, largest_size, slots_of, spread
+from orchestrator.training.placement import Slots, fitting_sizes, largest_size, slots_of, assign_ranks
 from trainers.job.load import parse_job
 
 
@@ -39,7 +39,7 @@ def test_the_largest_size_that_fits_is_taken():
 
 def test_ranks_of_a_node_stand_next_to_each_other_on_few_nodes():
     nodes = [Slots("a", 2), Slots("b", 4), Slots("c", 4)]
-    assert spread(6, nodes) == {"b": [0, 1, 2, 3], "c": [4, 5]}
-    assert spread(4, nodes) == {"b": [0, 1, 2, 3]}
+    assert assign_ranks(6, nodes) == {"b": [0, 1, 2, 3], "c": [4, 5]}
+    assert assign_ranks(4, nodes) == {"b": [0, 1, 2, 3]}
     with pytest.raises(ValueError, match="11 ranks do not fit"):
-        spread(11, nodes)
+        assign_ranks(11, nodes)

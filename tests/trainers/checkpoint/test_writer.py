@@ -148,19 +148,19 @@ def save_twice(place: str) -> list[dict[str, Any]]:
     engine.backward(engine(torch.ones(4, 64)).square().mean())
     engine.step()
     events: list[Any] = []
-    keeper = Checkpointer(engine, Folder(place), world, new_attempt(world), "key", "job", events.append)
-    keeper.prepare()
-    assert keeper._writing is not None
-    writer = keeper._writing.link.process.pid
+    agent = Checkpointer(engine, Folder(place), world, new_attempt(world), "key", "job", events.append)
+    agent.prepare()
+    assert agent._writing is not None
+    writer = agent._writing.link.process.pid
     os.kill(writer, signal.SIGSTOP)
     began = time.perf_counter()
-    keeper.save(Progress(1, 10))
-    keeper.poll()
+    agent.save(Progress(1, 10))
+    agent.poll()
     assert time.perf_counter() - began < 0.4 and not events
     threading.Timer(0.5, os.kill, (writer, signal.SIGCONT)).start()
-    keeper.save(Progress(2, 20))
-    keeper.finish()
-    keeper.close()
+    agent.save(Progress(2, 20))
+    agent.finish()
+    agent.close()
     return events
 
 
@@ -199,17 +199,17 @@ def save_beside_a_step(place: str, waits: bool) -> tuple[bool, bool]:
     micro = Batch({"x": np.ones((4, 64), np.float32)}, np.zeros(4), np.arange(4))
     step = StepBatch((micro,), targets=4, tokens=4)
     run_micro_batches(engine, Squares(), step, world, lambda: None)
-    keeper = Checkpointer(engine, Folder(place), world, new_attempt(world), "key", "job", lambda _: None)
+    agent = Checkpointer(engine, Folder(place), world, new_attempt(world), "key", "job", lambda _: None)
     copy = Copying._run
     Copying._run = lambda self: (time.sleep(1.0), copy(self))[1]  # type: ignore[method-assign]
     before = state_digest(engine)
-    keeper.save(Progress(1, 4))
-    run_micro_batches(engine, Squares(), step, world, keeper.before_update if waits else lambda: None)
+    agent.save(Progress(1, 4))
+    run_micro_batches(engine, Squares(), step, world, agent.before_update if waits else lambda: None)
     after = state_digest(engine)
-    keeper.finish()
-    keeper.resume()
+    agent.finish()
+    agent.resume()
     restored = state_digest(engine)
-    keeper.close()
+    agent.close()
     return restored == before, before != after
 
 

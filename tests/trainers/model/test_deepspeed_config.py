@@ -14,7 +14,7 @@ from trainers.job.load import parse_job
 from trainers.job.schema import Job
 from trainers.model.deepspeed_config import derive_config, read_template
 
-FOLDER = Path(__file__).parents[2] / "ds_configs"
+FOLDER = Path(__file__).parents[3] / "ds_configs"
 TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 

@@ -87,7 +87,7 @@ def test_a_miss_names_the_parts_that_changed(make_job: Any, data: Path, tiny_tok
     assert explain_miss(storage, other_eval) is None
 
 
-def test_shards_are_found_without_ray_and_judged_by_the_job_that_asks(
+def test_shards_are_found_without_ray_and_checked_by_the_job_that_asks(
     make_job: Any, data: Path, tiny_tokenizer: Path, shard_here: Any
 ) -> None:
     with data.open("a") as stream:

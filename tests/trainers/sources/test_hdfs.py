@@ -1,7 +1,7 @@
 """hdfs:// against a real name node, where there is one.
 
-TUNEYARD_HDFS=hdfs://HOST:PORT/FOLDER pytest tests/trainers/sources/test_hdfs.py, with libhdfs, a JVM and a CLASSPATH as pyarrow's
-documentation asks for. Everything below FOLDER is removed.
+TUNEYARD_HDFS=hdfs://HOST:PORT/FOLDER pytest tests/trainers/sources/test_hdfs.py, with libhdfs, a JVM and a CLASSPATH as
+pyarrow's documentation asks for. Everything below FOLDER is removed.
 """
 
 import gzip

@@ -74,11 +74,11 @@ LINES = st.lists(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lines=LINES, ending=st.sampled_from(["\n", "\r\n"]), closed=st.booleans(), bom=st.booleans(), data=st.data())
+@given(lines=LINES, rank_exit=st.sampled_from(["\n", "\r\n"]), closed=st.booleans(), bom=st.booleans(), data=st.data())
 def test_units_of_any_size_together_read_what_one_reads(
-    tmp_path: Path, lines: list[str], ending: str, closed: bool, bom: bool, data: st.DataObject
+    tmp_path: Path, lines: list[str], rank_exit: str, closed: bool, bom: bool, data: st.DataObject
 ) -> None:
-    content = ending.join(lines) + (ending if closed else "")
+    content = rank_exit.join(lines) + (rank_exit if closed else "")
     path = tmp_path / "lines.txt"
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + content.encode())
     (source,) = find_sources([str(path)], None, "x")

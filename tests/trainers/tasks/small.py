@@ -222,7 +222,7 @@ def small_jobs(folder: Path) -> dict[str, Any]:
         "contrastive": job(
             "contrastive", "similarity", encoder, pair_rows(160), data=scores, train={"objective": "contrastive"}
         ),
-        "several": job("several", "classify", encoder, several_rows(120), data={"several_labels": True}),
+        "several": job("several", "classify", encoder, several_rows(120), data={"multi_label": True}),
         "classify causal": job("causal", "classify", decoder, first_words),
         "T5": translator("T5"),
         "Bart": translator("Bart"),

@@ -27,7 +27,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "classify": {"text": "the dog", "label": ["a", "b"]},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "classify": {"several_labels": True},
+    "classify": {"multi_label": True},
     "seq2seq": {"prompt": "to {target_language} : {source}"},
 }
 
@@ -167,10 +167,10 @@ def test_numbers_of_an_evaluation_take_the_same_few_bytes_a_row_whatever_their_n
     peaks = {}
     for rows in (1_000, 100_000):
         draw = np.random.default_rng(0)
-        judged = {"score": draw.random(rows), "said": draw.random(rows), "loss_sum": draw.random(rows)}
-        assert sum(values.nbytes for values in judged.values()) == 24 * rows
+        row_scores = {"score": draw.random(rows), "said": draw.random(rows), "loss_sum": draw.random(rows)}
+        assert sum(values.nbytes for values in row_scores.values()) == 24 * rows
         tracemalloc.start()
-        task.metrics(judged)
+        task.metrics(row_scores)
         peaks[rows] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peaks[100_000] < 60 * 2**20

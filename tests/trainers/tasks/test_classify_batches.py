@@ -37,8 +37,8 @@ def table_of(batch: EncodedBatch, task: Task) -> list[Any]:
 @pytest.mark.parametrize("causal", [False, True])
 def test_arrays_are_the_rows_one_by_one(several: bool, overlong: Any, causal: bool, tmp_path: Path) -> None:
     encoder = Encoder(read_spec(word_tokenizer(tmp_path / "model", causal)))
-    task = load_task("classify", TaskOptions(several_labels=several))
-    rules = EncodeRules(8, overlong, TaskOptions(several_labels=several))
+    task = load_task("classify", TaskOptions(multi_label=several))
+    rules = EncodeRules(8, overlong, TaskOptions(multi_label=several))
     rows = rows_of(several, random.Random(1))
     quick, slow = task.encode_batch(rows, encoder, rules), Base.encode_batch(task, rows, encoder, rules)
     assert table_of(quick, task) == table_of(slow, task)

@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 from tests.trainers.tasks import small
 from tests.trainers.training.test_training import train_all
 from trainers.checkpoint.export import export_checkpoint
-from trainers.evaluation.evaluate import combine, evaluate_model, judge_share
+from trainers.evaluation.evaluate import combine, evaluate_model, score_share
 from trainers.job.schema import Job
 from trainers.job.sections import GenerateSection
 from trainers.run.folder import step_name
@@ -40,7 +40,7 @@ class Trained:
     job: Job
     losses: dict[int, float]
     metrics: dict[str, float]
-    judged: dict[str, Any]
+    row_scores: dict[str, Any]
 
 
 def held_out(job: Job) -> tuple[Any, ShardSet]:
@@ -66,9 +66,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     found = {}
     for (name, job), by_step in zip(jobs.items(), losses, strict=True):
         task, shards = held_out(job)
-        rows, judged = evaluate_model(job, task, export(job), shards)
+        rows, row_scores = evaluate_model(job, task, export(job), shards)
         assert len(rows) == shards.manifest.rows_in
-        found[name] = Trained(job, by_step, task.metrics(judged), judged)
+        found[name] = Trained(job, by_step, task.metrics(row_scores), row_scores)
     return found
 
 
@@ -115,15 +115,15 @@ def test_bits_per_byte_is_the_loss_in_bits_over_the_bytes_of_the_targets(
         assert len(targets) == (labels != IGNORE).sum() > 0
         tokens = encoder.tokenizer.convert_ids_to_tokens(targets.tolist())
         held += sum(len(token.encode()) for token in tokens if token not in encoder.tokenizer.all_special_tokens)
-    assert int(one.judged["bytes"].sum()) == held
-    bits = float(one.judged["loss_sum"].sum()) / math.log(2)
+    assert int(one.row_scores["bytes"].sum()) == held
+    bits = float(one.row_scores["loss_sum"].sum()) / math.log(2)
     assert one.metrics["bits_per_byte"] == pytest.approx(bits / held)
 
 
 def test_answers_are_generated_and_compared_where_the_job_asks(trained: dict[str, Trained]) -> None:
     """Half of the answers are the same words; a model that always gives the likelier has no more than that right."""
     one = trained["sft"]
-    said = one.judged["said"].tolist()
+    said = one.row_scores["said"].tolist()
     assert one.metrics["exact_match"] > 0.8 and one.metrics["rougeL"] > 0.9, said
     answers = [text for text in said if "not good" in text]
     assert 0.3 < len(answers) / len(said) < 0.7
@@ -140,11 +140,11 @@ def test_sampling_draws_the_same_for_the_same_seed(trained: dict[str, Trained]) 
             "train": one.job.train.model_copy(update={"seed": seed}),
         })  # fmt: skip
         task, shards = held_out(job)
-        _, judged = evaluate_model(job, task, model, shards)
-        texts: list[str] = judged["said"].tolist()
+        _, row_scores = evaluate_model(job, task, model, shards)
+        texts: list[str] = row_scores["said"].tolist()
         return texts
 
-    greedy = one.judged["said"].tolist()
+    greedy = one.row_scores["said"].tolist()
     assert said(0, temperature=3.0) == said(0, temperature=3.0) != said(1, temperature=3.0)
     assert said(0, temperature=1e-4) == said(1, top_k=1) == greedy
 
@@ -176,7 +176,7 @@ def test_extraction_beats_always_naming_the_first_word(trained: dict[str, Traine
     rows = [shards.row(index).extra for index in range(len(shards))]
     first = np.mean([row["text"].split()[0] in row["answers"] for row in rows if row["window"] == 0])
     assert one.metrics["exact"] > 80 > 150 * first
-    assert one.judged["windows"].max() > 1  # contexts longer than a window are among them
+    assert one.row_scores["windows"].max() > 1  # contexts longer than a window are among them
 
 
 def test_extraction_with_unanswerable_questions_knows_both(trained: dict[str, Trained]) -> None:
@@ -191,9 +191,9 @@ def test_similarity_follows_the_score(trained: dict[str, Trained], name: str) ->
     assert min(trained[name].metrics["spearman"], trained[name].metrics["pearson"]) > 0.6
 
 
-def test_several_labels_beat_giving_none_and_giving_all(trained: dict[str, Trained]) -> None:
+def test_multi_label_beat_giving_none_and_giving_all(trained: dict[str, Trained]) -> None:
     one = trained["several"]
-    truth = np.stack([one.judged[f"true_{index}"] for index in range(3)], 1)
+    truth = np.stack([one.row_scores[f"true_{index}"] for index in range(3)], 1)
     assert one.metrics["accuracy"] > 0.4 > (truth == 0).all(1).mean()
     assert one.metrics["auroc"] > 0.7
 
@@ -215,28 +215,28 @@ def test_the_language_of_a_row_decides_what_is_said(trained: dict[str, Trained])
     assert trained["seq2seq causal"].metrics["exact_match"] > 0.8
 
 
-def judge_shares(job: Job, model: str) -> dict[tuple[int, int], Any]:
+def score_shares(job: Job, model: str) -> dict[tuple[int, int], Any]:
     """On rank r of three: share r of evaluations by as many processes as there are ranks up to it, and more."""
     rank = int(os.environ["RANK"])
     task, shards = held_out(job)
-    return {(rank, count): judge_share(job, task, model, shards, rank, count) for count in range(rank + 1, 4)}
+    return {(rank, count): score_share(job, task, model, shards, rank, count) for count in range(rank + 1, 4)}
 
 
 def test_metrics_are_the_same_at_one_two_and_three_processes(tmp_path: Path, trained: dict[str, Trained]) -> None:
-    """101 rows, which neither 2 nor 3 nor the batch divides; each share is judged in a process of its own."""
+    """101 rows, which neither 2 nor 3 nor the batch divides; each share is scored in a process of its own."""
     job: Job = small.tiny_job(tmp_path, Path(trained["tag"].job.model.path), "tag", small.tag_rows(505))
     job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"batch_size": 8})})
     small.shard_locally(job)
     task, shards = held_out(job)
     assert len(shards) == 101
-    judged_by: dict[tuple[int, int], Any] = {}
-    for one in run_ranks(judge_shares, 3, job, export(trained["tag"].job)):
-        judged_by |= one
+    scored_by: dict[tuple[int, int], Any] = {}
+    for one in run_ranks(score_shares, 3, job, export(trained["tag"].job)):
+        scored_by |= one
     found = []
     for count in (1, 2, 3):
-        rows, judged = combine(task, [judged_by[share, count] for share in range(count)], len(shards))
+        rows, row_scores = combine(task, [scored_by[share, count] for share in range(count)], len(shards))
         assert rows.tolist() == list(range(101))
-        found.append(task.metrics(judged))
+        found.append(task.metrics(row_scores))
     assert found[0] == found[1] == found[2]
 
 
@@ -246,7 +246,7 @@ def test_a_row_that_is_missing_or_counted_twice_is_an_error(trained: dict[str, T
     job = trained["tag"].job
     job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"batch_size": 8})})
     task, shards = held_out(job)
-    share = judge_share(job, task, export(job), shards, 0, 2)
+    share = score_share(job, task, export(job), shards, 0, 2)
     for shares in ([share], [share, share]):
         with pytest.raises(EvaluationError, match="rows"):
             combine(task, shares, len(shards))

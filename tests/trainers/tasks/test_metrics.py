@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainers.tasks import TaskOptions, load_task
-from trainers.tasks.metrics.classes import several_metrics, single_metrics
+from trainers.tasks.metrics.classes import multi_label_metrics, single_label_metrics
 from trainers.tasks.metrics.entities import entity_counts, entity_metrics, entity_types
 from trainers.tasks.metrics.generated_text import (
     overlap_metrics,
@@ -35,10 +35,10 @@ def close(value: float) -> Any:
     return pytest.approx(value, abs=1e-9, rel=0)
 
 
-def shuffle(judged: dict[str, Any], seed: int) -> dict[str, Any]:
+def shuffle(row_scores: dict[str, Any], seed: int) -> dict[str, Any]:
     """The same rows in another order, as several processes would give them."""
-    order = np.random.default_rng(seed).permutation(len(next(iter(judged.values()))))
-    return {name: values[order] for name, values in judged.items()}
+    order = np.random.default_rng(seed).permutation(len(next(iter(row_scores.values()))))
+    return {name: values[order] for name, values in row_scores.items()}
 
 
 @quick
@@ -50,10 +50,10 @@ def test_classification_equals_scikit_learn(seed: int, classes: int) -> None:
     label = np.concatenate([np.arange(classes), draw.integers(0, classes, 95)])
     scores = draw.dirichlet(np.ones(classes), len(label))
     prediction, losses = scores.argmax(1), draw.random(len(label))
-    judged = {"label": label, "prediction": prediction, "loss_sum": losses}
-    judged |= {f"score_{index}": scores[:, index] for index in range(classes)}
+    row_scores = {"label": label, "prediction": prediction, "loss_sum": losses}
+    row_scores |= {f"score_{index}": scores[:, index] for index in range(classes)}
     names = [f"c{index}" for index in range(classes)]
-    found = single_metrics(shuffle(judged, seed), names)
+    found = single_label_metrics(shuffle(row_scores, seed), names)
     report = metrics.classification_report(label, prediction, target_names=names, output_dict=True, zero_division=0)
     assert found["accuracy"] == close(metrics.accuracy_score(label, prediction))
     for kind in ("macro", "micro", "weighted"):
@@ -69,23 +69,23 @@ def test_classification_equals_scikit_learn(seed: int, classes: int) -> None:
 
 
 def test_auroc_is_left_out_where_a_class_is_missing() -> None:
-    judged = {"label": np.zeros(5, int), "prediction": np.zeros(5, int), "loss_sum": np.ones(5)}
-    judged |= {"score_0": np.full(5, 0.9), "score_1": np.full(5, 0.1)}
-    assert "auroc" not in single_metrics(judged, ["a", "b"])
+    row_scores = {"label": np.zeros(5, int), "prediction": np.zeros(5, int), "loss_sum": np.ones(5)}
+    row_scores |= {"score_0": np.full(5, 0.9), "score_1": np.full(5, 0.1)}
+    assert "auroc" not in single_label_metrics(row_scores, ["a", "b"])
 
 
 @quick
 @given(SEEDS, st.integers(2, 5))
-def test_several_labels_equal_scikit_learn(seed: int, classes: int) -> None:
+def test_multi_label_equal_scikit_learn(seed: int, classes: int) -> None:
     from sklearn import metrics
 
     draw = np.random.default_rng(seed)
     truth = np.concatenate([np.eye(classes, dtype=np.int8), draw.integers(0, 2, (60, classes)).astype(np.int8)])
     scores = draw.random(truth.shape)
-    judged: dict[str, Any] = {"loss_sum": draw.random(len(truth))}
-    judged |= {f"true_{index}": truth[:, index] for index in range(classes)}
-    judged |= {f"score_{index}": scores[:, index] for index in range(classes)}
-    found = several_metrics(shuffle(judged, seed), [f"c{index}" for index in range(classes)])
+    row_scores: dict[str, Any] = {"loss_sum": draw.random(len(truth))}
+    row_scores |= {f"true_{index}": truth[:, index] for index in range(classes)}
+    row_scores |= {f"score_{index}": scores[:, index] for index in range(classes)}
+    found = multi_label_metrics(shuffle(row_scores, seed), [f"c{index}" for index in range(classes)])
     given_labels = (scores >= 0.5).astype(int)
     assert found["accuracy"] == close(metrics.accuracy_score(truth, given_labels))
     for kind in ("macro", "micro", "weighted"):
@@ -265,8 +265,8 @@ def test_span_metrics_equal_the_official_script_over_windows(seed: int, unanswer
         assert best is not None
         asked.append({"id": str(number), "answers": answers})
         predictions[str(number)], margins[str(number)] = best[1], min(nulls) - best[0]
-    judged = {name: np.array([one[name] for one in windows]) for name in windows[0]}
-    rows, merged = merge_windows(np.arange(len(windows)), judged)
+    row_scores = {name: np.array([one[name] for one in windows]) for name in windows[0]}
+    rows, merged = merge_windows(np.arange(len(windows)), row_scores)
     assert len(rows) == 60
     found = span_metrics(shuffle(merged, seed), 0.1)
     version = 2 if any(not one["answers"] for one in asked) else 1
@@ -283,5 +283,5 @@ def test_span_metrics_equal_the_official_script_over_windows(seed: int, unanswer
 
 
 def test_metrics_are_json_numbers_alone() -> None:
-    judged = {"label": np.array([0, 1]), "prediction": np.array([0, 1]), "loss_sum": np.array([0.1, 0.2])}
-    json.dumps(single_metrics(judged, ["a", "b"]), allow_nan=False)
+    row_scores = {"label": np.array([0, 1]), "prediction": np.array([0, 1]), "loss_sum": np.array([0.1, 0.2])}
+    json.dumps(single_label_metrics(row_scores, ["a", "b"]), allow_nan=False)

@@ -131,9 +131,9 @@ def test_noise_stands_on_embeddings_only_while_training(models: dict[str, Path])
     model.eval()
     assert model.get_input_embeddings()(ids).equal(plain)
     model.train()
-    apart = (model.get_input_embeddings()(ids) - plain).abs()
+    noise = (model.get_input_embeddings()(ids) - plain).abs()
     bound = 5.0 / (16 * plain.shape[-1]) ** 0.5
-    assert 0.5 * bound < float(apart.max().detach()) <= bound * (1 + 1e-5)
+    assert 0.5 * bound < float(noise.max().detach()) <= bound * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -223,7 +223,7 @@ GOOD: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("task", "section", "key", "value", "said"),
     [
-        ("sft", "data", "several_labels", True, "data.several_labels: means nothing to task sft"),
+        ("sft", "data", "multi_label", True, "data.multi_label: means nothing to task sft"),
         ("classify", "train", "mask", {"fraction": 0.3}, "train.mask: means nothing to task classify"),
         ("tag", "evaluate", "generate", {"num_beams": 2}, "evaluate.generate: means nothing to task tag"),
         ("extract", "train", "distill", {"teacher": "org/t"}, "train.distill: means nothing to task extract"),

@@ -10,12 +10,12 @@ import pytest
 from tests.ranks import run_ranks
 from tests.tiny import make_bert, make_llama
 from trainers.errors import TrainingError
-from trainers.tasks import Row, load_task
+from trainers.tasks import Example, load_task
 from trainers.tasks.base import Batch
 from trainers.tasks.pretrain import Pretrain
 from trainers.verification.isolation import check_isolation, logit_change
 
-ROWS = [Row(index, np.arange(5, 5 + length, dtype=np.int32), {}) for index, length in enumerate((6, 9, 4, 7))]
+ROWS = [Example(index, np.arange(5, 5 + length, dtype=np.int32), {}) for index, length in enumerate((6, 9, 4, 7))]
 
 
 class FewRows:
@@ -26,7 +26,7 @@ class FewRows:
     def __len__(self) -> int:
         return len(ROWS)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> Example:
         return ROWS[index]
 
 
@@ -43,7 +43,7 @@ class Masked(Pretrain):
         return batch
 
 
-class Encoded(Pretrain):
+class EncodedRow(Pretrain):
     """An encoder's packing: position ids and a 4-D mask of blocks."""
 
     forward_options = MappingProxyType({})
@@ -91,8 +91,8 @@ def test_a_cache_or_a_mask_of_ones_is_caught(llama: Any, task: type[Pretrain]) -
 def test_an_encoder_is_apart_under_sdpa_and_caught_where_it_leaks(bert: Path) -> None:
     from transformers import AutoModelForMaskedLM
 
-    check(AutoModelForMaskedLM.from_pretrained(bert, attn_implementation="sdpa"), Encoded())
-    for backend, task in (("eager", Encoded()), ("sdpa", Masked())):
+    check(AutoModelForMaskedLM.from_pretrained(bert, attn_implementation="sdpa"), EncodedRow())
+    for backend, task in (("eager", EncodedRow()), ("sdpa", Masked())):
         model = AutoModelForMaskedLM.from_pretrained(bert, attn_implementation=backend)
         with pytest.raises(TrainingError, match="packed documents see each other"):
             check(model, task)

@@ -24,7 +24,7 @@ from trainers.tasks.pretrain import Pretrain
 from trainers.tasks.tag import Tag
 from trainers.training import loop
 from trainers.verification import checks
-from trainers.verification.sample import Specimen, take_specimen
+from trainers.verification.sample import CheckContext, make_context
 from trainers.verification.verify import run_checks, verify_job
 
 
@@ -59,9 +59,9 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def failures(job: Job, folder: Path, alter: Callable[[Specimen], Specimen] = lambda one: one) -> set[str]:
-    specimen = alter(take_specimen(job, job.model.path, folder))
-    return {check.name for check in run_checks(specimen) if not check.passed}
+def failures(job: Job, folder: Path, alter: Callable[[CheckContext], CheckContext] = lambda one: one) -> set[str]:
+    context = alter(make_context(job, job.model.path, folder))
+    return {check.name for check in run_checks(context) if not check.passed}
 
 
 @pytest.mark.parametrize("name", ["pretrain", "mlm", "tag", "classify"])
@@ -246,5 +246,5 @@ def test_rows_of_use_are_looked_for_and_longer_ones_taken_where_short_ones_are_o
     rows = [{"text": ""}] * 200 + [{"text": long}] * 40
     job = tiny_job(tmp_path / "job", small.llama(tmp_path), "pretrain", rows, data={
         "max_length": 256, "overlong": "drop", "packing": True, "max_drop_fraction": 1.0})  # fmt: skip
-    specimen = take_specimen(job, job.model.path, tmp_path / "shard")
-    assert specimen.shards.lengths.min() > 128
+    context = make_context(job, job.model.path, tmp_path / "shard")
+    assert context.shards.lengths.min() > 128

@@ -7,10 +7,10 @@ versions 1.1 and 2.0 (whose unanswerable questions have no answers). Other docum
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-Row = dict[str, Any]
+Example = dict[str, Any]
 
 
-def questions(elements: Iterable[Row | None]) -> Iterator[Row | None]:
+def questions(elements: Iterable[Example | None]) -> Iterator[Example | None]:
     """Rows of a document: each question of an article, any other element as it is. What has no form is malformed."""
     for element in elements:
         if element is not None and isinstance(element.get("paragraphs"), list):
@@ -19,7 +19,7 @@ def questions(elements: Iterable[Row | None]) -> Iterator[Row | None]:
             yield element
 
 
-def _of_article(article: Mapping[str, Any]) -> Iterator[Row | None]:
+def _of_article(article: Mapping[str, Any]) -> Iterator[Example | None]:
     for paragraph in article["paragraphs"]:
         if not isinstance(paragraph, Mapping) or not isinstance(paragraph.get("qas"), list):
             yield None
@@ -28,7 +28,7 @@ def _of_article(article: Mapping[str, Any]) -> Iterator[Row | None]:
             yield _row(article, paragraph, asked) if isinstance(asked, Mapping) else None
 
 
-def _row(article: Mapping[str, Any], paragraph: Mapping[str, Any], asked: Mapping[str, Any]) -> Row:
+def _row(article: Mapping[str, Any], paragraph: Mapping[str, Any], asked: Mapping[str, Any]) -> Example:
     """A question with its context; one marked impossible has no answers, whatever stands there."""
     answers = [] if asked.get("is_impossible") else asked.get("answers")
     row = {"title": article.get("title"), "context": paragraph.get("context"), **asked, "answers": answers}

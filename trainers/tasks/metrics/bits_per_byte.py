@@ -57,7 +57,7 @@ def target_bytes(lengths: Array, labels: Array, document: Array, count: int) -> 
     return held
 
 
-def bits_per_byte(judged: Mapping[str, Array]) -> float:
+def bits_per_byte(row_scores: Mapping[str, Array]) -> float:
     """Loss of all targets in bits over the bytes they stand for."""
-    bits = float(judged["loss_sum"].sum()) / math.log(2)
-    return bits / max(float(judged["bytes"].sum()), 1.0)
+    bits = float(row_scores["loss_sum"].sum()) / math.log(2)
+    return bits / max(float(row_scores["bytes"].sum()), 1.0)

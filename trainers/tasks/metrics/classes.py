@@ -1,9 +1,8 @@
-"""scikit-learn's metrics of a classification, from what was judged row by row. Pure: arrays in, numbers out."""
+"""scikit-learn's metrics of a classification, from what was scored row by row. Pure: arrays in, numbers out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,31 +16,31 @@ THRESHOLD = 0.5
 """With several labels, the score from which a label is given."""
 
 
-def single_metrics(judged: Mapping[str, Array], names: Seq[str]) -> dict[str, float]:
+def single_label_metrics(row_scores: Mapping[str, Array], names: Sequence[str]) -> dict[str, float]:
     """Metrics where each row has one label."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    label, prediction = judged["label"], judged["prediction"]
+    label, prediction = row_scores["label"], row_scores["prediction"]
     return {
         "accuracy": float(accuracy_score(label, prediction)),
         **{f"f1_{kind}": float(f1_score(label, prediction, average=kind, zero_division=0)) for kind in AVERAGES},
         "mcc": float(matthews_corrcoef(label, prediction)),
-        **_single_auroc(label, judged),
-        "loss": float(judged["loss_sum"].mean()),
+        **_single_auroc(label, row_scores),
+        "loss": float(row_scores["loss_sum"].mean()),
         **by_class(label, prediction, names),
     }
 
 
-def several_metrics(judged: Mapping[str, Array], names: Seq[str]) -> dict[str, float]:
+def multi_label_metrics(row_scores: Mapping[str, Array], names: Sequence[str]) -> dict[str, float]:
     """Metrics where each row has any number of labels; accuracy is that of the whole set."""
     from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-    scores = _stack(judged, "score_")
-    truth, given = _stack(judged, "true_"), (scores >= THRESHOLD).astype(np.int8)
+    scores = _stack(row_scores, "score_")
+    truth, given = _stack(row_scores, "true_"), (scores >= THRESHOLD).astype(np.int8)
     found = {
         "accuracy": float(accuracy_score(truth, given)),
         **{f"f1_{kind}": float(f1_score(truth, given, average=kind, zero_division=0)) for kind in AVERAGES},
-        "loss": float(judged["loss_sum"].mean()),
+        "loss": float(row_scores["loss_sum"].mean()),
         **by_class(truth, given, names),
     }
     if truth.min(0).max() == 0 and truth.max(0).min() == 1:  # each label is there and is missing somewhere
@@ -49,7 +48,7 @@ def several_metrics(judged: Mapping[str, Array], names: Seq[str]) -> dict[str, f
     return found
 
 
-def by_class(label: Array, prediction: Array, names: Seq[str]) -> dict[str, float]:
+def by_class(label: Array, prediction: Array, names: Sequence[str]) -> dict[str, float]:
     """precision/NAME, recall/NAME and f1/NAME of each class."""
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -63,11 +62,11 @@ def by_class(label: Array, prediction: Array, names: Seq[str]) -> dict[str, floa
     }
 
 
-def _single_auroc(label: Array, judged: Mapping[str, Array]) -> dict[str, float]:
+def _single_auroc(label: Array, row_scores: Mapping[str, Array]) -> dict[str, float]:
     """One against the rest, macro average; left out where a class is missing, for then it is not defined."""
     from sklearn.metrics import roc_auc_score
 
-    scores = _stack(judged, "score_")
+    scores = _stack(row_scores, "score_")
     count = scores.shape[1]
     if count < 2 or len(np.unique(label)) < count:
         return {}
@@ -76,8 +75,8 @@ def _single_auroc(label: Array, judged: Mapping[str, Array]) -> dict[str, float]
     return {"auroc": float(roc_auc_score(label, scores, multi_class="ovr", average="macro", labels=range(count)))}
 
 
-def _stack(judged: Mapping[str, Array], prefix: str) -> Array:
+def _stack(row_scores: Mapping[str, Array], prefix: str) -> Array:
     """The columns prefix0, prefix1, ... as one array [rows, classes]."""
-    count = sum(name.startswith(prefix) for name in judged)
-    columns = [judged[f"{prefix}{index}"] for index in range(count)]
+    count = sum(name.startswith(prefix) for name in row_scores)
+    columns = [row_scores[f"{prefix}{index}"] for index in range(count)]
     return np.stack(columns, axis=1) if columns else np.zeros((0, 0))

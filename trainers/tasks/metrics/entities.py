@@ -7,8 +7,7 @@ of rows and needs no text. Plain is seqeval's default (as conlleval), strict ask
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,14 @@ Entity = tuple[str, int, int]
 """type, first word, last word."""
 
 
-def entity_types(labels: Seq[str]) -> list[str]:
+def entity_types(labels: Sequence[str]) -> list[str]:
     """Types of a set of tags, sorted."""
     return sorted({label[2:] for label in labels if label != "O"})
 
 
-def entity_counts(truth: Seq[Seq[str]], said: Seq[Seq[str]], labels: Seq[str]) -> dict[str, Array]:
+def entity_counts(
+    truth: Sequence[Sequence[str]], said: Sequence[Sequence[str]], labels: Sequence[str]
+) -> dict[str, Array]:
     """Entities true, predicted and right of each row, by mode and type: int32 [rows] each."""
     types, scheme = entity_types(labels), _scheme(labels)
     counts = {f"{mode}{kind}:{name}": np.zeros(len(truth), dtype=np.int32)
@@ -43,11 +44,11 @@ def entity_counts(truth: Seq[Seq[str]], said: Seq[Seq[str]], labels: Seq[str]) -
     return counts
 
 
-def entity_metrics(judged: Mapping[str, Array], types: Seq[str]) -> dict[str, float]:
+def entity_metrics(row_scores: Mapping[str, Array], types: Sequence[str]) -> dict[str, float]:
     """precision, recall and f1, overall (micro) and as precision/TYPE ..., each also with the prefix strict_."""
     metrics: dict[str, float] = {}
     for mode in MODES:
-        sums = {name: [int(judged[f"{mode}{kind}:{name}"].sum()) for kind in KINDS] for name in types}
+        sums = {name: [int(row_scores[f"{mode}{kind}:{name}"].sum()) for kind in KINDS] for name in types}
         whole = [sum(values) for values in zip(*sums.values(), strict=True)] if sums else [0, 0, 0]
         metrics |= {f"{mode}{kind}": value for kind, value in _scores(*whole).items()}
         for name in types if len(types) <= MOST_TYPES else ():
@@ -62,14 +63,14 @@ def _scores(true: int, predicted: int, right: int) -> dict[str, float]:
     return {"precision": precision, "recall": recall, "f1": f1}
 
 
-def _scheme(labels: Seq[str]) -> Any:
+def _scheme(labels: Sequence[str]) -> Any:
     """seqeval's scheme for a set of tags: BIOES where any tag ends or stands alone, else BIO."""
     from seqeval.scheme import IOB2, IOBES
 
     return IOBES if any(label[:2] in ("E-", "S-") for label in labels) else IOB2
 
 
-def _entities(tags: Seq[str], scheme: Any) -> set[Entity]:
+def _entities(tags: Sequence[str], scheme: Any) -> set[Entity]:
     from seqeval.metrics.sequence_labeling import get_entities
     from seqeval.scheme import Entities
 

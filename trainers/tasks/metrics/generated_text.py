@@ -6,8 +6,7 @@ evaluation keeps. Counts and final scores are the libraries' own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 BLEU_COUNTS, CHRF_COUNTS = 10, 18
 
 
-def translation_counts(said: Seq[str], wanted: Seq[str], tokenize: str) -> dict[str, Array]:
+def translation_counts(said: Sequence[str], wanted: Sequence[str], tokenize: str) -> dict[str, Array]:
     """bleu_0 ... and chrf_0 ..., the counts of each row, int64 [rows]."""
     bleu, chrf = (np.array(one._extract_corpus_statistics(list(said), [list(wanted)]), dtype=np.int64)
                   for one in (_bleu(tokenize), _chrf()))  # fmt: skip
@@ -28,11 +27,11 @@ def translation_counts(said: Seq[str], wanted: Seq[str], tokenize: str) -> dict[
     }
 
 
-def translation_metrics(judged: Mapping[str, Array], tokenize: str) -> dict[str, float]:
+def translation_metrics(row_scores: Mapping[str, Array], tokenize: str) -> dict[str, float]:
     """sacreBLEU's corpus BLEU and chrF, 0 to 100."""
     found = {}
     for name, metric, count in (("bleu", _bleu(tokenize), BLEU_COUNTS), ("chrf", _chrf(), CHRF_COUNTS)):
-        sums = [int(judged[f"{name}_{place}"].sum()) for place in range(count)]
+        sums = [int(row_scores[f"{name}_{place}"].sum()) for place in range(count)]
         found[name] = float(metric._compute_score_from_stats(sums).score)
     return found
 
@@ -46,7 +45,7 @@ def signatures(tokenize: str) -> dict[str, str]:
     return found
 
 
-def overlap_scores(said: Seq[str], wanted: Seq[str]) -> dict[str, Array]:
+def overlap_scores(said: Sequence[str], wanted: Sequence[str]) -> dict[str, Array]:
     """ROUGE F1 of each row (with stemming; Lsum splits at line ends) and exact match, 0 to 1."""
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -57,9 +56,9 @@ def overlap_scores(said: Seq[str], wanted: Seq[str]) -> dict[str, Array]:
     return {**found, "exact_match": np.array(same, dtype=np.float64)}
 
 
-def overlap_metrics(judged: Mapping[str, Array]) -> dict[str, float]:
+def overlap_metrics(row_scores: Mapping[str, Array]) -> dict[str, float]:
     """Means over rows."""
-    return {name: float(judged[name].mean()) for name in (*ROUGE, "exact_match")}
+    return {name: float(row_scores[name].mean()) for name in (*ROUGE, "exact_match")}
 
 
 def _bleu(tokenize: str) -> Any:

@@ -32,48 +32,48 @@ def best_span(starts: Array, ends: Array) -> tuple[int, int, float]:
     return int(first[row]), int(last[column]), float(sums[row, column])
 
 
-def merge_windows(rows: Array, judged: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
+def merge_windows(rows: Array, row_scores: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
     """One line a question: its best window, the least score of no answer over its windows, and the sum of its losses.
 
     Windows of a question stand one after the other in a shard, numbered from 0.
 
     Args:
         rows: int64 [windows], ascending.
-        judged: per window, as `Extract.judge` gives it.
+        row_scores: per window, as `Extract.score` gives it.
 
     Returns:
         rows of the questions' first windows, and the numbers per question; `windows` counts each one's windows.
     """
-    starts = np.flatnonzero(judged["window"] == 0)
-    question = np.cumsum(judged["window"] == 0) - 1
-    order = np.lexsort((-judged["score"], question))  # stable: of equals the earlier window
+    starts = np.flatnonzero(row_scores["window"] == 0)
+    question = np.cumsum(row_scores["window"] == 0) - 1
+    order = np.lexsort((-row_scores["score"], question))  # stable: of equals the earlier window
     best = order[np.searchsorted(question[order], np.arange(len(starts)))]
-    merged = {name: values[best] for name, values in judged.items() if name != "window"}
-    merged["loss_sum"] = np.add.reduceat(judged["loss_sum"], starts)
-    merged["null_score"] = np.minimum.reduceat(judged["null_score"], starts)
+    merged = {name: values[best] for name, values in row_scores.items() if name != "window"}
+    merged["loss_sum"] = np.add.reduceat(row_scores["loss_sum"], starts)
+    merged["null_score"] = np.minimum.reduceat(row_scores["null_score"], starts)
     merged["windows"] = np.diff(np.append(starts, len(question)))
     return rows[starts], merged
 
 
-def span_metrics(judged: Mapping[str, Array], threshold: float) -> dict[str, float]:
+def span_metrics(row_scores: Mapping[str, Array], threshold: float) -> dict[str, float]:
     """Exact match and F1 in percent: version 1.1's where every question has an answer, else version 2.0's.
 
     With unanswerable questions, "no answer" is said where its score exceeds the best span's by more than `threshold`;
     `best_f1` and `best_exact` are those at the best threshold on these very rows, as the official script has them.
     """
-    answerable = judged["answers"] > 0
-    loss = {"loss": float(judged["loss_sum"].sum() / judged["windows"].sum())}
+    answerable = row_scores["answers"] > 0
+    loss = {"loss": float(row_scores["loss_sum"].sum() / row_scores["windows"].sum())}
     if answerable.all():
-        return {"exact": _percent(judged["exact_v1"]), "f1": _percent(judged["f1_v1"]), **loss}
-    margin, empty = judged["null_score"] - judged["score"], judged["empty"]
+        return {"exact": _percent(row_scores["exact_v1"]), "f1": _percent(row_scores["f1_v1"]), **loss}
+    margin, empty = row_scores["null_score"] - row_scores["score"], row_scores["empty"]
     found = dict(loss)
     for name in ("exact", "f1"):
-        values = np.where(margin > threshold, empty, judged[f"{name}_v2"])
+        values = np.where(margin > threshold, empty, row_scores[f"{name}_v2"])
         found[name] = _percent(values)
         if answerable.any():
             found[f"{name}_answerable"] = _percent(values[answerable])
         found[f"{name}_unanswerable"] = _percent(values[~answerable])
-        best, at = best_threshold(margin, judged[f"{name}_v2"], answerable)
+        best, at = best_threshold(margin, row_scores[f"{name}_v2"], answerable)
         found |= {f"best_{name}": best, f"best_{name}_threshold": at}
     return found
 
