@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from orchestrator.registry import mlflow_client
-from orchestrator.registry.register import register
 from orchestrator.registry.lineage import lineage
 from orchestrator.registry.mlflow_client import open_client, registry_uri
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.read import champion, list_models, row_scores_of, show_model
+from orchestrator.registry.register import register
 from trainers.errors import EvaluationError, JobError
 from trainers.job.load import parse_job
 from trainers.run.folder import Evaluation

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.training.placement import Slots, fitting_sizes, largest_size, slots_of, assign_ranks
+from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, largest_size, slots_of
 from trainers.job.load import parse_job
 
 
