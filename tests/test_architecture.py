@@ -5,13 +5,24 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("orchestrator", "trainers")
-LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+LONGEST_FILE, LONGEST_FUNCTION, MOST_FILES = 300, 60, 18
+
+# In trainers a folder imports only folders below it; storage.py, records.py and errors.py lie below all of them.
+LAYERS = (
+    *("worker", "verification", "training", "checkpoint", "evaluation", "run", "model", "batching", "shards"),
+    *("tasks", "sources", "job", "tokenizer"),
+)
+MAIN, BESIDE = "__main__", "modules beside the folders"
+# Known and to be removed, not to be added to: (importing folder, imported folder).
+KNOWN_UPWARD = {("run", "evaluation")}
+KNOWN_CIRCLE = {"commands", "terminal"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -26,8 +37,9 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def nodes(path: Path) -> Iterator[ast.AST]:
-    return ast.walk(ast.parse(path.read_text(), filename=str(path)))
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text(), filename=str(path))))
 
 
 def imported(node: ast.AST) -> list[str]:
@@ -56,6 +68,49 @@ def is_true(value: ast.expr | None) -> bool:
 def forbidden_imports(path: Path) -> list[str]:
     roots = [(node, name.split(".")[0]) for node in nodes(path) for name in imported(node)]
     return [f"{name_of(path)}:{node.lineno} imports {root}" for node, root in roots if root in {"ray", "orchestrator"}]
+
+
+def folder_imports(package: str) -> dict[tuple[str, str], list[str]]:
+    """Where one folder of a package imports another: (importing, imported) -> file and line of each import.
+
+    Folders below a folder count as part of it; modules beside the folders count as BESIDE, __main__.py as MAIN.
+    """
+    folders = {path.name for path in (ROOT / package).iterdir() if path.is_dir()}
+    edges: dict[tuple[str, str], list[str]] = {}
+    for path in modules(package):
+        inside = path.relative_to(ROOT / package).parts
+        importing = inside[0] if len(inside) > 1 else MAIN if inside == ("__main__.py",) else BESIDE
+        for node in nodes(path):
+            names = imported(node)
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{name}.{alias.name}" for name in names for alias in node.names]
+            for root, folder in (each.split(".")[:2] for each in names if "." in each):
+                if root == package and folder in folders - {importing}:
+                    edges.setdefault((importing, folder), []).append(f"{name_of(path)}:{node.lineno}")
+    return edges
+
+
+def upward_imports(layers: tuple[str, ...], known: set[tuple[str, str]]) -> dict[tuple[str, str], list[str]]:
+    """Imports in trainers that do not run down the list of layers."""
+    height = {layer: index for index, layer in enumerate((MAIN, *layers, BESIDE))}
+    edges = folder_imports("trainers").items()
+    return {edge: lines for edge, lines in edges if height[edge[0]] > height[edge[1]] and edge not in known}
+
+
+def circle(package: str, known: set[str]) -> list[str]:
+    """Folders that import each other in a circle, and what lies between two circles; empty if there is none."""
+    left = {edge for edge in folder_imports(package) if not known.issuperset(edge)}
+    while ends := {folder for _, folder in left} - {importing for importing, _ in left}:
+        left = {edge for edge in left if edge[1] not in ends}
+    while heads := {importing for importing, _ in left} - {folder for _, folder in left}:
+        left = {edge for edge in left if edge[0] not in heads}
+    return sorted({folder for edge in left for folder in edge})
+
+
+def full_folders() -> dict[str, int]:
+    folders = {path.parent for path in modules(*PACKAGES)}
+    counts = {name_of(folder): len(list(folder.glob("*.py"))) for folder in folders}
+    return {name: count for name, count in counts.items() if count > MOST_FILES}
 
 
 def safe_loaders(path: Path) -> list[str]:
@@ -102,6 +157,72 @@ def test_forbidden_imports_would_be_found(source: str, tmp_path: Path, monkeypat
     assert len(forbidden_imports(tmp_path / "wrong.py")) == 1
 
 
+def test_a_folder_of_trainers_imports_only_folders_below_it() -> None:
+    assert {path.name for path in (ROOT / "trainers").iterdir() if (path / "__init__.py").exists()} == set(LAYERS)
+    assert upward_imports(LAYERS, KNOWN_UPWARD) == {}
+
+
+def test_no_folders_import_each_other_in_a_circle() -> None:
+    assert circle("trainers", {folder for edge in KNOWN_UPWARD for folder in edge}) == []
+    assert circle("orchestrator", KNOWN_CIRCLE) == []
+
+
+def test_no_folder_holds_too_many_files() -> None:
+    assert full_folders() == {}
+
+
+def write_modules(root: Path, sources: dict[str, str]) -> None:
+    for name, source in sources.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "found"),
+    [
+        ("trainers/job/load.py", "from trainers.run.folder import RunFolder", {("job", "run")}),
+        ("trainers/job/load.py", "def f():\n    from trainers import run", {("job", "run")}),
+        ("trainers/storage.py", "import trainers.job.load", {(BESIDE, "job")}),
+        ("trainers/job/deep/x.py", "from trainers.run import folder", {("job", "run")}),
+        ("trainers/run/log.py", "from trainers.job.load import load_job\nfrom trainers.run import folder", set()),
+        ("trainers/__main__.py", "from trainers.run import folder", set()),
+        ("trainers/job/load.py", "from trainers.storage import Folder", set()),
+    ],
+)
+def test_imports_that_run_up_would_be_found(
+    name: str, source: str, found: set[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    write_modules(tmp_path, {"trainers/run/folder.py": "", "trainers/job/load.py": "", name: source})
+    assert set(upward_imports(("run", "job"), set())) == found
+    assert upward_imports(("run", "job"), found) == {}
+
+
+def test_a_circle_of_folders_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    ring = {f"trainers/{here}/x.py": f"from trainers.{there}.x import y" for here, there in ("ab", "bc", "ca", "da")}
+    write_modules(
+        tmp_path,
+        {
+            **ring,
+            "trainers/e/x.py": "",
+            "trainers/c/z.py": "import trainers.e.x",
+            "trainers/main.py": "import trainers.a.x",
+        },
+    )
+    assert circle("trainers", set()) == ["a", "b", "c"]
+    assert circle("trainers", {"b", "c"}) == []
+
+
+def test_a_full_folder_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    write_modules(
+        tmp_path, {f"trainers/{room}/{n}.py": "" for room, count in (("a", 19), ("b", 18)) for n in range(count)}
+    )
+    write_modules(tmp_path, {"orchestrator/cli.py": ""})
+    assert full_folders() == {"trainers/a": 19}
+
+
 def ruff(source: str, pretended: str) -> str:
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise"]
     command += ["--select=TID251", f"--stdin-filename={pretended}", "-"]
@@ -125,7 +246,7 @@ def test_every_package_folder_can_be_imported_and_data_folders_cannot() -> None:
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    assert [name_of(path) for path in modules(*PACKAGES) if not ast.get_docstring(ast.parse(path.read_text()))] == []
+    assert [name_of(path) for path in modules(*PACKAGES) if not ast.get_docstring(nodes(path)[0])] == []
 
 
 def test_no_file_is_too_long() -> None:
