@@ -6,7 +6,7 @@ evaluation asks nothing that training has shown. Knows the corpus; not where the
 
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,19 +47,16 @@ def read_topics(folder: Path) -> list[TopicRow]:
 
 def split_topics(rows: list[TopicRow]) -> tuple[list[TopicRow], list[TopicRow]]:
     """Training and evaluation rows: of each topic about a fifth, whole groups, in the order of a hash."""
-    size: dict[str, int] = defaultdict(int)
+    size, held = Counter(row.label for row in rows), Counter[str]()
     members: dict[str, list[TopicRow]] = defaultdict(list)
     for row in rows:
-        size[row.label] += 1
         members[row.group].append(row)
-    held: dict[str, int] = defaultdict(int)
     chosen = set()
     for group in sorted(members, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        first = members[group][0]
-        if held[first.label] + len(members[group]) <= EVAL_SHARE * size[first.label]:
+        label = members[group][0].label
+        if held[label] + len(members[group]) <= EVAL_SHARE * size[label]:
             chosen.add(group)
-            for row in members[group]:
-                held[row.label] += 1
+            held.update(row.label for row in members[group])
     return [row for row in rows if row.group not in chosen], [row for row in rows if row.group in chosen]
 
 
@@ -74,23 +71,18 @@ def _exchanges(file: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _join(exchanges: list[list[str]]) -> list[str]:
-    """A name for each exchange, equal where a chain of shared sentences joins two."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = name = parent[parent[name]]
-        return name
-
-    keys = []
-    for sentences in exchanges:
-        plain = [_plain(sentence) for sentence in sentences]
-        telling = [plain[0], *(text for text in plain[1:] if len(text.split()) >= SHARED_WORDS)]
-        for text in telling[1:]:
-            one, other = sorted((root(telling[0]), root(text)))
-            parent[other] = one
-        keys.append(telling[0])
-    return [root(key) for key in keys]
+    """A name for each exchange, equal where a chain of shared sentences joins two: the chain's alphabetically first."""
+    plain = [[_plain(sentence) for sentence in sentences] for sentences in exchanges]
+    telling = [
+        [question, *(text for text in answers if len(text.split()) >= SHARED_WORDS)] for question, *answers in plain
+    ]
+    names = {text: text for texts in telling for text in texts}
+    before: dict[str, str] = {}
+    while names != before:
+        before = dict(names)
+        for texts in telling:
+            names |= dict.fromkeys(texts, min(names[text] for text in texts))
+    return [names[texts[0]] for texts in telling]
 
 
 def _plain(text: str) -> str:

@@ -9,18 +9,18 @@ import pytest
 
 from orchestrator.commands.doctor import (
     GIB,
+    REMEDIES,
     cgroup_limit_bytes,
-    check_cpu,
-    check_gpus,
-    check_hostname,
-    check_interfaces,
     check_machine,
-    check_memory,
-    check_open_files,
-    check_ray,
-    check_shared_memory,
-    check_storage,
-    worst,
+    probe_cpu,
+    probe_gpus,
+    probe_hostname,
+    probe_interfaces,
+    probe_memory,
+    probe_open_files,
+    probe_ray,
+    probe_shared_memory,
+    probe_storage,
 )
 
 
@@ -49,8 +49,8 @@ assert not heavy, heavy
 )
 def test_bf16_is_told_from_the_cpu_flags(tmp_path, flags, level):
     (tmp_path / "cpuinfo").write_text(f"model name\t: Some CPU\nflags\t\t: {flags}\n")
-    check = check_cpu(tmp_path / "cpuinfo")
-    assert (check.status, check.value.split(",")[0]) == (level, "Some CPU")
+    status, value = probe_cpu(tmp_path / "cpuinfo")
+    assert (status, value.split(",")[0]) == (level, "Some CPU")
 
 
 def test_the_containers_limit_counts_where_it_is_less(tmp_path):
@@ -58,47 +58,48 @@ def test_the_containers_limit_counts_where_it_is_less(tmp_path):
     assert cgroup_limit_bytes(tmp_path) is None
     (tmp_path / "memory.max").write_text(f"{2 * GIB}\n")
     assert cgroup_limit_bytes(tmp_path) == 2 * GIB
-    assert check_memory(64 * GIB, 60 * GIB, 2 * GIB).status == "warn"
-    assert check_memory(64 * GIB, 60 * GIB, None).status == "ok"
+    assert probe_memory(64 * GIB, 60 * GIB, 2 * GIB)[0] == "warn"
+    assert probe_memory(64 * GIB, 60 * GIB, None)[0] == "ok"
 
 
 def test_small_shared_memory_is_a_warning(tmp_path):
-    assert check_shared_memory(tmp_path, 1 << 20).status == "ok"
-    assert check_shared_memory(tmp_path / "absent", 1 << 20).status == "warn"
+    assert probe_shared_memory(tmp_path, 1 << 20)[0] == "ok"
+    assert probe_shared_memory(tmp_path / "absent", 1 << 20)[0] == "warn"
 
 
 def test_storage_that_cannot_be_written_fails(tmp_path):
-    assert check_storage(str(tmp_path / "new")).status in ("ok", "warn")
+    assert probe_storage(str(tmp_path / "new"))[0] in ("ok", "warn")
     (tmp_path / "file").write_text("in the way")
-    check = check_storage(str(tmp_path / "file" / "runs"))
-    assert check.status == "fail"
-    assert "file" in check.value
+    status, value = probe_storage(str(tmp_path / "file" / "runs"))
+    assert status == "fail"
+    assert "file" in value
 
 
 def test_a_machine_without_a_driver_trains_on_cpu_and_a_broken_driver_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert (check_gpus().status, "CPU" in check_gpus().value) == ("ok", True)
+    assert (probe_gpus()[0], "CPU" in probe_gpus()[1]) == ("ok", True)
     driver = tmp_path / "nvidia-smi"
     driver.write_text("#!/bin/sh\necho couldn\\'t communicate >&2\nexit 9\n")
     driver.chmod(0o755)
-    assert check_gpus().status == "fail"
-    assert "communicate" in check_gpus().value
+    assert probe_gpus()[0] == "fail"
+    assert "communicate" in probe_gpus()[1]
     driver.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.0'\n")
-    assert check_gpus().value == "1: NVIDIA H200, 143771 MiB, 580.0"
+    assert probe_gpus()[1] == "1: NVIDIA H200, 143771 MiB, 580.0"
 
 
 def test_several_interfaces_ask_for_the_one_to_use():
     two = {"eth0": "10.0.0.1", "eth1": "192.168.0.1"}
-    assert check_interfaces({"eth0": "10.0.0.1"}, {}).status == "ok"
-    assert "GLOO_SOCKET_IFNAME" in check_interfaces(two, {}).remedy
-    assert check_interfaces(two, {"GLOO_SOCKET_IFNAME": "eth0"}).status == "ok"
+    assert probe_interfaces({"eth0": "10.0.0.1"}, {})[0] == "ok"
+    assert probe_interfaces(two, {})[0] == "warn"
+    assert "GLOO_SOCKET_IFNAME" in REMEDIES["network"]
+    assert probe_interfaces(two, {"GLOO_SOCKET_IFNAME": "eth0"})[0] == "ok"
 
 
 def test_few_open_files_and_unknown_hostnames_are_warnings():
-    assert check_open_files(1024).status == "warn"
-    assert check_open_files(65536).status == "ok"
-    assert check_hostname("no-such-host.invalid").status == "warn"
-    assert check_hostname("localhost").status == "ok"
+    assert probe_open_files(1024)[0] == "warn"
+    assert probe_open_files(65536)[0] == "ok"
+    assert probe_hostname("no-such-host.invalid")[0] == "warn"
+    assert probe_hostname("localhost")[0] == "ok"
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "http://127.0.0.1:{}", "ray://127.0.0.1:{}"])
@@ -107,8 +108,7 @@ def test_a_cluster_address_is_knocked_at(form):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         address = form.format(listener.getsockname()[1])
-        assert check_ray(address).status == "ok"
-    closed = check_ray(address)
-    assert closed.status == "fail"
-    assert worst([closed, check_ray(None)]) == "fail"
-    assert check_ray("http://[broken").status == "fail"
+        assert probe_ray(address)[0] == "ok"
+    assert probe_ray(address)[0] == "fail"
+    assert probe_ray(None)[0] == "ok"
+    assert probe_ray("http://[broken")[0] == "fail"
