@@ -1,10 +1,12 @@
 """The door to MLflow: which registry a job means, a quiet client for it, and its failures as ours.
 
-Knows nothing of jobs, runs or versions. MLflow takes a second to import, so that happens inside `open_client`.
+Knows nothing of jobs, runs or versions. Importing MLflow takes 2 s of CPU, so that happens inside `open_client`.
 """
 
 import logging
 import os
+import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,12 +67,9 @@ def open_client(uri: str) -> "MlflowClient":
 @contextmanager
 def explain_failures(uri: str) -> Iterator[None]:
     """Turn what MLflow and its database raise into one message. Raises EvaluationError."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except _failures() as error:
         cause = hide_credentials(str(error).splitlines()[0] if str(error) else type(error).__name__)
         remedy = (
             "check that the file is whole and may be written; the run itself is safe, run the same command again"
@@ -78,6 +77,16 @@ def explain_failures(uri: str) -> Iterator[None]:
             else "check registry.uri and that the server is up; the run itself is safe, run the same command again"
         )
         raise EvaluationError(f"the model registry {hide_credentials(uri)} refused: {cause[:500]}; {remedy}") from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Evaluated once something was raised: MLflow is not imported for its exceptions alone."""
+    if "mlflow" not in sys.modules:
+        return (OSError, sqlite3.Error)
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (OSError, sqlite3.Error, MlflowException, SQLAlchemyError)
 
 
 def error_code(error: Exception) -> Any:

@@ -1,54 +1,72 @@
-"""Reading the model registry: models, versions, the champion. Writes nothing and creates nothing."""
+"""Reading the model registry: models, versions, the champion. Writes nothing and creates nothing.
 
-import json
-from collections.abc import Iterator
+Importing MLflow takes 2 s of CPU, so an SQLite registry is read from its tables; a tracking server, and a database
+whose tables have another form, through MLflow's client. Both give the same `StoredModel`s.
+"""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from orchestrator.registry import mlflow_client
-from orchestrator.registry.mlflow_client import error_code, explain_failures, is_empty
+from orchestrator.registry.mlflow_client import explain_failures, is_empty, sqlite_path
 from orchestrator.registry.promotion import RowScores
+from trainers.checkpoint.records import FileRecord
 from trainers.errors import EvaluationError, JobError
 from trainers.records import Record
 from trainers.run.row_scores import read_row_scores
 from trainers.storage import Folder, hide_credentials
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
 CHAMPION = "champion"
 RUN_STEP = "tuneyard.run_step"
+"""Run and step of a version: by this tag a rerun finds the version that an earlier call registered."""
+RECORD = "tuneyard.version"
+"""The tag that holds a `Registered` as JSON."""
 SETTLED = "tuneyard.settled"
 """Set once the alias was given or withheld, as decided."""
-LINEAGE = "tuneyard.lineage."
 
 
-class ModelVersion(Record):
+class Registered(Record):
+    """What was recorded of a version when it was registered."""
+
+    run: str
+    """The run folder."""
+    step: int
+    task: str
+    metric: str
+    """The metric that chose the checkpoint."""
+    metrics: dict[str, float]
+    notes: dict[str, str]
+    """What makes a metric comparable, such as sacreBLEU's signature, by its name."""
+    eval_key: str
+    """Key of the evaluation shards."""
+    promoted: bool
+    """Whether it was decided that it becomes champion."""
+    decision: str
+    """Why it was, or was not."""
+    files: dict[str, FileRecord]
+    """Size and digest of each file of the model folder."""
+    lineage: dict[str, str]
+
+
+class ModelVersion(Registered):
     """One version of a model, as the registry tells it."""
 
     model: str
     version: int
     champion: bool
     """Whether this version holds the alias champion."""
-    promoted: bool
-    """Whether it was decided at its registration that it becomes champion."""
-    decision: str
-    """Why it was, or was not."""
     settled: bool
     """Whether its registration is complete."""
-    step: int
-    metric: str
-    """The metric that chose the checkpoint."""
-    metrics: dict[str, float]
-    eval_key: str
-    """Key of the evaluation shards."""
-    run: str
-    """The run folder."""
     source: str
     """The Hugging Face folder."""
     created: str
     """ISO 8601, UTC."""
-    lineage: dict[str, str]
 
 
 class RegisteredModel(Record):
@@ -66,41 +84,75 @@ class RegisteredModel(Record):
     """ISO 8601, UTC."""
 
 
+@dataclass(frozen=True)
+class StoredVersion:
+    """One version, by anybody, as MLflow keeps it."""
+
+    number: int
+    source: str
+    created_ms: int
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """One model as MLflow keeps it."""
+
+    name: str
+    updated_ms: int
+    aliases: dict[str, int] = field(default_factory=dict)
+    versions: dict[int, StoredVersion] = field(default_factory=dict)
+
+    def ours(self) -> list[ModelVersion]:
+        """The versions that this program registered, newest first."""
+        stored = [self.versions[number] for number in sorted(self.versions, reverse=True)]
+        return [self._version(version) for version in stored if RUN_STEP in version.tags]
+
+    def _version(self, stored: StoredVersion) -> ModelVersion:
+        if RECORD not in stored.tags:
+            raise EvaluationError(
+                f"version {stored.number} of {self.name} was registered by an earlier version of this program and "
+                "cannot be read; delete it in MLflow, or name another registry.model"
+            )
+        return ModelVersion(
+            **Registered.model_validate_json(stored.tags[RECORD]).model_dump(),
+            model=self.name,
+            version=stored.number,
+            champion=self.aliases.get(CHAMPION) == stored.number,
+            settled=stored.tags.get(SETTLED) == "true",
+            source=stored.source,
+            created=_iso(stored.created_ms),
+        )
+
+
 def list_models(uri: str) -> list[RegisteredModel]:
     """Every model of the registry, by name. Raises EvaluationError where it does not answer."""
-    if is_empty(uri):
-        return []
-    with explain_failures(uri):
-        client = mlflow_client.open_client(uri)
-        return sorted((_summary(client, model) for model in _models(client)), key=lambda one: one.model)
+    return [_summary(model) for model in sorted(read_models(uri), key=lambda model: model.name)]
 
 
 def show_model(uri: str, name: str) -> list[ModelVersion]:
     """Every version of a model, newest first. Raises JobError for an unknown name."""
-    if is_empty(uri):
+    models = {model.name: model for model in read_models(uri)}
+    if not models:
         raise JobError(f"the registry {hide_credentials(uri)} is empty: no run has registered a model there")
-    with explain_failures(uri):
-        client = mlflow_client.open_client(uri)
-        known = [model.name for model in _models(client)]
-        if name not in known:
-            raise JobError(f"no model {name!r} in {hide_credentials(uri)}; known: {', '.join(sorted(known)) or 'none'}")
-        standing = champion_version(client, name)
-        found = _pages(client.search_model_versions, f"name = {_quoted(name)}")
-        versions = [_version(one, standing) for one in found if RUN_STEP in one.tags]
-        return sorted(versions, key=lambda one: -one.version)
+    if name not in models:
+        raise JobError(f"no model {name!r} in {hide_credentials(uri)}; known: {', '.join(sorted(models))}")
+    return models[name].ours()
 
 
 def champion(uri: str, name: str) -> ModelVersion | None:
     """The version that holds the alias champion, if there is one and it was registered by this program."""
-    if is_empty(uri):
-        return None
-    with explain_failures(uri):
-        client = mlflow_client.open_client(uri)
-        standing = champion_version(client, name)
-        if standing is None:
-            return None
-        found = client.get_model_version(name, str(standing))
-        return _version(found, standing) if RUN_STEP in found.tags else None
+    return next((version for version in _versions(uri, name) if version.champion), None)
+
+
+def find_version(uri: str, name: str, run_step: str) -> ModelVersion | None:
+    """The version that was registered for a run's step."""
+    return next((one for one in _versions(uri, name) if f"{Folder(one.run).name}/{one.step}" == run_step), None)
+
+
+def champion_number(uri: str, name: str) -> int | None:
+    """Number of the version that holds the alias, whoever registered it; None if there is none."""
+    return next((model.aliases.get(CHAMPION) for model in read_models(uri) if model.name == name), None)
 
 
 def row_scores_of(version: ModelVersion) -> RowScores:
@@ -112,30 +164,54 @@ def row_scores_of(version: ModelVersion) -> RowScores:
     return RowScores(f"version {version.version}", version.eval_key, numbers)
 
 
-def find_version(client: "MlflowClient", name: str, run_step: str) -> ModelVersion | None:
-    """The version that was registered for a run's step."""
-    found = client.search_model_versions(f"name = {_quoted(name)} and tags.`{RUN_STEP}` = '{run_step}'")
-    return _version(found[0], champion_version(client, name)) if found else None
+def read_models(uri: str) -> list[StoredModel]:
+    """All models with all versions; none where an SQLite registry does not exist yet."""
+    if is_empty(uri):
+        return []
+    with explain_failures(uri):
+        path = sqlite_path(uri)
+        try:
+            return _from_tables(path) if path else _from_client(uri)
+        except sqlite3.OperationalError:  # tables of another form, or locked for long: MLflow knows
+            return _from_client(uri)
 
 
-def champion_version(client: "MlflowClient", name: str) -> int | None:
-    """Number of the version that holds the alias, None where none does or the model does not exist."""
-    from mlflow.exceptions import MlflowException
+def _from_tables(path: Path) -> list[StoredModel]:
+    with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
+        models = {
+            name: StoredModel(name, updated)
+            for name, updated in database.execute("SELECT name, last_updated_time FROM registered_models")
+        }
+        for name, alias, number in database.execute("SELECT name, alias, version FROM registered_model_aliases"):
+            models[name].aliases[alias] = int(number)
+        for name, number, source, created in database.execute(
+            "SELECT name, version, source, creation_time FROM model_versions "
+            "WHERE current_stage IS NULL OR current_stage != 'Deleted_Internal'"
+        ):
+            models[name].versions[number] = StoredVersion(number, source, created)
+        for name, number, key, value in database.execute("SELECT name, version, key, value FROM model_version_tags"):
+            if number in models[name].versions:
+                models[name].versions[number].tags[key] = value
+    return list(models.values())
 
-    try:
-        standing = client.get_registered_model(name).aliases.get(CHAMPION)
-    except MlflowException as error:
-        if error_code(error) == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-    return None if standing is None else int(standing)
+
+def _from_client(uri: str) -> list[StoredModel]:
+    client = mlflow_client.open_client(uri)
+    models = []
+    for model in _pages(client.search_registered_models):
+        quote_mark = '"' if "'" in model.name else "'"  # as MLflow's filters take a name
+        versions = _pages(client.search_model_versions, f"name = {quote_mark}{model.name}{quote_mark}")
+        stored = {
+            int(one.version): StoredVersion(int(one.version), one.source, one.creation_timestamp, dict(one.tags))
+            for one in versions
+        }
+        # a search leaves the aliases out on some servers
+        aliases = {alias: int(number) for alias, number in client.get_registered_model(model.name).aliases.items()}
+        models.append(StoredModel(model.name, model.last_updated_timestamp, aliases, stored))
+    return models
 
 
-def _models(client: "MlflowClient") -> list[Any]:
-    return list(_pages(client.search_registered_models, None))
-
-
-def _pages(search: Any, filter_string: str | None) -> Iterator[Any]:
+def _pages(search: Callable[..., Any], filter_string: str | None = None) -> Iterator[Any]:
     token = None
     while True:
         page = search(filter_string=filter_string, page_token=token)
@@ -145,43 +221,19 @@ def _pages(search: Any, filter_string: str | None) -> Iterator[Any]:
             return
 
 
-def _quoted(name: str) -> str:
-    """A name as MLflow's filters take it."""
-    quote = '"' if "'" in name else "'"
-    return f"{quote}{name}{quote}"
+def _versions(uri: str, name: str) -> list[ModelVersion]:
+    return next((model.ours() for model in read_models(uri) if model.name == name), [])
 
 
-def _summary(client: "MlflowClient", model: Any) -> RegisteredModel:
-    standing = model.aliases.get(CHAMPION)
-    version = _version(client.get_model_version(model.name, str(standing)), int(standing)) if standing else None
-    count = sum(1 for _ in _pages(client.search_model_versions, f"name = {_quoted(model.name)}"))
+def _summary(model: StoredModel) -> RegisteredModel:
+    standing = next((version for version in model.ours() if version.champion), None)
     return RegisteredModel(
         model=model.name,
-        versions=count,
-        champion=int(standing) if standing else None,
-        metric=version.metric if version else None,
-        value=version.metrics.get(version.metric) if version else None,
-        updated=_iso(model.last_updated_timestamp),
-    )
-
-
-def _version(found: Any, standing: int | None) -> ModelVersion:
-    tags = found.tags
-    return ModelVersion(
-        model=found.name,
-        version=int(found.version),
-        champion=int(found.version) == standing,
-        promoted=tags.get("tuneyard.promote") == "true",
-        decision=tags.get("tuneyard.decision", ""),
-        settled=tags.get(SETTLED) == "true",
-        step=int(tags.get("tuneyard.step", 0)),
-        metric=tags.get("tuneyard.metric", ""),
-        metrics=json.loads(tags.get("tuneyard.metrics", "{}")),
-        eval_key=tags.get("tuneyard.eval_key", ""),
-        run=tags.get("tuneyard.run", ""),
-        source=found.source,
-        created=_iso(found.creation_timestamp),
-        lineage={name.removeprefix(LINEAGE): text for name, text in sorted(tags.items()) if name.startswith(LINEAGE)},
+        versions=len(model.versions),
+        champion=model.aliases.get(CHAMPION),
+        metric=standing.metric if standing else None,
+        value=standing.metrics.get(standing.metric) if standing else None,
+        updated=_iso(model.updated_ms),
     )
 
 

@@ -2,7 +2,7 @@
 
 Owns what is written to MLflow and in which order. Each step first looks for what an earlier, killed call left behind;
 the version is found by its tag `tuneyard.run_step`, and what was decided at its creation stays decided.
-Reading is `registry_read.py`'s, the decision `promotion.py`'s.
+`read.py` reads, `promotion.py` decides.
 """
 
 import json
@@ -11,9 +11,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.registry import mlflow_client
+from orchestrator.registry.digests import list_files
 from orchestrator.registry.mlflow_client import error_code, explain_failures, registry_uri
 from orchestrator.registry.promotion import Promotion
-from orchestrator.registry.read import CHAMPION, RUN_STEP, SETTLED, ModelVersion, champion_version, find_version
+from orchestrator.registry.read import (
+    CHAMPION,
+    RECORD,
+    RUN_STEP,
+    SETTLED,
+    ModelVersion,
+    Registered,
+    champion_number,
+    find_version,
+)
 from trainers.job.schema import Job
 from trainers.records import Event
 from trainers.run.events import steps_of
@@ -28,8 +38,6 @@ if TYPE_CHECKING:
 
 POINTS_PER_CURVE = 500
 """Training curves are thinned to this many points for the registry; TensorBoard holds them whole."""
-TAG_LIMIT = 8000
-"""Characters a tag of an MLflow run may have."""
 
 
 def register(
@@ -54,15 +62,15 @@ def register(
     with explain_failures(uri):
         client = mlflow_client.open_client(uri)
         _create_model(client, name)
-        version = find_version(client, name, run_step)
+        version = find_version(uri, name, run_step)
         if version is None:
-            tags = _tags(job, run, best, run_step, lineage, decision)
+            tags = _tags(_record(job, run, best, source, lineage, decision), run_step)
             run_id = _log_run(client, job, run, best, name, tags)
-            place = _place(client, uri, run_id, source)
-            client.create_model_version(name, place, run_id=run_id, tags=tags)
-            version = find_version(client, name, run_step)
+            location = _publish(client, uri, run_id, source)
+            client.create_model_version(name, location, run_id=run_id, tags=tags)
+            version = find_version(uri, name, run_step)
             assert version is not None
-        return _finish(client, version)
+        return _finish(client, uri, version)
 
 
 def _create_model(client: "MlflowClient", name: str) -> None:
@@ -75,25 +83,35 @@ def _create_model(client: "MlflowClient", name: str) -> None:
             raise
 
 
-def _tags(
-    job: Job, run: Folder, best: Evaluation, run_step: str, lineage: Mapping[str, str], decision: Promotion
-) -> dict[str, str]:
-    metric = job.evaluate.metric or load_task(job.task).metric
-    known = {
+def _record(
+    job: Job, run: Folder, best: Evaluation, source: Folder, lineage: Mapping[str, str], decision: Promotion
+) -> Registered:
+    return Registered(
+        run=str(run),
+        step=best.step,
+        task=job.task,
+        metric=job.evaluate.metric or load_task(job.task).metric,
+        metrics=best.metrics,
+        notes=best.notes,
+        eval_key=best.eval_key,
+        promoted=decision.promote,
+        decision=decision.reason,
+        files=list_files(source),
+        lineage=dict(lineage),
+    )
+
+
+def _tags(record: Registered, run_step: str) -> dict[str, str]:
+    """The record as JSON, and beside it what people search for."""
+    tags = {
         RUN_STEP: run_step,
-        "tuneyard.run": str(run),
-        "tuneyard.step": str(best.step),
-        "tuneyard.task": job.task,
-        "tuneyard.metric": metric,
-        "tuneyard.metrics": json.dumps(best.metrics, sort_keys=True),
-        "tuneyard.eval_key": best.eval_key,
-        **{f"tuneyard.note.{name}": note for name, note in best.notes.items()},
-        "tuneyard.eval_file": f"evals/step-{best.step:08d}.json",
-        "tuneyard.promote": str(decision.promote).lower(),
-        "tuneyard.decision": decision.reason,
+        RECORD: record.model_dump_json(),
+        "tuneyard.task": record.task,
+        "tuneyard.metric": record.metric,
+        "tuneyard.value": str(record.metrics.get(record.metric)),
+        "tuneyard.decision": record.decision,
     }
-    parents = {f"tuneyard.lineage.{name}": value for name, value in lineage.items()}
-    return {name: hide_credentials(value) for name, value in (parents | known).items()}
+    return {name: hide_credentials(value) for name, value in tags.items()}
 
 
 def _log_run(
@@ -104,10 +122,9 @@ def _log_run(
 
     found = _find_run(client, _experiment(client, job, name), tags[RUN_STEP], f"{run.name} step {best.step}")
     run_id = str(found.info.run_id)
-    short = [RunTag(key, value[:TAG_LIMIT]) for key, value in tags.items()]
+    short = [RunTag(key, value) for key, value in tags.items() if key != RECORD]
     params = [Param(key, value) for key, value in _parameters(job).items() if key not in found.data.params]
-    for batch in _batches(short, 100):
-        client.log_batch(run_id, tags=batch)
+    client.log_batch(run_id, tags=short)
     for batch in _batches(params, 100):
         client.log_batch(run_id, params=batch)
     for batch in _batches(list(_curves(run, best, found.info.start_time)), 1000):
@@ -186,7 +203,7 @@ def _batches(items: list[Any], size: int) -> Iterable[list[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _place(client: "MlflowClient", uri: str, run_id: str, source: Folder) -> str:
+def _publish(client: "MlflowClient", uri: str, run_id: str, source: Folder) -> str:
     """Where the version's files are: the export itself, or a copy of it, for a tracking server takes no local paths."""
     if mlflow_client.sqlite_path(uri) or not source.is_local:
         return hide_credentials(str(source))
@@ -194,9 +211,9 @@ def _place(client: "MlflowClient", uri: str, run_id: str, source: Folder) -> str
     return f"{client.get_run(run_id).info.artifact_uri}/model"
 
 
-def _finish(client: "MlflowClient", version: ModelVersion) -> RegisteredVersion:
+def _finish(client: "MlflowClient", uri: str, version: ModelVersion) -> RegisteredVersion:
     """Give the alias that was decided, once: a rerun must not undo what a newer version or a person did since."""
-    standing = champion_version(client, version.model)
+    standing = champion_number(uri, version.model)
     if not version.settled:
         if version.promoted and (standing is None or standing < version.version):
             client.set_registered_model_alias(version.model, CHAMPION, str(version.version))

@@ -19,7 +19,7 @@ from orchestrator.registry import mlflow_client
 from orchestrator.registry.lineage import lineage
 from orchestrator.registry.mlflow_client import open_client, registry_uri
 from orchestrator.registry.promotion import Promotion
-from orchestrator.registry.read import champion, list_models, row_scores_of, show_model
+from orchestrator.registry.read import _from_client, _from_tables, champion, list_models, row_scores_of, show_model
 from orchestrator.registry.register import register
 from trainers.errors import EvaluationError, JobError
 from trainers.job.load import parse_job
@@ -272,6 +272,44 @@ def test_looking_at_an_absent_registry_creates_nothing(tmp_path):
     with pytest.raises(JobError, match="empty"):
         show_model(uri, "topics")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tables_and_mlflows_client_tell_the_same(storage):
+    enter(storage, YES, step=10)
+    enter(storage, NO, step=20)
+    client = open_client(uri_of(storage))
+    client.create_registered_model("somebody's")
+    client.create_model_version("somebody's", "/elsewhere")
+    client.create_model_version("topics", "/by/hand")
+    client.delete_model_version("topics", client.create_model_version("topics", "/gone").version)
+    tables, told = (
+        read(source) for read, source in ((_from_tables, storage.path / "mlflow.db"), (_from_client, uri_of(storage)))
+    )
+    assert sorted(tables, key=lambda one: one.name) == sorted(told, key=lambda one: one.name)
+    assert [(one.model, one.versions, one.champion) for one in list_models(uri_of(storage))] == [
+        ("somebody's", 1, None),
+        ("topics", 3, 1),
+    ]
+    assert [one.version for one in show_model(uri_of(storage), "topics")] == [2, 1]
+
+
+def test_a_version_of_an_earlier_program_is_named(storage):
+    enter(storage)
+    open_client(uri_of(storage)).delete_model_version_tag("topics", "1", "tuneyard.version")
+    with pytest.raises(EvaluationError, match=r"version 1 of topics .* name another registry\.model"):
+        champion(uri_of(storage), "topics")
+
+
+def test_reading_imports_no_heavy_library(storage):
+    enter(storage)
+    program = f"""
+import sys
+from orchestrator.registry.read import list_models, show_model
+assert [one.versions for one in list_models({uri_of(storage)!r})] == [1] and show_model({uri_of(storage)!r}, "topics")
+heavy = {{"torch", "ray", "transformers", "mlflow", "sqlalchemy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones(storage):
