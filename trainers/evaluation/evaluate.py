@@ -82,7 +82,7 @@ def _score(
     import torch
 
     batch = task.collate(group, pad_id)
-    inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.inputs.items()}
+    inputs, _ = batch.to(device)
     with torch.inference_mode():
         numbers = task.score(task.forward(model, inputs), batch)
         numbers |= task.generate(model, [row for pack in group for row in pack], pad_id)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from trainers.errors import JobError
@@ -272,6 +273,13 @@ class Batch:
     """The rows themselves, in the order of `rows`, for tasks whose metrics need more than labels."""
     segments: Array | None = None
     """int64 [batch, seq], for packed batches: the document of a position, as an index into `rows`; -1 is padding."""
+
+    def to(self, device: torch.device | str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Inputs and labels as tensors on a device."""
+        import torch
+
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in self.inputs.items()}
+        return inputs, torch.from_numpy(np.ascontiguousarray(self.labels)).to(device)
 
     @property
     def tokens(self) -> int:

@@ -138,9 +138,7 @@ def run_micro_batches(
 
     total = torch.zeros((), dtype=torch.float64)
     for place, micro in enumerate(batch.micro_batches, 1):
-        inputs = {name: torch.from_numpy(array).to(world.device) for name, array in micro.inputs.items()}
-        labels = torch.from_numpy(micro.labels).to(world.device)
-        loss_sum = objective.step_loss(engine, inputs, labels)
+        loss_sum = objective.step_loss(engine, *micro.to(world.device))
         engine.backward(share_of_step(loss_sum, batch.targets, world.size), scale_wrt_gas=False)
         if place == len(batch.micro_batches):
             before_update()
