@@ -13,7 +13,6 @@ from typing import Any
 
 from orchestrator.evaluation.pool import EvaluationPool
 from orchestrator.evaluation.selection import select
-from orchestrator.evaluation.task import EvaluationRequest
 from orchestrator.planning.plan import plan_job
 from orchestrator.planning.preflight import check_job, check_run_storage
 from orchestrator.ray_session import check_placement, ray_session
@@ -30,13 +29,11 @@ from orchestrator.training.controller import prune_checkpoints, train
 from orchestrator.training.progress import finished_training, record_event
 from trainers.errors import Preempted, TuneyardError
 from trainers.job.schema import Job
-from trainers.model.source import ModelFolder
-from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, checkpoints_folder, run_folder, step_name
+from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, run_folder, step_name
 from trainers.run.goodput import account, share
-from trainers.run.record import TrainRequest, job_task
+from trainers.run.record import Run, run_of
 from trainers.run.row_scores import read_row_scores
 from trainers.shards.keys import load_shards
-from trainers.shards.manifest import Shards, shards_folder
 from trainers.storage import Folder
 from trainers.tasks import choose_metric
 from trainers.training.divergence import read_skipped
@@ -46,16 +43,9 @@ from trainers.training.divergence import read_skipped
 class Stages:
     """What the stages of one run share."""
 
-    job: Job
-    model: ModelFolder
-    shards: Shards
+    run: Run
     opened: OpenRun
     screen: Screen
-
-    @property
-    def run(self) -> Folder:
-        """The run folder."""
-        return self.opened.folder
 
 
 def run_job(job: Job, address: str | None, screen: Screen) -> tuple[Folder, RunResult]:
@@ -84,14 +74,14 @@ def run_job(job: Job, address: str | None, screen: Screen) -> tuple[Folder, RunR
             opened.note_stage("shard", time.monotonic() - began)
             plan = plan_job(job, model)
             opened.folder.write_bytes("plan.json", plan.model_dump_json(indent=1).encode())
-            stages = Stages(job, model, shards, opened, screen)
+            stages = Stages(run_of(job, model, shards), opened, screen)
             with _failures_recorded(stages):
                 return opened.folder, run_stages(stages)
 
 
 def run_stages(stages: Stages) -> RunResult:
     """Everything after the shards: the rest of the line."""
-    metric = choose_metric(stages.job)
+    metric = choose_metric(stages.run.job)
     pool = train_stage(stages)
     evaluations = evaluate_stage(stages, pool)
     best = select(evaluations, *metric)
@@ -101,27 +91,20 @@ def run_stages(stages: Stages) -> RunResult:
 
 def train_stage(stages: Stages) -> EvaluationPool:
     """Train unless that is done; hands on the evaluations that went on beside it."""
-    gpus = check_placement(stages.job.scale)
-    pool = EvaluationPool(evaluation_request(stages), gpus)
-    checkpoints = checkpoints_folder(stages.job, stages.run)
-    if finished_training(stages.run, checkpoints):
+    gpus = check_placement(stages.run.job.scale)
+    pool = EvaluationPool(stages.run, gpus)
+    checkpoints = stages.run.checkpoints
+    if finished_training(stages.run.folder, checkpoints):
         return pool
-    request = TrainRequest(
-        job=stages.job,
-        model=stages.model,
-        train_shards=stages.shards.train,
-        shards_folder=shards_folder(Folder(stages.job.storage), stages.shards.train.key),
-        run=stages.run,
-    )
-    metric = choose_metric(stages.job)
+    metric = choose_metric(stages.run.job)
 
     def show(event: dict[str, Any]) -> None:
         stages.screen.on_event(event, stages.opened.steps(event))
 
     with stages.opened.timed("train"), _stop_asked_for() as asked:
-        train(request, pool, metric, gpus, stages.opened.log, show, asked)
+        train(stages.run, pool, metric, gpus, stages.opened.log, show, asked)
     note_goodput(stages)
-    prune_checkpoints(checkpoints, stages.job.checkpoint.keep, pool, metric)
+    prune_checkpoints(checkpoints, stages.run.job.checkpoint.keep, pool, metric)
     return pool
 
 
@@ -131,12 +114,6 @@ def note_goodput(stages: Stages) -> None:
     last = max((event["step"] for event in events if event["kind"] == "step"), default=0)
     spent = account(events)
     stages.opened.log.append({"kind": "goodput", "step": last, "share": share(spent), **spent})
-
-
-def evaluation_request(stages: Stages) -> EvaluationRequest:
-    """What any evaluation of this run needs."""
-    folder = shards_folder(Folder(stages.job.storage), stages.shards.eval.key)
-    return EvaluationRequest(stages.job, stages.model, stages.shards.train, stages.shards.eval, folder, stages.run)
 
 
 def evaluate_stage(stages: Stages, pool: EvaluationPool) -> list[Evaluation]:
@@ -152,25 +129,27 @@ def evaluate_stage(stages: Stages, pool: EvaluationPool) -> list[Evaluation]:
 
 def register_stage(stages: Stages, best: Evaluation) -> RegisteredVersion:
     """Weigh the best checkpoint against the champion, register it, and drop the exports of the others."""
-    job = stages.job
+    job = stages.run.job
     with stages.opened.timed("register"):
         decision = weigh(stages, best)
-        parents = lineage(job, stages.shards, stages.model.digest, read_skipped(stages.run))
-        version = register(job, stages.run, best, stages.run / "export" / step_name(best.step), parents, decision)
-        for name in (stages.run / "export").list():
+        parents = lineage(job, stages.run.shards, stages.run.model.digest, read_skipped(stages.run.folder))
+        version = register(
+            job, stages.run.folder, best, stages.run.folder / "export" / step_name(best.step), parents, decision
+        )
+        for name in (stages.run.folder / "export").list():
             if name != step_name(best.step):
-                (stages.run / "export").delete(name)
+                (stages.run.folder / "export").delete(name)
     stages.screen.say(f"registered {version.model} version {version.version}: {version.decision}")
     return version
 
 
 def weigh(stages: Stages, best: Evaluation) -> Promotion:
     """Whether the best checkpoint should become the champion."""
-    job = stages.job
+    job = stages.run.job
     metric, mode = choose_metric(job)
-    candidate = RowScores(f"step {best.step}", best.eval_key, read_row_scores(stages.run, best.step))
+    candidate = RowScores(f"step {best.step}", best.eval_key, read_row_scores(stages.run.folder, best.step))
     standing = champion(registry_uri(job.storage, job.registry.uri), job.registry.model or job.name)
-    task = job_task(job, stages.shards.train)
+    task = stages.run.load_task()
     return decide(
         job.registry.promote,
         candidate,
@@ -184,7 +163,7 @@ def weigh(stages: Stages, best: Evaluation) -> Promotion:
 
 def finish(stages: Stages, evaluations: list[Evaluation], best: Evaluation, version: RegisteredVersion) -> RunResult:
     """Write result.json, then the report."""
-    metric, _ = choose_metric(stages.job)
+    metric, _ = choose_metric(stages.run.job)
     result = summarize(stages.opened, "done", None).model_copy(
         update={
             "best": {"step": best.step, "metric": metric, "value": best.metrics[metric], "metrics": best.metrics},
@@ -192,15 +171,15 @@ def finish(stages: Stages, evaluations: list[Evaluation], best: Evaluation, vers
             "evaluations": tuple(evaluations),
         }
     )
-    stages.run.write_bytes("result.json", result.model_dump_json(indent=1).encode())
+    stages.run.folder.write_bytes("result.json", result.model_dump_json(indent=1).encode())
     report(stages, result)
     return result
 
 
 def report(stages: Stages, result: RunResult) -> None:
     """Write report.html, also of a run that ended badly."""
-    parents = lineage(stages.job, stages.shards, stages.model.digest, read_skipped(stages.run))
-    write_report(stages.run, result, stages.job, stages.opened.events(), stages.shards, parents)
+    parents = lineage(stages.run.job, stages.run.shards, stages.run.model.digest, read_skipped(stages.run.folder))
+    write_report(stages.run.folder, result, stages.run.job, stages.opened.events(), stages.run.shards, parents)
 
 
 @contextmanager
@@ -210,7 +189,7 @@ def _failures_recorded(stages: Stages) -> Iterator[None]:
         yield
     except TuneyardError as error:
         result = summarize(stages.opened, "preempted" if isinstance(error, Preempted) else "failed", str(error))
-        stages.run.write_bytes("result.json", result.model_dump_json(indent=1).encode())
+        stages.run.folder.write_bytes("result.json", result.model_dump_json(indent=1).encode())
         report(stages, result)
         raise
 

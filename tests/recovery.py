@@ -9,14 +9,10 @@ from typing import Any
 import psutil
 
 from orchestrator.evaluation.pool import EvaluationPool
-from orchestrator.evaluation.task import EvaluationRequest
 from orchestrator.training.controller import train
 from trainers.job.schema import Job
-from trainers.model.source import find_model
 from trainers.run.log import RunLog, read_events
-from trainers.run.record import TrainRequest
-from trainers.shards.keys import load_shards
-from trainers.shards.manifest import shards_folder
+from trainers.run.record import find_run
 from trainers.storage import Folder
 
 
@@ -29,23 +25,17 @@ def run_training(
     job: Job, name: str, *faults: dict[str, Any], on_event: Callable[[Any], None] = lambda _: None
 ) -> Path:
     """The training stage in this process, on a run folder of that name, with faults in the real ranks."""
-    model = find_model(job)
-    assert model is not None
-    shards = load_shards(job, model.path)
-    assert shards is not None
-    storage = Folder(job.storage)
-    run = storage / "runs" / name
-    run.path.mkdir(parents=True, exist_ok=True)
-    (run.path / "faults.json").write_text(json.dumps(faults))
-    folder = shards_folder(storage, shards.train.key)
-    pool = EvaluationPool(EvaluationRequest(job, model, shards.train, shards.eval, folder, run), 0)
-    log = RunLog(run)
+    folder = Folder(job.storage) / "runs" / name
+    run = find_run(job).model_copy(update={"folder": folder})
+    folder.path.mkdir(parents=True, exist_ok=True)
+    (folder.path / "faults.json").write_text(json.dumps(faults))
+    pool = EvaluationPool(run, 0)
+    log = RunLog(folder)
     try:
-        request = TrainRequest(job, model, shards.train, folder, run)
-        train(request, pool, ("accuracy", "max"), 0, log, on_event, lambda: False)
+        train(run, pool, ("accuracy", "max"), 0, log, on_event, lambda: False)
     finally:
         log.close()
-    return run.path
+    return folder.path
 
 
 def events_of(run: Path, kind: str) -> list[dict[str, Any]]:

@@ -14,17 +14,11 @@ from typing import Any, NoReturn
 from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
-from trainers.errors import JobError, Preempted, TuneyardError
+from trainers.errors import Preempted, TuneyardError
 from trainers.job.load import load_job
-from trainers.job.schema import Job
-from trainers.model.source import find_model
 from trainers.records import Phase, StopReason
-from trainers.run.folder import checkpoints_folder, run_folder
 from trainers.run.log import RunLog
-from trainers.run.record import TrainRequest
-from trainers.shards.keys import load_shards
-from trainers.shards.manifest import check_labels, shards_folder
-from trainers.storage import Folder
+from trainers.run.record import Run, find_run
 from trainers.training.loop import LoopOutcome
 from trainers.worker.rank import run_rank
 from trainers.worker.stop_signal import StopSignal
@@ -33,20 +27,21 @@ from trainers.worker.stop_signal import StopSignal
 class LocalHooks:
     """Hooks of a launch without a controller: rank 0 keeps the run's log and thins out its checkpoints."""
 
-    def __init__(self, run: Folder, job: Job) -> None:
-        self._run, self._keep, self._checkpoints = run, job.checkpoint.keep, checkpoints_folder(job, run)
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._log: RunLog | None = None
-        self._stop = StopSignal(job.checkpoint.grace_s)
+        self._stop = StopSignal(run.job.checkpoint.grace_s)
 
     def emit(self, event: Mapping[str, Any]) -> None:
         """Record an event and print it as a line; only rank 0 does."""
-        self._log = self._log or RunLog(self._run)
+        self._log = self._log or RunLog(self._run.folder)
         self._log.append(event)
         if event["kind"] != "history":
             print(describe(event), flush=True)
         if event["kind"] == "checkpoint":
-            for step in deletable(committed_steps(self._checkpoints), self._keep, ()):
-                remove_checkpoint(self._checkpoints, step)
+            checkpoints = self._run.checkpoints
+            for step in deletable(committed_steps(checkpoints), self._run.job.checkpoint.keep, ()):
+                remove_checkpoint(checkpoints, step)
 
     def stop_reason(self) -> StopReason | None:
         """preempted after SIGTERM."""
@@ -64,19 +59,6 @@ def describe(event: Mapping[str, Any]) -> str:
         if name not in ("kind", "time")
     )
     return f"{event['kind']}: {values}"
-
-
-def make_request(job: Job) -> TrainRequest:
-    """What the ranks train on. Raises JobError where the shards are not there yet."""
-    model = find_model(job)
-    shards = load_shards(job, model.path) if model else None
-    if model is None or shards is None:
-        raise JobError("the data is not sharded yet: run `tuneyard shard JOB` with the same job file first")
-    check_labels(shards)
-    storage = Folder(job.storage)
-    return TrainRequest(
-        job, model, shards.train, shards_folder(storage, shards.train.key), run_folder(job, model.digest, shards)
-    )
 
 
 def main() -> NoReturn:
@@ -97,9 +79,8 @@ def _main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a value")
     arguments = parser.parse_args()
     try:
-        job = load_job(arguments.job, arguments.set)
-        request = make_request(job)
-        _finish(run_rank(request, LocalHooks(request.run, job)))
+        run = find_run(load_job(arguments.job, arguments.set))
+        _finish(run_rank(run, LocalHooks(run)))
     except TuneyardError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

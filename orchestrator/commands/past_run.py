@@ -1,11 +1,10 @@
 """What can be done with a run that is already there: evaluate again, export a step, read its ledger."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from orchestrator.evaluation.task import EvaluationRequest, evaluation_task
+from orchestrator.evaluation.task import evaluation_task
 from orchestrator.planning.preflight import check_job
 from orchestrator.ray_session import gpus_per_worker, ray_session
 from orchestrator.terminal.progress import Screen
@@ -15,12 +14,11 @@ from trainers.errors import JobError
 from trainers.evaluation.evaluate import evaluate_model
 from trainers.job.load import parse_job
 from trainers.job.schema import Job
-from trainers.model.source import ModelFolder, find_model, prepare_model
-from trainers.run.folder import Evaluation, checkpoints_folder, run_folder, step_name
-from trainers.run.record import job_task
-from trainers.shards.dataset import ShardSet
+from trainers.model.source import find_model, prepare_model
+from trainers.run.folder import Evaluation, checkpoints_folder, step_name
+from trainers.run.record import find_run, job_task
 from trainers.shards.keys import load_shards
-from trainers.shards.manifest import Shards, shards_folder
+from trainers.shards.manifest import Shards
 from trainers.storage import Folder
 
 
@@ -30,15 +28,15 @@ def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Scre
     Raises:
         JobError: where the step is not committed.
     """
-    request = _request(job, check_job(job))
-    committed = committed_steps(checkpoints_folder(job, request.run))
+    run = find_run(job, check_job(job))
+    committed = committed_steps(run.checkpoints)
     if step not in (None, 0, *committed):
-        raise JobError(f"--step {step} is not committed in {request.run}; there are {committed}")
+        raise JobError(f"--step {step} is not committed in {run.folder}; there are {committed}")
     steps = committed if step is None else [step]
     with ray_session(address) as ray, screen.live():
-        request = replace(request, gpus=gpus_per_worker(job.scale, ray.cluster_resources()))
-        task = evaluation_task(request)
-        waiting = [task.remote(request, one) for one in steps]
+        gpus = gpus_per_worker(job.scale, ray.cluster_resources())
+        task = evaluation_task(run, gpus)
+        waiting = [task.remote(run, each, gpus) for each in steps]
         records = []
         for done, reference in enumerate(waiting, 1):
             records.append(ray.get(reference))
@@ -48,20 +46,11 @@ def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Scre
 
 def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:
     """Evaluate any Hugging Face folder on the job's evaluation data, in this process. Nothing is written."""
-    request = _request(job, check_job(job))
-    task = job_task(job, request.train_shards)
-    shards = ShardSet(request.eval_folder, request.eval_shards, task)
-    rows, row_scores = evaluate_model(job, task, str(model), shards)
-    key = request.eval_shards.key
+    run = find_run(job, check_job(job))
+    task = run.load_task()
+    rows, row_scores = evaluate_model(job, task, str(model), run.open_shards("eval", task))
+    key = run.shards.eval.key
     return [Evaluation(step=0, status="done", metrics=task.metrics(row_scores), eval_key=key, rows=len(rows))]
-
-
-def _request(job: Job, model: ModelFolder) -> EvaluationRequest:
-    shards = load_shards(job, model.path)
-    if shards is None:
-        raise JobError("the data is not sharded yet: run `tuneyard shard JOB` with the same job file first")
-    folder = shards_folder(Folder(job.storage), shards.eval.key)
-    return EvaluationRequest(job, model, shards.train, shards.eval, folder, run_folder(job, model.digest, shards))
 
 
 def job_of_run(run: str) -> Job:

@@ -1,29 +1,28 @@
 """Evaluations in flight: starts them on free resources, collects their records, writes down those that died."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import ray
 
 from orchestrator.evaluation.selection import BASELINE, next_evaluations
-from orchestrator.evaluation.task import EvaluationRequest, evaluation_task, read_evaluations, write_evaluation
+from orchestrator.evaluation.task import evaluation_task, read_evaluations, write_evaluation
 from trainers.checkpoint.reading import committed_steps
-from trainers.run.folder import Evaluation, checkpoints_folder
+from trainers.run.folder import Evaluation
+from trainers.run.record import Run
 from trainers.tasks import load_task
 
 
 class EvaluationPool:
     """The evaluations of one run."""
 
-    def __init__(self, request: EvaluationRequest, gpus: int) -> None:
-        job = request.job
-        self._request = replace(request, gpus=gpus)
-        self._task = evaluation_task(self._request)
+    def __init__(self, run: Run, gpus: int) -> None:
+        self._run, self._gpus = run, gpus
+        self._task = evaluation_task(run, gpus)
         self._running: dict[Any, int] = {}
-        self._baseline = () if load_task(job.task).new_head else (BASELINE,)
-        done = [one for one in read_evaluations(request.run, request.eval_shards.key) if one.status == "done"]
-        self._records = {one.step: one for one in done}
+        self._baseline = () if load_task(run.job.task).new_head else (BASELINE,)
+        known = read_evaluations(run.folder, run.shards.eval.key)
+        self._records = {record.step: record for record in known if record.status == "done"}
 
     @property
     def records(self) -> list[Evaluation]:
@@ -49,15 +48,15 @@ class EvaluationPool:
 
     def waiting(self) -> list[int]:
         """Steps that were neither evaluated nor started, newest first."""
-        committed = {*committed_steps(checkpoints_folder(self._request.job, self._request.run)), *self._baseline}
+        committed = {*committed_steps(self._run.checkpoints), *self._baseline}
         return next_evaluations(committed, self._records.keys(), self.running, len(committed))
 
     def _start(self, steps: list[int]) -> None:
         for step in steps:
-            self._running[self._task.remote(self._request, step)] = step
+            self._running[self._task.remote(self._run, step, self._gpus)] = step
 
     def _free_slots(self) -> int:
-        free, job, gpus = ray.available_resources(), self._request.job, self._request.gpus
+        free, job, gpus = ray.available_resources(), self._run.job, self._gpus
         slots = int(free.get("CPU", 0.0) // job.scale.cpus_per_worker)
         slots = min(slots, int(free.get("GPU", 0.0) // gpus)) if gpus else slots
         return slots // job.evaluate.workers
@@ -71,8 +70,8 @@ class EvaluationPool:
                 record = ray.get(reference)
             except ray.exceptions.RayError as error:
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                record = Evaluation(step=step, status="failed", error=reason, eval_key=self._request.eval_shards.key)
-                write_evaluation(self._request.run, record)
+                record = Evaluation(step=step, status="failed", error=reason, eval_key=self._run.shards.eval.key)
+                write_evaluation(self._run.folder, record)
             self._records[step] = record
             yield record
 
@@ -81,9 +80,3 @@ class EvaluationPool:
         self.start_all()
         while self._running:
             yield from self.collect(wait_s=1.0)
-
-    def cancel(self) -> None:
-        """Give up evaluations in flight; they are started again when they are wanted."""
-        for reference in self._running:
-            ray.cancel(reference, force=True)
-        self._running.clear()

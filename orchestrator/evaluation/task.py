@@ -4,69 +4,49 @@ Where a job asks for several evaluation workers, the task of a step shares its r
 """
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trainers.job.schema import Job
-from trainers.model.source import ModelFolder
-from trainers.run.folder import Evaluation, checkpoints_folder, step_name
+from trainers.checkpoint.export import export_checkpoint
+from trainers.evaluation.evaluate import RowScores, combine, score_share
+from trainers.run.folder import Evaluation, step_name
+from trainers.run.record import Run
 from trainers.run.row_scores import write_row_scores
-from trainers.shards.manifest import ShardManifest
 from trainers.storage import Folder
-
-if TYPE_CHECKING:
-    from trainers.evaluation.evaluate import RowScores
-    from trainers.shards.dataset import ShardSet
 
 RETRIES = 2
 """Times Ray starts a task again whose process died."""
 
 
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """All that the evaluation of any checkpoint of a run needs."""
-
-    job: Job
-    model: ModelFolder
-    train_shards: ShardManifest
-    eval_shards: ShardManifest
-    eval_folder: Folder
-    run: Folder
-    gpus: int = 0
-    """GPUs of each process."""
-
-
-def evaluation_task(request: EvaluationRequest) -> Any:
-    """`evaluate_step` as a Ray task. One that only waits for others lends Ray its core meanwhile."""
+def evaluation_task(run: Run, gpus: int) -> Any:
+    """`evaluate_step` as a Ray task, with so many GPUs a process. One that only waits for others lends Ray its core."""
     import ray
 
-    if request.job.evaluate.workers > 1:
+    if run.job.evaluate.workers > 1:
         return ray.remote(num_cpus=1, max_retries=RETRIES)(evaluate_step)
-    return _with_resources(request)(evaluate_step)
+    return _with_resources(run, gpus)(evaluate_step)
 
 
-def _with_resources(request: EvaluationRequest) -> Any:
+def _with_resources(run: Run, gpus: int) -> Any:
     import ray
 
-    cpus = request.job.scale.cpus_per_worker
-    return ray.remote(num_cpus=cpus, num_gpus=request.gpus, max_retries=RETRIES)
+    return ray.remote(num_cpus=run.job.scale.cpus_per_worker, num_gpus=gpus, max_retries=RETRIES)
 
 
-def evaluate_step(request: EvaluationRequest, step: int) -> Evaluation:
+def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:
     """Export and evaluate one committed step, or the pretrained model for step 0. Commits evals/step-XXXXXXXX.json.
 
     A checkpoint that cannot be evaluated gives a record that says why; it is never chosen.
     """
-    began = time.perf_counter()
+    began, key = time.perf_counter(), run.shards.eval.key
     try:
-        metrics, notes, rows = _measure(request, step)
-        record = Evaluation(step=step, status="done", metrics=metrics, notes=notes, eval_key=request.eval_shards.key,
-                            rows=rows, seconds=time.perf_counter() - began)  # fmt: skip
-    except Exception as error:  # whatever the model or its metrics raise belongs into the record
+        metrics, notes, rows = _measure(run, step, gpus)
+        seconds = time.perf_counter() - began
         record = Evaluation(
-            step=step, status="failed", error=f"{type(error).__name__}: {error}", eval_key=request.eval_shards.key
+            step=step, status="done", metrics=metrics, notes=notes, eval_key=key, rows=rows, seconds=seconds
         )
-    write_evaluation(request.run, record)
+    except Exception as error:  # whatever the model or its metrics raise belongs into the record
+        record = Evaluation(step=step, status="failed", error=f"{type(error).__name__}: {error}", eval_key=key)
+    write_evaluation(run.folder, record)
     return record
 
 
@@ -75,52 +55,37 @@ def write_evaluation(run: Folder, record: Evaluation) -> None:
     (run / "evals").write_bytes(f"{step_name(record.step)}.json", record.model_dump_json(indent=1).encode())
 
 
-def _measure(request: EvaluationRequest, step: int) -> tuple[dict[str, float], dict[str, str], int]:
-    from trainers.evaluation.evaluate import combine
-
-    task, shards = _opened(request)
-    path = request.model.path if step == 0 else _export(request, step, task)
-    rows, row_scores = combine(task, _score_all(request, path), len(shards.lengths))
-    write_row_scores(request.run, step, rows, row_scores, task.labels)
+def _measure(run: Run, step: int, gpus: int) -> tuple[dict[str, float], dict[str, str], int]:
+    """Metrics, their notes, and the number of rows they were computed over."""
+    task = run.load_task()
+    path = run.model.path
+    if step:
+        out = run.folder / "export" / step_name(step)
+        export_checkpoint(run.checkpoints / step_name(step), out, run.job, task, run.model.path)
+        path = str(out.path)
+    shares = _score_all(run, path, gpus)
+    rows, row_scores = combine(task, shares, len(run.open_shards("eval", task).lengths))
+    write_row_scores(run.folder, step, rows, row_scores, task.labels)
     metrics = task.metrics(row_scores)
     return metrics, {name: note for name, note in task.notes().items() if name in metrics}, len(rows)
 
 
-def _score_all(request: EvaluationRequest, path: str) -> "list[RowScores]":
-    """What each worker says of its share."""
-    workers = request.job.evaluate.workers
+def _score_all(run: Run, path: str, gpus: int) -> list[RowScores]:
+    """The scores of every worker's share of the rows."""
+    workers = run.job.evaluate.workers
     if workers == 1:
-        return [score(request, path, 0)]
+        return [score(run, path, 0)]
     import ray
 
-    task = _with_resources(request)(score)
-    found: list[RowScores] = ray.get([task.remote(request, path, share) for share in range(workers)])
-    return found
+    task = _with_resources(run, gpus)(score)
+    shares: list[RowScores] = ray.get([task.remote(run, path, share) for share in range(workers)])
+    return shares
 
 
-def score(request: EvaluationRequest, path: str, share: int) -> "RowScores":
-    """One share of the rows, by the model in folder `path`."""
-    from trainers.evaluation.evaluate import score_share
-
-    task, shards = _opened(request)
-    return score_share(request.job, task, path, shards, share, request.job.evaluate.workers)
-
-
-def _opened(request: EvaluationRequest) -> "tuple[Any, ShardSet]":
-    from trainers.run.record import job_task
-    from trainers.shards.dataset import ShardSet
-
-    task = job_task(request.job, request.train_shards)
-    return task, ShardSet(request.eval_folder, request.eval_shards, task)
-
-
-def _export(request: EvaluationRequest, step: int, task: Any) -> str:
-    from trainers.checkpoint.export import export_checkpoint
-
-    out = request.run / "export" / step_name(step)
-    checkpoint = checkpoints_folder(request.job, request.run) / step_name(step)
-    export_checkpoint(checkpoint, out, request.job, task, request.model.path)
-    return str(out.path)
+def score(run: Run, path: str, share: int) -> RowScores:
+    """Score one share of the rows with the model in folder `path`."""
+    task = run.load_task()
+    return score_share(run.job, task, path, run.open_shards("eval", task), share, run.job.evaluate.workers)
 
 
 def read_evaluations(run: Folder, eval_key: str) -> list[Evaluation]:

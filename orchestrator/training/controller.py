@@ -21,9 +21,8 @@ from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
 from trainers.errors import EvaluationError, Preempted, TrainingError, TuneyardError
 from trainers.records import Event
-from trainers.run.folder import checkpoints_folder
 from trainers.run.log import RunLog
-from trainers.run.record import TrainRequest
+from trainers.run.record import Run
 from trainers.storage import Folder
 from trainers.tasks import Mode
 
@@ -40,7 +39,7 @@ LAST_WORDS_S, LOST_WAIT_S = 0.5, 3.0
 class Controller:
     """What the rounds of one training share."""
 
-    request: TrainRequest
+    run: Run
     pool: EvaluationPool
     metric: tuple[str, Mode]
     log: RunLog
@@ -57,7 +56,7 @@ class Controller:
 
 
 def train(
-    request: TrainRequest,
+    run: Run,
     pool: EvaluationPool,
     metric: tuple[str, Mode],
     gpus: int,
@@ -78,8 +77,8 @@ def train(
         TrainingError: where the restarts are used up.
         TuneyardError: what the ranks refused, with its own exit code.
     """
-    group = WorkerGroup(request.job, gpus)
-    controller = Controller(request, pool, metric, log, on_event, asked_to_stop, group)
+    group = WorkerGroup(run.job, gpus)
+    controller = Controller(run, pool, metric, log, on_event, asked_to_stop, group)
     try:
         _train(controller)
     finally:
@@ -101,7 +100,7 @@ def _train(controller: Controller) -> None:
                 continue
             return _check_stop(watch)
         failures = 1 if watch.commits > commits else failures + 1
-        allowed = controller.request.job.scale.max_failures
+        allowed = controller.run.job.scale.max_failures
         controller.note({"kind": "restart", "cause": failure.cause, "lost_nodes": list(failure.lost_nodes),
                          "failures": failures})  # fmt: skip
         if failures > allowed:
@@ -115,7 +114,7 @@ def _train(controller: Controller) -> None:
 def _launch(controller: Controller) -> Failure | None:
     """One launch of the ranks, to its end. None where every rank ended well."""
     try:
-        controller.group.launch(controller.request)
+        controller.group.launch(controller.run)
     except (ray.exceptions.RayError, TimeoutError) as error:
         lost = controller.group.look(LOST_WAIT_S).lost
         return Failure(f"a node went while the ranks were started: {_first_line(error)}", tuple(lost))
@@ -161,21 +160,21 @@ def _why(controller: Controller, seen: GroupReport) -> Failure:
     if any(rank_exit.code == Preempted.exit_code for rank_exit in exits.values()):
         raise Preempted(
             f"a rank was told to go and could not commit within checkpoint.grace_s "
-            f"({controller.request.job.checkpoint.grace_s:g} s); the same command goes on from the newest checkpoint"
+            f"({controller.run.job.checkpoint.grace_s:g} s); the same command goes on from the newest checkpoint"
         )
     return Failure(str(find_cause(list(exits.values()))))
 
 
 def _steer(controller: Controller, seen: GroupReport) -> Failure | None:
     """One round of decisions while the ranks work; a failure where they hang."""
-    job, group, pool = controller.request.job, controller.group, controller.pool
+    job, group, pool = controller.run.job, controller.group, controller.pool
     if controller.asked_to_stop() or any(beat.told for beat in seen.beats.values()):
         group.ask_to_stop("preempted")
     patience = job.evaluate.early_stopping
     if patience and out_of_patience(pool.records, *controller.metric, patience.patience):
         group.ask_to_stop("early_stopping")
     due = time.monotonic() - controller.looked >= LOOK_EVERY_S
-    checkpoints = checkpoints_folder(job, controller.request.run)
+    checkpoints = controller.run.checkpoints
     if due or checkpoints.is_local:  # elsewhere each look is a request
         if job.evaluate.while_training:
             pool.start_where_free()
@@ -198,7 +197,7 @@ def _heed_notices(controller: Controller) -> None:
     if not going:
         return
     left = sum(len(ranks) for node, ranks in group.layout.items() if node not in going)
-    if left >= controller.request.job.scale.min_workers:
+    if left >= controller.run.job.scale.min_workers:
         group.cordon(going)
         group.ask_to_stop("resize")
     else:

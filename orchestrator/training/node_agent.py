@@ -22,9 +22,9 @@ from typing import Any
 
 from orchestrator.training.node_report import NodeInfo, NodeReport, RankExit, free_bytes, interface_of, oom_kills
 from trainers.records import StopReason
-from trainers.run.record import TrainRequest
+from trainers.run.record import Run
 from trainers.worker.heartbeat import HeartbeatPage
-from trainers.worker.rank_server import Mode, events_file, heartbeat_file, rank_spec, stacks_file
+from trainers.worker.rank_server import Mode, RankSpec, events_file, heartbeat_file, stacks_file
 from trainers.worker.stack_dump import read_stacks
 
 STACKS_WAIT_S, KILL_WAIT_S = 1.0, 5.0
@@ -129,7 +129,7 @@ class NodeAgent:
         with contextlib.suppress(ValueError):
             self._servers.remove(server)
 
-    def launch(self, request: TrainRequest, environments: dict[int, dict[str, str]], log_folder: str | None) -> None:
+    def launch(self, run: Run, environments: dict[int, dict[str, str]], log_folder: str | None) -> None:
         """Start these ranks. What ran here before is killed and forgotten.
 
         Args:
@@ -142,7 +142,7 @@ class NodeAgent:
             server = self._servers[0 if self._mode == "fork" else index]
             log = f"{log_folder}/rank-{number:05d}.log" if log_folder else None
             self._ranks[number] = rank = self._prepare(number, log, server)
-            spec = rank_spec(request, environment, rank.files, log)
+            spec = RankSpec(environment=environment, files=str(rank.files), log=log, run=run)
             assert server.process.stdin is not None
             server.process.stdin.write(spec.model_dump_json().encode() + b"\n")
             server.process.stdin.flush()

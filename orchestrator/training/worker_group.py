@@ -19,7 +19,7 @@ from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, 
 from trainers.errors import PlacementError
 from trainers.job.schema import Job
 from trainers.records import StopReason
-from trainers.run.record import TrainRequest
+from trainers.run.record import Run
 from trainers.worker.heartbeat import Heartbeat
 
 UNREACHABLE_S = 10.0
@@ -158,13 +158,13 @@ class WorkerGroup:
         self._cordoned[node] = time.monotonic() + START_S
         ray.kill(actor)
 
-    def launch(self, request: TrainRequest) -> None:
+    def launch(self, run: Run) -> None:
         """Start the ranks of the layout. Raises ray.exceptions.RayError where a node does not answer."""
         first = self._nodes[next(iter(self.layout))]
         port = ray.get(first.actor.free_port.remote(), timeout=START_S)
-        logs = str((request.run / "logs").path) if request.run.is_local else None
+        logs = str((run.folder / "logs").path) if run.folder.is_local else None
         started = [
-            member.actor.launch.remote(request, self._environments(node, first.place.address, port), logs)
+            member.actor.launch.remote(run, self._environments(node, first.place.address, port), logs)
             for node, member in self._nodes.items()
         ]
         ray.get(started, timeout=WARM_S)

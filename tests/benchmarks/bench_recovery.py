@@ -21,11 +21,8 @@ from typing import Any
 
 from tests.tiny import film_rows, shard_locally, tiny_job
 from trainers.job.schema import Job
-from trainers.model.source import find_model
 from trainers.run.log import RunLog
-from trainers.run.record import TrainRequest
-from trainers.shards.keys import load_shards
-from trainers.shards.manifest import shards_folder
+from trainers.run.record import Run, find_run
 from trainers.storage import Folder
 from trainers.worker.rank import run_rank
 
@@ -47,7 +44,7 @@ def main() -> None:
         rows = []
         for name, run in (("tuneyard", run_ours), ("Ray Train", run_plain)):
             began = time.time()
-            events = run(request_of(job, name))
+            events = run(named_run(job, name))
             rows.append((name, first_step(events) - began, recoveries(events)))
         ray.shutdown()
     print("| system | start to first step (s) | kill to next step, median (s) | all (s) |")
@@ -76,16 +73,11 @@ def make_job(folder: Path, model: Path, kills: int) -> Job:
     return job
 
 
-def request_of(job: Job, name: str) -> TrainRequest:
+def named_run(job: Job, name: str) -> Run:
     """The training, in a run folder of its own."""
-    model = find_model(job)
-    assert model is not None
-    shards = load_shards(job, model.path)
-    assert shards is not None
-    storage = Folder(job.storage)
-    run = storage / "runs" / name.replace(" ", "-")
-    run.path.mkdir(parents=True)
-    return TrainRequest(job, model, shards.train, shards_folder(storage, shards.train.key), run)
+    folder = Folder(job.storage) / "runs" / name.replace(" ", "-")
+    folder.path.mkdir(parents=True)
+    return find_run(job).model_copy(update={"folder": folder})
 
 
 class Killer:
@@ -105,18 +97,14 @@ class Killer:
                 os.kill(victim(), signal.SIGKILL)
 
 
-def run_ours(request: TrainRequest) -> list[dict[str, Any]]:
+def run_ours(run: Run) -> list[dict[str, Any]]:
     """Through the controller."""
     from orchestrator.evaluation.pool import EvaluationPool
-    from orchestrator.evaluation.task import EvaluationRequest
     from orchestrator.training.controller import train
 
-    killer, log = Killer(), RunLog(request.run)
-    shards = request.train_shards
-    pool = EvaluationPool(
-        EvaluationRequest(request.job, request.model, shards, shards, request.shards_folder, request.run), 0
-    )
-    last = request.job.train.steps
+    killer, log = Killer(), RunLog(run.folder)
+    pool = EvaluationPool(run, 0)
+    last = run.job.train.steps
 
     def note(event: dict[str, Any]) -> None:
         if event.get("step") != last:
@@ -124,7 +112,7 @@ def run_ours(request: TrainRequest) -> list[dict[str, Any]]:
         else:
             killer.events.append(event)
 
-    train(request, pool, ("accuracy", "max"), 0, log, note, lambda: False)
+    train(run, pool, ("accuracy", "max"), 0, log, note, lambda: False)
     log.close()
     return killer.events
 
@@ -162,34 +150,34 @@ class FileHooks:
 
 def plain_worker(config: dict[str, Any]) -> None:
     """What plain Ray Train runs on each rank."""
-    request = config["request"]
-    (request.run.path / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
-    run_rank(request, FileHooks(request.run.path))
+    run = config["run"]
+    (run.folder.path / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    run_rank(run, FileHooks(run.folder.path))
 
 
-def run_plain(request: TrainRequest) -> list[dict[str, Any]]:
+def run_plain(run: Run) -> list[dict[str, Any]]:
     """Through Ray Train, killed from outside in the same way."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    run, killer = request.run.path, Killer()
+    folder, killer = run.folder.path, Killer()
     trainer = TorchTrainer(
         plain_worker,
-        train_loop_config={"request": request},
+        train_loop_config={"run": run},
         scaling_config=ScalingConfig(num_workers=2),
-        run_config=RunConfig(storage_path=str(run / "ray"), failure_config=FailureConfig(max_failures=100)),
+        run_config=RunConfig(storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=100)),
     )
     fit = threading.Thread(target=trainer.fit, daemon=True)
     fit.start()
     seen = 0
-    while fit.is_alive() or seen < len(lines(run)):
-        for line in lines(run)[seen:]:
+    while fit.is_alive() or seen < len(lines(folder)):
+        for line in lines(folder)[seen:]:
             seen += 1
             event = json.loads(line)
-            if event.get("step") == request.job.train.steps:
+            if event.get("step") == run.job.train.steps:
                 killer.events.append(event)
             else:
-                killer.note(event, lambda: int((run / "pid-1").read_text()))
+                killer.note(event, lambda: int((folder / "pid-1").read_text()))
         time.sleep(0.05)
     return killer.events
 

@@ -30,7 +30,7 @@ class _AfterRank(importlib.abc.MetaPathFinder):
         def exec_module(module):
             execute(module)
             run_rank = module.run_rank
-            module.run_rank = lambda request, hooks: (_install(request.run), run_rank(request, hooks))[1]
+            module.run_rank = lambda run, hooks: (_install(run.folder), run_rank(run, hooks))[1]
 
         spec.loader.exec_module = exec_module
         return spec

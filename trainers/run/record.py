@@ -1,23 +1,63 @@
-"""What one run is: its job, model, shards and folder."""
+"""What one run is: its job, model, shards and folder. Torch-free; stages, ranks and evaluations all get this record."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from trainers.errors import JobError
 from trainers.job.schema import Job
-from trainers.model.source import ModelFolder
-from trainers.shards.manifest import ShardManifest
+from trainers.model.source import ModelFolder, find_model
+from trainers.records import Record
+from trainers.run.folder import checkpoints_folder, run_folder
+from trainers.shards.dataset import ShardSet
+from trainers.shards.keys import SplitName, load_shards
+from trainers.shards.manifest import ShardManifest, Shards, shards_folder
 from trainers.storage import Folder
 from trainers.tasks import Task, load_task, task_options
 
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """All a rank needs to know; small enough to travel."""
+class Run(Record):
+    """One run; small enough to travel, as JSON or between Ray's processes."""
 
     job: Job
     model: ModelFolder
-    train_shards: ShardManifest
-    shards_folder: Folder
-    run: Folder
+    shards: Shards
+    folder: Folder
+
+    @property
+    def checkpoints(self) -> Folder:
+        """Where the checkpoints are."""
+        return checkpoints_folder(self.job, self.folder)
+
+    def load_task(self) -> Task:
+        """The job's task, knowing the labels of the training data."""
+        return job_task(self.job, self.shards.train)
+
+    def open_shards(self, split: SplitName, task: Task) -> ShardSet:
+        """The sequences of a split."""
+        manifest = self.shards.train if split == "train" else self.shards.eval
+        return ShardSet(shards_folder(Folder(self.job.storage), manifest.key), manifest, task)
+
+
+def run_of(job: Job, model: ModelFolder, shards: Shards) -> Run:
+    """The run of a job on these shards, in the folder that its identity names."""
+    return Run(job=job, model=model, shards=shards, folder=run_folder(job, model.digest, shards))
+
+
+def find_run(job: Job, model: ModelFolder | None = None) -> Run:
+    """The run of a job whose shards are written.
+
+    Args:
+        job: the job.
+        model: its prepared model, where the caller has it.
+
+    Raises:
+        JobError: where they are not.
+        DataError: where the job refuses what they hold.
+    """
+    model = model or find_model(job)
+    shards = load_shards(job, model.path) if model else None
+    if model is None or shards is None:
+        raise JobError("the data is not sharded yet: run `tuneyard shard JOB` with the same job file first")
+    return run_of(job, model, shards)
 
 
 def job_task(job: Job, shards: ShardManifest) -> Task:

@@ -11,9 +11,7 @@ from trainers.checkpoint.checkpointer import Checkpointer, barrier, new_attempt
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine
 from trainers.model.world import World, join_world
-from trainers.run.folder import checkpoints_folder
-from trainers.run.record import TrainRequest, job_task
-from trainers.shards.dataset import ShardSet
+from trainers.run.record import Run
 from trainers.storage import Folder
 from trainers.tokenizer.encoder import load_encoder
 from trainers.training.distill import load_objective
@@ -25,7 +23,7 @@ from trainers.verification.isolation import check_isolation
 from trainers.verification.verify import read_verification, require_passed, verify_job
 
 
-def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
+def run_rank(run: Run, hooks: Hooks) -> LoopOutcome:
     """Train this rank's share of the job, from the newest committed checkpoint if there is one.
 
     Raises:
@@ -33,60 +31,59 @@ def run_rank(request: TrainRequest, hooks: Hooks) -> LoopOutcome:
         TrainingError: the checkpoints belong to something else, or the loss diverged too often.
     """
     hooks.at("load", 0)
-    world = join_world(request.job.scale.cpus_per_worker)
-    if request.job.train.verify:
-        _verify(request, world, hooks)
+    world = join_world(run.job.scale.cpus_per_worker)
+    if run.job.train.verify:
+        _verify(run, world, hooks)
     while True:
         try:
-            return _attempt(request, hooks, world)
+            return _attempt(run, hooks, world)
         except Diverged as error:
             if world.rank == 0:
                 hooks.emit({"kind": "rolled_back", "step": error.step + 1, "reason": error.reason})
             hooks.at("load", error.step)
 
 
-def _verify(request: TrainRequest, world: World, hooks: Hooks) -> None:
+def _verify(run: Run, world: World, hooks: Hooks) -> None:
     """Before the first launch of a model, task and attention backend: is this training what it says? Rank 0 asks.
 
     Raises:
         TrainingError: where a self-test fails.
     """
     if world.rank == 0:
-        found = read_verification(request.job, request.model)
+        found = read_verification(run.job, run.model)
         if found is None:
             began = time.monotonic()
-            found = verify_job(request.job, request.model)
+            found = verify_job(run.job, run.model)
             failed = [check.name for check in found.checks if not check.passed]
             told = {"passed": len(found.checks) - len(failed), "failed": failed, "key": found.key}
             hooks.emit({"kind": "verification", **told, "seconds": time.monotonic() - began})
-        require_passed(found, request.job.model.dtype)
+        require_passed(found, run.job.model.dtype)
     barrier(world)
 
 
-def _attempt(request: TrainRequest, hooks: Hooks, world: World) -> LoopOutcome:
+def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     """Build everything, resume, and train until the end, a stop or a divergence."""
-    job = request.job
-    task = job_task(job, request.train_shards)
+    job, task = run.job, run.load_task()
     plan = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world.size, job.data.max_length)
-    encoder = load_encoder(request.model.path, job.model.trust_remote_code)
+    encoder = load_encoder(run.model.path, job.model.trust_remote_code)
     task.prepare(encoder)
     pad_id = encoder.pad_id
-    shards = ShardSet(request.shards_folder, request.train_shards, task)
+    shards = run.open_shards("train", task)
     packs = index_packs(job, shards)
     order = job_order(job, len(packs))
     objective = load_objective(job, task, pad_id, world)
-    skipped = read_skipped(request.run)
-    engine = build_engine(job, task, request.model.path, pad_id, derive_config(job, plan), world)
+    skipped = read_skipped(run.folder)
+    engine = build_engine(job, task, run.model.path, pad_id, derive_config(job, plan), world)
     if job.packing:
         check_isolation(engine, task, shards, pad_id, job.model.attention, world.device)
     source = StepSource(shards, packs, order, plan, world.rank, task, pad_id)
     schedule = Schedule(job.train.schedule, job.train.learning_rate, order.steps, job.train.warmup_ratio)
     checkpointer = Checkpointer(
         engine,
-        checkpoints_folder(job, request.run),
+        run.checkpoints,
         world,
         new_attempt(world),
-        request.train_shards.key,
+        run.shards.train.key,
         job.identity(),
         hooks.emit,
         skipped.numbers,
@@ -105,7 +102,7 @@ def _attempt(request: TrainRequest, hooks: Hooks, world: World) -> LoopOutcome:
     except Diverged as error:
         checkpointer.finish()
         listed = add_skipped(skipped, skipped_step(error, source.sequences(error.step), source.origins(error.step)))
-        _roll_back(request.run, listed, engine, source, world)
+        _roll_back(run.folder, listed, engine, source, world)
         raise
     finally:
         checkpointer.close()

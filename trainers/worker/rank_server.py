@@ -20,12 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from trainers.errors import TuneyardError
-from trainers.job.schema import Job
-from trainers.model.source import ModelFolder
 from trainers.records import Record
-from trainers.run.record import TrainRequest
-from trainers.shards.manifest import ShardManifest
-from trainers.storage import Folder
+from trainers.run.record import Run
 from trainers.worker.heartbeat import HeartbeatPage
 from trainers.worker.rank import run_rank
 from trainers.worker.stop_signal import PipeHooks, StopSignal
@@ -45,32 +41,7 @@ class RankSpec(Record):
     """Folder of this host for the rank's heartbeat, events and stacks."""
     log: str | None
     """File that standard output and error are appended to; None leaves them."""
-    job: Job
-    model_path: str
-    model_digest: str
-    train_shards: ShardManifest
-    shards_folder: str
-    run: str
-
-    def request(self) -> TrainRequest:
-        """What `run_rank` takes."""
-        model = ModelFolder(self.model_path, self.model_digest)
-        return TrainRequest(self.job, model, self.train_shards, Folder(self.shards_folder), Folder(self.run))
-
-
-def rank_spec(request: TrainRequest, environment: dict[str, str], files: Path, log: str | None) -> RankSpec:
-    """A request as it travels."""
-    return RankSpec(
-        environment=environment,
-        files=str(files),
-        log=log,
-        job=request.job,
-        model_path=request.model.path,
-        model_digest=request.model.digest,
-        train_shards=request.train_shards,
-        shards_folder=str(request.shards_folder),
-        run=str(request.run),
-    )
+    run: Run
 
 
 def heartbeat_file(files: Path) -> Path:
@@ -144,7 +115,7 @@ def _run_forever(spec: RankSpec) -> NoReturn:
     """Be a rank to the end; never returns."""
     files = Path(spec.files)
     heartbeat = HeartbeatPage(heartbeat_file(files))
-    stop = StopSignal(spec.job.checkpoint.grace_s, heartbeat)
+    stop = StopSignal(spec.run.job.checkpoint.grace_s, heartbeat)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -156,7 +127,7 @@ def _run_forever(spec: RankSpec) -> NoReturn:
     faulthandler.enable()  # a crash leaves its Python stack in the log
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     hooks = PipeHooks(events, heartbeat, stop)
-    code = _run(spec.request(), hooks)
+    code = _run(spec.run, hooks)
     sys.stdout.flush()
     sys.stderr.flush()
     events.close()
@@ -172,9 +143,9 @@ def _redirect(log: str | None) -> None:
     os.dup2(2, 1)
 
 
-def _run(request: TrainRequest, hooks: PipeHooks) -> int:
+def _run(run: Run, hooks: PipeHooks) -> int:
     try:
-        run_rank(request, hooks)
+        run_rank(run, hooks)
     except TuneyardError as error:
         hooks.emit({"kind": "refused", "error": str(error), "exit_code": error.exit_code})
         return error.exit_code

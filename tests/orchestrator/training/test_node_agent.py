@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.training import node_agent as agent
-from tests.benchmarks.bench_recovery import request_of
+from tests.benchmarks.bench_recovery import named_run
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 
 pytestmark = pytest.mark.slow
@@ -21,10 +21,10 @@ def test_ranks_that_are_no_forks_run_and_leave_a_spare(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(40))
     shard_locally(job)
-    request, kept = request_of(job, "become"), agent.NodeAgent(1)
+    run, kept = named_run(job, "become"), agent.NodeAgent(1)
     first = [server.process.pid for server in kept._servers]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.free_port())}
-    kept.launch(request, {0: {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}}, None)
+    kept.launch(run, {0: {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}}, None)
     events, ranks, deadline = [], set(), time.monotonic() + 120
     while not (seen := kept.look()).exits:
         assert time.monotonic() < deadline

@@ -13,7 +13,7 @@ from tests.crashing import next_start, start_light
 from tests.ranks import run_ranks
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from tests.trainers.training.test_training import Recorder
-from tests.trainers.training.test_world_sizes import request_of
+from tests.trainers.training.test_world_sizes import named_run
 from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage
 from trainers.checkpoint.records import rank_file
@@ -74,12 +74,11 @@ def test_checking_and_reading_a_rank_costs_one_download_of_its_file(bucket: Buck
 
 
 def train_into(job: Job, run: str, stop_after: int | None) -> list[dict[str, Any]]:
-    from dataclasses import replace
 
     import trainers.worker.rank
 
     hooks = Recorder(stop_after)
-    trainers.worker.rank.run_rank(replace(request_of(job, "unused"), run=Folder(run)), hooks)
+    trainers.worker.rank.run_rank(named_run(job, "unused").model_copy(update={"folder": Folder(run)}), hooks)
     return hooks.events
 
 

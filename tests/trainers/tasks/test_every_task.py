@@ -150,16 +150,11 @@ def test_sampling_draws_the_same_for_the_same_seed(trained: dict[str, Trained]) 
 
 
 def test_the_record_of_an_evaluation_says_how_bleu_was_computed(trained: dict[str, Trained], tmp_path: Path) -> None:
-    from orchestrator.evaluation.task import EvaluationRequest, evaluate_step
-    from trainers.model.source import ModelFolder
+    from orchestrator.evaluation.task import evaluate_step
+    from trainers.run.record import find_run
 
-    job = trained["T5"].job
-    shards = load_shards(job, job.model.path)
-    assert shards is not None
-    folder = shards_folder(Folder(job.storage), shards.eval.key)
-    model = ModelFolder(job.model.path, "")
-    request = EvaluationRequest(job, model, shards.train, shards.eval, folder, Folder(str(tmp_path)))
-    record = evaluate_step(request, 0)
+    run = find_run(trained["T5"].job).model_copy(update={"folder": Folder(str(tmp_path))})
+    record = evaluate_step(run, 0)
     assert record.error is None and record.notes.keys() == {"bleu", "chrf"}
     assert record.notes["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 

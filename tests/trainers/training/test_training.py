@@ -38,20 +38,11 @@ class Recorder:
 
 def train_here(job: Job, run: str, stop_after: int | None = None) -> dict[int, float]:
     """Train as one rank into a run folder of that name; losses by step (rank 0's record, empty elsewhere)."""
-    from trainers.model.source import find_model
-    from trainers.run.record import TrainRequest
-    from trainers.shards.keys import load_shards
-    from trainers.shards.manifest import shards_folder
+    from trainers.run.record import find_run
     from trainers.worker.rank import run_rank
 
-    model = find_model(job)
-    assert model is not None
-    shards = load_shards(job, model.path)
-    assert shards is not None
-    storage = Folder(job.storage)
-    request = TrainRequest(job, model, shards.train, shards_folder(storage, shards.train.key), storage / "runs" / run)
     hooks = Recorder(stop_after)
-    run_rank(request, hooks)
+    run_rank(find_run(job).model_copy(update={"folder": Folder(job.storage) / "runs" / run}), hooks)
     return {event["step"]: event["loss"] for event in hooks.events if event["kind"] == "step"}
 
 

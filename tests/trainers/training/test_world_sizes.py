@@ -55,23 +55,15 @@ def train_with_ledger(runs: list[tuple[Job, str, int | None]]) -> list[Heard]:
     for job, run, stop_after in runs:
         seen.clear()
         hooks = Recorder(stop_after)
-        trainers.worker.rank.run_rank(request_of(job, run), hooks)
+        trainers.worker.rank.run_rank(named_run(job, run), hooks)
         heard.append(Heard(dict(seen), hooks.events))
     return heard
 
 
-def request_of(job: Job, run: str) -> Any:
-    from trainers.model.source import find_model
-    from trainers.run.record import TrainRequest
-    from trainers.shards.keys import load_shards
-    from trainers.shards.manifest import shards_folder
+def named_run(job: Job, run: str) -> Any:
+    from trainers.run.record import find_run
 
-    model = find_model(job)
-    assert model is not None
-    shards = load_shards(job, model.path)
-    assert shards is not None
-    storage = Folder(job.storage)
-    return TrainRequest(job, model, shards.train, shards_folder(storage, shards.train.key), storage / "runs" / run)
+    return find_run(job).model_copy(update={"folder": Folder(job.storage) / "runs" / run})
 
 
 @pytest.fixture(scope="module")
