@@ -21,7 +21,7 @@ from trainers.shards.keys import SplitPlan, load_shards, plan_splits
 from trainers.shards.manifest import Shards, shards_folder
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.storage import Folder
-from trainers.tasks import choose_metric, encode_rules, load_task
+from trainers.tasks import choose_metric, encode_rows, encode_rules, load_task
 from trainers.tokenizer.encoder import load_encoder
 
 SAMPLE_ROWS = 500
@@ -112,11 +112,10 @@ def estimate_sequences(job: Job, model: ModelFolder) -> tuple[int, int, int]:
     units = plan_units(split.sources)
     sample, sampled_bytes = _sample(job, split, units)
     encoder = load_encoder(model.path, job.model.trust_remote_code)
-    encoded = load_task(job.task).encode(sample, encoder, encode_rules(job))
-    pieces = [len(piece.input_ids) for one in encoded for piece in one.sequences]
+    pieces = encode_rows(load_task(job.task), sample, encoder, encode_rules(job)).tokens.lengths
     scale = sum(source.size for source in split.sources) / max(sampled_bytes, 1)
     scale *= 1 - (split.fraction or 0.0)
-    rows, tokens = round(len(pieces) * scale), round(sum(pieces) * scale)
+    rows, tokens = round(len(pieces) * scale), round(int(pieces.sum()) * scale)
     return rows, tokens, -(-tokens // job.data.max_length) if job.packing else rows
 
 

@@ -24,9 +24,9 @@ from trainers.sources.formats import RawRow
 from trainers.sources.readers import Unit, read_unit
 from trainers.sources.text_digest import text_digests
 from trainers.storage import Folder, StagedFile
-from trainers.tasks import EncodeRules, Task, load_task
+from trainers.tasks import EncodeRules, Task, encode_rows, load_task
 from trainers.tokenizer.encoder import Encoder, TokenizerSpec, encoder_of
-from trainers.tokenizer.token_arrays import EncodedBatch, insert_rows
+from trainers.tokenizer.token_arrays import EncodedBatch
 
 ENCODE_ROWS = 4000
 ENCODE_CHARS = 2 * 2**20
@@ -218,10 +218,4 @@ def _encode(
     outcomes = [MALFORMED if fields is None else removed.get(row) for row, fields in batch]
     for place in np.flatnonzero(seen).tolist() if seen is not None else ():
         outcomes[place] = outcomes[place] or CONTAMINATED
-    whole = [
-        fields for (_, fields), outcome in zip(batch, outcomes, strict=True) if fields is not None and outcome is None
-    ]
-    if len(whole) == len(batch):
-        return task.encode_batch(whole, encoder, rules)
-    places = np.array([place for place, outcome in enumerate(outcomes) if outcome is None], dtype=np.int64)
-    return insert_rows(task.encode_batch(whole, encoder, rules), places, outcomes)
+    return encode_rows(task, [fields or {} for _, fields in batch], encoder, rules, outcomes)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from trainers.errors import JobError
 from trainers.job.schema import Job
-from trainers.tasks.base import EncodedRow, EncodeRules, Example, Task, TokenSequence, encode_rules
+from trainers.tasks.base import EncodeRules, Example, Task, encode_rows, encode_rules
 from trainers.tasks.classify import Classify
 from trainers.tasks.extract import Extract
 from trainers.tasks.mlm import Mlm
@@ -34,7 +34,6 @@ TASKS: dict[str, type[Task]] = {
 
 
 def load_task(name: str, options: TaskOptions = DEFAULTS) -> Task:
-    """The task of that name."""
     return TASKS[name](options)
 
 
@@ -50,13 +49,12 @@ def choose_metric(job: Job) -> tuple[str, Mode]:
 __all__ = [
     "TASKS",
     "EncodeRules",
-    "EncodedRow",
     "Example",
     "Mode",
     "Task",
     "TaskOptions",
-    "TokenSequence",
     "choose_metric",
+    "encode_rows",
     "encode_rules",
     "load_task",
     "task_options",

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,14 @@ import pyarrow as pa
 from trainers.errors import JobError
 from trainers.job.schema import Job, Overlong
 from trainers.records import Array
+from trainers.tasks.losses import IGNORE as IGNORE
+from trainers.tasks.losses import cross_entropy_sum
 from trainers.tasks.options import DEFAULTS, TaskOptions, task_options
-from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, BatchBuilder, EncodedBatch
+from trainers.tokenizer.encoder import Encoder
+from trainers.tokenizer.token_arrays import EncodedBatch, insert_rows
 
 if TYPE_CHECKING:
     import torch
-
-    from trainers.tokenizer.encoder import Encoder
-
-IGNORE = -100
-"""Label of positions the loss skips."""
 
 
 @dataclass(frozen=True)
@@ -38,47 +36,7 @@ class EncodeRules:
 
 
 def encode_rules(job: Job) -> EncodeRules:
-    """What a job says of the form of sequences."""
     return EncodeRules(job.data.max_length, job.overlong, task_options(job))
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """One training sequence: ids, plus what the task cannot derive from them."""
-
-    input_ids: Sequence[int] | Array
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """What became of one input row. The ledger keeps `outcome`; `sequences` is empty where the row was dropped."""
-
-    outcome: str
-    sequences: tuple[TokenSequence, ...] = ()
-    tokens_lost: int = 0
-
-    @staticmethod
-    def dropped(reason: str) -> EncodedRow:
-        """A row that trains nothing, and why."""
-        return EncodedRow(f"dropped:{reason}")
-
-    @staticmethod
-    def whole(sequence: TokenSequence, tokens_lost: int = 0) -> EncodedRow:
-        """A row that became one sequence."""
-        return EncodedRow(TRUNCATED if tokens_lost else KEPT, (sequence,), tokens_lost)
-
-    @staticmethod
-    def unpack(batch: EncodedBatch) -> list[EncodedRow]:
-        """One record a row, out of a batch."""
-        sequences: list[list[TokenSequence]] = [[] for _ in batch.codes]
-        for place, row in enumerate(batch.row.tolist()):
-            extra = {name: values[place].as_py() for name, values in batch.extra.items()}
-            sequences[row].append(TokenSequence(batch.tokens[place].tolist(), extra))
-        return [
-            EncodedRow(batch.outcomes[code], tuple(own), int(lost))
-            for code, own, lost in zip(batch.codes, sequences, batch.tokens_lost, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
@@ -115,22 +73,17 @@ class Task(ABC):
         self.options = options
         self.labels: tuple[str, ...] = ()
 
-    @abstractmethod
-    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
-        """Tokenize rows, given as the task's fields; one result each, in order."""
-
-    def encode_batch(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
-        """`encode` as arrays. A task that is given many rows overrides this one and does without Python lists."""
-        builder = BatchBuilder(self.extra_schema)
-        encoded = self.encode(rows, encoder, rules)
-        assert len(encoded) == len(rows), f"{type(self).__name__}.encode: {len(encoded)} results for {len(rows)} rows"
-        for one in encoded:
-            builder.add(one.outcome, one.sequences, one.tokens_lost)
-        return builder.build()
+    def refusal(self, row: Mapping[str, Any], options: TaskOptions) -> str | None:
+        """Why a row, given as the task's fields, cannot be used; None where `encode` may have it."""
+        return None
 
     @abstractmethod
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+        """Tokenize rows that `refusal` let pass, in order. Call it through `encode_rows`."""
+
     def count_targets(self, table: pa.Table) -> Array:
         """Targets of each sequence of a shard, int64 [rows]: what the loss is averaged over."""
+        return np.ones(table.num_rows, dtype=np.int64)
 
     @abstractmethod
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
@@ -162,9 +115,9 @@ class Task(ABC):
         """The training loss of a micro-batch, summed over targets."""
         return self.loss_sum(self.forward(model, inputs), labels)
 
-    @abstractmethod
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Loss summed over targets, fp32 scalar."""
+        """Loss summed over targets, fp32 scalar; logits [..., classes] of labels [...]."""
+        return cross_entropy_sum(logits, labels, self.options.label_smoothing)
 
     @abstractmethod
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
@@ -182,13 +135,21 @@ class Task(ABC):
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """Metrics over the documents that `score` saw, in any order."""
 
+    def metric_value(self, name: str, row_scores: Mapping[str, Array]) -> float:
+        """One of `metrics` alone, for callers that need it a thousand times."""
+        return self.metrics(row_scores)[name]
+
     def notes(self) -> dict[str, str]:
         """What makes the metrics comparable, by metric, where a name and a number do not say it all."""
         return {}
 
     def config_changes(self) -> dict[str, Any]:
-        """What this task changes in the model's configuration."""
-        return {}
+        """What this task changes in the model's configuration: labels, so that the exported model names its answers."""
+        if not self.has_labels:
+            return {}
+        id2label = dict(enumerate(self.labels))
+        label2id = {name: index for index, name in id2label.items()}
+        return {"num_labels": len(id2label), "id2label": id2label, "label2id": label2id}
 
     def load_config(self, path: str, pad_id: int, trust_remote_code: bool) -> Any:
         """The model's configuration with this task's changes."""
@@ -223,19 +184,38 @@ class Task(ABC):
         return model
 
     def head_class(self, config: Any) -> str:
-        """transformers' class that puts this task's head on a model of this configuration."""
         return self.auto_class
 
     def better_mode(self, metric: str) -> str:
-        """min or max."""
         return "min" if metric in self.smaller_is_better else "max"
+
+
+def encode_rows(
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    encoder: Encoder,
+    rules: EncodeRules,
+    settled: Sequence[str | None] | None = None,
+) -> EncodedBatch:
+    """Encode rows, one outcome each; those that the task refuses are dropped with its reason.
+
+    Args:
+        settled: [rows], the outcome of each row that must not reach the task, None for the others.
+    """
+    outcomes = list(settled or [None] * len(rows))
+    for index, row in enumerate(rows):
+        if outcomes[index] is None and (reason := task.refusal(row, rules.options)):
+            outcomes[index] = f"dropped:{reason}"
+    usable = np.array([index for index, outcome in enumerate(outcomes) if outcome is None], dtype=np.int64)
+    if len(usable) == len(rows):
+        return task.encode(rows, encoder, rules)
+    return insert_rows(task.encode([rows[index] for index in usable], encoder, rules), usable, outcomes)
 
 
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 
 
 def cut_layers(config: Any, layers: int) -> None:
-    """Make a configuration that of the first layers alone."""
     for name in DEPTHS:
         if isinstance(depth := getattr(config, name, None), int):
             setattr(config, name, min(depth, layers))

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainers.records import Array
 from trainers.tasks.base import IGNORE, Batch, Example, Task
-from trainers.tasks.losses import cross_entropy_sum, score_tokens
+from trainers.tasks.losses import score_tokens
 from trainers.tasks.padding import places
 
 if TYPE_CHECKING:
@@ -56,12 +56,7 @@ class CausalTask(Task):
         inputs = {"input_ids": ids, "position_ids": positions}
         return Batch(inputs, labels, places(rows), tuple(rows), segments)
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy summed over target positions; logits [batch, seq, vocabulary]."""
-        return cross_entropy_sum(logits, labels, self.options.label_smoothing)
-
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
-        """Loss, targets and correct predictions of each document."""
         assert batch.segments is not None
         return score_tokens(logits, batch.labels, batch.segments, len(batch.rows))
 

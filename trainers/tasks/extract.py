@@ -14,17 +14,18 @@ import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array
-from trainers.tasks.base import Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
+from trainers.tasks.base import Batch, EncodeRules, Example, Task
+from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.losses import cross_entropy_sum
 from trainers.tasks.metrics.spans import best_span, merge_windows, span_metrics
 from trainers.tasks.metrics.squad import score_v1, score_v2
+from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, places
-from trainers.tokenizer.token_arrays import SPLIT
+from trainers.tokenizer.encoder import Encoder
+from trainers.tokenizer.token_arrays import SPLIT, EncodedBatch
 
 if TYPE_CHECKING:
     import torch
-
-    from trainers.tokenizer.encoder import Encoder
 
 Answer = tuple[int, str]
 """First character in the context, and the text."""
@@ -49,13 +50,13 @@ class Extract(Task):
     new_head = True
     metrics_known = ("f1", "exact", "best_f1", "best_exact", "loss")
 
-    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
-        """Cut each context into windows and find the answer in each."""
-        return [_encode(row, encoder, rules) for row in rows]
+    def refusal(self, row: Mapping[str, Any], options: TaskOptions) -> str | None:
+        answers = read_answers(row)
+        return answers if isinstance(answers, str) else None
 
-    def count_targets(self, table: pa.Table) -> Array:
-        """One target a window."""
-        return np.ones(table.num_rows, dtype=np.int64)
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+        """Cut each context into windows and find the answer in each."""
+        return batch_rows((_encode(row, encoder, rules) for row in rows), self.extra_schema)
 
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Windows padded on the right; labels [windows, 2] are the answer's first and last token."""
@@ -85,11 +86,9 @@ class Extract(Task):
         return {"loss_sum": losses, **{name: np.array([line[name] for line in lines]) for name in lines[0]}}
 
     def merge(self, rows: Array, row_scores: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        """Windows of one question together."""
         return merge_windows(rows, row_scores)
 
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
-        """Exact match and F1 of the official evaluation, in percent."""
         return span_metrics(row_scores, self.options.no_answer_threshold)
 
 
@@ -123,8 +122,7 @@ def read_answers(row: Mapping[str, Any]) -> list[Answer] | str:
 
 def _encode(row: Mapping[str, Any], encoder: Encoder, rules: EncodeRules) -> EncodedRow:
     answers = read_answers(row)
-    if isinstance(answers, str):
-        return EncodedRow.dropped(answers)
+    assert isinstance(answers, list)  # `refusal` let it pass
     pair = (row["question"].strip(), row["context"])
     overlap = min(rules.options.window_overlap, rules.max_length // 2)
     try:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainers.records import Array
-from trainers.tasks.base import IGNORE
 
 if TYPE_CHECKING:
     import torch
+
+IGNORE = -100
+"""Label of positions the loss skips."""
 
 
 def cross_entropy_sum(

@@ -14,18 +14,19 @@ import pyarrow as pa
 
 from trainers.errors import JobError
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
+from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
 from trainers.tasks.causal import token_metrics
-from trainers.tasks.losses import by_line, cross_entropy_sum, score_tokens
+from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
+from trainers.tasks.losses import by_line, score_tokens
 from trainers.tasks.metrics.bits_per_byte import bits_per_byte, target_bytes, token_bytes
+from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, pad_right, places
 from trainers.tasks.pretrain import text_refusal
-from trainers.tokenizer.token_arrays import SPLIT
+from trainers.tokenizer.encoder import Encoder
+from trainers.tokenizer.token_arrays import SPLIT, EncodedBatch
 
 if TYPE_CHECKING:
     import torch
-
-    from trainers.tokenizer.encoder import Encoder
 
 MASKED, RANDOM = 0.8, 0.1
 """Shares of the hidden tokens that become the mask token and a random token; the rest stay (Devlin et al. 2018)."""
@@ -41,15 +42,17 @@ class Mlm(Task):
     metrics_known = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     smaller_is_better = frozenset({"loss", "perplexity", "bits_per_byte"})
 
-    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
+    def refusal(self, row: Mapping[str, Any], options: TaskOptions) -> str | None:
+        return text_refusal(row.get("text"))
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Tokenize texts without special tokens, then window them and put those around each window."""
-        reasons = [text_refusal(row.get("text")) for row in rows]
-        texts = [row["text"] for row, why in zip(rows, reasons, strict=True) if why is None]
-        found, frame = encoder.encode_with_words(texts)[::-1], encoder.frame
+        frame = encoder.frame
         if frame is None:
             raise JobError("task mlm: the tokenizer does not put its special tokens around a text; choose an encoder")
+        words = encoder.encode_with_words([row["text"] for row in rows])[::-1]
         # popped, not looked up: those of a long text go before the next one's are cut up
-        return [EncodedRow.dropped(why) if why else _fit(*found.pop(), frame, rules) for why in reasons]
+        return batch_rows((_fit(*words.pop(), frame, rules) for _ in rows), self.extra_schema)
 
     def count_targets(self, table: pa.Table) -> Array:
         """A fixed share of each row's tokens, special ones aside, but at least one."""
@@ -68,7 +71,6 @@ class Mlm(Task):
         self._bytes = token_bytes(encoder)
 
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
-        """Rows padded on the right, some tokens hidden."""
         rows = [row for pack in packs for row in pack]
         inputs = as_inputs(rows, pad_id)
         lines = []
@@ -91,12 +93,7 @@ class Mlm(Task):
         ids[swapped] = random.integers(0, self._vocabulary, len(swapped))
         return ids, labels
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy summed over hidden tokens; logits [batch, seq, vocabulary]."""
-        return cross_entropy_sum(logits, labels, self.options.label_smoothing)
-
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
-        """Loss, hidden tokens, right guesses and bytes hidden of each row."""
         lines, count = by_line(batch.labels), len(batch.rows)
         held = target_bytes(self._bytes, batch.labels, lines, count)
         return {**score_tokens(logits, batch.labels, lines, count), "bytes": held}

@@ -10,15 +10,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainers.records import Array
-from trainers.tasks.base import Batch, EncodedRow, EncodeRules, Example
+from trainers.tasks.base import Batch, EncodeRules, Example
 from trainers.tasks.causal import CausalTask
 from trainers.tasks.metrics.bits_per_byte import bits_per_byte, target_bytes, token_bytes
-from trainers.tokenizer.token_arrays import KEPT, SPLIT, TRUNCATED, EncodedBatch, Tokens, insert_rows, starts_of
+from trainers.tasks.options import TaskOptions
+from trainers.tokenizer.encoder import Encoder
+from trainers.tokenizer.token_arrays import KEPT, SPLIT, TRUNCATED, EncodedBatch, Tokens, starts_of
 
 if TYPE_CHECKING:
     import torch
-
-    from trainers.tokenizer.encoder import Encoder
 
 OUTCOMES = (KEPT, TRUNCATED, SPLIT, "dropped:overlong", "dropped:no_target")
 
@@ -29,20 +29,11 @@ class Pretrain(CausalTask):
     metrics_known = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     smaller_is_better = frozenset({"loss", "perplexity", "bits_per_byte"})
 
-    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
-        """One record a row; the work is `encode_batch`'s."""
-        return EncodedRow.unpack(self.encode_batch(rows, encoder, rules))
+    def refusal(self, row: Mapping[str, Any], options: TaskOptions) -> str | None:
+        return text_refusal(row.get("text"))
 
-    def encode_batch(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
-        """Tokenize texts, end each with EOS and apply the length policy."""
-        refusals = [text_refusal(row.get("text")) for row in rows]
-        reasons = [f"dropped:{why}" if why else None for why in refusals]
-        texts = [row["text"] for row, reason in zip(rows, reasons, strict=True) if reason is None]
-        batch = _fit(_ended(encoder.encode_ids(texts), encoder.eos_id), rules)
-        if len(texts) == len(rows):
-            return batch
-        places = np.array([place for place, reason in enumerate(reasons) if reason is None], dtype=np.int64)
-        return insert_rows(batch, places, reasons)
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+        return _fit(_ended(encoder.encode_ids([row["text"] for row in rows]), encoder.eos_id), rules)
 
     def count_targets(self, table: pa.Table) -> Array:
         """Length minus one: nothing predicts the first token."""
@@ -51,21 +42,17 @@ class Pretrain(CausalTask):
         return targets
 
     def target_mask(self, row: Example) -> Array:
-        """All tokens."""
         return np.ones(len(row.input_ids), dtype=bool)
 
     def prepare(self, encoder: Encoder) -> None:
-        """Note how many bytes of text each token stands for."""
         self._bytes = token_bytes(encoder)
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
-        """As for every causal task, and the bytes that the targets stand for."""
         assert batch.segments is not None
         held = target_bytes(self._bytes, batch.labels, batch.segments, len(batch.rows))
         return {**super().score(logits, batch), "bytes": held}
 
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
-        """With bits per byte of text, which compares models whatever their vocabularies."""
         return {**super().metrics(row_scores), "bits_per_byte": bits_per_byte(row_scores)}
 
 

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from trainers.job.sections import GenerateSection
 from trainers.job.task_fields import PLACE
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
+from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
 from trainers.tasks.causal import token_metrics
+from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.generation import generate_texts
-from trainers.tasks.losses import by_line, cross_entropy_sum, score_tokens
+from trainers.tasks.losses import by_line, score_tokens
 from trainers.tasks.metrics.generated_text import (
     overlap_metrics,
     overlap_scores,
@@ -28,12 +30,13 @@ from trainers.tasks.metrics.generated_text import (
     translation_counts,
     translation_metrics,
 )
+from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, pad_right, places
+from trainers.tokenizer.encoder import Encoder
+from trainers.tokenizer.token_arrays import EncodedBatch
 
 if TYPE_CHECKING:
     import torch
-
-    from trainers.tokenizer.encoder import Encoder
 
 CAUSAL_PROMPT = "{source}\n"
 """How a causal model gets a source where the job does not say: the target begins on a line of its own."""
@@ -49,31 +52,32 @@ class Seq2Seq(Task):
                      "rougeLsum", "exact_match")  # fmt: skip
 
     def head_class(self, config: Any) -> str:
-        """Encoder-decoder or causal, as the model is."""
         return self.auto_class if config.is_encoder_decoder else "AutoModelForCausalLM"
 
-    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
+    def refusal(self, row: Mapping[str, Any], options: TaskOptions) -> str | None:
+        for name in sorted({"source", "target", *PLACE.findall(options.prompt or "")}):
+            text = row.get(name)
+            if not isinstance(text, str):
+                return f"missing_{name}" if text is None else f"{name}_not_a_string"
+            if not text.strip():
+                return f"empty_{name}"
+        return None
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Tokenize sources and targets apart."""
         causal = not encoder.is_encoder_decoder
         prompt = rules.options.prompt or (CAUSAL_PROMPT if causal else "{source}")
-        needed = {"source", "target", *PLACE.findall(prompt)}
-        reasons = [_refusal(row, needed) for row in rows]
-        kept = [row for row, why in zip(rows, reasons, strict=True) if why is None]
-        prompts = [PLACE.sub(lambda place, row=row: row[place[1]], prompt) for row in kept]  # type: ignore[misc]
+        prompts = [PLACE.sub(lambda place, row=row: row[place[1]], prompt) for row in rows]  # type: ignore[misc]
         sources = encoder.encode(prompts, special=not causal)
-        targets = encoder.encode([row["target"] for row in kept], special=not causal)
-        pairs = iter(zip(kept, sources, targets, strict=True))
-        return [EncodedRow.dropped(why) if why else _fit(*next(pairs), causal, encoder, rules) for why in reasons]
+        targets = encoder.encode([row["target"] for row in rows], special=not causal)
+        encoded = (_fit(*row, causal, encoder, rules) for row in zip(rows, sources, targets, strict=True))
+        return batch_rows(encoded, self.extra_schema)
 
     def count_targets(self, table: pa.Table) -> Array:
-        """Tokens of the target, its end included."""
-        import pyarrow.compute as pc
-
         targets: Array = pc.list_value_length(table["target"]).to_numpy().astype(np.int64)
         return targets
 
     def prepare(self, encoder: Encoder) -> None:
-        """Keep the tokenizer, to read what was generated."""
         self._tokenizer = encoder.tokenizer
 
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
@@ -100,12 +104,7 @@ class Seq2Seq(Task):
         logits: torch.Tensor = model(**given, use_cache=False).logits
         return logits
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy summed over target tokens; logits [batch, seq, vocabulary]."""
-        return cross_entropy_sum(logits, labels, self.options.label_smoothing)
-
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
-        """Loss, targets and correct predictions of each row."""
         return score_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
 
     def generate(self, model: Any, rows: Sequence[Example], pad_id: int) -> dict[str, Array]:
@@ -118,29 +117,13 @@ class Seq2Seq(Task):
         return {**counts, **overlap_scores(said, wanted), "said": np.array(said, dtype=object)}
 
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
-        """Loss and its kin over target tokens; BLEU, chrF and ROUGE over generated texts."""
-        texts = "bleu_0" in row_scores
-        found = (
-            {**translation_metrics(row_scores, self.options.bleu_tokenize), **overlap_metrics(row_scores)}
-            if texts
-            else {}
-        )
-        return {**token_metrics(row_scores), **found}
+        metrics = token_metrics(row_scores)
+        if "bleu_0" in row_scores:
+            metrics |= translation_metrics(row_scores, self.options.bleu_tokenize) | overlap_metrics(row_scores)
+        return metrics
 
     def notes(self) -> dict[str, str]:
-        """sacreBLEU's signatures."""
         return signatures(self.options.bleu_tokenize)
-
-
-def _refusal(row: Mapping[str, Any], needed: set[str]) -> str | None:
-    """Why the row cannot be used, or None."""
-    for name in sorted(needed):
-        text = row.get(name)
-        if not isinstance(text, str):
-            return f"missing_{name}" if text is None else f"{name}_not_a_string"
-        if not text.strip():
-            return f"empty_{name}"
-    return None
 
 
 def _fit(

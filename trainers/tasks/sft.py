@@ -4,25 +4,22 @@ A row: {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
 other shapes that `trainers.tasks.conversations` reads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array
-from trainers.tasks.base import EncodedRow, EncodeRules, Example, TokenSequence
+from trainers.tasks.base import EncodeRules, Example
 from trainers.tasks.causal import CausalTask, token_metrics
 from trainers.tasks.chat_render import Rendered, renderer_of
 from trainers.tasks.conversations import read_messages, read_tools
+from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.generation import generate_texts
 from trainers.tasks.metrics.generated_text import overlap_metrics, overlap_scores
-from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, BatchBuilder, EncodedBatch, Tokens, insert_rows, starts_of
-
-if TYPE_CHECKING:
-    from trainers.tokenizer.encoder import Encoder
+from trainers.tokenizer.encoder import Encoder
+from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, insert_rows, starts_of
 
 OUTCOMES = (KEPT, TRUNCATED, "dropped:overlong", "dropped:no_target")
 SPANS = pa.list_(pa.int32())
@@ -34,22 +31,17 @@ class Sft(CausalTask):
     extra_schema = (("spans", SPANS),)
     metrics_known = ("loss", "perplexity", "token_accuracy", "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match")
 
-    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
-        """One record a row; the work is `encode_batch`'s."""
-        return EncodedRow.unpack(self.encode_batch(rows, encoder, rules))
-
-    def encode_batch(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Render each conversation with the chat template, tokenize it, and find the assistant's tokens."""
         rendered = [_render(row, encoder, rules.options.chat_template) for row in rows]
-        whole = [one for one in rendered if not isinstance(one, str)]
-        batch = _encode(whole, encoder, rules)
-        if len(whole) == len(rows):
+        usable = [index for index, result in enumerate(rendered) if not isinstance(result, str)]
+        batch = _encode([result for result in rendered if not isinstance(result, str)], encoder, rules)
+        if len(usable) == len(rows):
             return batch
-        places = np.array([place for place, one in enumerate(rendered) if not isinstance(one, str)], dtype=np.int64)
-        return insert_rows(batch, places, [f"dropped:{one}" if isinstance(one, str) else None for one in rendered])
+        outcomes = [f"dropped:{result}" if isinstance(result, str) else None for result in rendered]
+        return insert_rows(batch, np.array(usable, dtype=np.int64), outcomes)
 
     def count_targets(self, table: pa.Table) -> Array:
-        """Tokens inside the assistant's spans."""
         column = table["spans"].combine_chunks()
         flat, offsets = column.values.to_numpy(), column.offsets.to_numpy()
         running = np.concatenate([[0], np.cumsum(np.where(np.arange(len(flat)) % 2 == 1, flat, -flat))])
@@ -57,7 +49,6 @@ class Sft(CausalTask):
         return targets
 
     def target_mask(self, row: Example) -> Array:
-        """True inside the assistant's spans."""
         mask = np.zeros(len(row.input_ids), dtype=bool)
         spans = row.extra["spans"]
         for start, end in zip(spans[::2], spans[1::2], strict=True):
@@ -65,7 +56,6 @@ class Sft(CausalTask):
         return mask
 
     def prepare(self, encoder: Encoder) -> None:
-        """Keep the tokenizer, to read what was generated."""
         self._tokenizer = encoder.tokenizer
 
     def generate(self, model: Any, rows: Sequence[Example], pad_id: int) -> dict[str, Array]:
@@ -82,7 +72,6 @@ class Sft(CausalTask):
         return {**overlap_scores(said, wanted), "said": np.array(said, dtype=object)}
 
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
-        """Over all target tokens; with texts also ROUGE and exact match."""
         return {**token_metrics(row_scores), **(overlap_metrics(row_scores) if "rougeL" in row_scores else {})}
 
 
@@ -144,20 +133,20 @@ def _fit(tokens: Tokens, running: Array, rendered: Sequence[Rendered], rules: En
 
 def _fit_by_offsets(rendered: Sequence[Rendered], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
     """The same for tokenizers whose ids do not spell the text out: by the character offsets that they report."""
-    builder = BatchBuilder((("spans", SPANS),))
-    for one, encoding in zip(rendered, encoder.encode_with_offsets([one.text for one in rendered]), strict=True):
-        raw = one.text.encode()
-        spans = [(len(raw[:start].decode()), len(raw[:end].decode())) for start, end in one.spans]
+    rows = []
+    for chat, encoding in zip(rendered, encoder.encode_with_offsets([chat.text for chat in rendered]), strict=True):
+        raw = chat.text.encode()
+        spans = [(len(raw[:start].decode()), len(raw[:end].decode())) for start, end in chat.spans]
         lost = max(len(encoding.ids) - rules.max_length, 0)
         ids = encoding.ids[: rules.max_length]
-        told = _token_spans(encoding.offsets[: len(ids)], spans)
+        targets = _token_spans(encoding.offsets[: len(ids)], spans)
         if lost and rules.overlong != "truncate":
-            builder.add("dropped:overlong", (), 0)
-        elif not told:
-            builder.add("dropped:no_target", (), 0)
+            rows.append(EncodedRow.dropped("overlong"))
+        elif not targets:
+            rows.append(EncodedRow.dropped("no_target"))
         else:
-            builder.add(TRUNCATED if lost else KEPT, (TokenSequence(ids, {"spans": told}),), lost)
-    return builder.build()
+            rows.append(EncodedRow.whole(TokenSequence(ids, {"spans": targets}), lost))
+    return batch_rows(rows, Sft.extra_schema)
 
 
 def _token_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:

@@ -15,14 +15,16 @@ import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
+from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
 from trainers.tasks.classify import fit_pair
+from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
+from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, places
+from trainers.tokenizer.encoder import Encoder
+from trainers.tokenizer.token_arrays import EncodedBatch
 
 if TYPE_CHECKING:
     import torch
-
-    from trainers.tokenizer.encoder import Encoder
 
 MARGIN = 0.5
 """Cosine distance beyond which an unlike pair costs nothing, as sentence-transformers has it."""
@@ -50,23 +52,29 @@ class Similarity(Task):
         return not self.embeds
 
     def head_class(self, config: Any) -> str:
-        """A regression head, or the bare model."""
         return "AutoModel" if self.embeds else "AutoModelForSequenceClassification"
 
-    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
-        """Tokenize pairs together, or each sentence by itself one after the other."""
-        reasons = [_refusal(row, rules.options.score_range) for row in rows]
-        kept = [row for row, why in zip(rows, reasons, strict=True) if why is None]
-        encode = _encode_apart if rules.options.objective != "regression" else _encode_pairs
-        encoded = iter(encode(kept, encoder, rules) if kept else ())
-        return [EncodedRow.dropped(why) if why else next(encoded) for why in reasons]
+    def refusal(self, row: Mapping[str, Any], options: TaskOptions) -> str | None:
+        first, second, score = row.get("sentence1"), row.get("sentence2"), row.get("score")
+        if first is None or second is None:
+            return "missing_sentence"
+        if score is None:
+            return "missing_score"
+        if not isinstance(first, str) or not isinstance(second, str):
+            return "sentence_not_a_string"
+        if not first.strip() or not second.strip():
+            return "empty_sentence"
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            return "score_not_a_number"
+        low, high = options.score_range
+        return None if low <= score <= high else f"score_outside_{low:g}_to_{high:g}"
 
-    def count_targets(self, table: pa.Table) -> Array:
-        """One target a row."""
-        return np.ones(table.num_rows, dtype=np.int64)
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
+        """Tokenize pairs together, or each sentence by itself one after the other."""
+        encode = _encode_apart if rules.options.objective != "regression" else _encode_pairs
+        return batch_rows(encode(rows, encoder, rules), self.extra_schema)
 
     def config_changes(self) -> dict[str, Any]:
-        """One output, for regression."""
         return {} if self.embeds else {"num_labels": 1, "problem_type": "regression"}
 
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
@@ -106,7 +114,6 @@ class Similarity(Task):
         return 0.5 * (alike * distance**2 + (1 - alike) * (MARGIN - distance).clamp(min=0) ** 2)
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
-        """Score, prediction and loss of each row."""
         import torch
 
         said, scores = logits.detach().double().cpu(), torch.from_numpy(batch.labels).double()
@@ -124,23 +131,6 @@ class Similarity(Task):
         if len(score) > 1 and np.ptp(score) > 0 and np.ptp(said) > 0:
             found |= {"pearson": float(pearsonr(score, said)[0]), "spearman": float(spearmanr(score, said)[0])}
         return found
-
-
-def _refusal(row: Mapping[str, Any], score_range: tuple[float, float]) -> str | None:
-    """Why the row cannot be used, or None."""
-    first, second, score = row.get("sentence1"), row.get("sentence2"), row.get("score")
-    if first is None or second is None:
-        return "missing_sentence"
-    if score is None:
-        return "missing_score"
-    if not isinstance(first, str) or not isinstance(second, str):
-        return "sentence_not_a_string"
-    if not first.strip() or not second.strip():
-        return "empty_sentence"
-    if isinstance(score, bool) or not isinstance(score, int | float):
-        return "score_not_a_number"
-    low, high = score_range
-    return None if low <= score <= high else f"score_outside_{low:g}_to_{high:g}"
 
 
 def _encode_pairs(rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:

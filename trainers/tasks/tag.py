@@ -7,6 +7,7 @@ so that a short `max_length` cannot flatter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, EncodedRow, EncodeRules, Example, Task, TokenSequence
-from trainers.tasks.losses import by_line, cross_entropy_sum, score_tokens
+from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
+from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
+from trainers.tasks.losses import by_line, score_tokens
 from trainers.tasks.metrics.entities import entity_counts, entity_metrics, entity_types
+from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, pad_right, places
+from trainers.tokenizer.encoder import Encoder
+from trainers.tokenizer.token_arrays import EncodedBatch
 
 if TYPE_CHECKING:
     import torch
 
-    from trainers.tokenizer.encoder import Encoder
-
 OUTSIDE = "O"
+TAG = re.compile("O|[BIES]-.+", re.DOTALL)
 
 
 class Tag(Task):
@@ -39,32 +43,32 @@ class Tag(Task):
     has_labels = True
     metrics_known = ("f1", "precision", "recall", "strict_f1", "strict_precision", "strict_recall", "accuracy", "loss")
 
-    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:
+    def refusal(self, row: Mapping[str, Any], options: TaskOptions) -> str | None:
+        tokens, tags = row.get("tokens"), row.get("tags")
+        if tokens is None or tags is None:
+            return "missing_tokens" if tokens is None else "missing_tags"
+        if not isinstance(tokens, list) or not isinstance(tags, list):
+            return "tokens_or_tags_not_a_list"
+        if not all(isinstance(value, str) for value in (*tokens, *tags)):
+            return "tokens_or_tags_not_strings"
+        if len(tokens) != len(tags):
+            return "tokens_and_tags_of_unequal_length"
+        if not tokens:
+            return "no_tokens"
+        return None if all(map(TAG.fullmatch, tags)) else "tag_not_BIO_or_BIOES"
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Tokenize words and find where each begins."""
-        reasons = [_refusal(row.get("tokens"), row.get("tags")) for row in rows]
-        words = [row["tokens"] for row, why in zip(rows, reasons, strict=True) if why is None]
-        encodings = iter(encoder.encode_words(words, rules.max_length) if words else ())
-        return [
-            EncodedRow.dropped(why) if why else _fit(*next(encodings), row["tags"], rules)
-            for row, why in zip(rows, reasons, strict=True)
-        ]
+        encodings = encoder.encode_words([row["tokens"] for row in rows], rules.max_length) if rows else []
+        encoded = (_fit(*pair, row["tags"], rules) for pair, row in zip(encodings, rows, strict=True))
+        return batch_rows(encoded, self.extra_schema)
 
     def count_targets(self, table: pa.Table) -> Array:
-        """Words that have a token."""
         targets: Array = pc.list_value_length(table["starts"]).to_numpy().astype(np.int64)
         return targets
 
     def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
-        """Every tag once a row."""
         return set(extra["tags"])
-
-    def config_changes(self) -> dict[str, Any]:
-        """The tags of the training data."""
-        return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {name: index for index, name in enumerate(self.labels)},
-        }
 
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Rows padded on the right; only the first token of a word has a label."""
@@ -75,10 +79,6 @@ class Tag(Task):
             starts = row.extra["starts"]
             line[starts] = [number[tag] for tag in row.extra["tags"][: len(starts)]]
         return Batch(as_inputs(rows, pad_id), pad_right(lines, IGNORE), places(rows), tuple(rows))
-
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy summed over words; logits [batch, seq, tags]."""
-        return cross_entropy_sum(logits, labels, self.options.label_smoothing)
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """Of each row: loss, words, words tagged right, and entities true, predicted and right by type."""
@@ -106,25 +106,6 @@ class Tag(Task):
             "accuracy": float(row_scores["words_right"].sum() / row_scores["words"].sum()),
             "loss": float(row_scores["loss_sum"].sum() / row_scores["targets"].sum()),
         }
-
-
-def _refusal(tokens: Any, tags: Any) -> str | None:
-    """Why the row cannot be used, or None."""
-    if tokens is None or tags is None:
-        return "missing_tokens" if tokens is None else "missing_tags"
-    if not isinstance(tokens, list) or not isinstance(tags, list):
-        return "tokens_or_tags_not_a_list"
-    if not all(isinstance(one, str) for one in (*tokens, *tags)):
-        return "tokens_or_tags_not_strings"
-    if len(tokens) != len(tags):
-        return "tokens_and_tags_of_unequal_length"
-    if not tokens:
-        return "no_tokens"
-    return None if all(_is_tag(tag) for tag in tags) else "tag_not_BIO_or_BIOES"
-
-
-def _is_tag(tag: str) -> bool:
-    return tag == OUTSIDE or (tag[:2] in ("B-", "I-", "E-", "S-") and len(tag) > 2)
 
 
 def _fit(encoding: Any, lost: int, tags: list[str], rules: EncodeRules) -> EncodedRow:

@@ -45,14 +45,6 @@ class TokenizerSpec:
     pad_id: int
 
 
-@dataclass(frozen=True)
-class LightEncoding:
-    """Ids of a single text."""
-
-    ids: Array
-    type_ids: tuple[int, ...] = ()
-
-
 class Encoder:
     """A fast (Rust) tokenizer without padding or truncation of its own.
 
@@ -130,13 +122,6 @@ class Encoder:
     def encode_with_words(self, texts: Sequence[str]) -> list[tuple[Array, Array]]:
         """Ids of each text, no special tokens around, and the word each belongs to, -1 for none; int32 both."""
         return encode_words(self._backend, texts)
-
-    def encode_light(self, texts: Sequence[Any]) -> list[Any]:
-        """`encode`, with special tokens, for callers who want ids and type_ids alone; no type_ids means all are 0."""
-        if self._quick is None or any(isinstance(text, tuple) for text in texts):
-            return self.encode(texts)
-        tokens = self.encode_ids(texts)
-        return [LightEncoding(tokens[place]) for place in range(len(tokens))]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Any]:
         """Encodings of texts that already hold their special tokens, with character offsets."""

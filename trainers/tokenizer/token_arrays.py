@@ -1,7 +1,7 @@
 """Tokens and outcomes of many rows as flat arrays: what passes from a task to the shard files.
 
 No Python object a token, and none a row, so that writing costs little beside a quick tokenizer. Begin at
-`EncodedBatch`; `BatchBuilder` makes one row by row where a task has nothing quicker.
+`EncodedBatch`.
 """
 
 from __future__ import annotations
@@ -77,43 +77,6 @@ class EncodedBatch:
         """Tokens of each row over all its sequences, int32 [rows]."""
         counts = np.bincount(self.row, weights=self.tokens.lengths, minlength=len(self.codes))
         return counts.astype(np.int32)
-
-
-class BatchBuilder:
-    """Makes an EncodedBatch row by row."""
-
-    def __init__(self, schema: Sequence[tuple[str, pa.DataType]]) -> None:
-        self._schema = schema
-        self._ids: list[Any] = []
-        self._rows: list[int] = []
-        self._parts: list[int] = []
-        self._extra: dict[str, list[Any]] = {name: [] for name, _ in schema}
-        self._names: dict[str, int] = {}
-        self._codes: list[int] = []
-        self._lost: list[int] = []
-
-    def add(self, outcome: str, sequences: Sequence[Any], tokens_lost: int) -> None:
-        """The next row: its outcome and its sequences, each with `input_ids` and `extra`."""
-        for part, sequence in enumerate(sequences):
-            self._ids.append(sequence.input_ids)
-            self._rows.append(len(self._codes))
-            self._parts.append(part)
-            for name, values in self._extra.items():
-                values.append(sequence.extra[name])
-        self._codes.append(self._names.setdefault(outcome, len(self._names)))
-        self._lost.append(tokens_lost)
-
-    def build(self) -> EncodedBatch:
-        """The batch of all rows added."""
-        return EncodedBatch(
-            tokens=Tokens.of(self._ids),
-            row=np.array(self._rows, dtype=np.int64),
-            part=np.array(self._parts, dtype=np.int32),
-            outcomes=tuple(self._names),
-            codes=np.array(self._codes, dtype=np.int32),
-            tokens_lost=np.array(self._lost, dtype=np.int32),
-            extra={name: pa.array(self._extra[name], kind) for name, kind in self._schema},
-        )
 
 
 def starts_of(lengths: Array) -> Array:

@@ -292,7 +292,7 @@ def test_the_data_stage_loads_no_torch(tmp_path: Path, tiny_chat_tokenizer: Path
         "import sys, orchestrator.sharding.stage\nfrom trainers.tokenizer.encoder import read_spec, Encoder\n"
         "from trainers.tasks import load_task, EncodeRules\n"
         f"spec = read_spec({str(tiny_chat_tokenizer)!r})\n"
-        "load_task('pretrain').encode_batch([{'text': 'a'}], Encoder(spec), EncodeRules(8, 'split'))\n"
+        "load_task('pretrain').encode([{'text': 'a'}], Encoder(spec), EncodeRules(8, 'split'))\n"
         "assert 'torch.distributed.distributed_c10d' not in sys.modules or "
         "not __import__('torch').distributed.is_initialized()\nassert 'deepspeed' not in sys.modules"
     )

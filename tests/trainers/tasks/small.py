@@ -7,6 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from tests.tiny import _save, make_bert, make_llama, shard_locally, tiny_job, write_rows
+from trainers.tasks.encoded import EncodedRow, TokenSequence
+from trainers.tokenizer.token_arrays import EncodedBatch
+
+
+def rows_of(batch: EncodedBatch) -> list[EncodedRow]:
+    """One record a row, out of a batch."""
+    sequences: list[list[TokenSequence]] = [[] for _ in batch.codes]
+    for index, row in enumerate(batch.row.tolist()):
+        extra = {name: values[index].as_py() for name, values in batch.extra.items()}
+        sequences[row].append(TokenSequence(batch.tokens[index].tolist(), extra))
+    return [
+        EncodedRow(batch.outcomes[code], tuple(own), int(lost))
+        for code, own, lost in zip(batch.codes, sequences, batch.tokens_lost, strict=True)
+    ]
+
 
 TEXT = """ada alan grace paris rome oslo met saw in was who where the a very good bad old film plot . ?
 dog cat ran sat one two red blue is not user assistant : """

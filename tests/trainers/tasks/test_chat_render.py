@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.trainers.tasks.small import rows_of
 from trainers.tasks import EncodeRules, chat_render, load_task
 from trainers.tasks.chat_render import ChatRenderer
 from trainers.tokenizer.encoder import Encoder, load_encoder, read_spec
@@ -119,10 +120,10 @@ def test_a_conversation_that_the_template_refuses_is_dropped_not_raised(tiny_cha
 def test_bytes_and_offsets_find_the_same_targets(tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"messages": messages} for messages in conversations(80)]
     rules, task, encoder = EncodeRules(90, "truncate"), load_task("sft"), load_encoder(str(tiny_chat_tokenizer))
-    by_bytes = task.encode(rows, encoder, rules)
+    by_bytes = rows_of(task.encode(rows, encoder, rules))
     exact = Encoder(encoder.spec, quick=False)
     exact.__dict__["bytes_of_ids"] = None
-    by_offsets = task.encode(rows, exact, rules)
+    by_offsets = rows_of(task.encode(rows, exact, rules))
     assert [one.outcome for one in by_bytes] == [one.outcome for one in by_offsets]
     assert {one.outcome for one in by_bytes} >= {"kept", "truncated"}
     for one, other in zip(by_bytes, by_offsets, strict=True):

@@ -68,6 +68,21 @@ def test_classification_equals_scikit_learn(seed: int, classes: int) -> None:
     assert found["loss"] == close(losses.mean())
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_one_metric_alone_is_what_all_of_them_say(several: bool) -> None:
+    draw, task = np.random.default_rng(3), load_task("classify", TaskOptions(multi_label=several))
+    row_scores: dict[str, Any] = {"loss_sum": draw.random(60)}
+    if several:
+        row_scores |= {f"true_{index}": draw.integers(0, 2, 60, dtype=np.int8) for index in range(3)}
+    else:
+        row_scores |= {"label": draw.integers(0, 3, 60), "prediction": draw.integers(0, 3, 60)}
+    scores = draw.dirichlet(np.ones(3), 60)
+    row_scores |= {f"score_{index}": scores[:, index] for index in range(3)}
+    every = task.metrics(row_scores)
+    assert set(every) >= {"accuracy", "f1_macro", "auroc"}
+    assert {name: task.metric_value(name, row_scores) for name in every} == every
+
+
 def test_auroc_is_left_out_where_a_class_is_missing() -> None:
     row_scores = {"label": np.zeros(5, int), "prediction": np.zeros(5, int), "loss_sum": np.ones(5)}
     row_scores |= {"score_0": np.full(5, 0.9), "score_1": np.full(5, 0.1)}

@@ -130,7 +130,6 @@ def test_adversarial_texts_give_the_word_pieces_of_hugging_face(wordpiece: Encod
 def test_any_texts_give_the_word_pieces_of_hugging_face(wordpiece: Encoder, texts: list[str]) -> None:
     tokens = wordpiece.encode_ids(texts)
     assert [tokens[place].tolist() for place in range(len(texts))] == wordpiece.tokenizer(texts)["input_ids"]
-    assert [list(one.ids) for one in wordpiece.encode_light(texts)] == wordpiece.tokenizer(texts)["input_ids"]
 
 
 def test_ids_that_differ_are_noticed_in_the_batch_that_draws_them(quick: Encoder) -> None:

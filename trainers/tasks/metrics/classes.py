@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,40 +12,68 @@ from trainers.records import Array
 MOST_SCORED = 50
 """Classes up to which scores are kept, AUROC is computed and each class has metrics of its own."""
 AVERAGES = ("macro", "micro", "weighted")
+RowScores = Mapping[str, Array]
+Metric = Callable[[RowScores], float]
 THRESHOLD = 0.5
 """With several labels, the score from which a label is given."""
 
 
-def single_label_metrics(row_scores: Mapping[str, Array], names: Sequence[str]) -> dict[str, float]:
+def _f1(average: str) -> Metric:
+    def f1(row_scores: RowScores) -> float:
+        from sklearn.metrics import f1_score
+
+        return float(f1_score(*_sides(row_scores), average=average, zero_division=0))
+
+    return f1
+
+
+def _accuracy(row_scores: RowScores) -> float:
+    """With several labels that of the whole set."""
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(*_sides(row_scores)))
+
+
+def _mcc(row_scores: RowScores) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(*_sides(row_scores)))
+
+
+MULTI_LABEL: dict[str, Metric] = {
+    "accuracy": _accuracy,
+    **{f"f1_{average}": _f1(average) for average in AVERAGES},
+    "loss": lambda row_scores: float(row_scores["loss_sum"].mean()),
+}
+"""Metrics that need no names, by name."""
+SINGLE_LABEL = {**MULTI_LABEL, "mcc": _mcc}
+
+
+def single_label_metrics(row_scores: RowScores, names: Sequence[str]) -> dict[str, float]:
     """Metrics where each row has one label."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
-    label, prediction = row_scores["label"], row_scores["prediction"]
     return {
-        "accuracy": float(accuracy_score(label, prediction)),
-        **{f"f1_{kind}": float(f1_score(label, prediction, average=kind, zero_division=0)) for kind in AVERAGES},
-        "mcc": float(matthews_corrcoef(label, prediction)),
-        **_single_auroc(label, row_scores),
-        "loss": float(row_scores["loss_sum"].mean()),
-        **by_class(label, prediction, names),
+        **{name: metric(row_scores) for name, metric in SINGLE_LABEL.items()},
+        **_single_auroc(row_scores["label"], row_scores),
+        **by_class(*_sides(row_scores), names),
     }
 
 
-def multi_label_metrics(row_scores: Mapping[str, Array], names: Sequence[str]) -> dict[str, float]:
-    """Metrics where each row has any number of labels; accuracy is that of the whole set."""
-    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+def multi_label_metrics(row_scores: RowScores, names: Sequence[str]) -> dict[str, float]:
+    """Metrics where each row has any number of labels."""
+    from sklearn.metrics import roc_auc_score
 
-    scores = _stack(row_scores, "score_")
-    truth, given = _stack(row_scores, "true_"), (scores >= THRESHOLD).astype(np.int8)
-    found = {
-        "accuracy": float(accuracy_score(truth, given)),
-        **{f"f1_{kind}": float(f1_score(truth, given, average=kind, zero_division=0)) for kind in AVERAGES},
-        "loss": float(row_scores["loss_sum"].mean()),
-        **by_class(truth, given, names),
-    }
+    truth, given = _sides(row_scores)
+    metrics = {name: metric(row_scores) for name, metric in MULTI_LABEL.items()} | by_class(truth, given, names)
     if truth.min(0).max() == 0 and truth.max(0).min() == 1:  # each label is there and is missing somewhere
-        found["auroc"] = float(roc_auc_score(truth, scores, average="macro"))
-    return found
+        metrics["auroc"] = float(roc_auc_score(truth, _stack(row_scores, "score_"), average="macro"))
+    return metrics
+
+
+def _sides(row_scores: RowScores) -> tuple[Array, Array]:
+    """Truth and prediction: int64 [rows] each, or with several labels int8 [rows, labels]."""
+    if "label" in row_scores:
+        return row_scores["label"], row_scores["prediction"]
+    return _stack(row_scores, "true_"), (_stack(row_scores, "score_") >= THRESHOLD).astype(np.int8)
 
 
 def by_class(label: Array, prediction: Array, names: Sequence[str]) -> dict[str, float]:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tests.tiny import chat_rows, make_llama
-from trainers.tasks import EncodedRow, EncodeRules, Example, load_task
+from tests.trainers.tasks.small import rows_of
+from trainers.tasks import EncodeRules, Example, encode_rows, load_task
 from trainers.tasks.base import IGNORE
+from trainers.tasks.encoded import EncodedRow
 from trainers.tokenizer.encoder import Encoder, read_spec
 
 RULES = EncodeRules(max_length=256, overlong="truncate")
@@ -42,7 +44,7 @@ def encoder(tiny_chat_tokenizer: Path) -> Iterator[Encoder]:
 
 
 def encode_one(row: dict[str, Any], encoder: Encoder, rules: EncodeRules = RULES, task: str = "sft") -> EncodedRow:
-    (encoded,) = load_task(task).encode([row], encoder, rules)
+    (encoded,) = rows_of(encode_rows(load_task(task), [row], encoder, rules))
     return encoded
 
 
@@ -85,7 +87,7 @@ def test_target_counts_agree_with_the_labels_of_the_batch(encoder: Encoder) -> N
     import pyarrow as pa
 
     task = load_task("sft")
-    encoded = task.encode(chat_rows(12), encoder, RULES)
+    encoded = rows_of(task.encode(chat_rows(12), encoder, RULES))
     sequences = [one.sequences[0] for one in encoded]
     table = pa.table({"spans": pa.array([one.extra["spans"] for one in sequences], pa.list_(pa.int32()))})
     rows = [Example(i, np.array(one.input_ids, dtype=np.int32), one.extra) for i, one in enumerate(sequences)]
@@ -152,7 +154,7 @@ def test_no_window_of_a_split_document_is_without_a_target(length: int) -> None:
     from trainers.tokenizer.token_arrays import Tokens
 
     document = Tokens(np.arange(length, dtype=np.int32), np.array([0, length]))
-    (encoded,) = EncodedRow.unpack(_fit(document, EncodeRules(8, "split")))
+    (encoded,) = rows_of(_fit(document, EncodeRules(8, "split")))
     assert list(chain(*(one.input_ids for one in encoded.sequences))) == list(range(length))
     assert min(len(one.input_ids) for one in encoded.sequences) >= 2
 
@@ -216,7 +218,9 @@ def test_whole_words_are_hidden_together(tmp_path: Path) -> None:
     options = TaskOptions(whole_words=True, mask_fraction=0.3)
     task = load_task("mlm", options)
     text = "playing a films played films a play playings"
-    (encoded,) = task.encode([{"text": text}], Encoder(read_spec(tmp_path)), EncodeRules(64, "truncate", options))
+    (encoded,) = rows_of(
+        task.encode([{"text": text}], Encoder(read_spec(tmp_path)), EncodeRules(64, "truncate", options))
+    )
     words = np.array(encoded.sequences[0].extra["words"])
     assert words.tolist() == [-1, 0, 0, 1, 2, 2, 3, 3, 4, 4, 5, 6, 7, 7, 7, -1]
     for seed in range(50):

@@ -1,0 +1,58 @@
+"""Rows encoded one by one, for tasks that have nothing quicker, and how they become arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from trainers.records import Array
+from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One training sequence: ids, plus what the task cannot derive from them."""
+
+    input_ids: Sequence[int] | Array
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """What became of one input row. The ledger keeps `outcome`; `sequences` is empty where the row was dropped."""
+
+    outcome: str
+    sequences: tuple[TokenSequence, ...] = ()
+    tokens_lost: int = 0
+
+    @staticmethod
+    def dropped(reason: str) -> EncodedRow:
+        return EncodedRow(f"dropped:{reason}")
+
+    @staticmethod
+    def whole(sequence: TokenSequence, tokens_lost: int = 0) -> EncodedRow:
+        return EncodedRow(TRUNCATED if tokens_lost else KEPT, (sequence,), tokens_lost)
+
+
+def batch_rows(encoded: Iterable[EncodedRow], schema: Sequence[tuple[str, pa.DataType]]) -> EncodedBatch:
+    """Rows encoded one by one, as arrays.
+
+    Args:
+        schema: the task's `extra_schema`.
+    """
+    rows = list(encoded)
+    sequences = [(index, part, one) for index, row in enumerate(rows) for part, one in enumerate(row.sequences)]
+    codes = {outcome: code for code, outcome in enumerate(dict.fromkeys(row.outcome for row in rows))}
+    return EncodedBatch(
+        tokens=Tokens.of([one.input_ids for _, _, one in sequences]),
+        row=np.array([index for index, _, _ in sequences], dtype=np.int64),
+        part=np.array([part for _, part, _ in sequences], dtype=np.int32),
+        outcomes=tuple(codes),
+        codes=np.array([codes[row.outcome] for row in rows], dtype=np.int32),
+        tokens_lost=np.array([row.tokens_lost for row in rows], dtype=np.int32),
+        extra={name: pa.array([one.extra[name] for _, _, one in sequences], kind) for name, kind in schema},
+    )
