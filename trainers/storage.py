@@ -274,11 +274,16 @@ def hide_credentials(text: str) -> str:
     return CREDENTIALS.sub(r"\1", text)
 
 
-def save_array(folder: Folder, name: str, array: Array) -> None:
-    """Write an array, atomically."""
+def array_bytes(array: Array) -> bytes:
+    """An array as a file of numpy's own format."""
     buffer = io.BytesIO()
     np.save(buffer, array)
-    folder.write_bytes(name, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_array(folder: Folder, name: str, array: Array) -> None:
+    """Write an array, atomically."""
+    folder.write_bytes(name, array_bytes(array))
 
 
 def load_array(folder: Folder, name: str) -> Array:

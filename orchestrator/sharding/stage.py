@@ -1,38 +1,37 @@
 """The data stage: rows to committed shards, in Ray tasks of some units each.
 
-The tasks (see `spreading`) give back one small record a shard, which is all the driver ever holds. No process group is
+The tasks (see `ray_tasks`) give back one small record a shard, which is all the driver ever holds. No process group is
 alive meanwhile: nothing here imports torch. Begin at `write_shards`.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.sharding.ray_tasks import map_units, run_apart, start_workers
+from orchestrator.sharding.ray_tasks import map_tasks, map_units, start_workers
 from trainers.errors import JobError
 from trainers.job.schema import Job
-from trainers.records import Record
-from trainers.shards.contamination import (
-    EXAMPLES,
-    Contamination,
-    contamination_name,
-    find_contamination,
-    write_counts,
-    write_texts,
-)
-from trainers.shards.dataset import ShardSet
+from trainers.shards.contamination import EXAMPLES, Contamination, contamination_name, find_contamination
 from trainers.shards.drop_budget import check_shards
-from trainers.shards.duplicates import DedupMode, find_duplicates, print_unit
+from trainers.shards.duplicates import DedupMode, DuplicateSearch, find_duplicates, print_unit
 from trainers.shards.files import record_name
-from trainers.shards.keys import SplitPlan, explain_miss, manifest_of, plan_splits, write_key
-from trainers.shards.manifest import ShardManifest, Shards, read_manifest, shards_folder, write_manifest
-from trainers.shards.reuse import adopt_shards
-from trainers.shards.shard_table import ShardRecord
+from trainers.shards.keys import SplitPlan, manifest_of, plan_splits
+from trainers.shards.manifest import (
+    MANIFEST,
+    ShardManifest,
+    ShardRecord,
+    Shards,
+    other_manifests,
+    read_manifest,
+    shards_folder,
+    write_manifest,
+)
+from trainers.shards.reuse import adopt_shards, explain_miss
 from trainers.shards.writer import CONTAMINATED, ShardWork, finished_shards, write_units
 from trainers.sources.readers import Unit, check_columns, needed_fields, plan_units, read_unit, task_columns
 from trainers.storage import TEMPORARY, Folder
-from trainers.tasks import encode_rules, load_task
+from trainers.tasks import encode_rules
 from trainers.tokenizer.encoder import encoder_of, read_spec
 from trainers.tokenizer.gigatoken import TokenizerDiffers
 
@@ -43,12 +42,7 @@ FALLBACK, DEDUPED = "fallback.json", "duplicates.json"
 PRINTS_A_PART = 16_000_000
 """Fingerprints looked through at once: half a gigabyte."""
 SCAN_SHARDS = 256
-
-
-class Printed(Record):
-    """A unit whose rows are fingerprinted."""
-
-    prints: int
+"""Ledgers that one task looks through."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +123,14 @@ class SplitStage:
 
     def write(self) -> ShardManifest:
         """Write, or finish, the split."""
-        if reason := explain_miss(self._storage, self._plan):
-            log.info(reason)
         started = time.monotonic()
+        if self._folder.exists(MANIFEST):
+            log.warning(f"{self._folder}: these shards are of an earlier version of Tuneyard and are written again")
         _clean(self._folder)
-        write_key(self._folder, self._plan)
-        if taken := adopt_shards(self._storage, self._folder, self._plan, self._units):
+        others = dict(other_manifests(self._storage, self._plan.key))
+        if reason := explain_miss(self._plan, others):
+            log.info(reason)
+        if taken := adopt_shards(self._folder, self._plan, self._units, others):
             log.info(f"{taken:,} of {len(self._units):,} {self._plan.name} shards taken over: their files are the same")
         if self._plan.dedup and not self._folder.exists(DEDUPED):
             self._find_duplicates(self._plan.dedup)
@@ -149,10 +145,10 @@ class SplitStage:
         return manifest
 
     def _write_units(self) -> ShardManifest:
-        """Write every unit with one library: with tokenizers from the start again where the quick one is caught out."""
+        """Write every unit with one library: all again with tokenizers if a faster one gives other ids."""
         reason = self._folder.read_json(FALLBACK)["reason"] if self._folder.exists(FALLBACK) else None
         while True:
-            work = replace(self._work, quick=reason is None)
+            work = replace(self._work, fast=reason is None)
             try:
                 records = self._records(work)
             except TokenizerDiffers as error:
@@ -162,16 +158,14 @@ class SplitStage:
                     self._folder.delete(record_name(unit.index))
                 self._folder.write_json(FALLBACK, {"reason": reason})
                 continue
-            library = encoder_of(work.tokenizer, work.quick).library
-            manifest = manifest_of(self._plan, self._work.task, records, library, reason)
-            run_apart(finish_index, self._folder, manifest)
-            return manifest
+            library = encoder_of(work.tokenizer, work.fast).library
+            return manifest_of(self._plan, self._work.task, records, library, reason)
 
     def _records(self, work: ShardWork) -> dict[int, ShardRecord]:
         records = finished_shards(self._folder, self._units)
-        rows, tokens = sum(one.rows for one in records.values()), sum(one.tokens for one in records.values())
+        rows, tokens = (sum(getattr(record, name) for record in records.values()) for name in ("rows", "tokens"))
         todo = [unit for unit in self._units if unit.index not in records]
-        for number, record in map_units(write_group, work, todo, ShardRecord):
+        for number, record in map_units(write_group, work, todo):
             records[number] = record
             rows, tokens = rows + record.rows, tokens + record.tokens
             if self._report:
@@ -180,52 +174,43 @@ class SplitStage:
 
     def _find_duplicates(self, mode: DedupMode) -> None:
         """Fingerprint the units, then settle hash range by hash range; the rows found are left out by the writers."""
-        done = [printed for _, printed in map_units(print_group, self._work, self._units, Printed)]
-        parts = max(sum(one.prints for one in done) // PRINTS_A_PART, 1)
-        numbers = [unit.index for unit in self._units]
-        found = sum(run_apart(find_duplicates, self._folder, numbers, part, parts, mode) for part in range(parts))
+        prints = sum(count for _, count in map_units(print_group, self._work, self._units))
+        parts = max(prints // PRINTS_A_PART, 1)
+        search = DuplicateSearch(self._folder, tuple(unit.index for unit in self._units), parts, mode)
+        found = sum(count for _, count in map_tasks(find_duplicates, search, range(parts)))
         self._folder.write_json(DEDUPED, {"mode": mode, "removed": found})
         for name in self._folder.list():
             if name.startswith(("prints-", "signatures-")):
                 self._folder.delete(name)
 
 
-def write_group(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[int, str]]:
-    """Write some units, in a process of their own."""
-    for unit, record in write_units(work, units):
-        yield unit.index, record.model_dump_json()
+def write_group(work: ShardWork, units: Sequence[Unit]) -> list[tuple[int, ShardRecord]]:
+    """A task: write some units."""
+    return [(unit.index, record) for unit, record in write_units(work, units)]
 
 
-def print_group(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[int, str]]:
-    """Fingerprint some units, in a process of their own."""
-    assert work.plan.dedup is not None
+def print_group(work: ShardWork, units: Sequence[Unit]) -> list[tuple[int, int]]:
+    """A task: fingerprint some units; the number of fingerprints of each."""
+    plan, counts = work.plan, []
+    assert plan.dedup is not None
     for unit in units:
-        rows = read_unit(unit, work.plan.sources[unit.file], work.columns)
-        mine = ((row, fields) for row, fields in rows if work.plan.holds(unit.file, row))
-        count = print_unit(work.folder, unit.index, mine, work.plan.dedup)
-        yield unit.index, Printed(prints=count).model_dump_json()
-
-
-def finish_index(folder: Folder, manifest: ShardManifest) -> None:
-    """What readers want to know of a whole split without opening its shards; in a process of its own."""
-    shards = ShardSet(folder, manifest, load_task(manifest.task))
-    lengths, targets = shards.scan()
-    write_counts(folder, lengths, targets)
-    if manifest.split == "eval":
-        write_texts(folder, manifest)
+        rows = read_unit(unit, plan.sources[unit.file], work.columns)
+        mine = ((row, fields) for row, fields in rows if plan.holds(unit.file, row))
+        counts.append((unit.index, print_unit(work.folder, unit.index, mine, plan.dedup)))
+    return counts
 
 
 def check_contamination(storage: Folder, shards: Shards) -> Contamination:
     """Count the training rows that the evaluation set holds too, once for a pair of splits, and warn of them."""
-    folder, other = shards_folder(storage, shards.train.key), shards_folder(storage, shards.eval.key)
+    train = shards.train
+    folder, eval_folder = shards_folder(storage, train.key), shards_folder(storage, shards.eval.key)
     name = contamination_name(shards.eval.key)
     if folder.exists(name):
         return Contamination.model_validate(folder.read_json(name))
-    train = shards.train
     groups = [train.shards[start : start + SCAN_SHARDS] for start in range(0, len(train.shards), SCAN_SHARDS)]
-    found = [run_apart(find_contamination, folder, train.sources, group, other) for group in groups]
-    examples = [example for one in found for example in one.examples][:EXAMPLES]
-    total = Contamination(rows=sum(one.rows for one in found), examples=tuple(examples))
+    found = dict(map_tasks(find_contamination, (folder, eval_folder, train.sources), groups))
+    examples = [example for index in sorted(found) for example in found[index].examples][:EXAMPLES]
+    total = Contamination(rows=sum(part.rows for part in found.values()), examples=tuple(examples))
     folder.write_json(name, total.model_dump(mode="json"))
     kept = total.rows - train.outcomes.get(CONTAMINATED, 0)
     if kept > 0:

@@ -2,7 +2,7 @@
 
 python tests/benchmarks/bench_data_memory.py --bpe FOLDER --wordpiece FOLDER [--mb 100 400 2000]
 
-The document is tokenized by the quick way and by tokenizers, as after a fallback; and without a blank, and for mlm.
+The document is tokenized by the faster library and by tokenizers, as after a fallback; without a blank; and for mlm.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
         for kind, model in (("byte-level BPE", arguments.bpe), ("WordPiece", arguments.wordpiece)):
             for quick in (True, False):
                 tokens, peak = peak_mib(one, model, folder, quick)
-                how = "the quick way" if quick else "tokenizers"
+                how = "the faster library" if quick else "tokenizers"
                 size = len(text) / 2**20
                 print(f"| one document of {size:.0f} MiB, {kind} by {how} | {tokens:,} | {peak:,.0f} |", flush=True)
         tokens, peak = peak_mib(one, arguments.wordpiece, folder, task="mlm")

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from trainers.batching.packing import fold, pack_rows, unfold
-from trainers.shards.manifest import MANIFEST, TABLE, ShardManifest, write_manifest
-from trainers.shards.shard_table import SCHEMA, ShardTable
+from trainers.shards.manifest import MANIFEST, ShardManifest, ShardRecord, write_manifest
+from trainers.sources.readers import MOST_UNITS
 from trainers.storage import Folder
 
-ROWS, SHARDS = 1_000_000, 1_000_000
+ROWS, ROWS_A_SHARD = 1_000_000, 61_000
 
 
 def median_s(function: Callable[[], Any], repeats: int = 3) -> float:
@@ -56,33 +55,27 @@ def main() -> None:
     print(f"\nopening the stored index: {median_s(lambda: unfold(stored)) * 1e6:.0f} us")
     with tempfile.TemporaryDirectory() as place:
         folder = Folder(place)
-        write_manifest(folder, million_shards())
-        files = [Path(place, name).stat().st_size / 1e6 for name in (MANIFEST, TABLE)]
+        write_manifest(folder, largest_manifest())
+        size = Path(place, MANIFEST).stat().st_size / 1e6
         command = [sys.executable, "-c", SEEK, place]
         found = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(5)]
-    print(f"\na set of {SHARDS:,} shards and {SHARDS * 1000:,} rows, each time in a fresh process")
-    print(f"(manifest {files[0]:.3f} MB, table {files[1]:.0f} MB):")
+    print(f"\na set of {MOST_UNITS:,} shards and {MOST_UNITS * ROWS_A_SHARD:,} rows, each time in a fresh process")
+    print(f"(manifest {size:.1f} MB):")
     for name in found[0]:
         print(f"  {name}: {statistics.median(one[name] for one in found):.3f} s")
 
 
-def million_shards() -> ShardManifest:
-    """The manifest of a made-up split."""
-    number = np.arange(SHARDS)
-    names = {kind: [f"{kind}-{place:05d}.arrow" for place in range(SHARDS)] for kind in ("shard", "ledger")}
-    offsets = pa.array(np.arange(0, 2 * SHARDS + 1, 2, dtype=np.int32))
-    outcomes = pa.MapArray.from_arrays(offsets, pa.array(["dropped:malformed", "kept"] * SHARDS),
-                                       pa.array(np.tile([1, 1000], SHARDS)))  # fmt: skip
-    none = pa.MapArray.from_arrays(pa.array(np.zeros(SHARDS + 1, np.int32)), pa.array([], pa.string()),
-                                   pa.array([], pa.int64()))  # fmt: skip
-    columns = {
-        "file": names["shard"], "ledger": names["ledger"], "source": number % 1000, "rows": number * 0 + 1000,
-        "tokens": number + 500_000, "targets": number + 499_000, "bytes": number + 2_000_000,
-        "digest": [f"{place:032x}" for place in range(SHARDS)], "outcomes": outcomes, "tokens_lost": number * 0,
-        "labels": none,
-    }  # fmt: skip
-    table = ShardTable(pa.table(columns, schema=SCHEMA))
-    return ShardManifest(key="k", key_parts={}, split="train", task="pretrain", shards=table,
+def largest_manifest() -> ShardManifest:
+    """The manifest of a made-up split with as many shards as large files are cut into."""
+    shards = tuple(
+        ShardRecord(
+            file=f"shard-{place:05d}.arrow", ledger=f"ledger-{place:05d}.arrow", unit=f"{place:016x}",
+            source=place % 1000, rows=ROWS_A_SHARD, tokens=place + 500 * ROWS_A_SHARD, targets=place, bytes=place,
+            digest=f"{place:032x}", outcomes={"dropped:malformed": 1, "kept": ROWS_A_SHARD}, tokens_lost=0,
+        )
+        for place in range(MOST_UNITS)
+    )  # fmt: skip
+    return ShardManifest(key="k", key_parts={}, split="train", task="pretrain", shards=shards,
                          sources=tuple(f"/data/{place}.jsonl" for place in range(1000)))  # fmt: skip
 
 
@@ -106,7 +99,7 @@ records = [manifest.shards[int(np.searchsorted(shards._starts, row, side="right"
 times.append(time.perf_counter())
 sums = manifest.rows_in, manifest.dropped, manifest.total("tokens")
 times.append(time.perf_counter())
-names = ("manifest read and its digest checked", "set opened", "a step of 1,024 and the records of its shards found",
+names = ("manifest read", "set opened", "a step of 1,024 and the records of its shards found",
          "outcomes and tokens summed")
 print(json.dumps(dict(zip(names, np.diff(times).tolist()))))
 """

@@ -161,8 +161,8 @@ def _tokenize_part(model: str, texts: list[str], quick: bool) -> tuple[float, in
     tokens = 0
     for start in range(0, len(texts), 1000):
         part = texts[start : start + 1000]
-        if encoder._quick is not None:
-            tokens += len(encoder._quick.encode(part, False).ids)
+        if encoder._fast is not None:
+            tokens += len(encoder._fast.encode(part, False).ids)
         else:
             tokens += sum(len(one.ids) for one in encoder._backend.encode_batch_fast(part))
     return time.perf_counter() - started, tokens
@@ -176,7 +176,7 @@ def _alone(path: Path, model: str, quick: bool) -> tuple[float, float]:
 
 
 def quick_alone(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
-    """The quick tokenizer on the same texts, already in memory as strings, in two processes, nothing written."""
+    """The fast tokenizer on the same texts, already in memory as strings, in two processes, nothing written."""
     return _alone(path, model, True)
 
 
@@ -189,7 +189,7 @@ FILE_CODE = """
 import sys, time, numpy
 from gigatoken.gigatoken_rs import JsonlFileSource
 from trainers.tokenizer.encoder import Encoder, read_spec
-quick = Encoder(read_spec(sys.argv[1]))._quick._bare.__self__._quick
+quick = Encoder(read_spec(sys.argv[1]))._fast.bare.__self__._giga
 started = time.perf_counter()
 ids = numpy.asarray(quick.encode_files(JsonlFileSource([sys.argv[2]]), parallel=True).layout.content.data)
 print(time.perf_counter() - started, len(ids))

@@ -42,8 +42,8 @@ def shares_of(job: Job) -> tuple[Share, ...]:
 
 def entries_of_rows(manifest: ShardManifest) -> Array:
     """For each sequence of a split the entry of `data.train` it came from, int64 [rows]."""
-    entries = np.array(manifest.entries, dtype=np.int64)[manifest.shards.numbers("source")]
-    return np.repeat(entries, manifest.shards.numbers("rows"))
+    entries = np.array(manifest.entries, dtype=np.int64)[manifest.numbers("source")]
+    return np.repeat(entries, manifest.numbers("rows"))
 
 
 def draw_mixture(entries: Array, lengths: Array, shares: Sequence[Share], seed: int) -> Array:

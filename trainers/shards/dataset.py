@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import OrderedDict
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -17,14 +18,13 @@ import pyarrow as pa
 
 from trainers.errors import DataError
 from trainers.records import Array
-from trainers.shards.contamination import read_counts
-from trainers.shards.files import ORIGIN, shard_schema
-from trainers.shards.manifest import ShardManifest
-from trainers.shards.shard_table import ShardRecord
-from trainers.storage import Folder
+from trainers.shards.files import COUNTS, ORIGIN, counts_name, shard_schema
+from trainers.shards.manifest import ShardManifest, ShardRecord
+from trainers.storage import Folder, load_array, save_array
 from trainers.tasks import Example, Task
 from trainers.tokenizer.token_arrays import starts_of
 
+ALL_COUNTS = "counts.npy"
 OPEN_SHARDS = 256
 """Files kept open at once: a quarter of the usual limit of 1,024 descriptors a process."""
 
@@ -36,7 +36,7 @@ class ShardSet:
         self.folder = folder
         self.manifest = manifest
         self._task = task
-        self._starts = starts_of(manifest.shards.numbers("rows"))
+        self._starts = starts_of(manifest.numbers("rows"))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def __len__(self) -> int:
@@ -45,12 +45,29 @@ class ShardSet:
     @cached_property
     def lengths(self) -> Array:
         """Tokens of each sequence, int32 [rows]."""
-        return self._counts[0]
+        return np.ascontiguousarray(self._counts["length"])
 
     @cached_property
     def targets(self) -> Array:
         """Targets of each sequence, int64 [rows]: what the loss is averaged over."""
-        return self._counts[1]
+        return self._counts["targets"].astype(np.int64)
+
+    @cached_property
+    def _counts(self) -> Array:
+        """Lengths and targets: those of all shards in one file, which the first reader puts together."""
+        with suppress(FileNotFoundError, ValueError):
+            counts = load_array(self.folder, ALL_COUNTS)
+            if len(counts) == len(self):
+                return counts
+        numbers = range(len(self.manifest.shards))
+        try:
+            counts = np.concatenate([np.zeros(0, COUNTS), *(load_array(self.folder, counts_name(n)) for n in numbers)])
+            if len(counts) != len(self):
+                raise ValueError(f"lengths of {len(counts)} sequences, not {len(self)} as committed")
+        except (OSError, ValueError) as error:
+            raise _damaged(self.folder, "counts-*.npy", str(error)) from error
+        save_array(self.folder, ALL_COUNTS, counts)
+        return counts
 
     def row(self, index: int) -> Example:
         """The sequence at a place of the split; its ids are a view of the mapped file. Raises IndexError."""
@@ -65,27 +82,6 @@ class ShardSet:
         batch, inner = shard.locate(place)
         file, row, part = (batch.batch.column(name)[inner].as_py() for name, _ in ORIGIN)
         return self.manifest.sources[file], row, part
-
-    @cached_property
-    def _counts(self) -> tuple[Array, Array]:
-        """Lengths and targets: from the index beside the shards, or from the shards where there is none."""
-        counts = read_counts(self.folder)
-        if counts is None or len(counts) != len(self):
-            return self.scan()
-        return np.ascontiguousarray(counts["length"]), counts["targets"].astype(np.int64)
-
-    def scan(self) -> tuple[Array, Array]:
-        """Lengths and targets in one pass over the shards, none of which stays open for it."""
-        lengths = np.zeros(len(self), dtype=np.int32)
-        targets = np.zeros(len(self), dtype=np.int64)
-        place = 0
-        for record in self.manifest.shards:
-            for batch in _OpenShard(self.folder, record, self._task).batches:
-                end = place + batch.batch.num_rows
-                lengths[place:end] = np.diff(batch.offsets)
-                targets[place:end] = self._task.count_targets(pa.Table.from_batches([batch.batch]))
-                place = end
-        return lengths, targets
 
     def _find(self, index: int) -> tuple[_OpenShard, int]:
         if not 0 <= index < len(self):
@@ -120,10 +116,11 @@ class _OpenShard:
             reader = pa.ipc.open_file(_nearby(folder, record).open_input(record.file))
             self.batches = [_Batch(reader.get_batch(index)) for index in range(reader.num_record_batches)]
         except (OSError, pa.ArrowException) as error:
-            raise _damaged(folder, record, str(error)) from error
-        rows = [one.batch.num_rows for one in self.batches]
+            raise _damaged(folder, record.file, str(error)) from error
+        rows = [batch.batch.num_rows for batch in self.batches]
         if reader.schema != shard_schema(task) or sum(rows) != record.rows:
-            raise _damaged(folder, record, f"{sum(rows)} rows of {reader.schema.names}, not {record.rows} as committed")
+            problem = f"{sum(rows)} rows of {reader.schema.names}, not {record.rows} as committed"
+            raise _damaged(folder, record.file, problem)
         self._starts = np.cumsum([0, *rows])
 
     def locate(self, place: int) -> tuple[_Batch, int]:
@@ -142,5 +139,5 @@ def _nearby(folder: Folder, record: ShardRecord) -> Folder:
     return near
 
 
-def _damaged(folder: Folder, record: ShardRecord, found: str) -> DataError:
-    return DataError(f"{folder / record.file} is missing or damaged ({found}). Remove {folder} to shard again")
+def _damaged(folder: Folder, name: str, problem: str) -> DataError:
+    return DataError(f"{folder / name} is missing or damaged ({problem}). Remove {folder} to shard again")

@@ -1,12 +1,14 @@
 """Which rows of a split repeat another: fingerprints unit by unit, then duplicates hash range by hash range.
 
-The first row in the order of the files stays, whatever the number of workers. exact compares what rows say (see
-`texts`); near finds rows whose sets of five-word shingles overlap by an estimated 80 % or more with the first row of
-their bucket, by MinHash and banding (Broder 1997; Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", ch. 3).
+The first row in the order of the files stays, whatever the number of workers. exact compares the texts of rows (see
+`text_digest`); near finds rows whose sets of five-word shingles overlap by an estimated 80 % or more with the first row
+of their bucket, by MinHash and banding (Broder 1997; Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets",
+ch. 3).
 No process ever holds more than one range of hashes. Begin at `print_unit`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ SIMILAR = 0.8
 SHINGLE_WORDS = 5
 PRINT = np.dtype([("hash", "<u8"), ("check", "<u8"), ("row", "<i8")])
 """exact: 128 bits of digest in hash and check. near: a bucket's hash, and in check the row's line in the signatures."""
+LOCATED = np.dtype([*PRINT.descr, ("unit", "<i4")])
 REMOVED = np.dtype([("unit", "<i4"), ("row", "<i8")])
 OUTCOMES: Mapping[DedupMode, str] = {"exact": "removed:duplicate", "near": "removed:near_duplicate"}
 
@@ -50,20 +53,30 @@ def print_unit(folder: Folder, unit: int, rows: Iterable[tuple[int, Mapping[str,
     return len(prints)
 
 
-def find_duplicates(folder: Folder, units: Sequence[int], part: int, parts: int, mode: DedupMode) -> int:
-    """Settle one of `parts` equal ranges of hashes, over all units. Returns the number of rows found to be repeats."""
-    found = [one for unit in units if len(one := _slice(folder, unit, part, parts))]
-    prints = np.concatenate(found) if found else np.zeros(0, _located())
+@dataclass(frozen=True)
+class DuplicateSearch:
+    """The fingerprints of a split, to be looked through in `parts` equal ranges of hashes."""
+
+    folder: Folder
+    units: Sequence[int]
+    parts: int
+    mode: DedupMode
+
+
+def find_duplicates(search: DuplicateSearch, part: int) -> int:
+    """Settle one range of hashes, over all units. Returns the number of rows found to be repeats."""
+    slices = [prints for unit in search.units if len(prints := _slice(search, unit, part))]
+    prints = np.concatenate([np.zeros(0, LOCATED), *slices])
     prints = prints[np.lexsort((prints["row"], prints["unit"], prints["hash"]))]
-    if mode == "exact":
+    if search.mode == "exact":
         prints = prints[np.lexsort((prints["row"], prints["unit"], prints["check"], prints["hash"]))]
         again = np.zeros(len(prints), bool)
         again[1:] = (prints["hash"][1:] == prints["hash"][:-1]) & (prints["check"][1:] == prints["check"][:-1])
     else:
-        again = _alike(folder, prints)
+        again = _alike(search.folder, prints)
     removed = np.zeros(int(again.sum()), REMOVED)
     removed["unit"], removed["row"] = prints["unit"][again], prints["row"][again]
-    save_array(folder, _removed_name(part), np.unique(removed))
+    save_array(search.folder, f"removed-{part:04d}.npy", np.unique(removed))
     return len(removed)
 
 
@@ -110,20 +123,16 @@ def _alike(folder: Folder, prints: Array) -> Array:
     """Which prints are of rows that overlap enough with the first row of their bucket."""
     again = np.zeros(len(prints), bool)
     starts = np.flatnonzero(np.concatenate([[True], prints["hash"][1:] != prints["hash"][:-1]]))
-    for start, end in _crowded(starts, len(prints)):
-        first = _signature_of(folder, prints[start])
-        for place in range(start + 1, end):
-            again[place] = float((_signature_of(folder, prints[place]) == first).mean()) >= SIMILAR
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(prints)], strict=True):
+        if end - start > 1:
+            first = _signature_of(folder, prints[start])
+            for place in range(start + 1, end):
+                again[place] = float((_signature_of(folder, prints[place]) == first).mean()) >= SIMILAR
     return again
 
 
-def _crowded(starts: Array, total: int) -> Iterator[tuple[int, int]]:
-    ends = np.append(starts[1:], total)
-    yield from ((int(a), int(b)) for a, b in zip(starts, ends, strict=True) if b - a > 1)
-
-
-def _signature_of(folder: Folder, one: Any) -> Array:
-    signature: Array = _signatures(folder, int(one["unit"]))[int(one["check"])]
+def _signature_of(folder: Folder, located: Any) -> Array:
+    signature: Array = _signatures(folder, int(located["unit"]))[int(located["check"])]
     return signature
 
 
@@ -132,21 +141,17 @@ def _signatures(folder: Folder, unit: int) -> Array:
     return load_array(folder, _signatures_name(unit))
 
 
-def _slice(folder: Folder, unit: int, part: int, parts: int) -> Array:
+def _slice(search: DuplicateSearch, unit: int, part: int) -> Array:
     """One range of a unit's prints, each with its unit."""
-    prints = load_array(folder, _prints_name(unit))
-    bounds = [np.uint64(min(2**64 * edge // parts, 2**64 - 1)) for edge in (part, part + 1)]
+    prints = load_array(search.folder, _prints_name(unit))
+    bounds = [np.uint64(min(2**64 * edge // search.parts, 2**64 - 1)) for edge in (part, part + 1)]
     low = int(np.searchsorted(prints["hash"], bounds[0]))
-    high = int(np.searchsorted(prints["hash"], bounds[1])) if part + 1 < parts else len(prints)
-    located = np.zeros(high - low, _located())
+    high = int(np.searchsorted(prints["hash"], bounds[1])) if part + 1 < search.parts else len(prints)
+    located = np.zeros(high - low, LOCATED)
     for name in PRINT.names or ():
         located[name] = prints[name][low:high]
     located["unit"] = unit
     return located
-
-
-def _located() -> np.dtype[Any]:
-    return np.dtype([*PRINT.descr, ("unit", "<i4")])
 
 
 def _prints_name(unit: int) -> str:
@@ -155,7 +160,3 @@ def _prints_name(unit: int) -> str:
 
 def _signatures_name(unit: int) -> str:
     return f"signatures-{unit:05d}.npy"
-
-
-def _removed_name(part: int) -> str:
-    return f"removed-{part:04d}.npy"

@@ -1,9 +1,10 @@
-"""The two Arrow files of a shard, written batch by batch so that memory stays flat.
+"""The files of a shard, the two Arrow ones written batch by batch so that memory stays flat.
 
 shard-*.arrow, uncompressed so that it can be memory-mapped: input_ids list<int32>, file int32, row int64, part int32
     (place among the sequences of a split row), then what the task cannot derive.
 ledger-*.arrow: file int32, row int64, outcome, tokens int32 (in all its sequences), tokens_lost int32, text uint64
     (digest of what the row says, see `text_digest`; 0 where it is malformed).
+counts-*.npy: length and targets of each sequence.
 """
 
 from typing import Any
@@ -31,6 +32,8 @@ LEDGER_SCHEMA = pa.schema(
     ]
 )
 
+COUNTS = np.dtype([("length", "<i4"), ("targets", "<i4")])
+
 
 def shard_name(number: int) -> str:
     """The file of a unit's sequences."""
@@ -40,6 +43,11 @@ def shard_name(number: int) -> str:
 def ledger_name(number: int) -> str:
     """The file of a unit's ledger."""
     return f"ledger-{number:05d}.arrow"
+
+
+def counts_name(number: int) -> str:
+    """The file of the lengths and targets of a unit's sequences."""
+    return f"counts-{number:05d}.npy"
 
 
 def record_name(number: int) -> str:
@@ -56,8 +64,9 @@ class SequenceFile:
     """A shard file being written. `close` ends it; the counts are right from then on."""
 
     def __init__(self, stream: pa.NativeFile, task: Task, file: int) -> None:
-        self.rows = self.tokens = self.targets = 0
         self.labels: dict[str, int] = {}
+        self.counts = np.zeros(0, COUNTS)
+        self._counts: list[Array] = []
         self._task, self._file = task, file
         self._schema = shard_schema(task)
         self._sink = _DigestingSink(stream)
@@ -84,6 +93,7 @@ class SequenceFile:
     def close(self) -> None:
         """Write the footer."""
         self._writer.close()
+        self.counts = np.concatenate([self.counts, *self._counts])
         self.labels = dict(sorted(self.labels.items()))
 
     def _write(self, rows: Array, encoded: EncodedBatch, start: int, stop: int) -> None:
@@ -98,9 +108,10 @@ class SequenceFile:
         ]
         batch = pa.record_batch(columns, schema=self._schema)
         self._writer.write_batch(batch)
-        self.rows += batch.num_rows
-        self.tokens += len(ids)
-        self.targets += int(self._task.count_targets(pa.Table.from_batches([batch])).sum())
+        counts = np.empty(batch.num_rows, COUNTS)
+        counts["length"] = np.diff(offsets)
+        counts["targets"] = self._task.count_targets(pa.Table.from_batches([batch]))
+        self._counts.append(counts)
         if self._task.has_labels:
             for label, count in self._task.count_labels(batch).items():
                 self.labels[label] = self.labels.get(label, 0) + count

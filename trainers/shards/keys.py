@@ -7,7 +7,7 @@ nor torch nor a tokenizer, so that every launcher can find the shards. Begin at 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,7 @@ from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.shards.drop_budget import check_shards
 from trainers.shards.duplicates import DedupMode
-from trainers.shards.manifest import MANIFEST, ShardManifest, Shards, read_manifest, shards_folder
-from trainers.shards.shard_table import ShardTable
+from trainers.shards.manifest import ShardManifest, ShardRecord, Shards, read_manifest, shards_folder
 from trainers.sources import readers
 from trainers.sources.files import SourceFile, entries_of, find_sources, source_key
 from trainers.storage import Folder
@@ -27,8 +26,6 @@ from trainers.tokenizer.encoder import TOKENIZER_FILES
 
 ENCODER_VERSION = 3
 """Raised whenever the same inputs would give other shards."""
-KEY = "key.json"
-"""What a folder of shards is made from; written first, where the manifest is written last."""
 SplitName = Literal["train", "eval"]
 
 
@@ -53,6 +50,13 @@ class SplitPlan:
     def key(self) -> str:
         """16 hexadecimal characters."""
         return _digest(sorted(self.key_parts.items()))
+
+    def unit_digest(self, unit: readers.Unit) -> str:
+        """Digest of all that decides a unit's shard; without dedup the other files of the split do not count."""
+        alone = {} if self.dedup else {"sources": "", "mixture": ""}
+        source = self.sources[unit.file]
+        identity = [source.digest, source.format, source.compression, unit.file, *astuple(unit.span)]
+        return _digest([sorted({**self.key_parts, **alone}.items()), identity])
 
     def holds(self, file: int, row: int) -> bool:
         """Whether a row belongs to this split, by a hash of its file's content and its place there."""
@@ -105,12 +109,6 @@ def _training_plan(job: Job, plan: SplitPlan, evaluation: SplitPlan) -> SplitPla
     return replace(plan, key_parts=parts, dedup=job.data.dedup, eval_key=eval_key, entries=entries)
 
 
-def shard_keys(job: Job, model_path: str) -> tuple[str, str]:
-    """Keys of the train and the eval shards. Raises as `plan_splits` does."""
-    train, evaluation = plan_splits(job, model_path)
-    return train.key, evaluation.key
-
-
 def load_shards(job: Job, model_path: str) -> Shards | None:
     """The committed shards of a job, or None where they have not been written.
 
@@ -127,38 +125,10 @@ def load_shards(job: Job, model_path: str) -> Shards | None:
     return shards
 
 
-def write_key(folder: Folder, plan: SplitPlan) -> None:
-    """Note in a folder of shards what it is made from."""
-    folder.write_json(KEY, {"split": plan.name, "key_parts": dict(plan.key_parts), "sources": identity_of(plan)})
-
-
-def identity_of(plan: SplitPlan) -> list[list[str | None]]:
-    """What decides the rows of each source."""
-    return [[source.digest, source.format, source.compression] for source in plan.sources]
-
-
-def explain_miss(storage: Folder, plan: SplitPlan) -> str | None:
-    """Which parts of the key differ from those of the most alike shards of this storage; None where none are alike."""
-    shelf = storage / "shards"
-    changes: list[tuple[int, str, list[str]]] = []
-    for name in shelf.list():
-        folder = shelf / name
-        if name == plan.key or not folder.exists(KEY) or not folder.exists(MANIFEST):
-            continue
-        other: dict[str, Any] = folder.read_json(KEY)
-        if other["split"] == plan.name:
-            changed = [part for part, digest in plan.key_parts.items() if other["key_parts"].get(part) != digest]
-            changes.append((len(changed), name, changed))
-    count, name, changed = min(changes, default=(len(plan.key_parts), "", []))
-    if count > len(plan.key_parts) // 2:
-        return None
-    return f"the {plan.name} shards {name} do not fit any more: {' and '.join(changed)} changed"
-
-
 def manifest_of(
     plan: SplitPlan,
     task: str,
-    records: Mapping[int, Any],
+    records: Mapping[int, ShardRecord],
     library: str = "tokenizers",
     fallback_reason: str | None = None,
 ) -> ShardManifest:
@@ -169,7 +139,7 @@ def manifest_of(
         split=plan.name,
         task=task,
         sources=tuple(source.uri for source in plan.sources),
-        shards=ShardTable.of(records[index] for index in sorted(records)),
+        shards=tuple(records[index] for index in sorted(records)),
         tokenizer=library,
         fallback_reason=fallback_reason,
         entries=plan.entries,

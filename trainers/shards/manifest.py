@@ -1,25 +1,51 @@
 """What a committed set of shards says of itself. Torch-free: the controller, the trainers and the tools all read it."""
 
-import json
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
 
-import pyarrow as pa
-import xxhash
-from pydantic import PlainSerializer, PlainValidator
+import numpy as np
+from pydantic import ValidationError
+from pydantic_core import from_json
 
 from trainers.errors import DataError
-from trainers.records import Record
-from trainers.shards.shard_table import ShardTable, as_records, as_table
+from trainers.records import Array, Record
 from trainers.storage import Folder
 
-MANIFEST, TABLE = "manifest.json", "shards.arrow"
-TOTALS = ("rows", "tokens", "targets", "bytes", "tokens_lost")
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 2
+"""2: the records of the shards stand in the manifest itself. Sets of version 1 count as not written."""
+
+
+class ShardRecord(Record):
+    """One committed shard: `file` holds the sequences, `ledger` one line per input row."""
+
+    file: str
+    ledger: str
+    unit: str
+    """Digest of all that decides the bytes of both: a unit with the same digest need not be written again."""
+    source: int
+    """The file it was read from, as an index into the manifest's sources."""
+    rows: int
+    """Sequences in `file` (a split input row gives several)."""
+    tokens: int
+    targets: int
+    """Tokens, or rows, that the loss is taken over."""
+    bytes: int
+    digest: str
+    """xxh3-128 of `file`."""
+    outcomes: dict[str, int]
+    """Input rows by outcome: kept, truncated, split, dropped:REASON, or removed:REASON where the job asked for that."""
+    tokens_lost: int
+    """Tokens cut off from truncated rows."""
+    labels: dict[str, int] = {}
+    """Rows by label, where the task has one."""
 
 
 class ShardManifest(Record):
     """A whole split, committed by the existence of this record beside its shards."""
 
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
     key: str
     key_parts: dict[str, str]
     """Digest of each input that the key is made of; a miss names the part that changed."""
@@ -28,27 +54,31 @@ class ShardManifest(Record):
     task: str
     sources: tuple[str, ...]
     """The files read; `file` in shards and ledgers is an index into this."""
-    shards: Annotated[ShardTable, PlainValidator(as_table), PlainSerializer(as_records)]
+    shards: tuple[ShardRecord, ...]
     tokenizer: str = "tokenizers"
     """The library that made the ids; which one never changes them."""
     fallback_reason: str | None = None
-    """Where a quicker library was caught giving other ids, so that the split was written without it."""
+    """Where a faster library was caught giving other ids, so that the split was written without it."""
     entries: tuple[int, ...] = ()
     """For each source the entry of data.train that names it, where a mixture tells them apart."""
 
+    def numbers(self, name: str) -> Array:
+        """One numeric field of all shards, int64 [shards]."""
+        return np.array([getattr(shard, name) for shard in self.shards], dtype=np.int64)
+
     def total(self, name: str) -> int:
         """Sum of one numeric field (rows, tokens, targets, bytes, tokens_lost) over the shards."""
-        return int(self.shards.numbers(name).sum())
+        return int(self.numbers(name).sum())
 
-    @property
+    @cached_property
     def outcomes(self) -> dict[str, int]:
         """Input rows by outcome, over all shards."""
-        return self.shards.outcomes
+        return _summed(shard.outcomes for shard in self.shards)
 
-    @property
+    @cached_property
     def labels(self) -> dict[str, int]:
         """Rows by label, over all shards, in sorted order of the label."""
-        return self.shards.labels
+        return _summed(shard.labels for shard in self.shards)
 
     @property
     def rows_in(self) -> int:
@@ -79,41 +109,37 @@ def shards_folder(storage: Folder, key: str) -> Folder:
 
 
 def read_manifest(folder: Folder) -> ShardManifest | None:
-    """The manifest of a committed set, or None where there is none yet. Raises DataError where it is damaged."""
+    """The manifest of a committed set; None if there is none, or one of an earlier version, whose shards are written
+    again. Raises DataError where it is damaged.
+    """
     try:
         data = folder.read_bytes(MANIFEST)
     except FileNotFoundError:
         return None
     try:
-        said = json.loads(data)
-        if isinstance(said["shards"], dict):
-            said["shards"] = _read_table(folder, said["shards"])
-        return ShardManifest.model_validate(said)
-    except (ValueError, TypeError, KeyError, OSError, pa.ArrowException) as error:
+        return ShardManifest.model_validate_json(data)
+    except ValidationError as error:
+        with suppress(ValueError, AttributeError):
+            if from_json(data).get("schema_version", 0) < SCHEMA_VERSION:
+                return None
         raise DataError(
             f"{folder / MANIFEST} is damaged or of another version: {error}. Remove {folder} to shard again"
         ) from error
 
 
 def write_manifest(folder: Folder, manifest: ShardManifest) -> None:
-    """Commit a split: the records of its shards as a table, then the manifest, which names the table and its digest."""
-    with pa.BufferOutputStream() as sink:
-        with pa.ipc.new_file(sink, manifest.shards.table.schema) as writer:
-            writer.write_table(manifest.shards.table)
-        table = sink.getvalue()
-    folder.write_bytes(TABLE, table)
-    totals = {name: manifest.total(name) for name in TOTALS}
-    shards = {"table": TABLE, "digest": xxhash.xxh3_128_hexdigest(table), "count": len(manifest.shards), **totals}
-    folder.write_json(MANIFEST, {**manifest.model_dump(mode="json", exclude={"shards"}), "shards": shards})
+    """Commit a split."""
+    folder.write_bytes(MANIFEST, manifest.model_dump_json(indent=1).encode())
 
 
-def _read_table(folder: Folder, said: dict[str, Any]) -> ShardTable:
-    """The table that a manifest names. Raises ValueError where its digest is another."""
-    with folder.open_input(said["table"]) as stream:
-        content = stream.read_buffer()
-        if xxhash.xxh3_128_hexdigest(content) != said["digest"]:
-            raise ValueError(f"the digest of {said['table']} is not the one noted")
-        return ShardTable(pa.ipc.open_file(content).read_all())
+def other_manifests(storage: Folder, key: str) -> Iterator[tuple[Folder, ShardManifest]]:
+    """The committed sets of a storage but one; damaged ones are passed over, which concern other jobs."""
+    for name in (storage / "shards").list():
+        try:
+            if name != key and (manifest := read_manifest(shards_folder(storage, name))):
+                yield shards_folder(storage, name), manifest
+        except DataError:
+            continue
 
 
 def check_labels(shards: Shards) -> None:
@@ -126,3 +152,11 @@ def check_labels(shards: Shards) -> None:
             f"labels in data.eval that data.train never shows: {listed}. Known: {known}. "
             "Correct the labels, remove those rows, or add training rows with them"
         )
+
+
+def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for own in counts:
+        for name, count in own.items():
+            total[name] = total.get(name, 0) + count
+    return dict(sorted(total.items()))

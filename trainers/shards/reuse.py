@@ -1,77 +1,46 @@
-"""Shards taken over from an earlier set that differs in its sources alone: a unit of a file that has not changed, and
-that stands at the same place among the files, gives the same bytes again. Begin at `adopt_shards`.
-"""
+"""Shards taken over from other sets of the storage: a unit with the same digest gives the same bytes again."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
-from trainers.shards.files import ledger_name, record_name, shard_name
-from trainers.shards.keys import KEY, SplitPlan, identity_of
-from trainers.shards.manifest import MANIFEST, read_manifest
-from trainers.shards.shard_table import ShardRecord
+from trainers.shards.files import counts_name, ledger_name, record_name, shard_name
+from trainers.shards.keys import SplitPlan
+from trainers.shards.manifest import ShardManifest
 from trainers.shards.writer import finished_shard
 from trainers.sources.readers import Unit
 from trainers.storage import Folder
 
 
-def adopt_shards(storage: Folder, folder: Folder, plan: SplitPlan, units: Sequence[Unit]) -> int:
-    """Take over what earlier sets of the storage hold of the units that are not here yet.
-
-    Not where repeats are left out: whether a row is one depends on all files.
-
-    Returns:
-        The number of shards taken over.
-    """
-    if plan.dedup:
-        return 0
-    held, count = set(folder.list()), 0
-    for other, sources in _alike(storage, plan):
-        same = {file for file, (one, two) in enumerate(zip(sources, identity_of(plan), strict=False)) if one == two}
-        todo = [unit for unit in units if unit.file in same and record_name(unit.index) not in held]
-        for unit, record in _pairs(todo, units, other):
-            _take(other, folder, unit.index, record)
-            held.add(record_name(unit.index))
-            count += 1
-    return count
+def explain_miss(plan: SplitPlan, others: Mapping[Folder, ShardManifest]) -> str | None:
+    """Which parts of the key differ from those of the most similar set; None if none is similar."""
+    changes: list[tuple[int, str, list[str]]] = []
+    for folder, manifest in others.items():
+        if manifest.split == plan.name:
+            changed = [part for part, digest in plan.key_parts.items() if manifest.key_parts.get(part) != digest]
+            changes.append((len(changed), folder.name, changed))
+    count, name, changed = min(changes, default=(len(plan.key_parts), "", []))
+    if count > len(plan.key_parts) // 2:
+        return None
+    return f"the {plan.name} shards {name} do not fit any more: {' and '.join(changed)} changed"
 
 
-def _alike(storage: Folder, plan: SplitPlan) -> Iterator[tuple[Folder, list[Any]]]:
-    """Committed sets whose key differs in the sources alone, with the identity of each source."""
-    wanted = {name: digest for name, digest in plan.key_parts.items() if name != "sources"}
-    shelf = storage / "shards"
-    for name in shelf.list():
-        folder = shelf / name
-        if name == plan.key or not folder.exists(KEY) or not folder.exists(MANIFEST):
-            continue
-        said: dict[str, Any] = folder.read_json(KEY)
-        parts = {part: digest for part, digest in said["key_parts"].items() if part != "sources"}
-        if said["split"] == plan.name and parts == wanted and "sources" in said:
-            yield folder, said["sources"]
-
-
-def _pairs(todo: Sequence[Unit], units: Sequence[Unit], other: Folder) -> Iterator[tuple[Unit, ShardRecord]]:
-    """Each unit with the shard that holds it there, if that is whole: the shards of a file are its units in order."""
-    manifest = read_manifest(other) if todo else None
-    if manifest is None:
-        return
-    first: dict[int, int] = {}
-    for unit in units:
-        first.setdefault(unit.file, unit.index)
-    there: dict[int, int] = {}
-    for place, file in enumerate(manifest.shards.numbers("source").tolist()):
-        there.setdefault(file, place)
-    for unit in todo:
-        if record := finished_shard(other, there[unit.file] + unit.index - first[unit.file]):
-            yield unit, record
-
-
-def _take(other: Folder, folder: Folder, number: int, record: ShardRecord) -> None:
-    names = {"file": shard_name(number), "ledger": ledger_name(number)}
-    for kind, name in names.items():
-        _copy(other, getattr(record, kind), folder, name)
-    folder.write_bytes(record_name(number), record.model_copy(update=names).model_dump_json().encode())
+def adopt_shards(folder: Folder, plan: SplitPlan, units: Sequence[Unit], others: Mapping[Folder, ShardManifest]) -> int:
+    """Take over what other sets hold of the units that are not here yet. Returns the number of shards taken over."""
+    held = set(folder.list())
+    missing = {plan.unit_digest(unit): unit.index for unit in units if record_name(unit.index) not in held}
+    before = len(missing)
+    for other, manifest in others.items():
+        for place, record in enumerate(manifest.shards):
+            if record.unit not in missing or not finished_shard(other, place):
+                continue
+            number = missing.pop(record.unit)
+            names = {"file": shard_name(number), "ledger": ledger_name(number)}
+            for old, new in ((record.file, names["file"]), (record.ledger, names["ledger"]),
+                             (counts_name(place), counts_name(number))):  # fmt: skip
+                _copy(other, old, folder, new)
+            folder.write_bytes(record_name(number), record.model_copy(update=names).model_dump_json().encode())
+    return before - len(missing)
 
 
 def _copy(other: Folder, old: str, folder: Folder, new: str) -> None:

@@ -1,4 +1,4 @@
-"""One unit of rows to one shard: sequences, a ledger line for each input row, and a record that commits both.
+"""One unit of rows to one shard: sequences, a ledger line for each input row, counts, and a record that commits them.
 
 Owns the layout of shard files and what "done" means for one of them. Memory is bounded by a batch, not by the unit.
 Knows no Ray; the stage that spreads units over a cluster is `orchestrator.sharding.stage`. Begin at `write_units`.
@@ -17,13 +17,13 @@ from pydantic import ValidationError
 from trainers.records import Array
 from trainers.shards.contamination import contained, read_texts
 from trainers.shards.duplicates import read_removed
-from trainers.shards.files import LedgerFile, SequenceFile, ledger_name, record_name, shard_name
+from trainers.shards.files import LedgerFile, SequenceFile, counts_name, ledger_name, record_name, shard_name
 from trainers.shards.keys import SplitPlan
-from trainers.shards.shard_table import ShardRecord
+from trainers.shards.manifest import ShardRecord
 from trainers.sources.formats import RawRow
 from trainers.sources.readers import Unit, read_unit
 from trainers.sources.text_digest import text_digests
-from trainers.storage import Folder, StagedFile
+from trainers.storage import Folder, StagedFile, array_bytes
 from trainers.tasks import EncodeRules, Task, encode_rows, load_task
 from trainers.tokenizer.encoder import Encoder, TokenizerSpec, encoder_of
 from trainers.tokenizer.token_arrays import EncodedBatch
@@ -47,8 +47,8 @@ class ShardWork:
     """For each field of the task, the data's column."""
     rules: EncodeRules
     tokenizer: TokenizerSpec
-    quick: bool = True
-    """Use the quick tokenizer where it applies."""
+    fast: bool = True
+    """Use a faster library than tokenizers where it loads the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def write_units(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[Unit, 
     Raises:
         DataError: where a file is damaged beyond a single row.
         JobError: where the tokenizer cannot be loaded.
-        TokenizerDiffers: where the split has to be written without the quick tokenizer.
+        TokenizerDiffers: where the split has to be written with tokenizers alone.
     """
     with ThreadPoolExecutor(COMMITS, thread_name_prefix="commit") as threads:
         waiting: list[tuple[Unit, Future[ShardRecord]]] = []
@@ -102,14 +102,19 @@ def write_units(work: ShardWork, units: Sequence[Unit]) -> Iterator[tuple[Unit, 
 
 def write_unit(work: ShardWork, unit: Unit) -> StagedShard:
     """Read, tokenize and write one unit; `commit` ends it. Doing it again gives the same bytes."""
-    rows = read_unit(unit, work.plan.sources[unit.file], work.columns)
-    mine = ((row, fields) for row, fields in rows if work.plan.holds(unit.file, row)) if work.plan.fraction else rows
-    dedup, eval_key = work.plan.dedup, work.plan.eval_key
-    removed = read_removed(work.folder, unit.index, dedup) if dedup else {}
-    held_out = read_texts(work.folder.parent / eval_key) if eval_key else None
-    encoder = encoder_of(work.tokenizer, work.quick)
+    plan = work.plan
+    rows = read_unit(unit, plan.sources[unit.file], work.columns)
     return write_shard(
-        work.folder, unit.index, unit.file, mine, load_task(work.task), encoder, work.rules, removed, held_out
+        work.folder,
+        unit.index,
+        unit.file,
+        ((row, fields) for row, fields in rows if plan.holds(unit.file, row)) if plan.fraction else rows,
+        load_task(work.task),
+        encoder_of(work.tokenizer, work.fast),
+        work.rules,
+        removed=read_removed(work.folder, unit.index, plan.dedup) if plan.dedup else {},
+        held_out=read_texts(work.folder.parent / plan.eval_key) if plan.eval_key else None,
+        unit=plan.unit_digest(unit),
     )
 
 
@@ -123,18 +128,20 @@ def write_shard(
     rules: EncodeRules,
     removed: Mapping[int, str] = MappingProxyType({}),
     held_out: Array | None = None,
+    unit: str = "",
 ) -> StagedShard:
     """Encode rows of one file into shard `number`, which nobody sees before `commit`.
 
     Args:
         removed: for rows that are left out on request, the outcome that the ledger gives them.
         held_out: digests of texts that are left out, uint64, sorted.
+        unit: digest of what the rows are and how they are encoded.
     """
-    shard, ledger = shard_name(number), ledger_name(number)
+    names = shard_name(number), ledger_name(number), counts_name(number)
     with ExitStack() as unfinished:
-        files = [folder.stage_output(name) for name in (shard, ledger)]
-        for one in files:
-            unfinished.callback(one.discard)
+        files = [folder.stage_output(name) for name in names]
+        for staged in files:
+            unfinished.callback(staged.discard)
         sequence_file, ledger_file = SequenceFile(files[0].stream, task, file), LedgerFile(files[1].stream, file)
         for batch in _batches(rows):
             places = np.array([row for row, _ in batch], dtype=np.int64)
@@ -145,14 +152,16 @@ def write_shard(
             sequence_file.add(places, encoded)
         sequence_file.close()
         ledger_file.close()
+        files[2].stream.write(array_bytes(sequence_file.counts))
         unfinished.pop_all()
     record = ShardRecord(
-        file=shard,
-        ledger=ledger,
+        file=names[0],
+        ledger=names[1],
+        unit=unit,
         source=file,
-        rows=sequence_file.rows,
-        tokens=sequence_file.tokens,
-        targets=sequence_file.targets,
+        rows=len(sequence_file.counts),
+        tokens=int(sequence_file.counts["length"].sum()),
+        targets=int(sequence_file.counts["targets"].sum()),
         bytes=sequence_file.bytes,
         digest=sequence_file.digest,
         outcomes=ledger_file.outcomes,
@@ -176,7 +185,8 @@ def finished_shard(folder: Folder, number: int) -> ShardRecord | None:
     """The record of one unit, if it was committed here and its files are as it says."""
     try:
         record = ShardRecord.model_validate_json(folder.read_bytes(record_name(number)))
-        whole = folder.size(record.file) == record.bytes and folder.exists(record.ledger)
+        whole = folder.size(record.file) == record.bytes
+        whole = whole and folder.exists(record.ledger) and folder.exists(counts_name(number))
     except (ValidationError, FileNotFoundError):
         return None
     return record if whole else None

@@ -18,6 +18,8 @@ from trainers.sources.formats import FORMATS, RawRow, Span
 
 UNIT_BYTES = 8 * 2**20
 """Source bytes a unit aims at: about two million tokens, a tenth of a second of the quickest tokenizer."""
+MOST_UNITS = 16_384
+"""Past 128 GiB of sources units are larger, so that a split has about so many shards, and its manifest stays small."""
 NEEDED_FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": (("messages",), ("prompt", "completion"), ("conversations",), ("instruction", "output"))
 }
@@ -36,8 +38,12 @@ class Unit:
 
 
 def plan_units(sources: Sequence[SourceFile], unit_bytes: int | None = None) -> tuple[Unit, ...]:
-    """Cut files into units of about `unit_bytes` (UNIT_BYTES), in order. The number of workers has no say."""
-    unit_bytes = UNIT_BYTES if unit_bytes is None else unit_bytes
+    """Cut files into units, in order: of about `unit_bytes`, by default UNIT_BYTES or what makes MOST_UNITS of them.
+
+    The number of workers does not count.
+    """
+    if unit_bytes is None:
+        unit_bytes = max(UNIT_BYTES, sum(source.size for source in sources) // MOST_UNITS)
     spans = [
         (file, span) for file, source in enumerate(sources) for span in FORMATS[source.format].plan(source, unit_bytes)
     ]

@@ -28,7 +28,7 @@ from trainers.tasks.metrics.classes import (
 from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, places
 from trainers.tokenizer.encoder import Encoder
-from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, surround
+from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, add_affixes
 
 if TYPE_CHECKING:
     import torch
@@ -58,12 +58,12 @@ class Classify(Task):
 
     def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Tokenize texts; without a Python object a row where no row has a pair."""
-        frame = encoder.frame
+        affixes = encoder.affixes
         pairs = any(row.get("text_pair") is not None for row in rows)
-        if frame is None or pairs or rules.max_length <= len(frame[0]) + len(frame[1]):
+        if affixes is None or pairs or rules.max_length <= len(affixes[0]) + len(affixes[1]):
             return batch_rows(encode_each(rows, encoder, rules), self.extra_schema)
         tokens = encoder.encode_ids([row["text"] for row in rows], special=False)
-        return _fit_single(tokens, [row["label"] for row in rows], frame, rules)
+        return _fit_single(tokens, [row["label"] for row in rows], affixes, rules)
 
     def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
         return (extra["label"],) if extra["label"] is not None else extra["several"]
@@ -162,10 +162,10 @@ def _shown(label: Any) -> dict[str, Any]:
 
 
 def _fit_single(
-    tokens: Tokens, labels: Sequence[Any], frame: tuple[list[int], list[int]], rules: EncodeRules
+    tokens: Tokens, labels: Sequence[Any], affixes: tuple[list[int], list[int]], rules: EncodeRules
 ) -> EncodedBatch:
     """Apply the length policy to texts given without special tokens, and put those around."""
-    room = rules.max_length - len(frame[0]) - len(frame[1])
+    room = rules.max_length - len(affixes[0]) - len(affixes[1])
     lengths = tokens.lengths
     lost = np.maximum(lengths - room, 0)
     long = lost > 0
@@ -173,7 +173,7 @@ def _fit_single(
     kept = np.flatnonzero(~long) if not cut else np.arange(len(tokens))
     shown = [_shown(labels[place]) for place in kept.tolist()]
     return EncodedBatch(
-        tokens=surround(tokens.take(tokens.offsets[kept], np.minimum(lengths[kept], room)), *frame),
+        tokens=add_affixes(tokens.take(tokens.offsets[kept], np.minimum(lengths[kept], room)), *affixes),
         row=kept,
         part=np.zeros(len(kept), np.int32),
         outcomes=(KEPT, TRUNCATED if cut else "dropped:overlong"),

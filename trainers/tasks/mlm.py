@@ -47,12 +47,12 @@ class Mlm(Task):
 
     def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Tokenize texts without special tokens, then window them and put those around each window."""
-        frame = encoder.frame
-        if frame is None:
+        affixes = encoder.affixes
+        if affixes is None:
             raise JobError("task mlm: the tokenizer does not put its special tokens around a text; choose an encoder")
         words = encoder.encode_with_words([row["text"] for row in rows])[::-1]
         # popped, not looked up: those of a long text go before the next one's are cut up
-        return batch_rows((_fit(*words.pop(), frame, rules) for _ in rows), self.extra_schema)
+        return batch_rows((_fit(*words.pop(), affixes, rules) for _ in rows), self.extra_schema)
 
     def count_targets(self, table: pa.Table) -> Array:
         """A fixed share of each row's tokens, special ones aside, but at least one."""
@@ -121,22 +121,22 @@ def choose(words: Array, options: Any, random: np.random.Generator) -> tuple[Arr
     return whole, order[:wanted]
 
 
-def _fit(ids: Array, words: Array, frame: tuple[list[int], list[int]], rules: EncodeRules) -> EncodedRow:
+def _fit(ids: Array, words: Array, affixes: tuple[list[int], list[int]], rules: EncodeRules) -> EncodedRow:
     """Windows of at most `max_length` with the special tokens around each."""
-    room = rules.max_length - len(frame[0]) - len(frame[1])
+    room = rules.max_length - len(affixes[0]) - len(affixes[1])
     if not len(ids):
         return EncodedRow.dropped("no_target")
     if len(ids) > room and rules.overlong in ("drop", "error"):
         return EncodedRow.dropped("overlong")
     starts = range(0, len(ids), room) if rules.overlong == "split" else range(1)
-    windows = tuple(_window(ids[start : start + room], words[start : start + room], frame) for start in starts)
+    windows = tuple(_window(ids[start : start + room], words[start : start + room], affixes) for start in starts)
     if len(windows) > 1:
         return EncodedRow(SPLIT, windows)
     return EncodedRow.whole(windows[0], max(len(ids) - room, 0))
 
 
-def _window(ids: Array, words: Array, frame: tuple[list[int], list[int]]) -> TokenSequence:
-    before, after = (np.array(part, dtype=np.int32) for part in frame)
+def _window(ids: Array, words: Array, affixes: tuple[list[int], list[int]]) -> TokenSequence:
+    before, after = (np.array(part, dtype=np.int32) for part in affixes)
     inner = np.where(words >= 0, words - max(int(words.min()), 0), np.arange(len(words)))
     around = (np.full(len(part), -1, dtype=np.int32) for part in (before, after))
     first, last = around

@@ -80,7 +80,7 @@ def _render(row: Mapping[str, Any], encoder: Encoder, template: str | None) -> R
     messages = read_messages(row)
     if isinstance(messages, str):
         return messages
-    return renderer_of(encoder, encoder.quick, template).render(messages, read_tools(row)) or "template_hides_the_turns"
+    return renderer_of(encoder, encoder.fast, template).render(messages, read_tools(row)) or "template_hides_the_turns"
 
 
 def _encode(rendered: Sequence[Rendered], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:

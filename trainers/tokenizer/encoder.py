@@ -1,7 +1,7 @@
 """The model's tokenizer, as the data stage uses it: batches of texts in, ids and character offsets out.
 
 `load_encoder` reads it with transformers, once; `Encoder.spec` is what other processes need in order to have the same
-one in milliseconds, without transformers. Which library makes the ids is `quick_tokenizer`'s affair.
+one in milliseconds, without transformers. Which library makes the ids: see `gigatoken`.
 """
 
 import json
@@ -13,9 +13,9 @@ from typing import Any
 
 from trainers.errors import DataError, JobError
 from trainers.records import Array
-from trainers.tokenizer.gigatoken import QuickTokenizer, bytes_of_ids, check_sample, open_quick, specials_around
-from trainers.tokenizer.reference import encode_exact, encode_words
-from trainers.tokenizer.token_arrays import Tokens, surround
+from trainers.tokenizer.gigatoken import FastTokenizer, bytes_of_ids, check_sample, open_fast, special_affixes
+from trainers.tokenizer.reference import encode_by_reference, encode_words
+from trainers.tokenizer.token_arrays import Tokens, add_affixes
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,16 +50,16 @@ class Encoder:
 
     Args:
         spec: what `read_spec` gave, in this process or another.
-        quick: use a quicker library where it loads this tokenizer; what it gives is checked on a sample.
+        fast: use a faster library than tokenizers where it loads this tokenizer; its ids are checked on a sample.
     """
 
-    def __init__(self, spec: TokenizerSpec, quick: bool = True) -> None:
+    def __init__(self, spec: TokenizerSpec, fast: bool = True) -> None:
         from tokenizers import Tokenizer
 
         self.spec = spec
-        self.quick = quick
+        self.fast = fast
         self._backend = Tokenizer.from_str(spec.backend)
-        self._quick: QuickTokenizer | None = open_quick(spec.backend, self._backend) if quick else None
+        self._fast: FastTokenizer | None = open_fast(spec.backend, self._backend) if fast else None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -68,8 +68,9 @@ class Encoder:
 
     @cached_property
     def is_encoder_decoder(self) -> bool:
-        """Whether the model reads with one part and writes with another."""
-        return _is_encoder_decoder(Path(self.spec.folder))
+        """Whether the model beside the tokenizer reads with one part and writes with another."""
+        file = Path(self.spec.folder) / "config.json"
+        return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("is_encoder_decoder", False))
 
     @property
     def eos_id(self) -> int | None:
@@ -83,13 +84,13 @@ class Encoder:
 
     @property
     def library(self) -> str:
-        """What makes the ids: gigatoken, remembered words or tokenizers."""
-        return self._quick.library if self._quick else "tokenizers"
+        """What makes the ids: gigatoken, WordPiece cache or tokenizers."""
+        return self._fast.library if self._fast else "tokenizers"
 
     @cached_property
-    def frame(self) -> tuple[list[int], list[int]] | None:
+    def affixes(self) -> tuple[list[int], list[int]] | None:
         """Special tokens before and after a text; None where they are not simply around it."""
-        return specials_around(self._backend)
+        return special_affixes(self._backend)
 
     @cached_property
     def bytes_of_ids(self) -> Array | None:
@@ -100,20 +101,20 @@ class Encoder:
         """Ids of texts, or of (text, pair) tuples, as arrays: the way to go for many.
 
         Raises:
-            TokenizerDiffers: where the quick library is caught giving other ids than tokenizers does.
+            TokenizerDiffers: if the faster library gives other ids than tokenizers.
         """
-        if self._quick is None or any(isinstance(text, tuple) for text in texts):
-            return self._encode_exact(texts, special)
-        tokens = self._quick.encode(list(texts), special)
+        if self._fast is None or any(isinstance(text, tuple) for text in texts):
+            return self._encode_by_reference(texts, special)
+        tokens = self._fast.encode(list(texts), special)
         check_sample(texts, tokens, self._backend, special)
         return tokens
 
-    def _encode_exact(self, texts: Sequence[Any], special: bool) -> Tokens:
+    def _encode_by_reference(self, texts: Sequence[Any], special: bool) -> Tokens:
         """tokenizers' own ids."""
-        if any(isinstance(text, tuple) for text in texts) or (special and self.frame is None):
-            return Tokens.of([one.ids for one in self.encode(texts, special)])
-        tokens = encode_exact(self._backend, texts)
-        return surround(tokens, *self.frame) if special and self.frame else tokens
+        if any(isinstance(text, tuple) for text in texts) or (special and self.affixes is None):
+            return Tokens.of([encoding.ids for encoding in self.encode(texts, special)])
+        tokens = encode_by_reference(self._backend, texts)
+        return add_affixes(tokens, *self.affixes) if special and self.affixes else tokens
 
     def encode(self, texts: Sequence[Any], special: bool = True) -> list[Any]:
         """Encodings of texts, or of (text, pair) tuples, without character offsets."""
@@ -137,18 +138,16 @@ class Encoder:
 
     def encode_words(self, rows: Sequence[Sequence[str]], max_length: int) -> list[tuple[Any, int]]:
         """Encodings of texts given as words, special tokens included, and how many tokens each lost to `max_length`."""
-        whole = self._backend.encode_batch(list(map(list, rows)), is_pretokenized=True)
-        return [
-            (one, 0) if len(one) <= max_length else (self._cut_words(words, max_length), len(one) - max_length)
-            for one, words in zip(whole, rows, strict=True)
-        ]
-
-    def _cut_words(self, words: Sequence[str], max_length: int) -> Any:
+        words = [list(row) for row in rows]
+        encodings = list(self._backend.encode_batch(words, is_pretokenized=True))
+        lost = [max(len(encoding) - max_length, 0) for encoding in encodings]
         self._backend.enable_truncation(max_length)
         try:
-            return self._backend.encode(list(words), is_pretokenized=True)
+            for place in (place for place, count in enumerate(lost) if count):
+                encodings[place] = self._backend.encode(words[place], is_pretokenized=True)
         finally:
             self._backend.no_truncation()
+        return list(zip(encodings, lost, strict=True))
 
     def encode_windows(self, pairs: Sequence[tuple[str, str]], max_length: int, overlap: int) -> list[list[Any]]:
         """Encodings of (first, second) texts with offsets; a second text too long is cut into overlapping windows.
@@ -160,12 +159,12 @@ class Encoder:
         """
         self._backend.enable_truncation(max_length, stride=overlap, strategy="only_second")
         try:
-            found = self._backend.encode_batch(list(pairs))
+            encodings = self._backend.encode_batch(list(pairs))
         except Exception as error:  # the Rust side raises a bare Exception
             raise ValueError(str(error)) from error
         finally:
             self._backend.no_truncation()
-        return [[one, *one.overflowing] for one in found]
+        return [[first, *first.overflowing] for first in encodings]
 
     @property
     def mask_id(self) -> int:
@@ -199,12 +198,6 @@ def read_spec(folder: str | Path, trust_remote_code: bool = False) -> TokenizerS
     return TokenizerSpec(str(folder), trust_remote_code, backend.to_str(), tokenizer.eos_token_id, pad_id)
 
 
-def _is_encoder_decoder(folder: Path) -> bool:
-    """Whether the model beside the tokenizer reads with one part and writes with another."""
-    file = folder / "config.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("is_encoder_decoder", False))
-
-
 @lru_cache(maxsize=2)
 def load_encoder(folder: str, trust_remote_code: bool = False) -> Encoder:
     """The encoder of a model folder, loaded once a process."""
@@ -212,9 +205,9 @@ def load_encoder(folder: str, trust_remote_code: bool = False) -> Encoder:
 
 
 @lru_cache(maxsize=2)
-def encoder_of(spec: TokenizerSpec, quick: bool) -> Encoder:
+def encoder_of(spec: TokenizerSpec, fast: bool) -> Encoder:
     """The encoder of a spec, made once a process."""
-    return Encoder(spec, quick)
+    return Encoder(spec, fast)
 
 
 @lru_cache(maxsize=2)

@@ -1,20 +1,21 @@
-"""Quicker ways to tokenizers' ids, checked on a sample of every batch: gigatoken, and remembered words for WordPiece.
+"""Faster ways to tokenizers' ids, checked on a sample of every batch: gigatoken, and a WordPiece cache.
 
 gigatoken applies to byte-level and SentencePiece-style BPE. Texts with bytes that the vocabulary cannot spell go to
-tokenizers, and so does a whole vocabulary that gigatoken does not load. Begin at `open_quick`.
+tokenizers, and so does a whole vocabulary that gigatoken does not load. Begin at `open_fast`.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from trainers.records import Array
-from trainers.tokenizer.reference import encode_exact
-from trainers.tokenizer.token_arrays import Tokens, surround
-from trainers.tokenizer.wordpiece_cache import open_words
+from trainers.tokenizer.reference import encode_by_reference
+from trainers.tokenizer.token_arrays import Tokens, add_affixes
+from trainers.tokenizer.wordpiece_cache import open_wordpiece_cache
 
 SAMPLE_CHARS = 20_000
 """A text drawn for the check is skipped the more often the longer it is than this: a check costs 1.4 µs a token."""
@@ -22,65 +23,60 @@ PROBE = "a"
 
 
 class TokenizerDiffers(Exception):
-    """The quick library gave other ids than tokenizers does; the split has to be written with tokenizers."""
+    """The faster library gave other ids than tokenizers does; the split has to be written with tokenizers."""
 
 
-class QuickTokenizer:
-    """A quick way to tokenizers' ids.
+@dataclass(frozen=True)
+class FastTokenizer:
+    """A faster way to tokenizers' ids."""
 
-    Args:
-        library: its name.
-        bare: gives the ids of texts without special tokens around.
-        prefix: ids that the tokenizer puts before a text.
-        suffix: ids that it puts after.
-    """
-
-    def __init__(
-        self, library: str, bare: Callable[[list[str]], Tokens], prefix: Sequence[int], suffix: Sequence[int]
-    ) -> None:
-        self.library, self._bare = library, bare
-        self._prefix, self._suffix = prefix, suffix
+    library: str
+    bare: Callable[[list[str]], Tokens]
+    """Gives the ids of texts without special tokens around."""
+    prefix: Sequence[int]
+    """Ids of the special tokens before a text."""
+    suffix: Sequence[int]
 
     def encode(self, texts: list[str], special: bool) -> Tokens:
         """Ids of texts; `special` puts the special tokens around each."""
-        tokens = self._bare(texts) if texts else Tokens.of([])
-        return surround(tokens, self._prefix, self._suffix) if special else tokens
+        tokens = self.bare(texts) if texts else Tokens.of([])
+        return add_affixes(tokens, self.prefix, self.suffix) if special else tokens
 
 
 class GigaTokenizer:
     """One vocabulary loaded by gigatoken; ids from `limit` on stand for bytes that the vocabulary does not have."""
 
-    def __init__(self, quick: Any, exact: Any, limit: int) -> None:
-        self._quick, self._exact, self._limit = quick, exact, limit
+    def __init__(self, giga: Any, reference: Any, limit: int) -> None:
+        self._giga, self._reference, self._limit = giga, reference, limit
 
     def encode(self, texts: list[str]) -> Tokens:
         """Ids of texts; those that the vocabulary cannot spell are done by tokenizers."""
-        layout = self._quick.encode_batch(texts, parallel=False).layout
+        layout = self._giga.encode_batch(texts, parallel=False).layout
         tokens = Tokens(np.asarray(layout.content.data).view(np.int32), np.asarray(layout.offsets.data))
         if not len(tokens.ids) or int(tokens.ids.max()) < self._limit:
             return tokens
         places = np.unique(np.searchsorted(tokens.offsets, np.flatnonzero(tokens.ids >= self._limit), side="right") - 1)
-        exact = encode_exact(self._exact, [texts[place] for place in places])
         lists: list[Any] = [tokens[place] for place in range(len(tokens))]
+        unspelled = encode_by_reference(self._reference, [texts[place] for place in places])
         for number, place in enumerate(places.tolist()):
-            lists[place] = exact[number]
+            lists[place] = unspelled[number]
         return Tokens.of(lists)
 
 
-def open_quick(backend_json: str, exact: Any) -> QuickTokenizer | None:
-    """The quick way for tokenizers' JSON, or None where there is none, or it cannot add the tokenizer's specials."""
+def open_fast(backend_json: str, reference: Any) -> FastTokenizer | None:
+    """The faster way for tokenizers' JSON; None if there is none, or if its special tokens are not simply around."""
     config = json.loads(backend_json)
-    around = specials_around(exact)
-    if around is None:
+    affixes = special_affixes(reference)
+    if affixes is None:
         return None
-    if giga := _open_giga(config, exact):
-        return QuickTokenizer("gigatoken", giga.encode, *around)
-    if words := open_words(config, exact):
-        return QuickTokenizer("remembered words", words.encode, *around)
+    if giga := _open_giga(config, reference):
+        return FastTokenizer("gigatoken", giga.encode, *affixes)
+    if cache := open_wordpiece_cache(config, reference):
+        return FastTokenizer("WordPiece cache", cache.encode, *affixes)
     return None
 
 
-def _open_giga(config: dict[str, Any], exact: Any) -> GigaTokenizer | None:
+def _open_giga(config: dict[str, Any], reference: Any) -> GigaTokenizer | None:
     import gigatoken
 
     if config["model"].get("type") != "BPE":
@@ -93,12 +89,12 @@ def _open_giga(config: dict[str, Any], exact: Any) -> GigaTokenizer | None:
         vocabulary.update({char: limit + place for place, char in enumerate(missing)})
     whole = {**config, "model": {**config["model"], "vocab": vocabulary}}
     try:
-        return GigaTokenizer(gigatoken.Tokenizer.from_json(json.dumps(whole)), exact, limit)
+        return GigaTokenizer(gigatoken.Tokenizer.from_json(json.dumps(whole)), reference, limit)
     except Exception:  # whatever it says, it does not load this vocabulary
         return None
 
 
-def check_sample(texts: Sequence[str], tokens: Tokens, exact: Any, special: bool) -> None:
+def check_sample(texts: Sequence[str], tokens: Tokens, reference: Any, special: bool) -> None:
     """Compare one text of a batch, drawn by its content, with tokenizers' ids. Raises TokenizerDiffers."""
     if not len(texts):
         return
@@ -107,22 +103,22 @@ def check_sample(texts: Sequence[str], tokens: Tokens, exact: Any, special: bool
     text = texts[place]
     if len(text) > SAMPLE_CHARS and seed / 2**64 > SAMPLE_CHARS / len(text):
         return
-    expected, found = _expected(exact, text, special), tokens[place].tolist()
-    if expected != found:
-        at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
+    expected, given = _expected(reference, text, special), tokens[place].tolist()
+    if expected != given:
+        at = next((i for i, (a, b) in enumerate(zip(expected, given, strict=False)) if a != b), len(given))
         raise TokenizerDiffers(
             f"at token {at} of a text that begins with {text[:40]!r}, tokenizers gives {expected[at : at + 4]} "
-            f"and the quick way {found[at : at + 4]}"
+            f"and the faster library {given[at : at + 4]}"
         )
 
 
-def _expected(exact: Any, text: str, special: bool) -> list[int]:
-    around = specials_around(exact) if special else None
-    if special and around is None:
-        ids: list[int] = exact.encode(text).ids
+def _expected(reference: Any, text: str, special: bool) -> list[int]:
+    affixes = special_affixes(reference) if special else ([], [])
+    if affixes is None:
+        ids: list[int] = reference.encode(text).ids
         return ids
-    before, after = around or ([], [])
-    return [*before, *encode_exact(exact, [text])[0].tolist(), *after]
+    prefix, suffix = affixes
+    return [*prefix, *encode_by_reference(reference, [text])[0].tolist(), *suffix]
 
 
 def bytes_of_ids(config: dict[str, Any]) -> Array | None:
@@ -146,10 +142,10 @@ def _is_byte_level(step: Any) -> bool:
     return bool(step.get("type") == "ByteLevel")
 
 
-def specials_around(exact: Any) -> tuple[list[int], list[int]] | None:
+def special_affixes(reference: Any) -> tuple[list[int], list[int]] | None:
     """Ids that the tokenizer puts before and after a text."""
-    bare = exact.encode(PROBE, add_special_tokens=False).ids
-    full = exact.encode(PROBE, add_special_tokens=True).ids
+    bare = reference.encode(PROBE, add_special_tokens=False).ids
+    full = reference.encode(PROBE, add_special_tokens=True).ids
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]

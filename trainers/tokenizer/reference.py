@@ -3,7 +3,8 @@ Python's lists 40 more, so that a document of 64 MB at once would take 3.5 GB.
 
 A text is cut before a blank between two words, or where there is none before a punctuation mark; in any case where the
 tokenizer itself splits before it looks for tokens, and where the text around has the same ids in one piece as in two.
-Where no such place is found, as with tokens that reach across blanks, the text stays whole. Begin at `encode_exact`.
+Where no such place is found, as with tokens that reach across blanks, the text stays whole.
+Begin at `encode_by_reference`.
 """
 
 import re
@@ -25,56 +26,53 @@ TRIES, WINDOW_CHARS = 64, 2**16
 CUTS = (re.compile(r"(?<=\w)\s(?=\w)"), re.compile(r"(?<=\w)(?=[^\w\s])"))
 
 
-def encode_exact(exact: Any, texts: Sequence[str]) -> Tokens:
+def encode_by_reference(reference: Any, texts: Sequence[str]) -> Tokens:
     """Ids of texts without special tokens around.
 
     Args:
-        exact: tokenizers' own tokenizer.
+        reference: tokenizers' own tokenizer.
         texts: any number of any length.
     """
     parts: list[Tokens] = []
     waiting: list[str] = []
     for text in texts:
         if len(text) > SLICE_CHARS:
-            parts += [_encode(exact, waiting), Tokens.of([_encode_long(exact, text)])]
+            ids = [_encode(reference, [piece]).ids for piece in slices(reference, text)]  # one by one, for the memory
+            parts += [_encode(reference, waiting), Tokens.of([np.concatenate(ids)])]
             waiting = []
         else:
             waiting.append(text)
-    return join_tokens([*parts, _encode(exact, waiting)])
+    return join_tokens([*parts, _encode(reference, waiting)])
 
 
-def _encode(exact: Any, texts: Sequence[str]) -> Tokens:
-    found = exact.encode_batch_fast(list(texts), add_special_tokens=False)
-    return Tokens.of([one.ids for one in found])
+def _encode(reference: Any, texts: Sequence[str]) -> Tokens:
+    encodings = reference.encode_batch_fast(list(texts), add_special_tokens=False)
+    return Tokens.of([encoding.ids for encoding in encodings])
 
 
-def _encode_long(exact: Any, text: str) -> Array:
-    return np.concatenate([_encode(exact, [one]).ids for one in slices(exact, text)])
-
-
-def slices(exact: Any, text: str) -> Iterator[str]:
+def slices(reference: Any, text: str) -> Iterator[str]:
     """The text in consecutive slices whose ids, end to end, are those of the text."""
     start = 0
-    while len(text) - start > SLICE_CHARS and (end := _find_cut(exact, text, start + SLICE_CHARS)) is not None:
+    while len(text) - start > SLICE_CHARS and (end := _find_cut(reference, text, start + SLICE_CHARS)) is not None:
         yield text[start:end]
         start = end
     yield text[start:]
 
 
-def encode_words(exact: Any, texts: Sequence[str]) -> list[tuple[Array, Array]]:
+def encode_words(reference: Any, texts: Sequence[str]) -> list[tuple[Array, Array]]:
     """Ids of each text without special tokens around, and the word that each belongs to, -1 for none; int32 both."""
-    long = [place for place, text in enumerate(texts) if len(text) > SLICE_CHARS]
-    found = {place: _words_of_slices(exact, texts[place]) for place in long}
-    short = [place for place in range(len(texts)) if place not in found]
-    encodings = exact.encode_batch([texts[place] for place in short], add_special_tokens=False)  # fast: no words
-    found |= {place: _ids_and_words(one) for place, one in zip(short, encodings, strict=True)}
-    return [found[place] for place in range(len(texts))]
+    short = [text for text in texts if len(text) <= SLICE_CHARS]
+    encodings = iter(reference.encode_batch(short, add_special_tokens=False))  # encode_batch_fast knows no words
+    return [
+        _ids_and_words(next(encodings)) if len(text) <= SLICE_CHARS else _words_of_slices(reference, text)
+        for text in texts
+    ]
 
 
-def _words_of_slices(exact: Any, text: str) -> tuple[Array, Array]:
+def _words_of_slices(reference: Any, text: str) -> tuple[Array, Array]:
     ids, words, before = [], [], 0
-    for piece in slices(exact, text):
-        some, own = _ids_and_words(exact.encode(piece, add_special_tokens=False))
+    for piece in slices(reference, text):
+        some, own = _ids_and_words(reference.encode(piece, add_special_tokens=False))
         ids.append(some)
         words.append(np.where(own >= 0, own + before, own))
         before += int(own.max(initial=-1)) + 1
@@ -86,19 +84,19 @@ def _ids_and_words(encoding: Any) -> tuple[Array, Array]:
     return np.array(encoding.ids, dtype=np.int32), np.array(words, dtype=np.int32)
 
 
-def _find_cut(exact: Any, text: str, near: int) -> int | None:
+def _find_cut(reference: Any, text: str, near: int) -> int | None:
     """The first place from `near` on where the text may be cut; None where none is found."""
     for cut in CUTS:
         for found in islice(cut.finditer(text, near, near + WINDOW_CHARS), TRIES):
-            if _parts_agree(exact, text, found.start()):
+            if _parts_agree(reference, text, found.start()):
                 return found.start()
     return None
 
 
-def _parts_agree(exact: Any, text: str, cut: int) -> bool:
+def _parts_agree(reference: Any, text: str, cut: int) -> bool:
     before, after = text[max(cut - AROUND_CHARS, 0) : cut], text[cut : cut + AROUND_CHARS]
-    splitter = exact.pre_tokenizer
+    splitter = reference.pre_tokenizer
     if splitter is None or all(end != len(before) for _, (_, end) in splitter.pre_tokenize_str(before + after)):
         return False
-    whole, first, second = exact.encode_batch_fast([before + after, before, after], add_special_tokens=False)
+    whole, first, second = reference.encode_batch_fast([before + after, before, after], add_special_tokens=False)
     return bool(whole.ids == first.ids + second.ids)

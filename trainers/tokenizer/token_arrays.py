@@ -1,6 +1,6 @@
 """Tokens and outcomes of many rows as flat arrays: what passes from a task to the shard files.
 
-No Python object a token, and none a row, so that writing costs little beside a quick tokenizer. Begin at
+No Python object a token, and none a row, so that writing costs little beside a fast tokenizer. Begin at
 `EncodedBatch`.
 """
 
@@ -98,7 +98,7 @@ def join_tokens(parts: Sequence[Tokens]) -> Tokens:
     )
 
 
-def surround(tokens: Tokens, prefix: Sequence[int], suffix: Sequence[int]) -> Tokens:
+def add_affixes(tokens: Tokens, prefix: Sequence[int], suffix: Sequence[int]) -> Tokens:
     """The same with ids put before and after each text."""
     before, after = len(prefix), len(suffix)
     if not before and not after:

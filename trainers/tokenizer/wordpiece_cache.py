@@ -1,7 +1,7 @@
-"""WordPiece by remembered words: BERT's normalizer and splitter work word by word, so a word's ids never depend on its
+"""A cache for WordPiece: BERT's normalizer and splitter work word by word, so a word's ids never depend on its
 neighbours, and in a text beyond ASCII those of what stands between two blanks.
 
-Such pieces are remembered with their ids, and a batch becomes ids by one look-up a piece and one gather by numpy. Texts
+Such pieces are kept with their ids, and a batch becomes ids by one look-up a piece and one gather by numpy. Texts
 with control characters or special tokens, and those without blanks beyond ASCII, are left to tokenizers.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from trainers.records import Array
-from trainers.tokenizer.reference import encode_exact
+from trainers.tokenizer.reference import encode_by_reference
 from trainers.tokenizer.token_arrays import Tokens, join_tokens, starts_of
 
 MOST_PIECES, MOST_CHARS = 500_000, 20_000_000
@@ -30,14 +30,14 @@ OTHER_CONTROL = re.compile(r"[\x80-\x9f]")
 WORD = re.compile(r"[0-9A-Za-z]+|[^\s0-9A-Za-z]")
 
 
-class WordTokenizer:
+class WordPieceCache:
     """Gives what tokenizers gives without special tokens around."""
 
-    def __init__(self, exact: Any, lowercase: bool, added: Sequence[dict[str, Any]]) -> None:
-        self._exact, self._lowercase = exact, lowercase
+    def __init__(self, reference: Any, lowercase: bool, added: Sequence[dict[str, Any]]) -> None:
+        self._reference, self._lowercase = reference, lowercase
         self._added = re.compile("|".join(re.escape(one["content"].lower()) for one in added) or r"(?!)")
         self._ascii_alone = any(one["normalized"] for one in added)  # such are found in text without its accents
-        self._pieces = _Pieces(exact)
+        self._pieces = _Pieces(reference)
 
     def encode(self, texts: list[str]) -> Tokens:
         """Ids of texts."""
@@ -74,15 +74,15 @@ class WordTokenizer:
                 found = []
                 break
             found.append(self._pieces.encode([pieces]).ids)
-        return Tokens.of([np.concatenate(found)]) if found else encode_exact(self._exact, [text])
+        return Tokens.of([np.concatenate(found)]) if found else encode_by_reference(self._reference, [text])
 
 
 class _Pieces(dict[str, int]):
     """Numbers of pieces, given as they first come, and the ids of each."""
 
-    def __init__(self, exact: Any) -> None:
+    def __init__(self, reference: Any) -> None:
         super().__init__()
-        self._exact = exact
+        self._reference = reference
         self._new: list[str] = []
         self._ids, self._ends, self._chars = array("i"), array("q", [0]), 0
 
@@ -108,7 +108,7 @@ class _Pieces(dict[str, int]):
     def _learn(self) -> None:
         """Ask tokenizers for the ids of the new pieces, all at once: a call each takes 10 µs."""
         for piece, one in zip(
-            self._new, self._exact.encode_batch_fast(self._new, add_special_tokens=False), strict=True
+            self._new, self._reference.encode_batch_fast(self._new, add_special_tokens=False), strict=True
         ):
             self._ids.extend(one.ids)
             self._ends.append(len(self._ids))
@@ -132,9 +132,9 @@ def _slices(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def open_words(config: dict[str, Any], exact: Any) -> WordTokenizer | None:
+def open_wordpiece_cache(config: dict[str, Any], reference: Any) -> WordPieceCache | None:
     """For a tokenizer with BERT's normalizer, splitter and WordPiece; None for all others."""
     kinds = [(config.get(part) or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
     if kinds != ["BertNormalizer", "BertPreTokenizer", "WordPiece"] or not config["normalizer"].get("clean_text"):
         return None
-    return WordTokenizer(exact, config["normalizer"]["lowercase"], config["added_tokens"])
+    return WordPieceCache(reference, config["normalizer"]["lowercase"], config["added_tokens"])

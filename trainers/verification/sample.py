@@ -14,7 +14,7 @@ from trainers.job.schema import Job
 from trainers.model.engine import load_options
 from trainers.shards.dataset import ShardSet
 from trainers.shards.keys import SplitPlan, manifest_of, plan_splits
-from trainers.shards.shard_table import ShardRecord
+from trainers.shards.manifest import ShardRecord
 from trainers.shards.writer import write_shard
 from trainers.sources.formats import RawRow
 from trainers.sources.readers import plan_units, read_unit, task_columns

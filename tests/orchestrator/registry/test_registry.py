@@ -25,8 +25,7 @@ from trainers.errors import EvaluationError, JobError
 from trainers.job.load import parse_job
 from trainers.run.folder import Evaluation
 from trainers.run.row_scores import write_row_scores
-from trainers.shards.manifest import ShardManifest, Shards
-from trainers.shards.shard_table import ShardRecord
+from trainers.shards.manifest import ShardManifest, ShardRecord, Shards
 from trainers.storage import Folder
 from trainers.training.divergence import SkippedStep, SkippedSteps
 
@@ -236,6 +235,7 @@ def manifest_of(split):
         file="shard-00000.arrow",
         source=0,
         ledger="ledger-00000.arrow",
+        unit="0",
         rows=9,
         tokens=90,
         targets=9,

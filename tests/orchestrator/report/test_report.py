@@ -10,8 +10,7 @@ from orchestrator.report.page import duration, render_report, write_report
 from trainers.job.load import parse_job
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult
 from trainers.run.row_scores import write_row_scores
-from trainers.shards.manifest import ShardManifest, Shards
-from trainers.shards.shard_table import ShardRecord
+from trainers.shards.manifest import ShardManifest, ShardRecord, Shards
 from trainers.storage import Folder
 
 EVIL = "<script>alert('x')</script>"
@@ -56,6 +55,7 @@ def shards_of(labels=("ai", "coding", EVIL)):
             file="f",
             source=0,
             ledger="l",
+            unit="u",
             rows=rows,
             tokens=rows * 30,
             targets=rows,

@@ -1,4 +1,4 @@
-"""What the data stage survives and leaves out: killed workers, a quick tokenizer caught out, repeats, rows of the
+"""What the data stage survives and leaves out: killed workers, a fast tokenizer caught out, repeats, rows of the
 evaluation set; and what it holds while it works.
 """
 
@@ -89,14 +89,14 @@ def workers() -> list[int]:
 
     def busy(process: Any) -> bool:
         try:
-            return any("ray::_run_group" in part for part in process.cmdline())
+            return any("ray::_run_remotely" in part for part in process.cmdline())
         except psutil.Error:
             return False
 
     return [process.pid for process in psutil.process_iter() if busy(process)]
 
 
-def test_a_quick_tokenizer_caught_out_is_given_up_for_the_whole_split(
+def test_a_fast_tokenizer_caught_out_is_given_up_for_the_whole_split(
     tmp_path: Path, tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "t.jsonl", texts(600))
@@ -108,27 +108,27 @@ def test_a_quick_tokenizer_caught_out_is_given_up_for_the_whole_split(
     spoil = stage.write_group
 
     def spoiled(work: Any, units: Any) -> Any:
-        from trainers.tokenizer import gigatoken as quick_tokenizer
+        from trainers.tokenizer import gigatoken as fast_tokenizers
         from trainers.tokenizer.encoder import encoder_of
         from trainers.tokenizer.token_arrays import Tokens
 
-        encode = quick_tokenizer.QuickTokenizer.encode
+        encode = fast_tokenizers.FastTokenizer.encode
 
         def lie(self: Any, given: list[str], special: bool) -> Any:
             tokens = encode(self, given, special)
             return Tokens(np.where(tokens.ids == tokens.ids[0], tokens.ids + 1, tokens.ids), tokens.offsets)
 
         encoder_of.cache_clear()
-        quick_tokenizer.QuickTokenizer.encode = lie  # type: ignore[method-assign]
+        fast_tokenizers.FastTokenizer.encode = lie  # type: ignore[method-assign]
         try:
-            yield from spoil(work, units)
+            return spoil(work, units)
         finally:
-            quick_tokenizer.QuickTokenizer.encode = encode  # type: ignore[method-assign]
+            fast_tokenizers.FastTokenizer.encode = encode  # type: ignore[method-assign]
 
     monkeypatch.setattr(stage, "write_group", spoiled)
     job = text_job(wrong, tiny_chat_tokenizer, train=[str(path)], eval=[str(path)])
     shards = write_shards(job, str(tiny_chat_tokenizer))
-    assert shards.train.tokenizer == "tokenizers" and "the quick way" in str(shards.train.fallback_reason)
+    assert shards.train.tokenizer == "tokenizers" and "the faster library" in str(shards.train.fallback_reason)
     assert [one.digest for one in shards.train.shards] == [one.digest for one in plain.train.shards]
 
 
@@ -268,7 +268,7 @@ def test_no_unit_is_written_in_a_process_that_belongs_to_a_process_group(
     """Every task asks before it tokenizes, and so does the driver; here the group is that of one rank."""
     import torch.distributed
 
-    from orchestrator.sharding.ray_tasks import run_group
+    from orchestrator.sharding.ray_tasks import run_task
 
     path = write(tmp_path / "t.jsonl", texts(3))
     job = text_job(tmp_path, tiny_chat_tokenizer, train=[str(path)], eval=[str(path)])
@@ -276,13 +276,12 @@ def test_no_unit_is_written_in_a_process_that_belongs_to_a_process_group(
     try:
         with pytest.raises(RuntimeError, match="process group is alive"):
             write_shards(job, str(tiny_chat_tokenizer))
-        asked: Any = run_group
         with pytest.raises(RuntimeError, match="process group is alive"):
-            asked(lambda work, units: iter([(0, "written")]), None, [])
+            run_task(lambda work, units: "written", None, [])
         assert not list(Path(job.storage).rglob("shard-*"))
     finally:
         torch.distributed.destroy_process_group()
-    assert asked(lambda work, units: iter([(0, "written")]), None, []) == [(0, "written")]
+    assert run_task(lambda work, units: "written", None, []) == "written"
     assert write_shards(job, str(tiny_chat_tokenizer)).train.rows_in == 3
 
 

@@ -12,7 +12,6 @@ from trainers.job.schema import Job
 from trainers.shards import dataset
 from trainers.shards.dataset import ShardSet
 from trainers.shards.manifest import ShardManifest, shards_folder
-from trainers.shards.shard_table import ShardTable
 from trainers.storage import Folder
 from trainers.tasks import load_task
 from trainers.tokenizer.encoder import load_encoder
@@ -86,12 +85,21 @@ def test_a_file_that_is_not_the_committed_one_is_refused(chats: tuple[Job, Shard
     first, second = shards.manifest.shards[:2]
     shards.folder.write_bytes(first.file, b"not arrow")
     with pytest.raises(DataError, match="damaged"):
-        _ = open_set(job, shards.manifest).lengths
-    wrong = shards.manifest.model_copy(
-        update={"shards": ShardTable.of([second.model_copy(update={"rows": second.rows + 1})])}
-    )
+        open_set(job, shards.manifest).row(0)
+    wrong = shards.manifest.model_copy(update={"shards": (second.model_copy(update={"rows": second.rows + 1}),)})
     with pytest.raises(DataError, match="as committed"):
         open_set(job, wrong).row(0)
+
+
+def test_lengths_come_from_the_shards_counts_and_are_put_together_once(chats: tuple[Job, ShardSet, Path]) -> None:
+    job, shards, _ = chats
+    lengths, targets = shards.lengths, shards.targets
+    shards.folder.delete("counts-00001.npy")
+    again = open_set(job, shards.manifest)
+    assert (again.lengths == lengths).all() and (again.targets == targets).all()
+    shards.folder.delete("counts.npy")
+    with pytest.raises(DataError, match=r"counts-.*missing or damaged.*Remove .* to shard again"):
+        _ = open_set(job, shards.manifest).lengths
 
 
 def test_shards_without_rows_are_stepped_over(

@@ -8,11 +8,16 @@ from typing import Any
 import pytest
 
 from trainers.errors import DataError, JobError
-from trainers.shards.keys import explain_miss, load_shards, plan_splits, shard_keys, write_key
-from trainers.shards.manifest import shards_folder
+from trainers.shards.keys import load_shards, plan_splits
+from trainers.shards.manifest import other_manifests, shards_folder
+from trainers.shards.reuse import explain_miss
 from trainers.storage import Folder
 
 ROWS = [{"text": "a good film", "label": "good"}, {"text": "a bad film", "label": "bad"}] * 5
+
+
+def shard_keys(job: Any, model: str) -> list[str]:
+    return [plan.key for plan in plan_splits(job, model)]
 
 
 @pytest.fixture
@@ -75,16 +80,29 @@ def test_a_miss_names_the_parts_that_changed(make_job: Any, data: Path, tiny_tok
     job = make_job(train=[data], eval=[data])
     storage = Folder(job.storage)
     train, _ = plan_splits(job, job.model.path)
-    assert explain_miss(storage, train) is None
+    assert explain_miss(train, dict(other_manifests(storage, train.key))) is None
     shard_here(job)
-    write_key(shards_folder(storage, train.key), train)
     with data.open("a") as stream:
         stream.write(json.dumps(ROWS[0]) + "\n")
-    other, other_eval = plan_splits(make_job(train=[data], eval=[data], max_length=64), job.model.path)
+    other, _ = plan_splits(make_job(train=[data], eval=[data], max_length=64), job.model.path)
+    others = dict(other_manifests(storage, other.key))
     assert (
-        explain_miss(storage, other) == f"the train shards {train.key} do not fit any more: sources and length changed"
+        explain_miss(other, others) == f"the train shards {train.key} do not fit any more: sources and length changed"
     )
-    assert explain_miss(storage, other_eval) is None
+    assert explain_miss(train, dict(other_manifests(storage, train.key))) is None
+
+
+def test_shards_of_an_earlier_version_count_as_not_written(
+    make_job: Any, data: Path, tiny_tokenizer: Path, shard_here: Any
+) -> None:
+    job = make_job(train=[data], eval=[data])
+    folder = shards_folder(Folder(job.storage), shard_here(job).train.key)
+    earlier = {**folder.read_json("manifest.json"), "schema_version": 1, "shards": {"table": "shards.arrow"}}
+    folder.write_json("manifest.json", earlier)
+    assert load_shards(job, str(tiny_tokenizer)) is None
+    folder.write_json("manifest.json", {**earlier, "schema_version": 2})
+    with pytest.raises(DataError, match="damaged or of another version"):
+        load_shards(job, str(tiny_tokenizer))
 
 
 def test_shards_are_found_without_ray_and_checked_by_the_job_that_asks(

@@ -152,7 +152,7 @@ def test_a_place_that_cannot_be_reached_is_told_before_anything_starts(
         raise AssertionError("a task was started")
 
     monkeypatch.setattr(storage, "GS_RETRY_S", 1)
-    for name in ("map_units", "run_apart", "start_workers"):
+    for name in ("map_units", "map_tasks", "start_workers"):
         monkeypatch.setattr(stage, name, no_task)
     job = parse_job(plain_job(tiny_tokenizer, str(tmp_path), train=[uri], eval=[uri]))
     with pytest.raises(JobError, match=f"data.train: .*{re.escape(uri)}") as caught:

@@ -121,7 +121,7 @@ def test_bytes_and_offsets_find_the_same_targets(tiny_chat_tokenizer: Path, monk
     rows = [{"messages": messages} for messages in conversations(80)]
     rules, task, encoder = EncodeRules(90, "truncate"), load_task("sft"), load_encoder(str(tiny_chat_tokenizer))
     by_bytes = rows_of(task.encode(rows, encoder, rules))
-    exact = Encoder(encoder.spec, quick=False)
+    exact = Encoder(encoder.spec, fast=False)
     exact.__dict__["bytes_of_ids"] = None
     by_offsets = rows_of(task.encode(rows, exact, rules))
     assert [one.outcome for one in by_bytes] == [one.outcome for one in by_offsets]

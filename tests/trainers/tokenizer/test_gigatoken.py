@@ -82,7 +82,7 @@ def test_any_texts_give_the_hugging_face_ids(quick: Encoder, texts: list[str]) -
 
 def test_bytes_that_the_vocabulary_lacks_are_left_to_tokenizers(quick: Encoder) -> None:
     texts = ["a\x00b the film", "plain", "\x01\x02"]
-    exact = Encoder(quick.spec, quick=False)
+    exact = Encoder(quick.spec, fast=False)
     assert exact.library == "tokenizers"
     one, other = quick.encode_ids(texts), exact.encode_ids(texts)
     assert np.array_equal(one.ids, other.ids) and np.array_equal(one.offsets, other.offsets)
@@ -113,7 +113,7 @@ def wordpiece(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Encoder
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=request.param).save_pretrained(folder)
     encoder = Encoder(read_spec(folder))
-    assert encoder.library == "remembered words"
+    assert encoder.library == "WordPiece cache"
     return encoder
 
 

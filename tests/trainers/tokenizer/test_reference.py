@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from tests.trainers.tokenizer.test_gigatoken import ADVERSARIAL
 from trainers.tokenizer import reference as exact_tokenizer
-from trainers.tokenizer.reference import encode_exact, encode_words, slices
+from trainers.tokenizer.reference import encode_by_reference, encode_words, slices
 
 PROSE = "the plot of the film is good, 日本 and don't 123 456\nit's not\tso bad; é"
 
@@ -65,7 +65,7 @@ def test_slices_end_to_end_are_the_whole(
     for seed in range(12):
         text = long_text(seed)
         expected = backend.encode(text, add_special_tokens=False).ids
-        tokens = encode_exact(backend, ["the film", text, "a plot"])
+        tokens = encode_by_reference(backend, ["the film", text, "a plot"])
         assert tokens[1].tolist() == expected
         assert tokens[2].tolist() == backend.encode("a plot", add_special_tokens=False).ids
         parts = list(slices(backend, text))
@@ -82,7 +82,7 @@ def test_a_text_without_blanks_is_cut_before_punctuation(
     backend, text = make(), "日本語です。film,plot;goodactors!" * 60
     parts = list(slices(backend, text))
     assert len(parts) > 3 and "".join(parts) == text
-    assert encode_exact(backend, [text])[0].tolist() == backend.encode(text, add_special_tokens=False).ids
+    assert encode_by_reference(backend, [text])[0].tolist() == backend.encode(text, add_special_tokens=False).ids
 
 
 def test_words_of_slices_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,20 +100,20 @@ def test_a_text_without_a_place_to_cut_stays_whole(monkeypatch: pytest.MonkeyPat
     backend = byte_level()
     for text in ("a" * 1000, "日" * 500, " \n" * 400, ". , " * 200):
         assert list(slices(backend, text)) == [text]
-        assert encode_exact(backend, [text])[0].tolist() == backend.encode(text).ids
+        assert encode_by_reference(backend, [text])[0].tolist() == backend.encode(text).ids
 
 
-def test_words_remembered_slice_by_slice_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_cached_slice_by_slice_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
     from trainers.tokenizer import wordpiece_cache as word_tokenizer
-    from trainers.tokenizer.wordpiece_cache import open_words
+    from trainers.tokenizer.wordpiece_cache import open_wordpiece_cache
 
     monkeypatch.setattr(word_tokenizer, "SLICE_CHARS", 300)
     monkeypatch.setattr(word_tokenizer, "MOST_PIECES", 50)
     backend = word_piece()
     config: dict[str, Any] = json.loads(backend.to_str())
-    words = open_words(config, backend)
+    words = open_wordpiece_cache(config, backend)
     assert words is not None
     texts = [long_text(seed)[:3000] for seed in range(20)] + [
         "the film is good\u00a0\u2028x " * 90,
