@@ -1,6 +1,5 @@
 """The command line. Every command imports what it needs when it runs, so that --help answers at once."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from orchestrator.commands.options import Address, AsJson, JobPath, Overrides, Storage, print_json
+from orchestrator.commands.registry import app as registry_app
 from trainers.errors import JobError, TuneyardError
 
 app = typer.Typer(
@@ -17,14 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-registry_app = typer.Typer(help="The model registry.", no_args_is_help=True)
 app.add_typer(registry_app, name="registry")
-
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="section.key=value", help="Override a value.")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else one of our own.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Storage = Annotated[str, typer.Option(help="Storage folder or bucket.")]
 
 
 def main() -> None:
@@ -40,10 +34,6 @@ def _fail(error: TuneyardError) -> NoReturn:
 
     Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
     sys.exit(error.exit_code)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Any:
@@ -72,7 +62,7 @@ def plan(job_path: JobPath, overrides: Overrides = None, as_json: AsJson = False
 
     job = _load(job_path, overrides)
     found = plan_job(job, check_job(job))
-    _print_json(found.model_dump(mode="json")) if as_json else plan_table(found)
+    print_json(found.model_dump(mode="json")) if as_json else plan_table(found)
 
 
 @app.command()
@@ -88,7 +78,7 @@ def verify(
     from trainers.verification.verify import require_passed
 
     found = run_checks(_load(job_path, overrides), again)
-    _print_json(found.model_dump(mode="json")) if as_json else verification_table(found)
+    print_json(found.model_dump(mode="json")) if as_json else verification_table(found)
     require_passed(found)
 
 
@@ -135,7 +125,7 @@ def evaluate(
 
     job = _load(job_path, overrides)
     records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, Screen())
-    _print_json([one.model_dump(mode="json") for one in records]) if as_json else evaluations_table(job, records)
+    print_json([one.model_dump(mode="json") for one in records]) if as_json else evaluations_table(job, records)
 
 
 @app.command()
@@ -162,7 +152,7 @@ def status(
     from trainers.storage import Folder
 
     found = run_status(Folder(storage), run)
-    _print_json([one.model_dump(mode="json") for one in found]) if as_json else status_table(found)
+    print_json([one.model_dump(mode="json") for one in found]) if as_json else status_table(found)
 
 
 @app.command()
@@ -178,41 +168,10 @@ def ledger(
 
     report = ledger_report(run, reason, step)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     shards = shards_of_run(run)
     print_ledger(report, [shards.train, shards.eval])
-
-
-@registry_app.command("list")
-def registry_list(
-    storage: Storage = "runs",
-    uri: Annotated[str | None, typer.Option(help="MLflow tracking server.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List registered models."""
-    from orchestrator.registry.mlflow_client import registry_uri
-    from orchestrator.registry.read import list_models
-    from orchestrator.terminal.tables import models_table
-
-    found = list_models(registry_uri(storage, uri))
-    _print_json([one.model_dump(mode="json") for one in found]) if as_json else models_table(found)
-
-
-@registry_app.command("show")
-def registry_show(
-    model: Annotated[str, typer.Argument(help="Name of the registered model.")],
-    storage: Storage = "runs",
-    uri: Annotated[str | None, typer.Option(help="MLflow tracking server.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show a model's versions with their lineage."""
-    from orchestrator.registry.mlflow_client import registry_uri
-    from orchestrator.registry.read import show_model
-    from orchestrator.terminal.tables import versions_table
-
-    found = show_model(registry_uri(storage, uri), model)
-    _print_json([one.model_dump(mode="json") for one in found]) if as_json else versions_table(found)
 
 
 @app.command()
@@ -238,7 +197,7 @@ def doctor(
     from orchestrator.terminal.tables import checks_table
 
     checks = check_machine(storage, address)
-    _print_json([one.model_dump(mode="json") for one in checks]) if as_json else checks_table(checks)
+    print_json([one.model_dump(mode="json") for one in checks]) if as_json else checks_table(checks)
     if any(check.status == "fail" for check in checks):
         raise JobError("some checks failed, see above")
 
@@ -256,6 +215,6 @@ def goodput(
     from trainers.run.goodput import Cluster, forecast
 
     found = forecast(Cluster(nodes, node_mtbf_hours, save_s, restart_s))
-    _print_json(found) if as_json else show(
+    print_json(found) if as_json else show(
         "share of useful time, by the seconds between saves", list(found[0]), [list(row.values()) for row in found]
     )

@@ -17,8 +17,9 @@ from orchestrator.planning.plan import plan_job
 from orchestrator.planning.preflight import check_job, check_run_storage
 from orchestrator.ray_session import check_placement, ray_session
 from orchestrator.registry.lineage import lineage
+from orchestrator.registry.manage import registry_lock
 from orchestrator.registry.mlflow_client import registry_uri
-from orchestrator.registry.promotion import Promotion, RowScores, decide
+from orchestrator.registry.promotion import Promotion, RowScores, chance_baselines, decide
 from orchestrator.registry.read import champion, row_scores_of
 from orchestrator.registry.register import register
 from orchestrator.report.page import write_report
@@ -130,7 +131,7 @@ def evaluate_stage(stages: Stages, pool: EvaluationPool) -> list[Evaluation]:
 def register_stage(stages: Stages, best: Evaluation) -> RegisteredVersion:
     """Weigh the best checkpoint against the champion, register it, and drop the exports of the others."""
     job = stages.run.job
-    with stages.opened.timed("register"):
+    with stages.opened.timed("register"), registry_lock(registry_uri(job.storage, job.registry.uri)):
         decision = weigh(stages, best)
         parents = lineage(job, stages.run.shards, stages.run.model.digest, read_skipped(stages.run.folder))
         version = register(
@@ -149,15 +150,15 @@ def weigh(stages: Stages, best: Evaluation) -> Promotion:
     metric, mode = choose_metric(job)
     candidate = RowScores(f"step {best.step}", best.eval_key, read_row_scores(stages.run.folder, best.step))
     standing = champion(registry_uri(job.storage, job.registry.uri), job.registry.model or job.name)
-    task = stages.run.load_task()
     return decide(
         job.registry.promote,
         candidate,
         row_scores_of(standing) if standing else None,
-        task,
+        stages.run.load_task(),
         metric,
         mode,
         job.train.seed,
+        chance_baselines(candidate, job.train.seed),
     )
 
 

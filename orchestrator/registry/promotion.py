@@ -1,11 +1,12 @@
 """Whether a new version becomes the champion. Pure: arrays in, a decision with its reason out.
 
 By rule `if_better` a version is promoted only where it beats the present champion beyond the 95 % interval of a paired
-bootstrap over the same evaluation rows; what cannot be compared is never promoted. Registries are `registry.py`'s.
+bootstrap over the same evaluation rows; what cannot be compared is never promoted. Before that it must beat what
+needs no training: chance, and the pretrained model where that was evaluated.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -46,18 +47,51 @@ def decide(
     metric: str,
     mode: Literal["max", "min"],
     seed: int,
+    baselines: Sequence[RowScores] = (),
 ) -> Promotion:
-    """Apply a promotion rule to a candidate and the present champion, if there is one."""
+    """Apply a promotion rule to a candidate and the present champion, if there is one.
+
+    Args:
+        baselines: what the candidate must beat as well, over the same rows: chance, the pretrained model.
+    """
     if rule == "always":
         return Promotion(promote=True, reason="promoted by rule: registry.promote is always")
     if rule == "never":
         return Promotion(promote=False, reason="not promoted by rule: registry.promote is never")
-    if champion is None:
-        return Promotion(promote=True, reason="promoted: the model has no champion yet")
-    obstacle = _obstacle(candidate, champion)
+    obstacle = champion and _obstacle(candidate, champion)
     if obstacle:
         return Promotion(promote=False, reason=f"not promoted: {obstacle}")
-    return _weigh(candidate, champion, task, metric, mode, seed)
+    standing = [replace(champion, name=f"the champion ({champion.name})")] if champion else []
+    reason = "the model has no champion yet"
+    for other in (*baselines, *standing):
+        better, reason_of_pair = _weigh(candidate, other, task, metric, mode, seed)
+        if not better:
+            return Promotion(promote=False, reason=f"not promoted: {reason_of_pair}")
+        reason = reason_of_pair if champion else f"the model has no champion yet, and {reason_of_pair}"
+    return Promotion(promote=True, reason=f"promoted: {reason}")
+
+
+def chance_baselines(candidate: RowScores, seed: int) -> list[RowScores]:
+    """What a classifier scores that knows no text: the majority class, and guesses by the labels' shares.
+
+    Empty for tasks whose rows have no single label. The shares are those of the evaluation rows themselves, so both are
+    as good as chance can be.
+    """
+    if not {"label", "prediction"} <= candidate.numbers.keys():
+        return []
+    label = candidate.numbers["label"]
+    shares = np.bincount(label) / len(label)
+    known = {"loss_sum": -np.log(shares[label])}
+    for name in candidate.numbers:
+        if name.startswith("score_"):
+            index = int(name.removeprefix("score_"))
+            known[name] = np.full(len(label), shares[index] if index < len(shares) else 0.0)
+    guesses = np.random.default_rng(seed).choice(len(shares), len(label), p=shares)
+    predictions = {"the majority class": np.full(len(label), shares.argmax()), "guesses by the labels' shares": guesses}
+    return [
+        RowScores(name, candidate.eval_key, {**candidate.numbers, **known, "prediction": prediction})
+        for name, prediction in predictions.items()
+    ]
 
 
 def _obstacle(candidate: RowScores, champion: RowScores) -> str | None:
@@ -77,22 +111,20 @@ def _obstacle(candidate: RowScores, champion: RowScores) -> str | None:
 
 
 def _weigh(
-    candidate: RowScores, champion: RowScores, task: Task, metric: str, mode: Literal["max", "min"], seed: int
-) -> Promotion:
-    first, second = _columns(candidate), _columns(champion)
-    known = task.metrics(first)
-    if metric not in known:
-        raise EvaluationError(f"evaluate.metric: the task knows no {metric!r}, only {', '.join(known)}")
-    found = compare(first, second, task, metric, seed)
-    better = found.low > 0 if mode == "max" else found.high < 0
-    value, standing = known[metric], task.metrics(second)[metric]
-    verdict = "beats" if better else "does not beat"
-    reason = (
-        f"{metric} {value:.6g} {verdict} {standing:.6g} of the champion ({champion.name}): difference "
-        f"{found.difference:+.4g}, {CONFIDENCE:.0%} interval [{found.low:+.4g}, {found.high:+.4g}] over "
-        f"{RESAMPLES:,} paired resamples of {len(candidate.numbers[ROW]):,} rows"
+    candidate: RowScores, other: RowScores, task: Task, metric: str, mode: Literal["max", "min"], seed: int
+) -> tuple[bool, str]:
+    """Whether the candidate is better beyond the interval, and the numbers as a sentence."""
+    first, second = _columns(candidate), _columns(other)
+    values = task.metrics(first)
+    if metric not in values:
+        raise EvaluationError(f"evaluate.metric: the task knows no {metric!r}, only {', '.join(values)}")
+    interval = compare(first, second, task, metric, seed)
+    better = interval.low > 0 if mode == "max" else interval.high < 0
+    return better, (
+        f"{metric} {values[metric]:.6g} {'beats' if better else 'does not beat'} {task.metrics(second)[metric]:.6g} of "
+        f"{other.name}: difference {interval.difference:+.4g}, {CONFIDENCE:.0%} interval [{interval.low:+.4g}, "
+        f"{interval.high:+.4g}] over {RESAMPLES:,} paired resamples of {len(candidate.numbers[ROW]):,} rows"
     )
-    return Promotion(promote=better, reason=f"{'promoted' if better else 'not promoted'}: {reason}")
 
 
 def _columns(row_scores: RowScores) -> dict[str, Array]:

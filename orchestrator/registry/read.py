@@ -100,6 +100,7 @@ class StoredModel:
 
     name: str
     updated_ms: int
+    tags: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
     versions: dict[int, StoredVersion] = field(default_factory=dict)
 
@@ -130,14 +131,19 @@ def list_models(uri: str) -> list[RegisteredModel]:
     return [_summary(model) for model in sorted(read_models(uri), key=lambda model: model.name)]
 
 
-def show_model(uri: str, name: str) -> list[ModelVersion]:
-    """Every version of a model, newest first. Raises JobError for an unknown name."""
+def find_model(uri: str, name: str) -> StoredModel:
+    """One model. Raises JobError for an unknown name."""
     models = {model.name: model for model in read_models(uri)}
     if not models:
         raise JobError(f"the registry {hide_credentials(uri)} is empty: no run has registered a model there")
     if name not in models:
         raise JobError(f"no model {name!r} in {hide_credentials(uri)}; known: {', '.join(sorted(models))}")
-    return models[name].ours()
+    return models[name]
+
+
+def show_model(uri: str, name: str) -> list[ModelVersion]:
+    """Every version of a model, newest first. Raises JobError for an unknown name."""
+    return find_model(uri, name).ours()
 
 
 def champion(uri: str, name: str) -> ModelVersion | None:
@@ -182,6 +188,8 @@ def _from_tables(path: Path) -> list[StoredModel]:
             name: StoredModel(name, updated)
             for name, updated in database.execute("SELECT name, last_updated_time FROM registered_models")
         }
+        for name, key, value in database.execute("SELECT name, key, value FROM registered_model_tags"):
+            models[name].tags[key] = value
         for name, alias, number in database.execute("SELECT name, alias, version FROM registered_model_aliases"):
             models[name].aliases[alias] = int(number)
         for name, number, source, created in database.execute(
@@ -205,9 +213,8 @@ def _from_client(uri: str) -> list[StoredModel]:
             int(one.version): StoredVersion(int(one.version), one.source, one.creation_timestamp, dict(one.tags))
             for one in versions
         }
-        # a search leaves the aliases out on some servers
-        aliases = {alias: int(number) for alias, number in client.get_registered_model(model.name).aliases.items()}
-        models.append(StoredModel(model.name, model.last_updated_timestamp, aliases, stored))
+        aliases = {alias: int(number) for alias, number in model.aliases.items()}
+        models.append(StoredModel(model.name, model.last_updated_timestamp, dict(model.tags), aliases, stored))
     return models
 
 

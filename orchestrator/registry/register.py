@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.registry import mlflow_client
 from orchestrator.registry.digests import list_files
+from orchestrator.registry.manage import crown
 from orchestrator.registry.mlflow_client import error_code, explain_failures, registry_uri
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.read import (
@@ -22,6 +23,7 @@ from orchestrator.registry.read import (
     ModelVersion,
     Registered,
     champion_number,
+    find_model,
     find_version,
 )
 from trainers.job.schema import Job
@@ -216,7 +218,7 @@ def _finish(client: "MlflowClient", uri: str, version: ModelVersion) -> Register
     standing = champion_number(uri, version.model)
     if not version.settled:
         if version.promoted and (standing is None or standing < version.version):
-            client.set_registered_model_alias(version.model, CHAMPION, str(version.version))
+            crown(client, find_model(uri, version.model), version.version)
             standing = version.version
         client.set_model_version_tag(version.model, str(version.version), SETTLED, "true")
     return RegisteredVersion(

@@ -10,7 +10,6 @@ from rich.table import Table
 from orchestrator.commands.doctor import Check
 from orchestrator.commands.status import RunStatus, headline
 from orchestrator.planning.plan import Plan
-from orchestrator.registry.read import ModelVersion, RegisteredModel
 from trainers.job.schema import Job
 from trainers.run.folder import Evaluation
 from trainers.shards.manifest import ShardManifest
@@ -102,22 +101,6 @@ def status_table(found: Sequence[RunStatus]) -> None:
     """One line a run."""
     lines = [headline(one) for one in found]
     show("runs", list(lines[0]) if lines else ("no runs yet",), [list(line.values()) for line in lines])
-
-
-def models_table(found: Sequence[RegisteredModel]) -> None:
-    """One line a model."""
-    names = list(RegisteredModel.model_fields)
-    show("registered models", names, [[getattr(one, name) for name in names] for one in found])
-
-
-def versions_table(found: Sequence[ModelVersion]) -> None:
-    """One block a version."""
-    for one in found:
-        fields = one.model_dump(mode="json")
-        nested = {name: value for name, value in fields.items() if isinstance(value, dict)}
-        plain = [(name, value) for name, value in fields.items() if name not in nested]
-        deeper = [(f"{name}.{key}", value) for name, values in nested.items() for key, value in values.items()]
-        show(f"{one.model} version {one.version}", ("what", "value"), plain + deeper)
 
 
 def verification_table(found: Verification) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.registry.bootstrap import compare
-from orchestrator.registry.promotion import RowScores, decide
+from orchestrator.registry.promotion import RowScores, chance_baselines, decide
 from trainers.errors import EvaluationError
 from trainers.run.row_scores import read_row_scores, write_row_scores
 from trainers.storage import Folder
@@ -34,6 +34,26 @@ def choose(candidate, champion, rule="if_better", metric="accuracy", mode="max")
 
 def test_the_first_version_becomes_champion():
     assert choose(row_scores(0.5, 1), None).promote
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "mcc", "loss"])
+def test_a_model_no_better_than_chance_is_not_promoted_though_there_is_no_champion(metric):
+    def against_chance(candidate):
+        mode = "min" if metric == "loss" else "max"
+        return decide(
+            "if_better", candidate, None, load_task("classify"), metric, mode, 0, chance_baselines(candidate, 1)
+        )
+
+    guesses = row_scores(0.25, 1, loss_sum=np.full(ROWS, np.log(4) + 0.01))
+    refused = against_chance(guesses)
+    assert not refused.promote and "does not beat" in refused.reason
+    assert "of the majority class" in refused.reason or "of guesses by the labels' shares" in refused.reason
+    accepted = against_chance(row_scores(0.5, 1, loss_sum=np.full(ROWS, 1.0)))
+    assert accepted.promote and "no champion yet, and" in accepted.reason
+
+
+def test_chance_is_only_known_of_rows_with_one_label():
+    assert chance_baselines(RowScores("step 1", "k", {"row": np.arange(3), "loss_sum": np.ones(3)}), 0) == []
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "mcc"])

@@ -33,20 +33,6 @@ YES = Promotion(promote=True, reason="promoted: no champion yet")
 NO = Promotion(promote=False, reason="not promoted: luck")
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """A registry that was opened once: creating the tables takes a second, copying them none."""
-    path = tmp_path_factory.mktemp("registry") / "mlflow.db"
-    open_client(f"sqlite:///{path}").search_registered_models()
-    return path
-
-
-@pytest.fixture
-def storage(tmp_path, empty_database):
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return Folder(str(tmp_path))
-
-
 def job_of(storage, **change):
     raw = {
         "name": "topics",
@@ -76,11 +62,11 @@ def best_of(step=20, value=0.75):
     return Evaluation(step=step, status="done", metrics={"accuracy": value, "loss": 1.0}, eval_key="e1", rows=4)
 
 
-def enter(storage, decision=YES, step=20, name="topics-0badcafe", **change):
+def enter(storage, decision=YES, step=20, name="topics-0badcafe", lineage=None, **change):
     run = run_of(storage, name)
     export = run / "export" / f"step-{step:08d}"
     export.write_bytes("config.json", b"{}")
-    return register(job_of(storage, **change), run, best_of(step), export, {"seed": "11"}, decision)
+    return register(job_of(storage, **change), run, best_of(step), export, lineage or {"seed": "11"}, decision)
 
 
 def uri_of(storage):

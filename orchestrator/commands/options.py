@@ -1,0 +1,18 @@
+"""Arguments and options that several commands share, and how a command prints JSON."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="section.key=value", help="Override a value.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else one of our own.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Storage = Annotated[str, typer.Option(help="Storage folder or bucket.")]
+
+
+def print_json(value: Any) -> None:
+    """The only thing that a command with --json writes to stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))

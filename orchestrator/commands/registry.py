@@ -1,0 +1,173 @@
+"""`tuneyard registry`: look at registered models, and promote, roll back, verify or collect them by hand."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.commands.options import AsJson, Storage, print_json
+from trainers.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from orchestrator.registry.read import ModelVersion, RegisteredModel
+
+app = typer.Typer(help="The model registry.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(help="Name of the registered model.")]
+Version = Annotated[str | None, typer.Argument(help="Number of a version; default: the champion.")]
+Uri = Annotated[str | None, typer.Option(help="MLflow tracking server; default: SQLite under the storage folder.")]
+
+
+@app.command("list")
+def list_command(storage: Storage = "runs", uri: Uri = None, as_json: AsJson = False) -> None:
+    """List registered models."""
+    from orchestrator.registry.read import list_models
+
+    models = list_models(_uri(storage, uri))
+    print_json([model.model_dump(mode="json") for model in models]) if as_json else _show_models(models)
+
+
+@app.command()
+def show(
+    model: Model,
+    version: Annotated[str | None, typer.Argument(help="Number of a version, or champion: everything on it.")] = None,
+    storage: Storage = "runs",
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's versions, one a line; with a version its metrics, files and lineage."""
+    from orchestrator.registry.manage import pick_version
+    from orchestrator.registry.read import show_model
+
+    where = _uri(storage, uri)
+    versions = [pick_version(where, model, version)] if version else show_model(where, model)
+    if as_json:
+        print_json([one.model_dump(mode="json") for one in versions])
+    elif version:
+        _show_version(versions[0])
+    else:
+        _show_versions(model, versions)
+
+
+@app.command()
+def path(model: Model, version: Version = None, storage: Storage = "runs", uri: Uri = None) -> None:
+    """Print the model folder of a version, and nothing else."""
+    from orchestrator.registry.manage import pick_version
+
+    print(pick_version(_uri(storage, uri), model, version).source)
+
+
+@app.command()
+def promote(
+    model: Model,
+    version: Annotated[str, typer.Argument(help="Number of the version.")],
+    if_better: Annotated[bool, typer.Option(help="Only where it beats the champion, as after a run.")] = False,
+    storage: Storage = "runs",
+    uri: Uri = None,
+) -> None:
+    """Make a version the champion."""
+    from orchestrator.registry.manage import pick_version, weigh_versions
+    from orchestrator.registry.manage import promote as give_alias
+
+    where = _uri(storage, uri)
+    chosen = pick_version(where, model, version)
+    if if_better:
+        decision = weigh_versions(where, chosen)
+        print(decision.reason)
+        if not decision.promote:
+            raise EvaluationError(f"{model} version {chosen.version} did not become champion, see above")
+    give_alias(where, chosen)
+    print(f"{model} version {chosen.version} is champion")
+
+
+@app.command()
+def rollback(model: Model, storage: Storage = "runs", uri: Uri = None) -> None:
+    """Give the alias champion back to the version that held it before."""
+    from orchestrator.registry.manage import rollback as take_back
+
+    print(f"{model} version {take_back(_uri(storage, uri), model)} is champion again")
+
+
+@app.command()
+def verify(
+    model: Model, version: Version = None, storage: Storage = "runs", uri: Uri = None, as_json: AsJson = False
+) -> None:
+    """Compute the digests of a version's files again; exit 6 where one differs."""
+    from orchestrator.registry.manage import pick_version, verify_files
+    from orchestrator.terminal.tables import show as show_table
+
+    chosen = pick_version(_uri(storage, uri), model, version)
+    checks = verify_files(chosen)
+    rows = [(check.file, check.state) for check in checks]
+    title = f"{model} version {chosen.version}: {chosen.source}"
+    print_json([check.model_dump() for check in checks]) if as_json else show_table(title, ("file", "state"), rows)
+    bad = [check.file for check in checks if check.state != "ok"]
+    if bad or not checks:
+        raise EvaluationError(
+            f"{model} version {chosen.version} is not as it was registered: "
+            f"{', '.join(bad) or 'no file was recorded'}; `tuneyard export` writes its checkpoint again"
+        )
+
+
+@app.command()
+def gc(
+    model: Model,
+    keep: Annotated[int, typer.Option(min=0, help="Newest versions whose files stay.")] = 3,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it they are only listed.")] = False,
+    storage: Storage = "runs",
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete the model folders of old versions; the champion, the one before it and the newest stay."""
+    from orchestrator.registry.manage import collect
+    from orchestrator.terminal.tables import show as show_table
+
+    gone = collect(_uri(storage, uri), model, keep, delete)
+    if as_json:
+        print_json([one.model_dump() for one in gone])
+        return
+    title = f"{'deleted' if delete else 'would be deleted with --delete'}: {sum(one.bytes for one in gone):,} bytes"
+    show_table(title, ("version", "folder", "bytes"), [(one.version, one.folder, one.bytes) for one in gone])
+
+
+def _uri(storage: str, uri: str | None) -> str:
+    from orchestrator.registry.mlflow_client import registry_uri
+
+    return registry_uri(storage, uri)
+
+
+def _show_models(models: "Sequence[RegisteredModel]") -> None:
+    from orchestrator.registry.read import RegisteredModel
+    from orchestrator.terminal.tables import show as show_table
+
+    names = list(RegisteredModel.model_fields)
+    show_table("registered models", names, [[getattr(model, name) for name in names] for model in models])
+
+
+def _show_versions(model: str, versions: "Sequence[ModelVersion]") -> None:
+    from orchestrator.terminal.tables import show as show_table
+
+    rows = [
+        (
+            one.version,
+            "champion" if one.champion else "",
+            one.metric,
+            one.metrics.get(one.metric),
+            one.step,
+            one.run.rpartition("/")[2],
+            one.created,
+        )
+        for one in versions
+    ]
+    show_table(f"{model}: versions", ("version", "alias", "metric", "value", "step", "run", "created"), rows)
+
+
+def _show_version(version: "ModelVersion") -> None:
+    from orchestrator.terminal.tables import show as show_table
+
+    fields = version.model_dump(mode="json")
+    files = {name: f"{file.bytes:,} bytes, {file.digest}" for name, file in version.files.items()}
+    nested = {name: value for name, value in fields.items() if isinstance(value, dict)} | {"files": files}
+    rows = [(name, value) for name, value in fields.items() if name not in nested]
+    rows += [(f"{name}.{key}", value) for name, values in nested.items() for key, value in values.items()]
+    show_table(f"{version.model} version {version.version}", ("what", "value"), rows)

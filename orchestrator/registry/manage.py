@@ -1,0 +1,193 @@
+"""The registry by hand: promote, roll back, verify, collect. Every call can be repeated after a kill at any point.
+
+The versions that held the alias champion stand in the model's tag CHAMPIONS, oldest first; the last one is who should
+hold it now. A promotion writes the tag, then the alias; a rerun that finds the tag written sets the alias alone.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from orchestrator.registry import mlflow_client
+from orchestrator.registry.digests import digest_file
+from orchestrator.registry.mlflow_client import explain_failures, sqlite_path
+from orchestrator.registry.promotion import Promotion, chance_baselines, decide
+from orchestrator.registry.read import (
+    CHAMPION,
+    ModelVersion,
+    StoredModel,
+    champion,
+    find_model,
+    row_scores_of,
+    show_model,
+)
+from trainers.checkpoint.records import FileRecord
+from trainers.errors import JobError
+from trainers.job.load import parse_job
+from trainers.records import Record
+from trainers.run.row_scores import read_labels
+from trainers.storage import Folder
+from trainers.tasks import choose_metric, load_task
+from trainers.tasks.options import task_options
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAMPIONS = "tuneyard.champions"
+COLLECTED = "tuneyard.collected"
+"""Tag of a version whose files were deleted by `collect`."""
+
+
+class FileCheck(Record):
+    """One file of a registered model folder, computed again."""
+
+    file: str
+    state: str
+    """ok, or what is wrong with it."""
+
+
+class Collected(Record):
+    """One version whose files `collect` deletes."""
+
+    version: int
+    folder: str
+    bytes: int
+
+
+@contextmanager
+def registry_lock(uri: str) -> Iterator[None]:
+    """Keep other processes of this program from deciding at the same time; a tracking server has no lock to take."""
+    path = sqlite_path(uri)
+    if path is None:
+        yield
+        return
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def pick_version(uri: str, name: str, version: str | None = None) -> ModelVersion:
+    """A version by its number, or by the alias champion, which is the default.
+
+    Raises:
+        JobError: for an unknown model or version.
+    """
+    versions = show_model(uri, name)
+    wanted = (version or CHAMPION).removeprefix("v")
+    for one in versions:
+        if wanted == str(one.version) or (wanted == CHAMPION and one.champion):
+            return one
+    known = ", ".join(str(one.version) for one in versions)
+    raise JobError(f"{name} has no version {wanted!r}; there are {known or 'none'}")
+
+
+def promote(uri: str, version: ModelVersion) -> None:
+    """Make a version the champion. Raises JobError where its files were deleted."""
+    with explain_failures(uri), registry_lock(uri):
+        model = find_model(uri, version.model)
+        if COLLECTED in model.versions[version.version].tags:
+            raise JobError(f"the files of {version.model} version {version.version} were deleted by `registry gc`")
+        crown(mlflow_client.open_client(uri), model, version.version)
+
+
+def crown(client: "MlflowClient", model: StoredModel, version: int) -> None:
+    """Give the alias to a version and note it in the history. The caller holds the lock."""
+    history = champions(model)
+    if history[-1:] != [version]:
+        _note(client, model.name, [*history, version])
+    if model.aliases.get(CHAMPION) != version:
+        client.set_registered_model_alias(model.name, CHAMPION, str(version))
+
+
+def champions(model: StoredModel) -> list[int]:
+    """Versions that held the alias, oldest first; the last is who should hold it now."""
+    return [int(number) for number in json.loads(model.tags.get(CHAMPIONS, "[]")) if int(number) in model.versions]
+
+
+def rollback(uri: str, name: str) -> int:
+    """Give the alias back to the champion before. Returns its version. Raises JobError where there was none."""
+    with explain_failures(uri), registry_lock(uri):
+        model = find_model(uri, name)
+        history, standing = champions(model), model.aliases.get(CHAMPION)
+        if standing in history:  # else an earlier rollback was killed between its two writes
+            history = history[: history.index(standing)]
+        usable = [number for number in history if COLLECTED not in model.versions[number].tags]
+        if not usable:
+            raise JobError(f"{name} has no champion before version {standing} to go back to")
+        client = mlflow_client.open_client(uri)
+        _note(client, name, usable)
+        client.set_registered_model_alias(name, CHAMPION, str(usable[-1]))
+        return usable[-1]
+
+
+def weigh_versions(uri: str, candidate: ModelVersion) -> Promotion:
+    """Whether a version would become champion by rule `if_better`, from the evaluation rows of both."""
+    job = parse_job(yaml.safe_load(candidate.lineage["job"]))
+    task, rows, standing = (
+        load_task(job.task, task_options(job)),
+        row_scores_of(candidate),
+        champion(uri, candidate.model),
+    )
+    task.labels = tuple(read_labels(Folder(candidate.run), candidate.step))
+    metric, mode = choose_metric(job)
+    chance = chance_baselines(rows, job.train.seed)
+    return decide(
+        "if_better", rows, row_scores_of(standing) if standing else None, task, metric, mode, job.train.seed, chance
+    )
+
+
+def verify_files(version: ModelVersion) -> list[FileCheck]:
+    """Compute the digest of every file of a version again, and compare it with the one that was registered."""
+    folder = Folder(version.source)
+    checks = [FileCheck(file=name, state=_state(folder, name, known)) for name, known in version.files.items()]
+    added = sorted(set(folder.list()) - set(version.files))
+    return checks + [FileCheck(file=name, state="was not registered") for name in added]
+
+
+def collect(uri: str, name: str, keep: int, delete: bool) -> list[Collected]:
+    """Files of versions that nobody needs: not the champion's, the one before it, nor the newest `keep`.
+
+    Args:
+        keep: newest versions whose files stay.
+        delete: else they are only listed.
+    """
+    with explain_failures(uri), registry_lock(uri):
+        model = find_model(uri, name)
+        needed = {
+            model.aliases.get(CHAMPION),
+            *champions(model)[-2:],
+            *sorted(model.versions)[len(model.versions) - keep :],
+        }
+        gone = [one for one in model.ours() if one.version not in needed and Folder(one.source).list()]
+        gone = [one for one in gone if one.source.startswith(f"{one.run.rstrip('/')}/export/")]
+        found = [Collected(version=one.version, folder=one.source, bytes=_bytes(one.files)) for one in gone]
+        if delete and gone:
+            client = mlflow_client.open_client(uri)
+            for one in gone:
+                client.set_model_version_tag(name, str(one.version), COLLECTED, "true")
+                Folder(one.source).delete()
+        return found
+
+
+def _bytes(files: dict[str, FileRecord]) -> int:
+    return sum(file.bytes for file in files.values())
+
+
+def _state(folder: Folder, name: str, known: FileRecord) -> str:
+    try:
+        found = digest_file(folder, name)
+    except OSError:
+        return "is missing"
+    if found.bytes != known.bytes:
+        return f"has {found.bytes:,} bytes, registered with {known.bytes:,}"
+    return "ok" if found == known else f"digest {found.digest}, registered with {known.digest}"
+
+
+def _note(client: Any, name: str, history: Sequence[int]) -> None:
+    client.set_registered_model_tag(name, CHAMPIONS, json.dumps(list(history)[-100:]))
