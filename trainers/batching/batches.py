@@ -65,7 +65,6 @@ class StepSource:
         return self._ahead[1]
 
     def sequences(self, step: int) -> Sequence[int]:
-        """Packs of the whole step."""
         return [int(one) for one in self._order.step(step)]
 
     def origins(self, step: int) -> list[tuple[str, int, int]]:
@@ -74,7 +73,6 @@ class StepSource:
         return [self._shards.origin(int(row)) for pack in packs for row in pack]
 
     def close(self) -> None:
-        """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, step: int) -> StepBatch:

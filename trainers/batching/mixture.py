@@ -34,7 +34,6 @@ class PartDrawn(Record):
 
 
 def shares_of(job: Job) -> tuple[Share, ...]:
-    """The share of each entry of `data.train`."""
     return tuple(
         Share(entry.weight, entry.tokens) if isinstance(entry, SourceSection) else Share() for entry in job.data.train
     )

@@ -89,5 +89,4 @@ def _mix(values: Array) -> Array:
 
 
 def job_order(job: Job, sequences: int) -> Order:
-    """The order in which a job sees its sequences."""
     return plan_order(sequences, job.train.global_batch_size, job.train.epochs, job.train.steps, job.train.seed)

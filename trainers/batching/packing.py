@@ -30,7 +30,6 @@ class PackIndex:
         return len(self.offsets) - 1
 
     def pack(self, index: int) -> Array:
-        """The rows of one pack."""
         members: Array = self.rows[self.offsets[index] : self.offsets[index + 1]]
         return members
 

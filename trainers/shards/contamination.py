@@ -61,7 +61,6 @@ def find_contamination(splits: tuple[Folder, Folder, Sequence[str]], shards: Seq
 
 
 def contamination_name(eval_key: str) -> str:
-    """The file of a training split that holds the record for one evaluation split."""
     return f"contamination-{eval_key}.json"
 
 

@@ -49,24 +49,18 @@ def _refusal(job: Job, manifest: ShardManifest) -> str | None:
         return (
             f"{name}: {dropped:,} of {total:,} rows are dropped ({dropped / total:.2%}), over data.max_drop_fraction "
             f"({job.data.max_drop_fraction:.2%}). Correct the rows, or set data.max_drop_fraction to at least "
-            f"{_at_least(dropped / total)}\n{_account(job, manifest, folder)}"
+            f"{min(-(-dropped * 10_000 // total) / 10_000, 1.0):.4g}\n{_account(job, manifest, folder)}"
         )
     return None
 
 
-def _at_least(fraction: float) -> str:
-    """The fraction, rounded up to four decimals."""
-    return f"{min(-(-fraction * 10_000 // 1) / 10_000, 1.0):.4g}"
-
-
 def _account(job: Job, manifest: ShardManifest, folder: Folder) -> str:
-    """Dropped rows by reason, and the first of them."""
     reasons = sorted((outcome, count) for outcome, count in manifest.outcomes.items() if outcome.startswith("dropped:"))
     lines = [f"  {count:>8,}  {outcome.removeprefix('dropped:')}" for outcome, count in reasons]
     for file, row, outcome in _dropped_rows(manifest, folder):
         uri = manifest.sources[file]
-        start = _line_start(uri, row, job)
-        lines.append(f"  {uri}, {start[0]} {row}: {outcome.removeprefix('dropped:')}{start[1]}")
+        unit, start = _line_start(uri, row, job)
+        lines.append(f"  {uri}, {unit} {row}: {outcome.removeprefix('dropped:')}{start}")
     return "\n".join(lines)
 
 
@@ -78,10 +72,9 @@ def _dropped_rows(manifest: ShardManifest, folder: Folder) -> Iterator[tuple[int
             with folder.open_input(shard.ledger) as stream:
                 table = pa.ipc.open_file(stream).read_all()
                 outcomes = pc.cast(table["outcome"], pa.string())
-                table = table.set_column(table.schema.get_field_index("outcome"), "outcome", outcomes)
-                found = table.filter(pc.starts_with(outcomes, "dropped:")).slice(0, left).to_pylist()
-            left -= len(found)
-            yield from ((one["file"], one["row"], one["outcome"]) for one in found)
+                rows = table.filter(pc.starts_with(outcomes, "dropped:")).slice(0, left).to_pylist()
+            left -= len(rows)
+            yield from ((row["file"], row["row"], row["outcome"]) for row in rows)
 
 
 def _line_start(uri: str, row: int, job: Job) -> tuple[str, str]:

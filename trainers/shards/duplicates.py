@@ -106,7 +106,6 @@ def _signature(text: str) -> list[int]:
 
 
 def _buckets(signatures: Array, places: Array) -> Array:
-    """A print for each row and band."""
     bands = np.ascontiguousarray(signatures.reshape(len(signatures), BANDS, -1))
     prints = np.zeros(len(signatures) * BANDS, PRINT)
     prints["hash"] = [
@@ -142,7 +141,6 @@ def _signatures(folder: Folder, unit: int) -> Array:
 
 
 def _slice(search: DuplicateSearch, unit: int, part: int) -> Array:
-    """One range of a unit's prints, each with its unit."""
     prints = load_array(search.folder, _prints_name(unit))
     bounds = [np.uint64(min(2**64 * edge // search.parts, 2**64 - 1)) for edge in (part, part + 1)]
     low = int(np.searchsorted(prints["hash"], bounds[0]))

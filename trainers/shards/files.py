@@ -36,12 +36,10 @@ COUNTS = np.dtype([("length", "<i4"), ("targets", "<i4")])
 
 
 def shard_name(number: int) -> str:
-    """The file of a unit's sequences."""
     return f"shard-{number:05d}.arrow"
 
 
 def ledger_name(number: int) -> str:
-    """The file of a unit's ledger."""
     return f"ledger-{number:05d}.arrow"
 
 
@@ -56,7 +54,6 @@ def record_name(number: int) -> str:
 
 
 def shard_schema(task: Task) -> pa.Schema:
-    """Columns of a shard file of this task."""
     return pa.schema([("input_ids", pa.list_(pa.int32())), *ORIGIN, *task.extra_schema])
 
 
@@ -74,7 +71,6 @@ class SequenceFile:
 
     @property
     def bytes(self) -> int:
-        """Bytes written."""
         return self._sink.bytes
 
     @property
@@ -91,7 +87,6 @@ class SequenceFile:
             start = stop
 
     def close(self) -> None:
-        """Write the footer."""
         self._writer.close()
         self.counts = np.concatenate([self.counts, *self._counts])
         self.labels = dict(sorted(self.labels.items()))
@@ -138,7 +133,6 @@ class LedgerFile:
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """Input rows by outcome."""
         return dict(sorted(self._counts.items()))
 
     def add(self, rows: Array, encoded: EncodedBatch, texts: Array) -> None:
@@ -164,7 +158,6 @@ class LedgerFile:
         self._writer.write_batch(pa.record_batch(columns, schema=LEDGER_SCHEMA))
 
     def close(self) -> None:
-        """Write the footer."""
         self._writer.close()
 
 
@@ -179,7 +172,6 @@ class _DigestingSink:
         self.bytes = 0
 
     def write(self, data: Any) -> int:
-        """Pass data on."""
         view = memoryview(data)
         self.hasher.update(view)
         self._stream.write(view)

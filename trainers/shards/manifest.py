@@ -72,7 +72,6 @@ class ShardManifest(Record):
 
     @cached_property
     def outcomes(self) -> dict[str, int]:
-        """Input rows by outcome, over all shards."""
         return _summed(shard.outcomes for shard in self.shards)
 
     @cached_property
@@ -128,7 +127,6 @@ def read_manifest(folder: Folder) -> ShardManifest | None:
 
 
 def write_manifest(folder: Folder, manifest: ShardManifest) -> None:
-    """Commit a split."""
     folder.write_bytes(MANIFEST, manifest.model_dump_json(indent=1).encode())
 
 

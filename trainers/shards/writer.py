@@ -193,7 +193,6 @@ def finished_shard(folder: Folder, number: int) -> ShardRecord | None:
 
 
 def _batches(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
-    """Consecutive rows, bounded in number and in characters."""
     batch: list[RawRow] = []
     chars = 0
     for row in rows:

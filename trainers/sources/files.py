@@ -118,7 +118,6 @@ def format_of(name: str) -> FormatName | None:
 
 
 def compression_of(name: str) -> str | None:
-    """gzip, zstd or None, from a file name."""
     return COMPRESSIONS.get(name.lower().rpartition(".")[2])
 
 
@@ -160,7 +159,6 @@ def _digest(named: _Named) -> str:
 
 
 def _resolve(pattern: str, format: FormatName | None) -> list[_Named]:
-    """The files of one pattern. Raises JobError where there are none."""
     if pattern.startswith(SCHEME):
         return [_Named(file, _look(file)) for file in arrow_files(pattern)]
     try:

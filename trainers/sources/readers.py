@@ -79,7 +79,6 @@ def read_unit(unit: Unit, source: SourceFile, columns: Mapping[str, str]) -> Ite
 
 
 def task_columns(job: Job) -> dict[str, str]:
-    """For each field of the job's task, the data's column."""
     required, optional = TASK_FIELDS[job.task]
     return {field: job.column(field) for field in (*required, *optional)}
 

@@ -63,7 +63,6 @@ class Encoder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """transformers' tokenizer."""
         return _load_tokenizer(self.spec.folder, self.spec.trust_remote_code)
 
     @cached_property
@@ -74,7 +73,6 @@ class Encoder:
 
     @property
     def eos_id(self) -> int | None:
-        """Id of the end-of-sequence token, if there is one."""
         return self.spec.eos_id
 
     @property
@@ -110,7 +108,6 @@ class Encoder:
         return tokens
 
     def _encode_by_reference(self, texts: Sequence[Any], special: bool) -> Tokens:
-        """tokenizers' own ids."""
         if any(isinstance(text, tuple) for text in texts) or (special and self.affixes is None):
             return Tokens.of([encoding.ids for encoding in self.encode(texts, special)])
         tokens = encode_by_reference(self._backend, texts)
@@ -200,13 +197,11 @@ def read_spec(folder: str | Path, trust_remote_code: bool = False) -> TokenizerS
 
 @lru_cache(maxsize=2)
 def load_encoder(folder: str, trust_remote_code: bool = False) -> Encoder:
-    """The encoder of a model folder, loaded once a process."""
     return Encoder(read_spec(folder, trust_remote_code))
 
 
 @lru_cache(maxsize=2)
 def encoder_of(spec: TokenizerSpec, fast: bool) -> Encoder:
-    """The encoder of a spec, made once a process."""
     return Encoder(spec, fast)
 
 

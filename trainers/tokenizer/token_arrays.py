@@ -40,7 +40,6 @@ class Tokens:
 
     @staticmethod
     def of(lists: Sequence[Any]) -> Tokens:
-        """From a list of ids each."""
         lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
         flat = [np.asarray(one, dtype=np.int32) for one in lists]
         return Tokens(np.concatenate(flat) if flat else np.zeros(0, np.int32), starts_of(lengths))
@@ -87,7 +86,6 @@ def starts_of(lengths: Array) -> Array:
 
 
 def join_tokens(parts: Sequence[Tokens]) -> Tokens:
-    """The texts of several parts, one part after another."""
     held = [part for part in parts if len(part)]
     if len(held) == 1:
         return held[0]
@@ -99,7 +97,6 @@ def join_tokens(parts: Sequence[Tokens]) -> Tokens:
 
 
 def add_affixes(tokens: Tokens, prefix: Sequence[int], suffix: Sequence[int]) -> Tokens:
-    """The same with ids put before and after each text."""
     before, after = len(prefix), len(suffix)
     if not before and not after:
         return tokens

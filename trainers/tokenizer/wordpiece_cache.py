@@ -40,7 +40,6 @@ class WordPieceCache:
         self._pieces = _Pieces(reference)
 
     def encode(self, texts: list[str]) -> Tokens:
-        """Ids of texts."""
         parts: list[Tokens] = []
         waiting: list[list[str]] = []
         for text in texts:
@@ -87,7 +86,6 @@ class _Pieces(dict[str, int]):
         self._ids, self._ends, self._chars = array("i"), array("q", [0]), 0
 
     def encode(self, texts: Sequence[list[str]]) -> Tokens:
-        """Ids of texts given as pieces."""
         if len(self) > MOST_PIECES or self._chars > MOST_CHARS:
             self._forget()
         counts = np.fromiter(map(len, texts), np.int64, len(texts))

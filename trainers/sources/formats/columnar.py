@@ -22,7 +22,6 @@ class Parquet:
     """Parquet files."""
 
     def peek(self, source: SourceFile) -> tuple[str, ...] | None:
-        """Columns of the schema."""
         try:
             with pq.ParquetFile(open_whole(source)) as file:
                 return tuple(file.schema_arrow.names)
@@ -36,7 +35,6 @@ class Parquet:
             return _group([(group.num_rows, group.total_byte_size) for group in groups], unit_bytes)
 
     def read(self, source: SourceFile, span: Span, columns: Sequence[str]) -> Iterator[RawRow]:
-        """Rows of the span's row groups, decoded slice by slice."""
         with pq.ParquetFile(open_whole(source)) as file:
             wanted = [name for name in columns if name in file.schema_arrow.names]
             stop = file.metadata.num_row_groups if span.stop is None else span.stop
@@ -53,7 +51,6 @@ class ArrowIpc:
     """Arrow IPC files of both kinds."""
 
     def peek(self, source: SourceFile) -> tuple[str, ...] | None:
-        """Columns of the schema."""
         try:
             with _open_ipc(source) as reader:
                 return tuple(reader.schema.names)
@@ -67,7 +64,6 @@ class ArrowIpc:
             return _group([(one, source.size // len(rows)) for one in rows], unit_bytes)
 
     def read(self, source: SourceFile, span: Span, columns: Sequence[str]) -> Iterator[RawRow]:
-        """Rows of the span's record batches, slice by slice."""
         with _open_ipc(source) as reader:
             first = span.first_row
             for whole in _batches(reader, span):

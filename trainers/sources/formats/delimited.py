@@ -21,7 +21,6 @@ class Delimited:
     """Both delimited formats."""
 
     def peek(self, source: SourceFile) -> tuple[str, ...] | None:
-        """The header."""
         read_text_head(source, f"{source.format} in UTF-8 with a header line")
         with _open_text(source) as text:
             header = _read_header(_reader(text, source))
@@ -36,7 +35,6 @@ class Delimited:
         return tuple(header)
 
     def plan(self, source: SourceFile, unit_bytes: int) -> list[Span]:
-        """The whole file."""
         return [Span()] if source.size else []
 
     def read(self, source: SourceFile, span: Span, columns: Sequence[str]) -> Iterator[RawRow]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from trainers.errors import DataError
 from trainers.sources.files import SourceFile
 from trainers.sources.formats.base import PEEK_ROWS, RawRow, Span, has_lone_surrogate, not_as_named, open_stream
 from trainers.sources.formats.sniff import RENAME, read_text_head
@@ -26,7 +25,6 @@ class Document:
     """A JSON document."""
 
     def peek(self, source: SourceFile) -> tuple[str, ...] | None:
-        """Keys of the first elements."""
         read_text_head(source, EXPECTED)
         rows = [row for _, row in islice(self.read(source, Span(), ()), PEEK_ROWS)]
         if rows and not any(row is not None for row in rows):
@@ -34,7 +32,6 @@ class Document:
         return tuple(dict.fromkeys(key for row in rows for key in row or ())) if rows else None
 
     def plan(self, source: SourceFile, unit_bytes: int) -> list[Span]:
-        """The whole file."""
         return [Span()] if source.size else []
 
     def read(self, source: SourceFile, span: Span, columns: Sequence[str]) -> Iterator[RawRow]:
@@ -45,26 +42,19 @@ class Document:
             try:
                 yield from enumerate(questions(_rows(_Cursor(text))))
             except (ValueError, RecursionError) as error:
-                raise _refusal(source, error) from error
-
-
-def _refusal(source: SourceFile, error: Exception) -> DataError:
-    remedy = (
-        "If it has one object a line, set data.format: jsonl or name it .jsonl"
-        if "Extra data" in str(error)
-        else RENAME
-    )
-    return not_as_named(source, EXPECTED, str(error), remedy)
+                lines = "If it has one object a line, set data.format: jsonl or name it .jsonl"
+                remedy = lines if "Extra data" in str(error) else RENAME
+                raise not_as_named(source, EXPECTED, str(error), remedy) from error
 
 
 class _Cursor:
-    """A place in a JSON text, of which only a window is in memory."""
+    """A place in a JSON text, of which only a window is in memory.
+
+    Not ijson: its parser refuses NaN and turns half a surrogate pair into a question mark.
+    """
 
     def __init__(self, text: io.TextIOBase) -> None:
-        self._text = text
-        self._window = ""
-        self._at = 0
-        self._ended = False
+        self._text, self._window, self._at, self._ended = text, "", 0, False
         self._decode = json.JSONDecoder().raw_decode
 
     def next_char(self) -> str:
@@ -74,14 +64,14 @@ class _Cursor:
                 if self._window[self._at] not in " \t\r\n":
                     return self._window[self._at]
                 self._at += 1
-            if not self._fill():
+            self._fill()
+            if self._ended:
                 return ""
 
     def take(self, char: str) -> bool:
-        """Move past this character if it comes next."""
-        found = self.next_char() == char
-        self._at += found
-        return found
+        is_next = self.next_char() == char
+        self._at += is_next
+        return is_next
 
     def need(self, char: str) -> None:
         """Move past this character. Raises ValueError where another comes next."""
@@ -99,28 +89,37 @@ class _Cursor:
                     raise ValueError(f"{error.msg} at {self._window[self._at : self._at + 40]!r}") from None
             else:
                 if end < len(self._window) or self._ended:  # at the window's edge a number could go on
-                    raw, self._at = self._window[self._at : end], end
-                    return value if "\\ud" not in raw.lower() or _carries(value) else None
+                    escaped = "\\ud" in self._window[self._at : end].lower()
+                    self._at = end
+                    return None if escaped and has_lone_surrogate(json.dumps(value, ensure_ascii=False)) else value
             self._fill()
 
-    def _fill(self) -> bool:
+    def _fill(self) -> None:
         """Read on, at least doubling what is left, so that a long element is not scanned again and again."""
         rest = self._window[self._at :]
         block = self._text.read(max(BLOCK_CHARS, len(rest)))
-        self._ended = not block
-        self._window, self._at = rest + block, 0
-        return bool(block)
-
-
-def _carries(value: Any) -> bool:
-    return not has_lone_surrogate(json.dumps(value, ensure_ascii=False))
+        self._window, self._at, self._ended = rest + block, 0, not block
 
 
 def _rows(cursor: _Cursor) -> Iterator[dict[str, Any] | None]:
+    """The elements of the list, or of that under `data` of an object, whose other keys are passed over."""
     if cursor.take("["):
         yield from _elements(cursor)
     elif cursor.take("{"):
-        yield from _wrapped(cursor)
+        keys: list[str] = []
+        while not cursor.take("}"):
+            if keys:
+                cursor.need(",")
+            keys.append(str(cursor.value()))
+            cursor.need(":")
+            if keys[-1] == ROWS_KEY and cursor.take("["):
+                yield from _elements(cursor)
+            else:
+                cursor.value()
+        if cursor.next_char():
+            raise ValueError("Extra data: several objects one after another")
+        if ROWS_KEY not in keys:
+            raise ValueError(f"an object with the keys {', '.join(keys[:10])} and no list under `data`")
     else:
         raise ValueError(f"a document that begins with {cursor.next_char()!r}")
     if cursor.next_char():
@@ -128,7 +127,6 @@ def _rows(cursor: _Cursor) -> Iterator[dict[str, Any] | None]:
 
 
 def _elements(cursor: _Cursor) -> Iterator[dict[str, Any] | None]:
-    """The elements of a list whose bracket has been taken."""
     if cursor.take("]"):
         return
     while True:
@@ -137,21 +135,3 @@ def _elements(cursor: _Cursor) -> Iterator[dict[str, Any] | None]:
         if cursor.take("]"):
             return
         cursor.need(",")
-
-
-def _wrapped(cursor: _Cursor) -> Iterator[dict[str, Any] | None]:
-    """The list under `data` of an object whose brace has been taken; its other keys are passed over."""
-    keys: list[str] = []
-    while not cursor.take("}"):
-        if keys:
-            cursor.need(",")
-        keys.append(str(cursor.value()))
-        cursor.need(":")
-        if keys[-1] == ROWS_KEY and cursor.take("["):
-            yield from _elements(cursor)
-        else:
-            cursor.value()
-    if cursor.next_char():
-        raise ValueError("Extra data: several objects one after another")
-    if ROWS_KEY not in keys:
-        raise ValueError(f"an object with the keys {', '.join(keys[:10])} and no list under `data`")
