@@ -7,15 +7,13 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from orchestrator.commands.options import Address, AsJson, JobPath, Overrides, Storage, print_json
+from orchestrator.commands.options import TEMPLATES, Address, AsJson, JobPath, Overrides, Storage, print_json
 from orchestrator.commands.registry import app as registry_app
 from trainers.errors import JobError, TuneyardError
 
 app = typer.Typer(
     name="tuneyard",
-    help="Full fine-tuning on your own cluster: from a job file to a registered model, with proof of how it was made.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(registry_app, name="registry")
@@ -42,15 +40,42 @@ def _load(path: Path, overrides: Sequence[str] | None) -> Any:
     return load_job(path, overrides or ())
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"tuneyard {version('tuneyard')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Full fine-tuning on your own cluster: from a job file to a registered model, with proof of how it was made."""
+
+
 @app.command()
 def init(
-    template: Annotated[str, typer.Argument(help="quickstart, or a task: classify, tag, extract, ...")],
-    path: Annotated[Path | None, typer.Argument(help="Where to write; default: named like the template.")] = None,
+    template: Annotated[str, typer.Argument(metavar="TEMPLATE", help="One of " + ", ".join(TEMPLATES) + ".")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="Where to write; default: named like the template.")
+    ] = None,
 ) -> None:
-    """Write a commented job file; for quickstart its data too."""
+    """Write a commented job file and data that it runs with."""
     from orchestrator.commands.init import write_job
 
     print(f"wrote {write_job(template, path)}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the job file, for editors."""
+    from orchestrator.commands.init import job_schema
+
+    print(job_schema(), end="")
 
 
 @app.command()

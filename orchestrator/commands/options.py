@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+TEMPLATES = ("quickstart", "classify", "tag", "extract", "similarity", "seq2seq", "sft", "pretrain", "mlm")
+
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="section.key=value", help="Override a value.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else one of our own.")]

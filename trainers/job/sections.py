@@ -10,7 +10,9 @@ Strings = Annotated[tuple[str, ...], Field(strict=False)]
 class Section(BaseModel):
     """Base of every section: frozen, strict about types, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class LoraSection(Section):

@@ -8,12 +8,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.commands import init as init_job
 from orchestrator.commands.init import TEMPLATES, write_job
 from orchestrator.commands.quickstart_data import read_topics, split_topics
 from trainers.errors import JobError
 from trainers.job.load import load_job
+from trainers.tasks import load_task
+from trainers.tasks.base import encode_rules
+from trainers.tasks.options import task_options
+from trainers.tokenizer.encoder import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +35,71 @@ def rows_of(job_file, split):
 def test_every_template_is_a_valid_job_with_a_comment_a_field(tmp_path, template):
     job_file = write_job(template, tmp_path / template)
     assert load_job(job_file).name
-    assert "$" not in job_file.read_text()
+    assert "$" not in job_file.read_text().partition("\n")[2]
     fields = [line for line in job_file.read_text().splitlines() if re.match(r"  \w+: (?!\{)", line)]
     assert len(fields) >= 8
     assert not [line for line in fields if "#" not in line and not line.startswith('  path: "/')]
+
+
+@pytest.mark.parametrize("template", TEMPLATES[1:])
+def test_every_template_brings_rows_that_its_task_takes_whole(tmp_path, template, tiny_chat_tokenizer):
+    """Encoded with any tokenizer: no row is refused, none is cut, both splits show the same labels."""
+    job = load_job(write_job(template, tmp_path / template / "job.yaml"))
+    task, encoder = load_task(job.task, task_options(job)), load_encoder(str(tiny_chat_tokenizer))
+    splits = [rows_of(tmp_path / template / "job.yaml", f"{template}-{split}") for split in ("train", "dev")]
+    assert [len(rows) for rows in splits] == [80, 20]
+    assert not {json.dumps(row) for row in splits[0]} & {json.dumps(row) for row in splits[1]}
+    for rows in splits:
+        named = [{field: row.get(column) for field, column in columns_of(job, row).items()} for row in rows]
+        encoded = task.encode(named, encoder, encode_rules(job))
+        assert {encoded.outcomes[code] for code in encoded.codes} <= {"kept", "split"}
+    labels = [
+        {str(row.get("label")) for row in rows} | {tag for row in rows for tag in row.get("tags", ())}
+        for rows in splits
+    ]
+    assert labels[1] <= labels[0]
+
+
+def columns_of(job, row):
+    return {name: name for name in row} | dict(job.data.columns or {})
+
+
+def test_rows_that_are_there_are_left_alone(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sft-train.jsonl").write_text("mine")
+    write_job("sft", tmp_path / "sft.yaml")
+    assert (tmp_path / "data" / "sft-train.jsonl").read_text() == "mine"
+    assert (tmp_path / "data" / "sft-dev.jsonl").exists()
+
+
+def test_the_schema_stands_beside_the_job_and_describes_every_field(tmp_path):
+    job_file = write_job("classify", tmp_path / "classify.yaml")
+    assert job_file.read_text().startswith("# yaml-language-server: $schema=tuneyard.schema.json\n")
+    done = CliRunner().invoke(app, ["schema"])
+    schema = json.loads(done.stdout)
+    assert schema == json.loads((tmp_path / "tuneyard.schema.json").read_text())
+    bare = [
+        f"{section}.{name}"
+        for section, parts in schema["$defs"].items()
+        for name, field in parts["properties"].items()
+        if not field.get("description") and "$ref" not in field
+    ]
+    assert len(bare) < 12, bare  # of small sections whose own docstring says it
+
+
+def test_the_version_is_printed_and_both_packages_are_typed():
+    assert re.fullmatch(r"tuneyard \d+\.\d+\.\d+\S*\n", CliRunner().invoke(app, ["--version"]).stdout)
+    root = Path(init_job.__file__).parents[2]
+    assert all((root / package / "py.typed").exists() for package in ("orchestrator", "trainers"))
+
+
+def test_the_quickstart_cuts_no_text(quickstart):
+    from transformers import AutoTokenizer
+
+    job = load_job(quickstart)
+    tokenizer = AutoTokenizer.from_pretrained(job.model.path)
+    texts = [row["text"] for split in ("train", "eval") for row in rows_of(quickstart, split)]
+    assert max(len(ids) for ids in tokenizer(texts)["input_ids"]) <= job.data.max_length
 
 
 def test_default_names_stand_in_the_present_folder(tmp_path, monkeypatch):
