@@ -85,8 +85,7 @@ def plan(job_path: JobPath, overrides: Overrides = None, as_json: AsJson = False
     from orchestrator.planning.preflight import check_job
     from orchestrator.terminal.tables import plan_table
 
-    job = _load(job_path, overrides)
-    found = plan_job(job, check_job(job))
+    found = plan_job(check_job(_load(job_path, overrides)))
     print_json(found.model_dump(mode="json")) if as_json else plan_table(found)
 
 
@@ -98,11 +97,12 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run numerical self-tests on this model, task and attention backend, with the job's own rows."""
+    from orchestrator.planning.preflight import check_job
     from orchestrator.terminal.tables import verification_table
-    from orchestrator.verify import verify as run_checks
-    from trainers.verification.verify import require_passed
+    from trainers.verification.verify import require_passed, verify_job
 
-    found = run_checks(_load(job_path, overrides), again)
+    checked = check_job(_load(job_path, overrides))
+    found = verify_job(checked.job, checked.model, again)
     print_json(found.model_dump(mode="json")) if as_json else verification_table(found)
     require_passed(found)
 
@@ -116,10 +116,9 @@ def shard(job_path: JobPath, overrides: Overrides = None, address: Address = Non
     from orchestrator.terminal.progress import Screen
     from orchestrator.terminal.tables import ledger_table
 
-    job, screen = _load(job_path, overrides), Screen()
-    model = check_job(job)
+    checked, screen = check_job(_load(job_path, overrides)), Screen()
     with ray_session(address), screen.live():
-        shards = write_shards(job, model.path, screen.on_shards)
+        shards = write_shards(checked, screen.on_shards)
     ledger_table([shards.train, shards.eval])
 
 
@@ -129,9 +128,8 @@ def run(job_path: JobPath, overrides: Overrides = None, address: Address = None)
     from orchestrator.run import run_job
     from orchestrator.terminal.progress import Screen
 
-    job, screen = _load(job_path, overrides), Screen()
-    folder, result = run_job(job, address, screen)
-    screen.results(folder, result)
+    screen = Screen()
+    screen.results(*run_job(job_path, overrides or (), address, screen))
 
 
 @app.command()

@@ -1,31 +1,69 @@
-"""The controller's hold on a run folder: its lock, its log, its clock, and the record it ends with."""
+"""What the stages of one `tuneyard run` share: Ray, signals, and the run folder with its lock, log and result."""
 
 import fcntl
+import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO
 
 import yaml
 
-from trainers.errors import JobError
-from trainers.job.schema import Job
-from trainers.run.folder import RunResult
+from orchestrator.planning.plan import plan_job
+from orchestrator.planning.preflight import CheckedJob
+from orchestrator.ray_session import check_placement, ray_session
+from orchestrator.registry.lineage import lineage
+from orchestrator.report.page import write_report
+from orchestrator.terminal.progress import Screen
+from trainers.errors import JobError, Preempted, TuneyardError
+from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, run_folder
 from trainers.run.goodput import account, share
 from trainers.run.log import RunLog, read_events
+from trainers.run.record import Run
+from trainers.shards.keys import load_shards
 from trainers.storage import Folder
+from trainers.tasks import choose_metric
+from trainers.training.divergence import read_skipped
 
 LOCK = "driver.lock"
 RESULT = "result.json"
 
 
-class OpenRun:
-    """A run folder that this process owns."""
+class RunSession:
+    """One command at work on one run; `run` and `log` are there while the run folder is held."""
 
-    def __init__(self, folder: Folder, job: Job) -> None:
-        self.folder, self.job = folder, job
-        self.log = RunLog(folder)
-        self._steps = 0
+    run: Run
+    log: RunLog
+
+    def __init__(self, checked: CheckedJob, screen: Screen) -> None:
+        self.checked, self.screen = checked, screen
+        self.metric = choose_metric(checked.job)
+        self._began, self._steps = time.monotonic(), 0
+
+    @contextmanager
+    def hold(self, run: Run) -> Iterator[None]:
+        """Own the run folder for the length of the block; result.json says how the block ended, also where badly.
+
+        Raises:
+            JobError: where another controller is at work on it.
+        """
+        folder, job = run.folder, run.job
+        folder.write_bytes("job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
+        with (folder.path / LOCK).open("w") as lock:
+            if not _lock(lock):
+                time.sleep(0.2)  # `tuneyard status` holds it for a moment when it looks
+            if not _lock(lock):
+                raise JobError(f"another `tuneyard run` is at work on {folder}; wait for it or stop it first")
+            self.run, self.log = run, RunLog(folder)
+            try:
+                self.note_stage("shard", time.monotonic() - self._began)
+                folder.write_bytes("plan.json", plan_job(self.checked).model_dump_json(indent=1).encode())
+                yield
+            except TuneyardError as error:
+                self._end(self._summary("preempted" if isinstance(error, Preempted) else "failed", str(error)))
+                raise
+            finally:
+                self.log.close()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -48,27 +86,63 @@ class OpenRun:
 
     def events(self) -> list[dict[str, Any]]:
         """Everything that happened so far, earlier attempts included."""
-        return read_events(self.folder)
+        return read_events(self.run.folder)
+
+    def finish(self, evaluations: list[Evaluation], best: Evaluation, version: RegisteredVersion) -> RunResult:
+        """Write result.json, then the report."""
+        metric, _ = self.metric
+        chosen = {"step": best.step, "metric": metric, "value": best.metrics[metric], "metrics": best.metrics}
+        done = {"best": chosen, "registry": version, "evaluations": tuple(evaluations)}
+        return self._end(self._summary("done", None).model_copy(update=done))
+
+    def _end(self, result: RunResult) -> RunResult:
+        run = self.run
+        run.folder.write_bytes(RESULT, result.model_dump_json(indent=1).encode())
+        parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder))
+        write_report(run.folder, result, run.job, self.events(), run.shards, parents)
+        return result
+
+    def _summary(self, status: Literal["done", "failed", "preempted"], error: str | None) -> RunResult:
+        """What the log says of the run, over all attempts."""
+        events = self.events()
+        steps = {event["step"]: event for event in events if event["kind"] == "step"}  # a step done again counts once
+        seconds: dict[str, float] = {}
+        for event in events:
+            if event["kind"] == "stage":
+                seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
+        spent = account(events)
+        last = steps[max(steps)] if steps else {}
+        return RunResult(
+            status=status,
+            error=error,
+            steps=int(last.get("step", 0)),
+            tokens=int(last.get("tokens", 0)),
+            restarts=max(sum(event["kind"] == "start" for event in events) - 1, 0),
+            goodput=share(spent),
+            accounting=spent,
+            seconds=seconds,
+        )
+
+
+def finished_run(checked: CheckedJob) -> tuple[Folder, RunResult] | None:
+    """Folder and result of a job whose run is done, or None."""
+    shards = load_shards(checked.job, checked.splits)
+    if shards is None:
+        return None
+    folder = run_folder(checked.job, checked.model.digest, shards)
+    try:
+        result = RunResult.model_validate_json(folder.read_bytes(RESULT))
+    except FileNotFoundError:
+        return None
+    return (folder, result) if result.status == "done" else None
 
 
 @contextmanager
-def open_run(folder: Folder, job: Job) -> Iterator[OpenRun]:
-    """Own a run folder for the length of the block.
-
-    Raises:
-        JobError: where another controller is at work on it.
-    """
-    folder.write_bytes("job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
-    with (folder.path / LOCK).open("w") as lock:
-        if not _lock(lock):
-            time.sleep(0.2)  # `tuneyard status` holds it for a moment when it looks
-        if not _lock(lock):
-            raise JobError(f"another `tuneyard run` is at work on {folder}; wait for it or stop it first")
-        opened = OpenRun(folder, job)
-        try:
-            yield opened
-        finally:
-            opened.log.close()
+def open_session(checked: CheckedJob, address: str | None, screen: Screen) -> Iterator[RunSession]:
+    """Ray with room for the workers, a screen, and SIGTERM as an orderly end, for the length of the block."""
+    with _stopped_by_sigterm(), ray_session(address), screen.live():
+        check_placement(checked.job.scale)  # before hours of sharding, and again after them: nodes come and go
+        yield RunSession(checked, screen)
 
 
 def _lock(file: TextIO) -> bool:
@@ -79,32 +153,33 @@ def _lock(file: TextIO) -> bool:
     return True
 
 
-def finished_result(folder: Folder) -> RunResult | None:
-    """The result of a run that is done, or None."""
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM outside the training ends the run at once: every other stage is taken up where it was."""
+
+    def stop(*_: Any) -> None:
+        raise Preempted("stopped by SIGTERM; the same command goes on from there")
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        result = RunResult.model_validate_json(folder.read_bytes(RESULT))
-    except FileNotFoundError:
-        return None
-    return result if result.status == "done" else None
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def summarize(opened: OpenRun, status: Literal["done", "failed", "preempted"], error: str | None) -> RunResult:
-    """What the log says of the run, over all attempts."""
-    events = opened.events()
-    steps = {event["step"]: event for event in events if event["kind"] == "step"}  # a step done again counts once
-    seconds: dict[str, float] = {}
-    for event in events:
-        if event["kind"] == "stage":
-            seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
-    spent = account(events)
-    last = steps[max(steps)] if steps else {}
-    return RunResult(
-        status=status,
-        error=error,
-        steps=int(last.get("step", 0)),
-        tokens=int(last.get("tokens", 0)),
-        restarts=max(sum(event["kind"] == "start" for event in events) - 1, 0),
-        goodput=share(spent),
-        accounting=spent,
-        seconds=seconds,
-    )
+@contextmanager
+def stop_asked_for() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or Ctrl-C came; a second Ctrl-C ends at once."""
+    asked: list[float] = []
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and asked:
+            raise KeyboardInterrupt
+        asked.append(time.time())
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

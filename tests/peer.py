@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from tests.tiny import load_written
 from trainers.batching.order import Order, job_order
 from trainers.batching.packing import PackIndex, index_packs
 from trainers.job.schema import Job
 from trainers.model.engine import load_options
 from trainers.run.record import job_task
 from trainers.shards.dataset import ShardSet
-from trainers.shards.keys import load_shards
 from trainers.shards.manifest import shards_folder
 from trainers.storage import Folder
 from trainers.tasks import Task
@@ -53,7 +53,7 @@ def train_peer(
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    shards, encoder = load_shards(job, job.model.path), load_encoder(job.model.path)
+    shards, encoder = load_written(job), load_encoder(job.model.path)
     assert shards is not None
     task = job_task(job, shards.train)
     task.prepare(encoder)

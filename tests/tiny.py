@@ -85,6 +85,23 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def checked(job: Any, model: str | Path | None = None) -> Any:
+    """What the data stage gets of a job; of the model a tokenizer is enough."""
+    from orchestrator.planning.preflight import CheckedJob, find_data
+    from trainers.model.source import ModelFolder
+    from trainers.shards.keys import plan_splits
+
+    path = str(model or job.model.path)
+    return CheckedJob(job, ModelFolder(path, ""), plan_splits(job, path, find_data(job)))
+
+
+def load_written(job: Any, model: str | Path | None = None) -> Any:
+    """The committed shards of a job, or None."""
+    from trainers.shards.keys import load_shards, plan_splits
+
+    return load_shards(job, plan_splits(job, str(model or job.model.path)))
+
+
 def shard_locally(job: Any, unit_bytes: int | None = None) -> Any:
     """A job's shards, written in this process as the data stage's tasks would: no Ray, no checks, and no cache."""
     from trainers.shards.keys import manifest_of, plan_splits

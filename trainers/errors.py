@@ -1,9 +1,11 @@
 """Everything that can end a job for a reason the user should read, each with its process exit code.
 
-A `TuneyardError` is shown as one message without a traceback; any other exception is a defect of ours.
+A `TuneyardError` is shown as one message without a traceback; any other exception is a defect of ours. Between
+processes an error travels as a record of plain JSON values: `to_record`, `from_record`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class TuneyardError(Exception):
@@ -57,3 +59,31 @@ class Preempted(TuneyardError):
     """The run was asked to stop; its last checkpoint is committed and the same command goes on."""
 
     exit_code = 75
+
+
+def to_record(error: BaseException) -> dict[str, Any]:
+    """An error as JSON values, for another process: type, message, exit code, and a JobError's problems."""
+    record = {"type": type(error).__name__, "message": str(error), "exit_code": getattr(error, "exit_code", 1)}
+    if isinstance(error, JobError):
+        record |= {"problems": list(error.problems), "where": error.where}
+    return record
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """A record as one text, with the type before the message."""
+    return f"{record['type']}: {record['message']}"
+
+
+def from_record(record: Mapping[str, Any]) -> TuneyardError:
+    """The error of a record: of its own type where that is one of ours; else the type stands in its message."""
+    kinds, kind = [TuneyardError], None
+    for known in kinds:
+        kinds += known.__subclasses__()
+        kind = known if known.__name__ == record["type"] else kind
+    if kind is JobError:
+        return JobError(record["problems"], record["where"])
+    if kind is not None:
+        return kind(record["message"])
+    error = TuneyardError(describe(record))
+    error.exit_code = record["exit_code"]
+    return error

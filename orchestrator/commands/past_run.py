@@ -17,7 +17,7 @@ from trainers.job.schema import Job
 from trainers.model.source import find_model, prepare_model
 from trainers.run.folder import Evaluation, checkpoints_folder, step_name
 from trainers.run.record import find_run, job_task
-from trainers.shards.keys import load_shards
+from trainers.shards.keys import load_shards, plan_splits
 from trainers.shards.manifest import Shards
 from trainers.storage import Folder
 
@@ -28,7 +28,8 @@ def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Scre
     Raises:
         JobError: where the step is not committed.
     """
-    run = find_run(job, check_job(job))
+    checked = check_job(job)
+    run = find_run(job, checked.model, checked.splits)
     committed = committed_steps(run.checkpoints)
     if step not in (None, 0, *committed):
         raise JobError(f"--step {step} is not committed in {run.folder}; there are {committed}")
@@ -46,7 +47,8 @@ def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Scre
 
 def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:
     """Evaluate any Hugging Face folder on the job's evaluation data, in this process. Nothing is written."""
-    run = find_run(job, check_job(job))
+    checked = check_job(job)
+    run = find_run(job, checked.model, checked.splits)
     task = run.load_task()
     rows, row_scores = evaluate_model(job, task, str(model), run.open_shards("eval", task))
     key = run.shards.eval.key
@@ -66,7 +68,7 @@ def shards_of_run(run: str) -> Shards:
     """The shards that a run was trained and evaluated on."""
     job = job_of_run(run)
     model = find_model(job)
-    shards = load_shards(job, model.path) if model else None
+    shards = load_shards(job, plan_splits(job, model.path)) if model else None
     if shards is None:
         raise JobError(f"the shards of {run} are not there any more, or its data files have changed")
     return shards

@@ -6,8 +6,9 @@ from typing import Any
 import ray
 
 from orchestrator.evaluation.selection import BASELINE, next_evaluations
-from orchestrator.evaluation.task import evaluation_task, read_evaluations, write_evaluation
+from orchestrator.evaluation.task import evaluation_task, failed_evaluation, read_evaluations, write_evaluation
 from trainers.checkpoint.reading import committed_steps
+from trainers.errors import EvaluationError
 from trainers.run.folder import Evaluation
 from trainers.run.record import Run
 from trainers.tasks import load_task
@@ -69,8 +70,8 @@ class EvaluationPool:
             try:
                 record = ray.get(reference)
             except ray.exceptions.RayError as error:
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                record = Evaluation(step=step, status="failed", error=reason, eval_key=self._run.shards.eval.key)
+                lost = EvaluationError(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                record = failed_evaluation(step, self._run.shards.eval.key, lost)
                 write_evaluation(self._run.folder, record)
             self._records[step] = record
             yield record

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from trainers.checkpoint.export import export_checkpoint
+from trainers.errors import describe, to_record
 from trainers.evaluation.evaluate import RowScores, combine, score_share
 from trainers.run.folder import Evaluation, step_name
 from trainers.run.record import Run
@@ -45,9 +46,15 @@ def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:
             step=step, status="done", metrics=metrics, notes=notes, eval_key=key, rows=rows, seconds=seconds
         )
     except Exception as error:  # whatever the model or its metrics raise belongs into the record
-        record = Evaluation(step=step, status="failed", error=f"{type(error).__name__}: {error}", eval_key=key)
+        record = failed_evaluation(step, key, getattr(error, "cause", None) or error)  # Ray wraps that of a share
     write_evaluation(run.folder, record)
     return record
+
+
+def failed_evaluation(step: int, eval_key: str, error: BaseException) -> Evaluation:
+    """The record of an evaluation that ended with an error."""
+    cause = to_record(error)
+    return Evaluation(step=step, status="failed", error=describe(cause), cause=cause, eval_key=eval_key)
 
 
 def write_evaluation(run: Folder, record: Evaluation) -> None:

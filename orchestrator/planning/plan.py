@@ -9,15 +9,15 @@ from itertools import islice
 from math import prod
 from pathlib import Path
 
+from orchestrator.planning.preflight import CheckedJob
 from trainers.batching.batch_plan import BatchPlan, plan_batches
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
-from trainers.model.source import ModelFolder
 from trainers.records import Record
 from trainers.run.folder import run_folder
 from trainers.run.record import job_task
-from trainers.shards.keys import SplitPlan, load_shards, plan_splits
+from trainers.shards.keys import SplitPlan, load_shards
 from trainers.shards.manifest import Shards, shards_folder
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.storage import Folder
@@ -62,13 +62,14 @@ class Plan(Record):
     """The resolved job."""
 
 
-def plan_job(job: Job, model: ModelFolder) -> Plan:
+def plan_job(checked: CheckedJob) -> Plan:
     """Work out a checked job. Raises DataError where its shards are there and refused."""
+    job, model = checked.job, checked.model
     batches = plan_batches(
         job.train.global_batch_size, job.train.micro_batch_size, job.scale.max_workers, job.data.max_length
     )
-    shards = load_shards(job, model.path)
-    rows, tokens, sequences = count_sequences(job, shards) if shards else estimate_sequences(job, model)
+    shards = load_shards(job, checked.splits)
+    rows, tokens, sequences = count_sequences(job, shards) if shards else estimate_sequences(checked)
     steps = job_order(job, max(sequences, 1)).steps
     parameters = count_parameters(Path(model.path))
     stage_share = job.scale.max_workers if job.train.deepspeed.startswith("zero3") else 1
@@ -106,12 +107,12 @@ def count_sequences(job: Job, shards: Shards) -> tuple[int, int, int]:
     return len(packs.rows), int(packs.sums(held.lengths).sum()), len(packs)
 
 
-def estimate_sequences(job: Job, model: ModelFolder) -> tuple[int, int, int]:
+def estimate_sequences(checked: CheckedJob) -> tuple[int, int, int]:
     """Rows, tokens and sequences of an epoch, from the first rows and the size of the files."""
-    split, _ = plan_splits(job, model.path)
+    job, split = checked.job, checked.splits[0]
     units = plan_units(split.sources)
     sample, sampled_bytes = _sample(job, split, units)
-    encoder = load_encoder(model.path, job.model.trust_remote_code)
+    encoder = load_encoder(checked.model.path, job.model.trust_remote_code)
     pieces = encode_rows(load_task(job.task), sample, encoder, encode_rules(job)).tokens.lengths
     scale = sum(source.size for source in split.sources) / max(sampled_bytes, 1)
     scale *= 1 - (split.fraction or 0.0)

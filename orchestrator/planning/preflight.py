@@ -1,6 +1,7 @@
 """Checks a job against this machine before anything expensive starts; every problem is collected and raised once."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.registry.mlflow_client import registry_uri
@@ -9,17 +10,23 @@ from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.source import ModelFolder, prepare_model
-from trainers.sources.files import find_sources
+from trainers.shards.keys import Sources, SplitName, Splits, plan_splits, split_sources
 from trainers.sources.readers import check_columns, needed_fields, task_columns
 from trainers.storage import Folder
 from trainers.tasks import choose_metric
 
 
-def check_job(job: Job) -> ModelFolder:
-    """Check storage, model, data, batch arithmetic, DeepSpeed file, metric and registry.
+@dataclass(frozen=True)
+class CheckedJob:
+    """A job that passed its checks, with what they had to read: the stages read none of it again."""
 
-    Returns:
-        The prepared model.
+    job: Job
+    model: ModelFolder
+    splits: Splits
+
+
+def check_job(job: Job) -> CheckedJob:
+    """Check storage, model, data, batch arithmetic, DeepSpeed file, metric and registry.
 
     Raises:
         JobError: with every problem found.
@@ -40,11 +47,12 @@ def check_job(job: Job) -> ModelFolder:
     check(lambda: choose_metric(job))
     check(lambda: registry_uri(job.storage, job.registry.uri))
     check(lambda: check_batches(job))
-    check(lambda: check_data(job))
+    sources: Sources | None = check(lambda: find_data(job))
     model: ModelFolder | None = check(lambda: prepare_model(job))
-    if problems or model is None:
+    splits = check(lambda: plan_splits(job, model.path, sources)) if model and sources else None
+    if problems or model is None or splits is None:
         raise JobError(problems)
-    return model
+    return CheckedJob(job, model, splits)
 
 
 def check_run_storage(job: Job) -> None:
@@ -77,14 +85,17 @@ def check_batches(job: Job) -> None:
         raise JobError(list(problems))
 
 
-def check_data(job: Job) -> None:
-    """Every file is there, is what its name says, and has the task's columns."""
+def find_data(job: Job) -> Sources:
+    """The files of both splits. Every one is there, is what its name says, and has the task's columns, or JobError."""
+    sources = split_sources(job)
     problems: list[str] = []
-    for where, patterns in (("data.train", job.data.train_paths), ("data.eval", job.data.eval)):
+    names: tuple[SplitName, ...] = ("train",) if job.data.eval_fraction else ("train", "eval")
+    for name in names:
+        where = f"data.{name}"
         try:
-            sources = find_sources(patterns, job.data.format, where)
-            check_columns(sources, task_columns(job), needed_fields(job.task, job.data.prompt), where)
+            check_columns(sources[name], task_columns(job), needed_fields(job.task, job.data.prompt), where)
         except JobError as error:
             problems += [f"{where}: {problem}" for problem in error.problems]
     if problems:
         raise JobError(problems)
+    return sources

@@ -8,16 +8,14 @@ to others. Ray does a task again whose worker or node died. Begin at `map_tasks`
 
 import gc
 import os
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from trainers.errors import TuneyardError
+from trainers.errors import TuneyardError, from_record, to_record
 from trainers.shards.writer import ShardWork
 from trainers.sources.readers import Unit
-from trainers.tokenizer.gigatoken import TokenizerDiffers
 
 SHARE, UNITS_A_TASK = 3, 32
 """Guided self-scheduling: a task takes remaining / (3 x cores) units, at most 32, so that the last tasks are short."""
@@ -100,7 +98,7 @@ def map_tasks(
             index = running.pop(done)
             result, error = ray.get(done)
             if error:
-                raise pickle.loads(error)
+                raise from_record(error)
             yield index, result
     finally:
         for reference_of_task in running:  # results that nobody takes any more: none may go on writing
@@ -115,12 +113,12 @@ def _cluster_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
-def _run_remotely(function: Callable[[Any, Any], Any], shared: list[Any], part: Any) -> tuple[Any, bytes]:
+def _run_remotely(function: Callable[[Any, Any], Any], shared: list[Any], part: Any) -> tuple[Any, dict[str, Any]]:
     """A task. What it raises goes back as a value: Ray would wrap it and log its traceback."""
     try:
-        return run_task(function, _fetch(shared[0]), part), b""
-    except (TuneyardError, TokenizerDiffers) as error:
-        return None, pickle.dumps(error)
+        return run_task(function, _fetch(shared[0]), part), {}
+    except TuneyardError as error:
+        return None, to_record(error)
 
 
 def run_task(function: Callable[[Shared, Part], Result], shared: Shared, part: Part) -> Result:

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from orchestrator.planning.preflight import CheckedJob
 from orchestrator.sharding.ray_tasks import map_tasks, map_units, start_workers
-from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.shards.contamination import EXAMPLES, Contamination, contamination_name, find_contamination
 from trainers.shards.drop_budget import check_shards
 from trainers.shards.duplicates import DedupMode, DuplicateSearch, find_duplicates, print_unit
 from trainers.shards.files import record_name
-from trainers.shards.keys import SplitPlan, manifest_of, plan_splits
+from trainers.shards.keys import SplitPlan, manifest_of
 from trainers.shards.manifest import (
     MANIFEST,
     ShardManifest,
@@ -29,7 +29,7 @@ from trainers.shards.manifest import (
 )
 from trainers.shards.reuse import adopt_shards, explain_miss
 from trainers.shards.writer import CONTAMINATED, ShardWork, finished_shards, write_units
-from trainers.sources.readers import Unit, check_columns, needed_fields, plan_units, read_unit, task_columns
+from trainers.sources.readers import Unit, plan_units, read_unit, task_columns
 from trainers.storage import TEMPORARY, Folder
 from trainers.tasks import encode_rules
 from trainers.tokenizer.encoder import encoder_of, read_spec
@@ -59,27 +59,23 @@ class ShardProgress:
 Report = Callable[[ShardProgress], None]
 
 
-def write_shards(job: Job, model_path: str, on_progress: Report | None = None) -> Shards:
+def write_shards(checked: CheckedJob, on_progress: Report | None = None) -> Shards:
     """Write what is not yet written of both splits, and check that the job accepts it.
 
     Args:
-        job: the job.
-        model_path: folder of the prepared model, for its tokenizer.
+        checked: the job, its model for the tokenizer, and its splits.
         on_progress: called on the driver after each few units.
 
     Raises:
-        JobError: for files or columns that are not there.
-        DataError: for files that are not what their names say, empty splits, rows dropped over budget, unseen labels.
+        DataError: for files that are damaged, empty splits, rows dropped over budget, unseen labels.
     """
-    plans = plan_splits(job, model_path)
-    storage = Folder(job.storage)
-    committed = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in plans}
-    missing = [plan for plan in plans if committed[plan.name] is None]
-    _check_sources(job, missing)
+    job, storage = checked.job, Folder(checked.job.storage)
+    committed = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in checked.splits}
+    missing = [plan for plan in checked.splits if committed[plan.name] is None]
     if missing:
         start_workers()
     for plan in reversed(missing) if job.data.decontaminate == "drop" else missing:
-        committed[plan.name] = SplitStage(job, plan, model_path, on_progress).write()
+        committed[plan.name] = SplitStage(job, plan, checked.model.path, on_progress).write()
     shards = Shards(train=_there(committed["train"]), eval=_there(committed["eval"]))
     check_contamination(storage, shards)
     check_shards(job, shards)
@@ -89,19 +85,6 @@ def write_shards(job: Job, model_path: str, on_progress: Report | None = None) -
 def _there(manifest: ShardManifest | None) -> ShardManifest:
     assert manifest is not None
     return manifest
-
-
-def _check_sources(job: Job, plans: Sequence[SplitPlan]) -> None:
-    """Look at the start of each file before any task starts. Raises with the problems of all splits."""
-    problems: dict[str, None] = {}
-    for plan in plans:
-        where = "data.train" if job.data.eval_fraction is not None else f"data.{plan.name}"
-        try:
-            check_columns(plan.sources, task_columns(job), needed_fields(job.task, job.data.prompt), where)
-        except JobError as error:
-            problems.update({f"{where}: {problem}": None for problem in error.problems})
-    if problems:
-        raise JobError(list(problems))
 
 
 class SplitStage:

@@ -19,7 +19,7 @@ from orchestrator.training.worker_group import GroupReport, WorkerGroup, drainin
 from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.retention import deletable
-from trainers.errors import EvaluationError, Preempted, TrainingError, TuneyardError
+from trainers.errors import EvaluationError, Preempted, TrainingError, from_record
 from trainers.records import Event
 from trainers.run.log import RunLog
 from trainers.run.record import Run
@@ -223,9 +223,7 @@ def _report_hang(controller: Controller, seen: GroupReport) -> Failure:
 def _check_refusal(watch: Watch) -> None:
     """Raise what a rank refused, with its own exit code: starting again would only repeat it."""
     if watch.refused is not None:
-        error = TuneyardError(watch.refused["error"])
-        error.exit_code = watch.refused["exit_code"]
-        raise error
+        raise from_record(watch.refused["error"])
 
 
 def _check_stop(watch: Watch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.training.node_report import RankExit
+from trainers.errors import describe
 from trainers.worker.stack_dump import code_line, parse_stacks
 
 VICTIM = re.compile(
@@ -55,7 +56,7 @@ def is_victim(rank_exit: RankExit) -> bool:
     if rank_exit.failed is None:
         return False
     own = rank_exit.failed.get("errno") in (errno.ENOSPC, errno.ENOMEM)
-    return not own and bool(VICTIM.search(rank_exit.failed["error"]))
+    return not own and bool(VICTIM.search(describe(rank_exit.failed["error"])))
 
 
 def _explain(rank_exit: RankExit) -> tuple[str, str]:
@@ -90,7 +91,7 @@ SHM_REMEDY = "Give the container more shared memory (docker run --shm-size=8g, o
 
 def _explain_exception(rank_exit: RankExit) -> tuple[str, str]:
     assert rank_exit.failed is not None
-    error, number = rank_exit.failed["error"], rank_exit.failed.get("errno")
+    error, number = describe(rank_exit.failed["error"]), rank_exit.failed.get("errno")
     what = f"raised {error.strip().splitlines()[0]} at {rank_exit.failed['where']}"
     if number == errno.ENOSPC or "No space left" in error:
         if 0 <= rank_exit.shm_free_bytes < SHM_FULL_BYTES:

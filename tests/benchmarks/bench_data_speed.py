@@ -59,6 +59,7 @@ def write_input(task: str, folder: Path, megabytes: float, last_first: bool = Fa
 def ours(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]:
     """Seconds and tokens."""
     from orchestrator.sharding.stage import write_shards
+    from tests.tiny import checked
     from trainers.job.load import parse_job
 
     storage = folder / "storage"
@@ -70,7 +71,7 @@ def ours(task: str, path: Path, model: str, folder: Path) -> tuple[float, float]
     job = parse_job({"name": "b", "task": task, "model": {"path": model}, "data": data, "train": train,
                      "storage": str(storage)})  # fmt: skip
     started = time.perf_counter()
-    shards = write_shards(job, model)
+    shards = write_shards(checked(job, model))
     seconds = time.perf_counter() - started
     assert task == "classify" or shards.train.tokenizer == "gigatoken", shards.train.fallback_reason
     return seconds, shards.train.total("tokens")
@@ -188,6 +189,7 @@ def tokenizers_alone(task: str, path: Path, model: str, folder: Path) -> tuple[f
 FILE_CODE = """
 import sys, time, numpy
 from gigatoken.gigatoken_rs import JsonlFileSource
+from tests.tiny import checked
 from trainers.tokenizer.encoder import Encoder, read_spec
 quick = Encoder(read_spec(sys.argv[1]))._fast.bare.__self__._giga
 started = time.perf_counter()

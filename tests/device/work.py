@@ -106,18 +106,18 @@ def losses(job: Any, far: Any) -> list[tuple[float, float]]:
     """The training loss and the length of its gradient, on the host and far away."""
     import torch
 
+    from tests.tiny import load_written
     from trainers.batching.packing import index_packs
     from trainers.model.engine import load_options, prepare_model
     from trainers.model.world import World
     from trainers.run.record import job_task
     from trainers.shards.dataset import ShardSet
-    from trainers.shards.keys import load_shards
     from trainers.shards.manifest import shards_folder
     from trainers.storage import Folder
     from trainers.tokenizer.encoder import load_encoder
     from trainers.training.distill import load_objective
 
-    shards, encoder = load_shards(job, job.model.path), load_encoder(job.model.path)
+    shards, encoder = load_written(job), load_encoder(job.model.path)
     assert shards is not None
     task = job_task(job, shards.train)
     task.prepare(encoder)
@@ -142,14 +142,14 @@ def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
     """Metrics on the host and far away, generated texts included; short ones, as nothing was trained."""
     import torch
 
+    from tests.tiny import load_written
     from trainers.evaluation import evaluate
     from trainers.run.record import job_task
     from trainers.shards.dataset import ShardSet
-    from trainers.shards.keys import load_shards
     from trainers.shards.manifest import shards_folder
     from trainers.storage import Folder
 
-    shards = load_shards(job, job.model.path)
+    shards = load_written(job)
     assert shards is not None
     short = (job.evaluate.generate or GenerateSection()).model_copy(update={"max_new_tokens": 4})
     generates = job.task in ("seq2seq", "sft")

@@ -19,13 +19,12 @@ import yaml
 
 from tests.bucket import serve_bucket
 from tests.ray_head import answers, free_ports
-from tests.tiny import film_rows, make_bert, tiny_job
+from tests.tiny import film_rows, load_written, make_bert, tiny_job
 from trainers.checkpoint.reading import committed_steps
 from trainers.job.load import load_job
 from trainers.model.source import find_model
 from trainers.run.folder import run_folder
 from trainers.run.log import read_events
-from trainers.shards.keys import load_shards
 from trainers.storage import Folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -407,7 +406,7 @@ def coming_run(job_file: Path, *overrides: str) -> Path:
     job = load_job(job_file, list(overrides))
     model = find_model(job)
     assert model is not None
-    shards = load_shards(job, model.path)
+    shards = load_written(job)
     assert shards is not None
     return run_folder(job, model.digest, shards).path
 

@@ -7,7 +7,7 @@
 
 import hashlib
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from trainers.job.schema import Job
 from trainers.records import Record
@@ -53,6 +53,8 @@ class Evaluation(Record):
     notes: dict[str, str] = {}
     """What makes a metric comparable, such as sacreBLEU's signature, by its name."""
     error: str | None = None
+    cause: dict[str, Any] | None = None
+    """The error as `trainers.errors.to_record` gives it."""
     eval_key: str
     """Key of the evaluation shards; only metrics over the same key compare."""
     rows: int = 0

@@ -8,7 +8,7 @@ from trainers.model.source import ModelFolder, find_model
 from trainers.records import Record
 from trainers.run.folder import checkpoints_folder, run_folder
 from trainers.shards.dataset import ShardSet
-from trainers.shards.keys import SplitName, load_shards
+from trainers.shards.keys import SplitName, Splits, load_shards, plan_splits
 from trainers.shards.manifest import ShardManifest, Shards, shards_folder
 from trainers.storage import Folder
 from trainers.tasks import Task, load_task, task_options
@@ -42,19 +42,20 @@ def run_of(job: Job, model: ModelFolder, shards: Shards) -> Run:
     return Run(job=job, model=model, shards=shards, folder=run_folder(job, model.digest, shards))
 
 
-def find_run(job: Job, model: ModelFolder | None = None) -> Run:
+def find_run(job: Job, model: ModelFolder | None = None, splits: Splits | None = None) -> Run:
     """The run of a job whose shards are written.
 
     Args:
         job: the job.
         model: its prepared model, where the caller has it.
+        splits: its splits, where the caller has read the sources.
 
     Raises:
         JobError: where they are not.
         DataError: where the job refuses what they hold.
     """
     model = model or find_model(job)
-    shards = load_shards(job, model.path) if model else None
+    shards = load_shards(job, splits or plan_splits(job, model.path)) if model else None
     if model is None or shards is None:
         raise JobError("the data is not sharded yet: run `tuneyard shard JOB` with the same job file first")
     return run_of(job, model, shards)

@@ -27,6 +27,7 @@ from trainers.tokenizer.encoder import TOKENIZER_FILES
 ENCODER_VERSION = 3
 """Raised whenever the same inputs would give other shards."""
 SplitName = Literal["train", "eval"]
+Sources = Mapping[SplitName, tuple[SourceFile, ...]]
 
 
 @dataclass(frozen=True)
@@ -66,32 +67,39 @@ class SplitPlan:
         return (draw < self.fraction * 2**64) == (self.name == "eval")
 
 
-def plan_splits(job: Job, model_path: str) -> tuple[SplitPlan, SplitPlan]:
+Splits = tuple[SplitPlan, SplitPlan]
+"""The train and the eval split."""
+
+
+def split_sources(job: Job) -> Sources:
+    """The files of both splits, the content of each read once. Raises JobError with every path that names nothing."""
+    sources: dict[SplitName, tuple[SourceFile, ...]] = {}
+    problems: list[str] = []
+    patterns_of: dict[SplitName, Sequence[str]] = {"train": job.data.train_paths, "eval": job.data.eval}
+    for name, patterns in patterns_of.items():
+        try:
+            sources[name] = find_sources(patterns, job.data.format, f"data.{name}")
+        except JobError as error:
+            problems += [f"data.{name}: {problem}" for problem in error.problems]
+    if problems:
+        raise JobError(problems)
+    return sources if job.data.eval_fraction is None else {**sources, "eval": sources["train"]}
+
+
+def plan_splits(job: Job, model_path: str, sources: Sources | None = None) -> Splits:
     """The train and the eval split of a job.
 
     Args:
         job: the job.
         model_path: folder of the prepared model, for its tokenizer.
+        sources: the files of both, where the caller has read them.
 
     Raises:
         JobError: with every path that names nothing, of both splits.
     """
-    found: dict[SplitName, tuple[SourceFile, ...]] = {}
-    problems: list[str] = []
-    fraction = job.data.eval_fraction
-    patterns_of: dict[SplitName, Sequence[str]] = {"train": job.data.train_paths, "eval": job.data.eval}
-    for name, patterns in patterns_of.items():
-        try:
-            found[name] = find_sources(patterns, job.data.format, f"data.{name}")
-        except JobError as error:
-            problems += [f"data.{name}: {problem}" for problem in error.problems]
-    if problems:
-        raise JobError(problems)
-    tokenizer = _tokenizer_digest(Path(model_path))
-    if fraction is not None:
-        found["eval"] = found["train"]
-    evaluation = _plan(job, "eval", found["eval"], tokenizer)
-    return _training_plan(job, _plan(job, "train", found["train"], tokenizer), evaluation), evaluation
+    sources, tokenizer = sources or split_sources(job), _tokenizer_digest(Path(model_path))
+    evaluation = _plan(job, "eval", sources["eval"], tokenizer)
+    return _training_plan(job, _plan(job, "train", sources["train"], tokenizer), evaluation), evaluation
 
 
 def _training_plan(job: Job, plan: SplitPlan, evaluation: SplitPlan) -> SplitPlan:
@@ -109,15 +117,14 @@ def _training_plan(job: Job, plan: SplitPlan, evaluation: SplitPlan) -> SplitPla
     return replace(plan, key_parts=parts, dedup=job.data.dedup, eval_key=eval_key, entries=entries)
 
 
-def load_shards(job: Job, model_path: str) -> Shards | None:
-    """The committed shards of a job, or None where they have not been written.
+def load_shards(job: Job, splits: Splits) -> Shards | None:
+    """The committed shards of a job's splits, or None where they have not been written.
 
     Raises:
-        JobError: where the job's files or tokenizer are missing.
         DataError: where the shards are damaged, or the job refuses what they hold.
     """
     storage = Folder(job.storage)
-    train, evaluation = (read_manifest(shards_folder(storage, plan.key)) for plan in plan_splits(job, model_path))
+    train, evaluation = (read_manifest(shards_folder(storage, plan.key)) for plan in splits)
     if train is None or evaluation is None:
         return None
     shards = Shards(train=train, eval=evaluation)

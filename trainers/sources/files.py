@@ -68,7 +68,9 @@ class _Named:
         return str(self.info.base_name)
 
 
-def find_sources(patterns: Sequence[str], format: FormatName | None, where: str) -> tuple[SourceFile, ...]:
+def find_sources(
+    patterns: Sequence[str], format: FormatName | None, where: str, digests: bool = True
+) -> tuple[SourceFile, ...]:
     """The files that paths, globs and folders name, sorted by name, each once.
 
     Args:
@@ -76,6 +78,7 @@ def find_sources(patterns: Sequence[str], format: FormatName | None, where: str)
             the files of a known format below it; names that begin with a dot or an underscore are passed over.
         format: read every file as this; None tells it from the name.
         where: the key of the job file that the patterns come from, for messages.
+        digests: read every file for its digest; without, it is empty.
 
     Raises:
         JobError: with every pattern that names nothing and every file whose format cannot be told.
@@ -91,7 +94,7 @@ def find_sources(patterns: Sequence[str], format: FormatName | None, where: str)
             problems += error.problems
     if problems:
         raise JobError(problems, where)
-    return tuple(_source(*named[uri], where=where) for uri in sorted(named))
+    return tuple(_source(*named[uri], where, digests) for uri in sorted(named))
 
 
 def entries_of(sources: Sequence[SourceFile], patterns: Sequence[str], format: FormatName | None) -> tuple[int, ...]:
@@ -135,9 +138,9 @@ def _kind(uri: str, name: str, format: FormatName | None) -> tuple[FormatName, s
     return told, compression
 
 
-def _source(named: _Named, format: FormatName, compression: str | None, where: str) -> SourceFile:
+def _source(named: _Named, format: FormatName, compression: str | None, where: str, digests: bool) -> SourceFile:
     try:
-        digest = _digest(named)
+        digest = _digest(named) if digests else ""
     except (OSError, pa.ArrowException) as error:
         raise JobError(f"{named.uri} cannot be read: {error}", where) from error
     return SourceFile(named.uri, format, compression, int(named.info.size), digest)

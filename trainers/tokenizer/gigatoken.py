@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from trainers.errors import TuneyardError
 from trainers.records import Array
 from trainers.tokenizer.reference import encode_by_reference
 from trainers.tokenizer.token_arrays import Tokens, add_affixes
@@ -22,7 +23,7 @@ SAMPLE_CHARS = 20_000
 PROBE = "a"
 
 
-class TokenizerDiffers(Exception):
+class TokenizerDiffers(TuneyardError):
     """The faster library gave other ids than tokenizers does; the split has to be written with tokenizers."""
 
 

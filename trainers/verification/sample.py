@@ -13,9 +13,10 @@ from trainers.errors import DataError
 from trainers.job.schema import Job
 from trainers.model.engine import load_options
 from trainers.shards.dataset import ShardSet
-from trainers.shards.keys import SplitPlan, manifest_of, plan_splits
+from trainers.shards.keys import SplitPlan, manifest_of
 from trainers.shards.manifest import ShardRecord
 from trainers.shards.writer import write_shard
+from trainers.sources.files import find_sources
 from trainers.sources.formats import RawRow
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.storage import Folder
@@ -68,7 +69,8 @@ def make_context(job: Job, model_path: str, folder: Path, device: Any = "cpu") -
     encoder = load_encoder(model_path, job.model.trust_remote_code)
     rules = encode_rules(job)
     plain = replace(rules.options, label_smoothing=0.0, class_weights=None, dropout=None, generate=None)
-    plan, _ = plan_splits(job, model_path)
+    sources = find_sources(job.data.train_paths, job.data.format, "data.train", digests=False)
+    plan = SplitPlan("train", sources, None, {})
     task = load_task(job.task, plain)
     longest, record = _first_shard(job, plan, Folder(str(folder)), task, encoder, rules)
     task = load_task(job.task, replace(plain, label_counts=record.labels))

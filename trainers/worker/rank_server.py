@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-from trainers.errors import TuneyardError
+from trainers.errors import TuneyardError, to_record
 from trainers.records import Record
 from trainers.run.record import Run
 from trainers.worker.heartbeat import HeartbeatPage
@@ -147,20 +147,16 @@ def _run(run: Run, hooks: PipeHooks) -> int:
     try:
         run_rank(run, hooks)
     except TuneyardError as error:
-        hooks.emit({"kind": "refused", "error": str(error), "exit_code": error.exit_code})
+        hooks.emit({"kind": "refused", "error": to_record(error)})
         return error.exit_code
     except BaseException as error:
         traceback.print_exc()
-        hooks.emit({"kind": "failed", "time": time.time(), "error": f"{type(error).__name__}: {error}",
-                    "errno": getattr(error, "errno", None), "where": _innermost(error)})  # fmt: skip
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+        hooks.emit({"kind": "failed", "time": time.time(), "error": to_record(error),
+                    "errno": getattr(error, "errno", None), "where": where})  # fmt: skip
         return FAILED
     return 0
-
-
-def _innermost(error: BaseException) -> str:
-    """The line that raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from orchestrator.cli import app
 from orchestrator.commands.ledger import ledger_report
 from orchestrator.sharding.stage import write_shards
 from tests.orchestrator.sharding.test_shard_stage import open_train, text_job, texts
-from tests.tiny import make_llama
+from tests.tiny import checked, make_llama
 from tests.tiny import write_rows as write
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
@@ -36,7 +36,7 @@ def test_the_ledger_shows_counts_rows_and_the_origin_of_every_token(
     with path.open("a") as stream:
         stream.write("torn\n" * 3 + '{"text": ""}\n' + json.dumps({"text": "the plot " * 60}) + "\n")
     job = text_job(tmp_path, model, train=[str(path)], eval=[str(path)], max_drop_fraction=0.1)
-    shards = write_shards(job, str(model))
+    shards = write_shards(checked(job, model))
     run = open_run(job, shards)
     report = ledger_report(str(run), "malformed", 2)
     assert report["splits"][0]["outcomes"]["dropped:malformed"] == 3 and report["tokenizer"] == "gigatoken"
@@ -78,7 +78,7 @@ def test_the_ledger_shows_what_a_mixture_takes_of_each_part(tmp_path: Path, tiny
     mixed = [{"path": str(paths[0]), "weight": 0.5}, {"path": str(paths[1]), "weight": 3.0},
              {"path": str(paths[2]), "tokens": 500}]  # fmt: skip
     job = text_job(tmp_path, model, train=mixed, eval=[str(paths[0])])
-    shards = write_shards(job, str(model))
+    shards = write_shards(checked(job, model))
     run = open_run(job, shards)
     parts = ledger_report(str(run), None, None)["mixture"]
     assert [one["path"] for one in parts] == [str(path) for path in paths]

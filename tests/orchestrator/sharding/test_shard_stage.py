@@ -20,14 +20,13 @@ import pytest
 from orchestrator.sharding import stage
 from orchestrator.sharding.stage import write_shards
 from tests.orchestrator.sharding.test_shards import content, plain_job, stamps
-from tests.tiny import chat_rows
+from tests.tiny import chat_rows, checked, load_written
 from tests.tiny import write_rows as write
 from trainers.job.load import parse_job
 from trainers.job.schema import Job
 from trainers.run.record import job_task
 from trainers.shards.contamination import contamination_name
 from trainers.shards.dataset import ShardSet
-from trainers.shards.keys import load_shards
 from trainers.shards.ledger import ledger_lines
 from trainers.shards.manifest import Shards, shards_folder
 from trainers.sources import readers
@@ -59,7 +58,7 @@ def test_killed_workers_cost_the_shards_in_flight_alone(
     other = write(tmp_path / "e.jsonl", texts(3, 90_000))
     monkeypatch.setattr(readers, "UNIT_BYTES", 100_000)
     clean = text_job(tmp_path, tiny_chat_tokenizer, "clean", train=[str(path)], eval=[str(other)])
-    write_shards(clean, str(tiny_chat_tokenizer))
+    write_shards(checked(clean, tiny_chat_tokenizer))
     job = text_job(tmp_path, tiny_chat_tokenizer, "killed", train=[str(path)], eval=[str(other)])
     killed: list[int] = []
     written: dict[str, int] = {}
@@ -74,7 +73,7 @@ def test_killed_workers_cost_the_shards_in_flight_alone(
 
     thread = threading.Thread(target=kill)
     thread.start()
-    shards = write_shards(job, str(tiny_chat_tokenizer))
+    shards = write_shards(checked(job, tiny_chat_tokenizer))
     thread.join()
     assert killed and len(shards.train.shards) > 15
     done = {name: stamp for name, stamp in written.items() if "shard-" in name}
@@ -101,7 +100,7 @@ def test_a_fast_tokenizer_caught_out_is_given_up_for_the_whole_split(
 ) -> None:
     path = write(tmp_path / "t.jsonl", texts(600))
     job = text_job(tmp_path, tiny_chat_tokenizer, "plain", train=[str(path)], eval=[str(path)])
-    plain = write_shards(job, str(tiny_chat_tokenizer))
+    plain = write_shards(checked(job, tiny_chat_tokenizer))
     assert plain.train.tokenizer == "gigatoken" and plain.train.fallback_reason is None
     # the tokenizers that the workers compare with is given another merge order than the one gigatoken loaded
     wrong = tmp_path / "wrong"
@@ -127,7 +126,7 @@ def test_a_fast_tokenizer_caught_out_is_given_up_for_the_whole_split(
 
     monkeypatch.setattr(stage, "write_group", spoiled)
     job = text_job(wrong, tiny_chat_tokenizer, train=[str(path)], eval=[str(path)])
-    shards = write_shards(job, str(tiny_chat_tokenizer))
+    shards = write_shards(checked(job, tiny_chat_tokenizer))
     assert shards.train.tokenizer == "tokenizers" and "the faster library" in str(shards.train.fallback_reason)
     assert [one.digest for one in shards.train.shards] == [one.digest for one in plain.train.shards]
 
@@ -145,7 +144,7 @@ def test_repeats_are_left_out_once_and_the_first_stays(
     path = write(tmp_path / "t.jsonl", [*rows, *same, *near])
     other = write(tmp_path / "e.jsonl", texts(3))
     job = text_job(tmp_path, tiny_chat_tokenizer, train=[str(path)], eval=[str(other)], dedup=mode, max_length=512)
-    shards = write_shards(job, str(tiny_chat_tokenizer))
+    shards = write_shards(checked(job, tiny_chat_tokenizer))
     outcome = "removed:duplicate" if mode == "exact" else "removed:near_duplicate"
     assert shards.train.outcomes == {"kept": 72 - (7 if mode == "exact" else 12), outcome: 7 if mode == "exact" else 12}
     folder = shards_folder(Folder(job.storage), shards.train.key)
@@ -153,7 +152,7 @@ def test_repeats_are_left_out_once_and_the_first_stays(
     starts = np.cumsum([0, *(len(line) for line in path.read_bytes().splitlines(keepends=True))]).tolist()
     assert gone == (starts[60:67] if mode == "exact" else starts[60:72])
     assert not [name for name in folder.list() if name.startswith(("prints", "signatures"))]
-    assert load_shards(job, str(tiny_chat_tokenizer)) == shards
+    assert load_written(job, tiny_chat_tokenizer) == shards
 
 
 def test_rows_of_the_evaluation_set_are_reported_always_and_dropped_on_request(
@@ -164,13 +163,13 @@ def test_rows_of_the_evaluation_set_are_reported_always_and_dropped_on_request(
     other = write(tmp_path / "e.jsonl", held_out)
     data = {"train": [str(path)], "eval": [str(other)]}
     job = text_job(tmp_path, tiny_chat_tokenizer, **data)
-    shards = write_shards(job, str(tiny_chat_tokenizer))
+    shards = write_shards(checked(job, tiny_chat_tokenizer))
     assert "4 of 54 training rows say what an evaluation row says" in caplog.text
     folder = shards_folder(Folder(job.storage), shards.train.key)
     assert folder.read_json(contamination_name(shards.eval.key))["rows"] == 4
     caplog.clear()
     job = text_job(tmp_path, tiny_chat_tokenizer, **data, decontaminate="drop")
-    dropped = write_shards(job, str(tiny_chat_tokenizer))
+    dropped = write_shards(checked(job, tiny_chat_tokenizer))
     assert dropped.train.outcomes["removed:in_evaluation"] == 4 and dropped.train.rows_in == 54
     assert dropped.eval == shards.eval and "say what an evaluation row says" not in caplog.text
 
@@ -179,10 +178,10 @@ def peak_of_driver(job: Job, model: Path) -> tuple[int, int]:
     """Shards written, and the driver's peak of traced memory in bytes."""
     first = write(Path(job.storage).parent / "first" / "t.jsonl", texts(3))
     write_shards(
-        text_job(first.parent, model, train=[str(first)], eval=[str(first)]), str(model)
+        checked(text_job(first.parent, model, train=[str(first)], eval=[str(first)]), model)
     )  # imports, not traced
     tracemalloc.start()
-    shards = write_shards(job, str(model))
+    shards = write_shards(checked(job, model))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return len(shards.train.shards), peak
@@ -232,7 +231,7 @@ def test_conversations_of_all_shapes_make_one_split(tmp_path: Path, tiny_chat_to
              (("a", alpaca), ("b", sharegpt), ("c", plain), ("d", chat_rows(20)))]  # fmt: skip
     plain_data = plain_job(tmp_path, tiny_chat_tokenizer, train=[str(path) for path in paths], eval=[str(paths[0])])
     job = parse_job({**plain_data, "task": "sft"})
-    shards = write_shards(job, str(tiny_chat_tokenizer))
+    shards = write_shards(checked(job, tiny_chat_tokenizer))
     assert shards.train.outcomes == {"kept": 80}
     held = open_train(job, shards)
     for index in range(20):
@@ -250,7 +249,7 @@ def test_a_changed_template_does_conversations_again_and_says_so(
 
     def shard(task: str, **data: Any) -> Shards:
         plain = plain_job(tmp_path, tiny_chat_tokenizer, train=[str(path)], eval=[str(path)], **data)
-        return write_shards(parse_job({**plain, "task": task}), str(tiny_chat_tokenizer))
+        return write_shards(checked(parse_job({**plain, "task": task}), tiny_chat_tokenizer))
 
     first = shard("sft")
     second = shard("sft", chat_template=str(template))
@@ -275,14 +274,14 @@ def test_no_unit_is_written_in_a_process_that_belongs_to_a_process_group(
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         with pytest.raises(RuntimeError, match="process group is alive"):
-            write_shards(job, str(tiny_chat_tokenizer))
+            write_shards(checked(job, tiny_chat_tokenizer))
         with pytest.raises(RuntimeError, match="process group is alive"):
             run_task(lambda work, units: "written", None, [])
         assert not list(Path(job.storage).rglob("shard-*"))
     finally:
         torch.distributed.destroy_process_group()
     assert run_task(lambda work, units: "written", None, []) == "written"
-    assert write_shards(job, str(tiny_chat_tokenizer)).train.rows_in == 3
+    assert write_shards(checked(job, tiny_chat_tokenizer)).train.rows_in == 3
 
 
 def test_the_data_stage_loads_no_torch(tmp_path: Path, tiny_chat_tokenizer: Path) -> None:

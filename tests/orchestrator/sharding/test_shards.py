@@ -15,21 +15,23 @@ import pytest
 
 from orchestrator.sharding import stage
 from orchestrator.sharding.stage import ShardProgress, write_shards
+from tests.tiny import checked, load_written
 from trainers.errors import DataError, JobError, TuneyardError
 from trainers.job.load import parse_job
 from trainers.job.schema import Job
-from trainers.shards.keys import load_shards, plan_splits
+from trainers.shards.keys import plan_splits
 from trainers.shards.manifest import shards_folder
 from trainers.storage import Folder
 
 LABELS = ("good", "bad")
 DRIVER = """
 import json, sys, ray
+from tests.tiny import checked
 from orchestrator.sharding.stage import write_shards
 from trainers.job.load import parse_job
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
 job = parse_job(json.loads(sys.argv[1]))
-write_shards(job, job.model.path)
+write_shards(checked(job))
 """
 
 
@@ -71,7 +73,7 @@ def stamps(job: Job) -> dict[str, int]:
 def test_every_row_of_every_file_ends_up_in_the_shards(tmp_path: Path, files: list[str], tiny_tokenizer: Path) -> None:
     job = make_job(tmp_path, tiny_tokenizer, train=files, eval=[str(tmp_path / "00.jsonl")], max_drop_fraction=0.1)
     seen: list[ShardProgress] = []
-    shards = write_shards(job, str(tiny_tokenizer), seen.append)
+    shards = write_shards(checked(job, tiny_tokenizer), seen.append)
     assert len(shards.train.shards) == 12 and len(shards.eval.shards) == 1
     assert shards.train.outcomes == {"kept": 480, "dropped:malformed": 12} and shards.train.rows_in == 492
     assert shards.train.labels == {"bad": 240, "good": 240}
@@ -79,7 +81,7 @@ def test_every_row_of_every_file_ends_up_in_the_shards(tmp_path: Path, files: li
         *(("train", done, 12) for done in range(1, 13)), ("eval", 1, 1)
     ]  # fmt: skip
     assert (seen[11].rows, seen[11].tokens) == (480, shards.train.total("tokens"))
-    assert load_shards(job, str(tiny_tokenizer)) == shards
+    assert load_written(job, tiny_tokenizer) == shards
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -87,14 +89,14 @@ def test_a_second_run_writes_nothing_and_starts_no_task(
     tmp_path: Path, files: list[str], tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(tmp_path, tiny_tokenizer, train=files, eval_fraction=0.2, max_drop_fraction=0.1)
-    first, before = write_shards(job, str(tiny_tokenizer)), stamps(job)
+    first, before = write_shards(checked(job, tiny_tokenizer)), stamps(job)
     assert first.train.rows_in + first.eval.rows_in == 492
 
     def no_task(*_: Any) -> Any:
         raise AssertionError("a committed split was read again")
 
     monkeypatch.setattr(stage, "map_units", no_task)
-    assert write_shards(job, str(tiny_tokenizer)) == first
+    assert write_shards(checked(job, tiny_tokenizer)) == first
     assert stamps(job) == before
 
 
@@ -103,7 +105,7 @@ def test_after_a_kill_only_the_shards_in_flight_are_written_again(
     tmp_path: Path, files: list[str], tiny_tokenizer: Path
 ) -> None:
     job = make_job(tmp_path, tiny_tokenizer, train=files, eval=files, max_drop_fraction=0.1)
-    shards, whole, before = write_shards(job, str(tiny_tokenizer)), content(job), stamps(job)
+    shards, whole, before = write_shards(checked(job, tiny_tokenizer)), content(job), stamps(job)
     folder = shards_folder(Folder(job.storage), shards.train.key)
     for name in ("manifest.json", "shard-00003.json", "shard-00007.json", "shard-00007.arrow"):
         folder.delete(name)
@@ -112,7 +114,7 @@ def test_after_a_kill_only_the_shards_in_flight_are_written_again(
         path.write_bytes(b"half")
     os.utime(stale, (0, 0))
     seen: list[ShardProgress] = []
-    assert write_shards(job, str(tiny_tokenizer), seen.append) == shards
+    assert write_shards(checked(job, tiny_tokenizer), seen.append) == shards
     assert [one.units_done for one in seen] == [11, 12]
     assert not stale.exists() and young.exists()  # the young one could be another run's
     young.unlink()
@@ -143,9 +145,9 @@ def test_a_driver_killed_at_one_worker_is_finished_at_two_with_the_same_bytes(
         driver.wait()
     written = {path: stamp for path, stamp in stamps(job).items() if path.endswith(".json")}
     assert not list(Path(job.storage).rglob("manifest.json")) or len(written) < 28
-    write_shards(job, str(tiny_tokenizer))
+    write_shards(checked(job, tiny_tokenizer))
     clean = make_job(tmp_path, tiny_tokenizer, "clean", **data)
-    write_shards(clean, str(tiny_tokenizer))
+    write_shards(checked(clean, tiny_tokenizer))
     finished = {name: data for name, data in content(job).items() if "/.tmp-" not in name}
     assert finished == content(clean)
     kept = [path for path, stamp in written.items() if "shard-" in path and Path(path).stat().st_mtime_ns == stamp]
@@ -154,12 +156,13 @@ def test_a_driver_killed_at_one_worker_is_finished_at_two_with_the_same_bytes(
 
 WORKERS = """
 import json, sys, ray
+from tests.tiny import checked
 from orchestrator.sharding.stage import write_shards
 from trainers.job.load import parse_job
 for cpus, plain in json.loads(sys.argv[1]):
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
     job = parse_job(plain)
-    write_shards(job, job.model.path)
+    write_shards(checked(job))
     ray.shutdown()
 """
 
@@ -173,7 +176,7 @@ def test_shards_are_the_same_bytes_at_one_two_and_four_workers(
     runs = [(cpus, plain_job(tmp_path, tiny_tokenizer, f"by-{cpus}", **data)) for cpus in (1, 4)]
     subprocess.run([sys.executable, "-c", WORKERS, json.dumps(runs)], check=True, stderr=subprocess.DEVNULL)
     job = make_job(tmp_path, tiny_tokenizer, "by-2", **data)
-    write_shards(job, str(tiny_tokenizer))
+    write_shards(checked(job, tiny_tokenizer))
     by_two = content(job)
     assert len(by_two) > 24
     for _, plain in runs:
@@ -187,21 +190,21 @@ def test_a_changed_source_does_its_own_shards_again_and_no_others(
     caplog.set_level("INFO", "orchestrator.sharding.stage")
     data = {"train": files, "eval": [str(tmp_path / "05.jsonl")], "max_drop_fraction": 0.1}
     job = make_job(tmp_path, tiny_tokenizer, **data)
-    first = write_shards(job, str(tiny_tokenizer))
+    first = write_shards(checked(job, tiny_tokenizer))
     with (tmp_path / "03.jsonl").open("a") as stream:
         stream.write(json.dumps({"text": "a new film", "label": "good"}) + "\n")
     os.utime(tmp_path / "04.jsonl")  # touched, but not changed
     shards_folder(Folder(job.storage), first.train.key).write_bytes("shard-00006.arrow", b"short")
     before = stamps(job)
     seen: list[ShardProgress] = []
-    second = write_shards(job, str(tiny_tokenizer), seen.append)
+    second = write_shards(checked(job, tiny_tokenizer), seen.append)
     assert [one.units_done for one in seen] == [11, 12] and second.eval == first.eval
     assert f"the train shards {first.train.key} do not fit any more: sources changed" in caplog.text
     assert "10 of 12 train shards taken over" in caplog.text
     assert second.train.rows_in == first.train.rows_in + 1
     assert {path: stamp for path, stamp in stamps(job).items() if path in before} == before
     clean = make_job(tmp_path, tiny_tokenizer, "clean", **data)
-    write_shards(clean, str(tiny_tokenizer))
+    write_shards(checked(clean, tiny_tokenizer))
     key = plan_splits(job, str(tiny_tokenizer))[0].key
     again, whole = content(job), content(clean)
     assert {name: again[name] for name in whole} == whole and any(name.startswith(key) for name in whole)
@@ -214,10 +217,10 @@ def test_a_budget_is_checked_again_over_committed_shards(
     strict = make_job(tmp_path, tiny_tokenizer, train=files, eval=files)
     for _ in range(2):
         with pytest.raises(DataError, match=r"12 of 492 rows are dropped"):
-            write_shards(strict, str(tiny_tokenizer))
+            write_shards(checked(strict, tiny_tokenizer))
     before = stamps(strict)
     lenient = make_job(tmp_path, tiny_tokenizer, train=files, eval=files, max_drop_fraction=0.03)
-    write_shards(lenient, str(tiny_tokenizer))
+    write_shards(checked(lenient, tiny_tokenizer))
     assert stamps(lenient) == before
 
 
@@ -227,9 +230,9 @@ def test_a_miss_is_explained_in_the_log(
 ) -> None:
     caplog.set_level("INFO", "orchestrator.sharding.stage")
     data = {"train": [files[0].replace("*", "00")], "eval": [files[0].replace("*", "01")], "max_drop_fraction": 0.1}
-    write_shards(make_job(tmp_path, tiny_tokenizer, **data), str(tiny_tokenizer))
+    write_shards(checked(make_job(tmp_path, tiny_tokenizer, **data), tiny_tokenizer))
     assert "do not fit" not in caplog.text and "sharded 41 train rows into 1 files" in caplog.text
-    write_shards(make_job(tmp_path, tiny_tokenizer, **data, max_length=64), str(tiny_tokenizer))
+    write_shards(checked(make_job(tmp_path, tiny_tokenizer, **data, max_length=64), tiny_tokenizer))
     assert "do not fit any more: length changed" in caplog.text
 
 
@@ -253,7 +256,7 @@ def test_bad_input_ends_with_its_exit_code_and_one_message(case: str, tmp_path: 
     patterns = {"train": [name], "eval": [name]} | change
     job = make_job(tmp_path, tiny_tokenizer, **{key: [str(tmp_path / one) for one in v] for key, v in patterns.items()})
     with pytest.raises(TuneyardError) as caught:
-        write_shards(job, str(tiny_tokenizer))
+        write_shards(checked(job, tiny_tokenizer))
     assert caught.value.exit_code == code and says in str(caught.value)
     assert type(caught.value) in (JobError, DataError)
 
@@ -263,9 +266,9 @@ def test_columns_missing_in_both_splits_are_told_at_once(tmp_path: Path, tiny_to
         (tmp_path / f"{name}.jsonl").write_text('{"review": "a", "label": "good"}\n')
     train, other = [str(tmp_path / "t.jsonl")], [str(tmp_path / "e.jsonl")]
     with pytest.raises(JobError, match=r"(?s)data\.train: .*t\.jsonl: no column.*data\.eval: .*e\.jsonl: no column"):
-        write_shards(make_job(tmp_path, tiny_tokenizer, train=train, eval=other), str(tiny_tokenizer))
+        write_shards(checked(make_job(tmp_path, tiny_tokenizer, train=train, eval=other), tiny_tokenizer))
     with pytest.raises(JobError) as caught:
-        write_shards(make_job(tmp_path, tiny_tokenizer, train=train, eval_fraction=0.5), str(tiny_tokenizer))
+        write_shards(checked(make_job(tmp_path, tiny_tokenizer, train=train, eval_fraction=0.5), tiny_tokenizer))
     assert len(caught.value.problems) == 1
 
 
@@ -275,17 +278,17 @@ def test_a_label_that_training_never_saw_is_refused(tmp_path: Path, tiny_tokeniz
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "a film", "label": label}) + "\n")
     job = make_job(tmp_path, tiny_tokenizer, train=[str(tmp_path / "t.jsonl")], eval=[str(tmp_path / "e.jsonl")])
     with pytest.raises(DataError, match="'other'"):
-        write_shards(job, str(tiny_tokenizer))
+        write_shards(checked(job, tiny_tokenizer))
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_refused_job_leaves_committed_shards_alone(tmp_path: Path, files: list[str], tiny_tokenizer: Path) -> None:
     good = make_job(tmp_path, tiny_tokenizer, train=files, eval=files, max_drop_fraction=0.1)
-    write_shards(good, str(tiny_tokenizer))
+    write_shards(checked(good, tiny_tokenizer))
     before = stamps(good)
     (tmp_path / "x.json").write_bytes(BAD_INPUT["torn late"][1])
     bad = make_job(tmp_path, tiny_tokenizer, train=files, eval=[str(tmp_path / "x.json")], max_drop_fraction=0.1)
     with pytest.raises(DataError):
-        write_shards(bad, str(tiny_tokenizer))
+        write_shards(checked(bad, tiny_tokenizer))
     after = stamps(good)
     assert {path: after[path] for path in before} == before

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import load_written
 from trainers.errors import DataError, JobError
-from trainers.shards.keys import load_shards, plan_splits
+from trainers.shards.keys import plan_splits
 from trainers.shards.manifest import other_manifests, shards_folder
 from trainers.shards.reuse import explain_miss
 from trainers.storage import Folder
@@ -99,10 +100,10 @@ def test_shards_of_an_earlier_version_count_as_not_written(
     folder = shards_folder(Folder(job.storage), shard_here(job).train.key)
     earlier = {**folder.read_json("manifest.json"), "schema_version": 1, "shards": {"table": "shards.arrow"}}
     folder.write_json("manifest.json", earlier)
-    assert load_shards(job, str(tiny_tokenizer)) is None
+    assert load_written(job, tiny_tokenizer) is None
     folder.write_json("manifest.json", {**earlier, "schema_version": 2})
     with pytest.raises(DataError, match="damaged or of another version"):
-        load_shards(job, str(tiny_tokenizer))
+        load_written(job, tiny_tokenizer)
 
 
 def test_shards_are_found_without_ray_and_checked_by_the_job_that_asks(
@@ -111,9 +112,9 @@ def test_shards_are_found_without_ray_and_checked_by_the_job_that_asks(
     with data.open("a") as stream:
         stream.write("not json\n")
     job = make_job(train=[data], eval=[data], max_drop_fraction=0.2)
-    assert load_shards(job, str(tiny_tokenizer)) is None
+    assert load_written(job, tiny_tokenizer) is None
     written = shard_here(job)
-    found = load_shards(job, str(tiny_tokenizer))
+    found = load_written(job, tiny_tokenizer)
     assert found == written and found.train.outcomes == {"kept": 10, "dropped:malformed": 1}
     with pytest.raises(DataError, match="max_drop_fraction"):
-        load_shards(make_job(train=[data], eval=[data]), str(tiny_tokenizer))
+        load_written(make_job(train=[data], eval=[data]), tiny_tokenizer)

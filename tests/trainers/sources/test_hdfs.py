@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator.sharding.stage import write_shards
+from tests.tiny import checked
 from trainers.job.load import parse_job
 from trainers.shards.dataset import ShardSet
 from trainers.shards.manifest import shards_folder
@@ -65,7 +66,7 @@ def test_shards_are_those_of_the_local_file_system(place: Folder, tmp_path: Path
             "name": "hdfs", "task": "classify", "model": {"path": str(tiny_tokenizer)}, "data": data,
             "train": {"global_batch_size": 2, "epochs": 1, "learning_rate": 1e-4}, "storage": f"{where}/storage",
         })  # fmt: skip
-        shards = write_shards(job, str(tiny_tokenizer))
+        shards = write_shards(checked(job, tiny_tokenizer))
         folder = shards_folder(Folder(job.storage), shards.train.key)
         held = ShardSet(folder, shards.train, load_task("classify"))
         assert held.row(499).input_ids.tolist() and held.origin(499)[0] == data["train"][0]

@@ -17,6 +17,7 @@ import pytest
 
 from tests.bucket import serve_bucket
 from tests.ray_head import answers
+from tests.tiny import checked
 from trainers import storage
 from trainers.errors import JobError
 from trainers.job.load import parse_job
@@ -77,8 +78,8 @@ def test_shards_are_written_to_a_bucket_and_read_from_a_local_copy(
     put(bucket("data/e.jsonl"), lines(ROWS[:3]))
     plain = plain_job(tiny_tokenizer, bucket("storage"), train=[bucket("data/t.jsonl")], eval=[bucket("data/e.jsonl")])
     job = parse_job(plain)
-    shards = write_shards(job, str(tiny_tokenizer))
-    assert write_shards(job, str(tiny_tokenizer)) == shards
+    shards = write_shards(checked(job, tiny_tokenizer))
+    assert write_shards(checked(job, tiny_tokenizer)) == shards
     folder = shards_folder(Folder(job.storage), shards.train.key)
     assert read_manifest(folder) == shards.train and "manifest.json" in folder.list()
     held = ShardSet(folder, shards.train, load_task("classify"))
@@ -87,7 +88,7 @@ def test_shards_are_written_to_a_bucket_and_read_from_a_local_copy(
     copies = list(tmp_path.rglob("shard-*.arrow"))
     assert [copy.stat().st_size for copy in copies] == [shards.train.shards[0].bytes]
     local = parse_job({**plain, "storage": str(tmp_path / "local")})
-    assert write_shards(local, str(tiny_tokenizer)).train.shards == shards.train.shards
+    assert write_shards(checked(local, tiny_tokenizer)).train.shards == shards.train.shards
 
 
 GS_SERVER = """
@@ -123,12 +124,12 @@ def test_data_and_shards_may_lie_in_a_bucket_of_google(gs_bucket: Any, tiny_toke
     put(gs_bucket("data/e.jsonl.gz"), gzip.compress(lines(ROWS[:3])))
     assert [one.uri for one in find_sources([gs_bucket("data/*.jsonl")], None, "x")] == [gs_bucket("data/t.jsonl")]
     data = {"train": [gs_bucket("data/t.jsonl")], "eval": [gs_bucket("data/e.jsonl.gz")]}
-    shards = write_shards(parse_job(plain_job(tiny_tokenizer, gs_bucket("storage"), **data)), str(tiny_tokenizer))
+    shards = write_shards(checked(parse_job(plain_job(tiny_tokenizer, gs_bucket("storage"), **data)), tiny_tokenizer))
     assert shards.train.outcomes == {"kept": 200} and shards.eval.outcomes == {"kept": 3}
     held = ShardSet(shards_folder(Folder(gs_bucket("storage")), shards.train.key), shards.train, load_task("classify"))
     assert held.origin(199)[0] == gs_bucket("data/t.jsonl") and len(held.row(7).input_ids) == held.lengths[7]
     local = parse_job(plain_job(tiny_tokenizer, str(tmp_path), **data))
-    assert write_shards(local, str(tiny_tokenizer)).train.shards == shards.train.shards
+    assert write_shards(checked(local, tiny_tokenizer)).train.shards == shards.train.shards
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_a_place_that_cannot_be_reached_is_told_before_anything_starts(
         monkeypatch.setattr(stage, name, no_task)
     job = parse_job(plain_job(tiny_tokenizer, str(tmp_path), train=[uri], eval=[uri]))
     with pytest.raises(JobError, match=f"data.train: .*{re.escape(uri)}") as caught:
-        stage.write_shards(job, str(tiny_tokenizer))
+        stage.write_shards(checked(job, tiny_tokenizer))
     assert says in str(caught.value)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from tests.peer import train_peer
 from tests.ranks import run_ranks
+from tests.tiny import load_written
 from tests.trainers.tasks import small
 from tests.trainers.training.test_training import train_all
 from trainers.checkpoint.export import export_checkpoint
@@ -24,7 +25,6 @@ from trainers.job.sections import GenerateSection
 from trainers.run.folder import step_name
 from trainers.run.record import job_task
 from trainers.shards.dataset import ShardSet
-from trainers.shards.keys import load_shards
 from trainers.shards.manifest import shards_folder
 from trainers.storage import Folder
 from trainers.tasks.base import IGNORE
@@ -44,7 +44,7 @@ class Trained:
 
 
 def held_out(job: Job) -> tuple[Any, ShardSet]:
-    shards = load_shards(job, job.model.path)
+    shards = load_written(job)
     assert shards is not None
     task = job_task(job, shards.train)
     return task, ShardSet(shards_folder(Folder(job.storage), shards.eval.key), shards.eval, task)

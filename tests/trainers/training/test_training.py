@@ -158,9 +158,9 @@ def test_the_loss_does_not_depend_on_packing(two_ranks: dict[str, dict[int, floa
 
     The step holds fewer sequences than its global batch, and at another rank none at all.
     """
-    from trainers.shards.keys import load_shards
+    from tests.tiny import load_written
 
-    shards = load_shards(chat_job, chat_job.model.path)
+    shards = load_written(chat_job)
     assert shards is not None
     assert shards.train.total("rows") == 48
     assert list(two_ranks["packed"]) == list(two_ranks["unpacked"]) == [1]
