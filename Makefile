@@ -17,7 +17,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/tuneyard run demo/job.yaml
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check $(SOURCES)

@@ -20,6 +20,13 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers of pytest-xdist take whole files, the long ones first: none is waited for at the end."""
+    if hasattr(config, "workerinput"):
+        marked = {name: {item.path for item in items if item.get_closest_marker(name)} for name in ("cluster", "slow")}
+        items.sort(key=lambda item: -sum(item.path in paths for paths in marked.values()))
+
+
 @pytest.fixture(scope="session")
 def head() -> Iterator[str]:
     """Address of the dashboard of a Ray head of two cores."""

@@ -7,7 +7,6 @@ engine, saving with ours or with DeepSpeed's `save_checkpoint`. Both come out of
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import free_port
+from tests.ranks import free_port, rank_context
 from trainers.checkpoint.cleaning import clean_leftovers, remove_checkpoint
 from trainers.checkpoint.reading import committed_steps, find_damage, open_newest
 from trainers.checkpoint.records import CheckpointState, Save, SaveRequest
@@ -74,17 +73,11 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def _context(preload: list[str]) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", *preload])
-    return context
-
-
 def start_light(
     folder: Path, checkpoints: Path | str, steps: int, values: int, first: int = 0, keep: int = 3
 ) -> Launched:
     """A job of two ranks that saves steps first+1 ... steps, each rank `values` numbers of each kind."""
-    context = _context(["tests.crashing"])
+    context = rank_context()
     folder.mkdir(parents=True, exist_ok=True)
     barrier = context.Barrier(WORLD)
     ranks = [
@@ -228,7 +221,7 @@ def kill(process: int) -> None:
 
 def start_engines(folder: Path, saver: str, steps: int, load: bool = False) -> Launched:
     """Two ranks with a ZeRO-3 engine that save after each step with `ours` or `deepspeed`; or load and say what."""
-    context = _context(["deepspeed", "tests.crashing"])
+    context = rank_context()
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     for stale in folder.glob("loaded-*"):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,8 +99,9 @@ class Host:
 
 
 @contextlib.contextmanager
-def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
+def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Two hosts with a Ray node of one core each, ended and removed after."""
+    folder = Path(tempfile.mkdtemp(prefix="ty-"))  # short: Ray's socket paths must stay under 108 bytes
     tag = os.getpid() % 100000
     hosts = tuple(
         Host(f"ty{tag}{side}", f"10.77.{tag % 250}.{number}", f"ty{tag}{side}", folder / side)
@@ -127,3 +129,4 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
         for host in hosts:
             host.kill_everything()
             subprocess.run(["ip", "netns", "del", host.name], check=False)
+        shutil.rmtree(folder, ignore_errors=True)

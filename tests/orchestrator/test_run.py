@@ -292,7 +292,7 @@ def test_a_submitted_job_whose_driver_is_killed_goes_on_when_submitted_again(
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     command = ["-m", "orchestrator", "run", "job.yaml"]
-    (driver,) = [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [])[1:] == command]
+    (driver,) = [one for one in psutil.Process().children(recursive=True) if command_line(one)[1:] == command]
     driver.kill()
     first.communicate(timeout=120)
     assert first.returncode not in (0, 2)
@@ -399,6 +399,13 @@ def test_a_killed_worker_is_restarted_from_the_newest_checkpoint(finished: Path,
     assert "was killed by SIGKILL" in restart["cause"]
     assert result_of(run)["restarts"] == 1
     assert losses(run) == losses(finished)
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def coming_run(job_file: Path, *overrides: str) -> Path:

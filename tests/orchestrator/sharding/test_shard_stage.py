@@ -83,7 +83,7 @@ def test_killed_workers_cost_the_shards_in_flight_alone(
 
 
 def workers() -> list[int]:
-    """Processes that are running one of our Ray tasks right now."""
+    """Processes below this one that are running one of our Ray tasks right now."""
     import psutil
 
     def busy(process: Any) -> bool:
@@ -92,7 +92,7 @@ def workers() -> list[int]:
         except psutil.Error:
             return False
 
-    return [process.pid for process in psutil.process_iter() if busy(process)]
+    return [process.pid for process in psutil.Process().children(recursive=True) if busy(process)]
 
 
 def test_a_fast_tokenizer_caught_out_is_given_up_for_the_whole_split(

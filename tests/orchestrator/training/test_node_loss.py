@@ -25,8 +25,8 @@ STEPS, STEP_S, SMALLER_WITHIN_S = 100, 0.25, 30.0
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
-    with two_hosts(tmp_path_factory.mktemp("hosts")) as both:
+def hosts() -> Iterator[tuple[Host, Host]]:
+    with two_hosts() as both:
         yield both
 
 

@@ -1,0 +1,20 @@
+"""What ranks of the tests import, for the process that they are forked from: see `ranks.rank_context`."""
+
+import importlib
+import sys
+
+sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused in ranks
+for name in (
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it when it looks at an optimizer
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "transformers.integrations.deepspeed",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "trainers.checkpoint.checkpointer",
+    "trainers.tasks",
+    "trainers.worker.rank",
+):
+    importlib.import_module(name)
+del sys.modules["mlflow"]
