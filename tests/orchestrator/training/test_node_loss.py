@@ -13,9 +13,7 @@ import pytest
 import yaml
 
 from tests.hosts import PORT, UNAVAILABLE, Host, two_hosts
-from tests.ranks import run_ranks
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
-from tests.trainers.training.test_training import train_all
 from trainers.job.schema import Job
 from trainers.model.source import find_model
 from trainers.run.folder import run_folder
@@ -67,9 +65,19 @@ def write_job(job: Job, name: str) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def undisturbed(job: Job) -> dict[int, float]:
     """Losses of the same job on one worker that nothing happens to."""
-    shard_locally(job)
-    losses: dict[int, float] = run_ranks(train_all, 1, [(job, "undisturbed", None)])[0][0]
-    return losses
+    raw = job.model_dump(mode="json") | {"name": "undisturbed", "scale": {"workers": 1}}
+    path = Path(job.storage).with_name("undisturbed.yaml")
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "run", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = Path(raw["storage"]).glob("runs/undisturbed-????????")
+    return {event["step"]: event["loss"] for event in events_of(run, "step")}
 
 
 def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -148,7 +156,6 @@ def test_a_lost_node_costs_a_moment_and_no_step(
 
         second.kill_everything()
         second.set_link("up")
-        (run / "faults.json").write_text("[]")  # the next launch is slow no more
         second.start_ray(first)
         wait_for(lambda: len(events_of(run, "start")) >= 3, driver, log)
         assert driver.wait(timeout=180) == 0, log.read_text()

@@ -65,7 +65,9 @@ def test_a_kill_at_any_byte_leaves_the_newest_commit(tmp_path: Path, whom: str, 
     found = next_start(checkpoints, VALUES)
     assert found.step == max(whole, default=0) >= max((one["step"] for one in job.said()), default=0) >= step - 1
     assert whole_steps(checkpoints) == whole
-    assert all("never committed" in one["reason"] and one["step"] > found.step for one in found.told)
+    for one in found.told:  # killed between manifest and marker, a checkpoint is set aside
+        assert one["step"] > found.step
+        assert "never committed" in one["reason"] or "COMMITTED is missing" in one["reason"]
     assert not list(checkpoints.rglob(".tmp-*"))
 
 
