@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from orchestrator.commands.options import TEMPLATES, Address, AsJson, JobPath, Overrides, Storage, print_json
+from orchestrator.commands.options import TEMPLATES, Address, AsJson, JobPath, Overrides, RunName, Storage, print_json
 from orchestrator.commands.registry import app as registry_app
 from trainers.errors import JobError, TuneyardError
 
@@ -134,33 +134,46 @@ def run(job_path: JobPath, overrides: Overrides = None, address: Address = None)
 
 @app.command()
 def evaluate(
-    job_path: JobPath,
+    run: RunName,
     step: Annotated[int | None, typer.Option(help="One step; 0: the pretrained model. Default: all.")] = None,
     model: Annotated[Path | None, typer.Option(help="A model folder instead of checkpoints.")] = None,
     overrides: Overrides = None,
+    storage: Storage = "runs",
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate committed checkpoints again, or a model folder."""
+    from rich.console import Console
+
     from orchestrator.commands.past_run import evaluate_folder, evaluate_steps
     from orchestrator.terminal.progress import Screen
     from orchestrator.terminal.tables import evaluations_table
 
-    job = _load(job_path, overrides)
-    records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, Screen())
+    job = _job_of(run, storage, overrides)
+    screen = Screen(Console(stderr=True, soft_wrap=True))  # stdout is the result's alone
+    records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, screen)
     print_json([one.model_dump(mode="json") for one in records]) if as_json else evaluations_table(job, records)
+
+
+def _job_of(run: str, storage: str, overrides: Sequence[str] | None) -> Any:
+    """The job file itself, which need not have run yet, or the job of a run."""
+    from orchestrator.commands.find_run import find_job
+
+    return _load(Path(run), overrides) if Path(run).is_file() else find_job(run, storage, overrides or ())[0]
 
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="Run folder.")],
-    step: Annotated[int, typer.Option(help="The checkpoint's step.")],
+    run: RunName,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
+    storage: Storage = "runs",
 ) -> None:
     """Write a checkpoint as a Hugging Face folder."""
+    from orchestrator.commands.find_run import find_job
     from orchestrator.commands.past_run import export_step
 
-    print(f"wrote {export_step(run, step, out)}")
+    print(f"wrote step {export_step(*find_job(run, storage), step, out)} to {out}")
 
 
 @app.command()
@@ -180,20 +193,23 @@ def status(
 
 @app.command()
 def ledger(
-    run: Annotated[str, typer.Argument(help="Run folder.")],
+    run: RunName,
     reason: Annotated[str | None, typer.Option(help="Show the rows with this outcome, e.g. malformed.")] = None,
     step: Annotated[int | None, typer.Option(help="Show which rows the tokens of this step came from.")] = None,
+    storage: Storage = "runs",
     as_json: AsJson = False,
 ) -> None:
     """Account for every data row of a run."""
+    from orchestrator.commands.find_run import find_job
     from orchestrator.commands.ledger import ledger_report, print_ledger
-    from orchestrator.commands.past_run import shards_of_run
+    from orchestrator.commands.past_run import shards_of
 
-    report = ledger_report(run, reason, step)
+    job, folder = find_job(run, storage)
+    report = ledger_report(job, folder, reason, step)
     if as_json:
         print_json(report)
         return
-    shards = shards_of_run(run)
+    shards = shards_of(job, folder)
     print_ledger(report, [shards.train, shards.eval])
 
 

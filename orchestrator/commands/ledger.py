@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
-from orchestrator.commands.past_run import job_of_run, shards_of_run
+from orchestrator.commands.past_run import shards_of
 from orchestrator.terminal.tables import ledger_rows, ledger_table, show
 from trainers.batching.mixture import describe_mixture
 from trainers.batching.order import job_order
@@ -30,15 +30,15 @@ SHOWN = 20
 """Rows in a table; --json gives all."""
 
 
-def ledger_report(run: str, reason: str | None, step: int | None) -> dict[str, Any]:
+def ledger_report(job: Job, run: Folder, reason: str | None, step: int | None) -> dict[str, Any]:
     """Counts of a run's splits and, where asked for, the rows of one outcome or the origins of one step's tokens.
 
     Raises:
         JobError: where there is no such outcome or step.
     """
-    job, shards = job_of_run(run), shards_of_run(run)
+    shards = shards_of(job, run)
     report: dict[str, Any] = {"splits": ledger_rows([shards.train, shards.eval]), **_beside(job, shards)}
-    skipped = read_skipped(Folder(run)).steps
+    skipped = read_skipped(run).steps
     report["skipped_steps"] = [
         {"step": one.step + 1, "reason": one.reason, "file": file, "row": row}
         for one in skipped

@@ -9,6 +9,7 @@ import typer
 TEMPLATES = ("quickstart", "classify", "tag", "extract", "similarity", "seq2seq", "sft", "pretrain", "mlm")
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (YAML).")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A job file, a run's name or its folder.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="section.key=value", help="Override a value.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; default: RAY_ADDRESS, else one of our own.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import yaml
-
 from orchestrator.evaluation.task import evaluation_task
 from orchestrator.planning.preflight import check_job
 from orchestrator.ray_session import gpus_per_worker, ray_session
@@ -12,10 +10,9 @@ from trainers.checkpoint.export import export_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import JobError
 from trainers.evaluation.evaluate import evaluate_model
-from trainers.job.load import parse_job
 from trainers.job.schema import Job
 from trainers.model.source import find_model, prepare_model
-from trainers.run.folder import Evaluation, checkpoints_folder, step_name
+from trainers.run.folder import Evaluation, RunResult, checkpoints_folder, step_name
 from trainers.run.record import find_run, job_task
 from trainers.shards.keys import load_shards, plan_splits
 from trainers.shards.manifest import Shards
@@ -55,18 +52,8 @@ def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:
     return [Evaluation(step=0, status="done", metrics=task.metrics(row_scores), eval_key=key, rows=len(rows))]
 
 
-def job_of_run(run: str) -> Job:
-    """The job that a run folder belongs to. Raises JobError where it is none."""
-    folder = Folder(str(Path(run).absolute()) if "://" not in run else run)
-    try:
-        return parse_job(yaml.safe_load(folder.read_bytes("job.yaml")), f"{folder}/job.yaml")
-    except FileNotFoundError:
-        raise JobError(f"{folder} is not a run folder: it has no job.yaml") from None
-
-
-def shards_of_run(run: str) -> Shards:
+def shards_of(job: Job, run: Folder) -> Shards:
     """The shards that a run was trained and evaluated on."""
-    job = job_of_run(run)
     model = find_model(job)
     shards = load_shards(job, plan_splits(job, model.path)) if model else None
     if shards is None:
@@ -74,19 +61,31 @@ def shards_of_run(run: str) -> Shards:
     return shards
 
 
-def export_step(run: str, step: int, out: Path) -> Path:
-    """Write one checkpoint of a run as a Hugging Face folder.
+def best_step(run: Folder, checkpoints: Folder) -> int:
+    """The best committed step, else the newest. Raises JobError where none is committed."""
+    committed = committed_steps(checkpoints)
+    result = RunResult.model_validate_json(run.read_bytes("result.json")) if run.exists("result.json") else None
+    best = (result.best or {}).get("step") if result else None
+    if best in committed:
+        return int(str(best))
+    if not committed:
+        raise JobError(f"{run} has no committed checkpoint")
+    return committed[-1]
+
+
+def export_step(job: Job, run: Folder, step: int | None, out: Path) -> int:
+    """Write one checkpoint of a run, by default the best, as a Hugging Face folder. Returns its step.
 
     Raises:
         JobError: where the step is not committed or the target is taken.
     """
-    job = job_of_run(run)
-    checkpoints = checkpoints_folder(job, Folder(str(Path(run).absolute())))
+    checkpoints = checkpoints_folder(job, run)
     committed = committed_steps(checkpoints)
+    step = best_step(run, checkpoints) if step is None else step
     if step not in committed:
         raise JobError(f"--step {step} is not committed in {run}; there are {committed}")
     if out.exists() and any(out.iterdir()):
         raise JobError(f"--out {out} is not empty; name a new folder")
-    task = job_task(job, shards_of_run(run).train)
+    task = job_task(job, shards_of(job, run).train)
     export_checkpoint(checkpoints / step_name(step), Folder(str(out.absolute())), job, task, prepare_model(job).path)
-    return out
+    return step

@@ -38,7 +38,7 @@ def test_the_ledger_shows_counts_rows_and_the_origin_of_every_token(
     job = text_job(tmp_path, model, train=[str(path)], eval=[str(path)], max_drop_fraction=0.1)
     shards = write_shards(checked(job, model))
     run = open_run(job, shards)
-    report = ledger_report(str(run), "malformed", 2)
+    report = ledger_report(job, run, "malformed", 2)
     assert report["splits"][0]["outcomes"]["dropped:malformed"] == 3 and report["tokenizer"] == "gigatoken"
     rows = [row for row in report["rows"] if row["split"] == "train"]
     assert [path.read_bytes()[row["row"] :].split(b"\n")[0] for row in rows] == [b"torn"] * 3
@@ -80,7 +80,7 @@ def test_the_ledger_shows_what_a_mixture_takes_of_each_part(tmp_path: Path, tiny
     job = text_job(tmp_path, model, train=mixed, eval=[str(paths[0])])
     shards = write_shards(checked(job, model))
     run = open_run(job, shards)
-    parts = ledger_report(str(run), None, None)["mixture"]
+    parts = ledger_report(job, run, None, None)["mixture"]
     assert [one["path"] for one in parts] == [str(path) for path in paths]
     assert parts[1]["rows_drawn"] == 3 * parts[1]["rows"] and parts[0]["rows_drawn"] == round(parts[0]["rows"] / 2)
     assert 400 < parts[2]["tokens_drawn"] <= 500 < parts[2]["tokens"]
