@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.ranks import free_port, rank_context
-from trainers.checkpoint.cleaning import clean_leftovers, remove_checkpoint
-from trainers.checkpoint.reading import committed_steps, find_damage, open_newest
+from trainers.checkpoint.choosing import Alone, choose_checkpoint
+from trainers.checkpoint.cleaning import remove_checkpoint
+from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.records import CheckpointState, Save, SaveRequest
 from trainers.checkpoint.retention import deletable
 from trainers.run.folder import step_name
@@ -157,9 +158,7 @@ class Found:
 def next_start(checkpoints: Path | str, values: int) -> Found:
     """What a light job's next start loads. Raises AssertionError where a single value of it is wrong."""
     place, found = Folder(str(checkpoints)), Found(0)
-    for step, reason in clean_leftovers(place):
-        found.told.append({"kind": "checkpoint_skipped", "step": step, "reason": reason})
-    reader = open_newest(place, find_damage, found.told.append)  # type: ignore[arg-type]
+    reader = choose_checkpoint(place, Alone(), found.told.append)  # type: ignore[arg-type]
     if reader is None:
         return found
     found.step = reader.state.step

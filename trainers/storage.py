@@ -27,12 +27,8 @@ from trainers.records import Array
 
 TEMPORARY = ".tmp-"
 """Prefix of files that are not whole yet; readers ignore them."""
-
-
 GS_RETRY, GS_RETRY_S = "retry_limit_seconds", 60
 """How long gs:// is asked again; pyarrow itself gives an unreachable place up after 15 minutes."""
-
-
 HDFS, CONNECTING = "hdfs://", Lock()
 
 
@@ -90,12 +86,10 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """The last part of the path."""
         return PurePosixPath(self._split()[0]).name
 
     @property
     def parent(self) -> "Folder":
-        """The folder that holds this one."""
         place, question, options = self._split()
         return Folder(f"{place.rstrip('/').rpartition('/')[0]}{question}{options}")
 
@@ -115,7 +109,6 @@ class Folder:
         return fs, f"{root}/{name}" if name else root
 
     def exists(self, name: str = "") -> bool:
-        """Whether a file or folder of that name is here."""
         fs, path = self._resolve(name)
         return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
 
@@ -128,13 +121,26 @@ class Folder:
         return int(info.size)
 
     def list(self) -> list[str]:
-        """Names directly below this folder, sorted, temporary files left out; empty where the folder does not exist."""
+        """Names directly below this folder, sorted, temporary files left out; empty where the folder does not exist.
+
+        A name is given as soon as the folder has it: to ask for one that is absent makes NFS and FUSE remember that.
+        """
         fs, path = self._resolve()
         try:
-            infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+            if self.is_local:
+                names = [entry.name for entry in Path(path).iterdir()]
+            else:
+                names = [info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))]
         except FileNotFoundError:  # hdfs:// raises it for a folder that appears at this moment
             return []
-        return sorted(info.base_name for info in infos if not info.base_name.startswith(TEMPORARY))
+        return sorted(name for name in names if not name.startswith(TEMPORARY))
+
+    def refresh(self) -> None:
+        """See what other hosts wrote: an NFS client that changes a folder forgets the names it remembered of it."""
+        if self.is_local and self.path.is_dir():
+            probe = self.path / f"{TEMPORARY}{uuid.uuid4().hex[:8]}"
+            probe.touch()
+            probe.unlink(missing_ok=True)
 
     def read_bytes(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
@@ -145,7 +151,6 @@ class Folder:
             return bytes(stream.read())
 
     def read_json(self, name: str) -> Any:
-        """A JSON file, parsed."""
         return json.loads(self.read_bytes(name))
 
     def open_input(self, name: str) -> pa.NativeFile:
@@ -232,7 +237,6 @@ class StagedFile:
             self.partial.replace(self.final)
 
     def discard(self) -> None:
-        """Remove it unless it was committed."""
         if self.partial is not None:
             self.stream.close()
             self.partial.unlink(missing_ok=True)
@@ -247,12 +251,10 @@ class MovedFile(StagedFile):
     target: str
 
     def commit(self, durable: bool = True) -> None:
-        """Close it and give it its name."""
         self.stream.close()
         self.fs.move(self.source, self.target)
 
     def discard(self) -> None:
-        """Remove it unless it was committed."""
         self.stream.close()
         if self.fs.get_file_info(self.source).type == pafs.FileType.File:
             self.fs.delete_file(self.source)
@@ -282,7 +284,6 @@ def array_bytes(array: Array) -> bytes:
 
 
 def save_array(folder: Folder, name: str, array: Array) -> None:
-    """Write an array, atomically."""
     folder.write_bytes(name, array_bytes(array))
 
 

@@ -64,9 +64,8 @@ def train_step(engine: Any, width: int, before_update: Callable[[], None] = lamb
 
 
 def meet(world: Any) -> None:
-    from trainers.checkpoint.checkpointer import barrier
 
-    barrier(world)
+    world.barrier()
 
 
 def plain_copy(engine: Any, repeats: int) -> list[float]:

@@ -2,7 +2,7 @@
 
 A save is a copy to host memory, made beside the next step's forward and backward passes and waited for before its
 update; the writer process does the rest, and `poll` tells of its end. Nothing here waits for storage in a step, except
-a save that comes while the one before is still being written.
+a save that comes while the one before is still being written: it waits a while, and is then left out.
 """
 
 import json
@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainers.checkpoint.cleaning import clean_leftovers
-from trainers.checkpoint.host_buffer import Copying, HostBuffer
-from trainers.checkpoint.local_copies import LocalCopies
-from trainers.checkpoint.reading import CheckpointReader, find_damage, open_newest
+from trainers.checkpoint.choosing import choose_checkpoint
+from trainers.checkpoint.host_buffer import Copying, HostBuffer, make_buffer
+from trainers.checkpoint.reading import CheckpointReader
 from trainers.checkpoint.records import CheckpointState, Progress, Save, SaveReport, SaveRequest
 from trainers.checkpoint.slices import parameter_shapes, persistent_buffers, rank_share, restore_state, stage_of
 from trainers.checkpoint.writer_link import WriterLink
@@ -25,8 +24,10 @@ from trainers.run.folder import step_name
 from trainers.storage import Folder
 
 Emit = Callable[[Mapping[str, Any]], None]
+WAIT_S = 60.0
+"""How long a save waits for the one before, once; after that it is left out, and the one before goes on."""
 STUCK_S = 240.0
-"""How long a save waits for the one before; well below the ten minutes that the other ranks' next collective waits."""
+"""A writer from which nothing was heard for so long hangs, and is replaced."""
 SETTLE_S = 2.0
 """A writer begins when its rank's copy is that long over, or as long as the copy took."""
 REST = 5.0
@@ -50,45 +51,63 @@ class Checkpointer:
     """Called on rank 0 only."""
     skipped: frozenset[int] = frozenset()
     """Steps, counted from 0, that made no update."""
+    start_over: bool = False
+    """Begin at step 0 where every checkpoint is damaged."""
     _writing: "_Writing | None" = None
     _copying: Copying | None = None
     _saves: int = 0
-    _said: dict[str, Any] = field(default_factory=dict)
+    _event: dict[str, Any] = field(default_factory=dict)
     """What the event of the save in flight will say besides its outcome."""
+    _left_out: Progress | None = None
+    """A save that was left out, while the state is still that of its step."""
+    _waited: bool = False
+    """Whether a save has waited for the one in flight already."""
 
     def prepare(self) -> int:
         """Allocate the buffer and start the writer, once. Returns the bytes of host memory that all ranks hold."""
         if self._writing is None:
-            self._writing = _prepare(self.engine, self.world)
+            buffer = make_buffer(rank_share(self.engine), self.world)
+            total = sum(self.world.gather(buffer.num_bytes))
+            self._writing = _Writing(buffer, WriterLink(buffer.descriptor), total)
         return self._writing.total_bytes
 
     def save(self, progress: Progress) -> None:
-        """Begin to copy the state and have it written; waits only where the save before is not on storage yet."""
+        """Begin to copy the state and have it written.
+
+        Where the save before is not on storage yet, this one waits for it, once, and is left out if it takes longer:
+        a save that is given up for the next one might never end. A writer that shows no sign of life is replaced.
+        """
         self.prepare()
         assert self._writing is not None
         began = time.monotonic()
-        self._settle(STUCK_S)
+        self._settle(0.0 if self._waited else WAIT_S)
+        self._waited = any(self.world.gather(self._writing.link.busy))
         waited = time.monotonic() - began
+        if self._waited:
+            self._left_out = progress
+            self._skip(progress.step, f"the save before is still being written after {waited:.0f} s more; it goes on")
+            return
         self._saves += 1
-        said: dict[str, Any] = {"step": progress.step, "began": began, "wait_s": waited}
+        event: dict[str, Any] = {"step": progress.step, "began": began, "wait_s": waited}
         request, link = self._request(progress, self._writing.total_bytes), self._writing.link
 
         def hand_over(copied: float) -> None:
-            said["copy_s"] = copied
+            event["copy_s"] = copied
             link.send(request.model_copy(update={"settle_s": min(copied, SETTLE_S)}))
 
         self._copying = self._writing.buffer.copy_beside(hand_over)
-        said["blocked_s"] = time.monotonic() - began
-        self._said = said
+        event["blocked_s"] = time.monotonic() - began
+        self._event = event
 
     def before_update(self) -> None:
         """Wait until the copy is made: the update changes what it reads."""
+        self._left_out = None
         if self._copying is None:
             return
         began = time.monotonic()
         self._copying.wait()
         self._copying = None
-        self._said["blocked_s"] += time.monotonic() - began
+        self._event["blocked_s"] += time.monotonic() - began
 
     def _request(self, progress: Progress, total_bytes: int) -> SaveRequest:
         first = self.world.rank == 0
@@ -111,40 +130,56 @@ class Checkpointer:
             self._tell(self._writing.link.hear())
 
     def finish(self) -> None:
-        """Wait until the save in flight is committed, or lost."""
+        """Wait until the save in flight is committed, or lost; then make the save that was left out for it."""
         self._settle(LAST_S)
+        if self._left_out is not None:
+            progress, self._left_out, self._waited = self._left_out, None, False
+            self.save(progress)
+            self._settle(LAST_S)
 
     def _settle(self, limit_s: float) -> None:
-        self.before_update()
+        """Hear what became of the save in flight within a limit; one whose writer hangs is given up."""
+        if self._copying is not None:
+            self._copying.wait()
+            self._copying = None
         if self._writing is None or not self._writing.link.busy:
             return
-        self._writing.link.hurry()
-        report = self._writing.link.hear(limit_s)
-        self._tell(report or self._writing.link.give_up(f"still not written {limit_s:g} s after the next was due"))
+        link, began = self._writing.link, time.monotonic()
+        link.hurry()
+        while link.busy:
+            left = limit_s - (time.monotonic() - began)
+            report = link.hear(min(max(left, 0.0), 1.0))
+            if report is None and link.silent_s > STUCK_S:
+                report = link.give_up(f"nothing was heard of its writer for {STUCK_S:g} s")
+            if report is None and left <= 0 and limit_s == LAST_S:
+                report = link.give_up(f"still not written after {LAST_S:g} s")
+            self._tell(report)
+            if left <= 0:
+                return
+
+    def _skip(self, step: int, reason: str) -> None:
+        if self.world.rank == 0:
+            self.emit({"kind": "checkpoint_skipped", "step": step, "reason": reason})
 
     def _tell(self, report: SaveReport | None) -> None:
         if report is None or self.world.rank:
             return
         if report.error:
-            self.emit({"kind": "checkpoint_skipped", "step": report.step, "reason": report.error})
+            self._skip(report.step, report.error)
             return
-        seconds = report.at - self._said.pop("began")
-        self.emit({"kind": "checkpoint", **self._said, "seconds": seconds, "bytes": report.bytes})
+        seconds = report.at - self._event.pop("began")
+        self.emit({"kind": "checkpoint", **self._event, "seconds": seconds, "bytes": report.bytes})
 
     def resume(self) -> Progress:
-        """Restore the newest committed checkpoint whose digests hold; step 0 where there is none."""
-        self.finish()
-        first = self.world.rank == 0
-        if first:
-            for step, reason in clean_leftovers(self.checkpoints):
-                self.emit({"kind": "checkpoint_skipped", "step": step, "reason": reason})
-        barrier(self.world)
-        reader = open_newest(self.checkpoints, self._find_damage, self.emit if first else None)
-        return self._restore(reader) if reader else Progress(0, 0)
+        """Restore the newest committed checkpoint whose digests hold, the same on every rank; step 0 if none.
 
-    def _find_damage(self, files: LocalCopies) -> str | None:
-        """Every rank checks its share of the files, and all hear what one of them found."""
-        return first_word(find_damage(files, slice(self.world.rank, None, self.world.size)), self.world)
+        Raises:
+            OSError: where a rank cannot read it now; it may be read after a restart.
+            TrainingError: where it belongs to another job, or every checkpoint is damaged.
+        """
+        self.finish()
+        reader = choose_checkpoint(self.checkpoints, self.world, self.emit, self.start_over)
+        return self._restore(reader) if reader else Progress(0, 0)
 
     def _restore(self, reader: CheckpointReader) -> Progress:
         state = reader.state
@@ -179,16 +214,6 @@ class _Writing:
     """Size of all ranks' buffers, which is that of their files."""
 
 
-def _prepare(engine: Any, world: World) -> _Writing:
-    import torch
-    import torch.distributed as dist
-
-    buffer = HostBuffer(rank_share(engine))
-    total = torch.tensor(buffer.num_bytes, dtype=torch.int64, device=world.device)
-    dist.all_reduce(total)
-    return _Writing(buffer, WriterLink(buffer.descriptor), int(total))
-
-
 def state_record(engine: Any, progress: Progress, train_key: str, job: str) -> CheckpointState:
     """What rank 0 writes down beside the numbers."""
     return CheckpointState(
@@ -205,25 +230,4 @@ def state_record(engine: Any, progress: Progress, train_key: str, job: str) -> C
 
 def new_attempt(world: World) -> str:
     """An id for this launch, the same on every rank."""
-    import torch.distributed as dist
-
-    shared = [uuid.uuid4().hex[:12]]
-    dist.broadcast_object_list(shared, src=0, device=world.device)
-    return str(shared[0])
-
-
-def barrier(world: World) -> None:
-    """Wait for every rank."""
-    import torch
-    import torch.distributed as dist
-
-    dist.all_reduce(torch.zeros(1, device=world.device))
-
-
-def first_word(word: str | None, world: World) -> str | None:
-    """What the lowest rank that has something to say says; the same on every rank."""
-    import torch.distributed as dist
-
-    words: list[str | None] = [None] * world.size
-    dist.all_gather_object(words, word)
-    return next((one for one in words if one is not None), None)
+    return world.broadcast(uuid.uuid4().hex[:12])

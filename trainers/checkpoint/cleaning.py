@@ -1,46 +1,125 @@
-"""Removes checkpoints that may go, and what killed launches left among them. One owner's work each."""
+"""Removes checkpoints that may go, sets damaged ones aside, and clears what killed launches left. One owner's work."""
 
+import contextlib
 import shutil
+import threading
+import time
+import uuid
+from functools import partial
+from pathlib import Path
 
-from trainers.checkpoint.reading import quarantine
-from trainers.checkpoint.records import COMMITTED, MANIFEST
+import xxhash
+
+from trainers.checkpoint.records import COMMITTED, MANIFEST, QUARANTINED
+from trainers.patience import VIEW_POLL_S, retrying, view_delay_s
 from trainers.run.folder import parse_step, step_name
 from trainers.storage import TEMPORARY, Folder
 
+ASIDE = "damaged-"
 
-def remove_checkpoint(checkpoints: Folder, step: int) -> None:
-    """Delete a checkpoint; killed in the middle, it leaves nothing that looks like one."""
+
+def remove_checkpoint(checkpoints: Folder, step: int) -> threading.Thread:
+    """Take a checkpoint out of sight at once and delete it in a thread, which is returned.
+
+    Killed in the middle, it leaves nothing that looks like a checkpoint. One that is gone already is no error.
+    """
     folder = checkpoints / step_name(step)
     if folder.is_local:
-        doomed = folder.path.with_name(f"{TEMPORARY}{folder.name}")
-        folder.path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed = _unique(folder.path)
+        with contextlib.suppress(FileNotFoundError):
+            folder.path.rename(doomed)
+        work = threading.Thread(target=_delete_tree, args=(doomed,))
     else:
         folder.delete(COMMITTED)
-        folder.delete()
+        folder.delete(MANIFEST)
+        work = threading.Thread(target=folder.delete)
+    work.start()
+    return work
+
+
+def _unique(path: Path) -> Path:
+    """A temporary name that no earlier removal has: NFS keeps `.nfs*` files, and with them the folder, for a while."""
+    return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def _delete_tree(path: Path) -> None:
+    """What cannot be deleted now goes at a later start."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def quarantine(checkpoints: Folder, step: int, reason: str) -> None:
+    """Take a damaged checkpoint out of the readers' sight, every byte of it kept, with the reason beside it."""
+    folder = checkpoints / step_name(step)
+    with contextlib.suppress(OSError):  # a full disk: the event says it too
+        folder.write_bytes(QUARANTINED, reason.encode())
+    if folder.is_local:
+        target = folder.path.with_name(ASIDE + folder.name)
+        folder.path.rename(target if not target.exists() else target.with_name(f"{target.name}-{uuid.uuid4().hex[:6]}"))
+    else:
+        folder.delete(COMMITTED)
+
+
+def quarantined(checkpoints: Folder) -> list[str]:
+    """Folders of checkpoints that were set aside."""
+    names = checkpoints.list()
+    here = [name for name in names if name.startswith(ASIDE)]
+    return here or [name for name in names if parse_step(name) and QUARANTINED in (checkpoints / name).list()]
 
 
 def clean_leftovers(checkpoints: Folder) -> list[tuple[int, str]]:
     """Remove step folders that were never committed, and temporary files everywhere.
 
-    A folder with a manifest but no marker is set aside instead: the marker may have been lost after the commit.
+    A folder with a manifest but no marker is committed again: the manifest is written when every file is whole, and
+    who resumes from it compares the digests. So a marker that this host does not see yet costs nothing.
 
     Returns:
-        step and reason of each checkpoint that is none, oldest first.
+        step and reason of each checkpoint that was none, oldest first.
     """
+    retrying(checkpoints.refresh, f"looking at {checkpoints}")
     told = []
-    for name in checkpoints.list():
-        step = parse_step(name)
-        if step is None or (checkpoints / name).exists(COMMITTED):
+    for name in retrying(checkpoints.list, f"listing {checkpoints}"):
+        step, folder = parse_step(name), checkpoints / name
+        if step is None or not name.startswith("step-"):
             continue
-        if (checkpoints / name).exists(MANIFEST):
-            told.append((step, f"its {COMMITTED} is missing; set aside"))
-            quarantine(checkpoints, step, told[-1][1])
-        else:
+        names = _names(checkpoints, name)
+        if COMMITTED in names or QUARANTINED in names:
+            continue
+        if MANIFEST in names:
+            data = retrying(partial(folder.read_bytes, MANIFEST), f"reading {MANIFEST} of {folder}")
+            folder.write_bytes(COMMITTED, xxhash.xxh3_128_hexdigest(data).encode())
+            told.append((step, f"its {COMMITTED} was missing; every file had been written, so it is committed again"))
+        elif _remove_uncommitted(folder):
             told.append((step, "never committed: the run ended while it was being written; removed"))
-            checkpoints.delete(name)
     _clean_temporary(checkpoints)
     return told
+
+
+def _names(checkpoints: Folder, name: str) -> list[str]:
+    """What a listed folder holds, seen anew; waits while this host still takes the folder itself for absent."""
+    folder = checkpoints / name
+    if not folder.is_local:
+        return folder.list()
+    deadline = time.monotonic() + view_delay_s(checkpoints.path)
+    while not folder.path.is_dir():
+        if time.monotonic() >= deadline:
+            raise OSError(f"{checkpoints} lists {name}, which this host cannot open")
+        time.sleep(VIEW_POLL_S)
+    retrying(folder.refresh, f"looking at {folder}")
+    return retrying(folder.list, f"listing {folder}")
+
+
+def _remove_uncommitted(folder: Folder) -> bool:
+    """Delete it, unless a manifest shows once it has another name."""
+    if not folder.is_local:
+        folder.delete()
+        return True
+    doomed = _unique(folder.path)
+    folder.path.rename(doomed)
+    if MANIFEST in Folder(str(doomed)).list():
+        doomed.rename(folder.path)
+        return False
+    _delete_tree(doomed)
+    return True
 
 
 def _clean_temporary(checkpoints: Folder) -> None:
@@ -48,4 +127,8 @@ def _clean_temporary(checkpoints: Folder) -> None:
     if not checkpoints.is_local:
         return
     for path in (*checkpoints.path.glob(f"{TEMPORARY}*"), *checkpoints.path.glob(f"*/{TEMPORARY}*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            _delete_tree(path)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()

@@ -12,8 +12,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.local_copies import LocalCopies
-from trainers.checkpoint.reading import CheckpointReader, find_damage
+from trainers.checkpoint.reading import CheckpointReader
 from trainers.checkpoint.records import FileRecord
 from trainers.checkpoint.tensor_file import TensorSpec, write_parts
 from trainers.errors import EvaluationError

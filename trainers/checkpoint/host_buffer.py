@@ -13,23 +13,41 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
-
+from trainers.checkpoint.host_memory import memory_available, memory_limit, node_id
 from trainers.checkpoint.slices import RankShare
-from trainers.checkpoint.tensor_file import plan_file
+from trainers.checkpoint.tensor_file import FileLayout, plan_file
 from trainers.errors import TrainingError
+from trainers.model.world import World
+
+FREED_WITHIN_S = 60.0
+"""How long memory may take to come back; page-locked memory of a rank that was killed takes seconds."""
+
+
+def make_buffer(share: RankShare, world: World) -> "HostBuffer":
+    """A rank's buffer, once the memory of every node holds those of all its ranks.
+
+    Raises:
+        TrainingError: where a node can never hold them.
+        MemoryError: where it cannot now, also after a wait: a restart may find more.
+    """
+    sizes = world.gather((node_id(), _layout(share).num_bytes))
+    here = [size for node, size in sizes if node == node_id()]
+    problem = world.gather(find_shortage(sum(here), len(here)))
+    for error in filter(None, problem):
+        raise error
+    return HostBuffer(share)
+
+
+def _layout(share: RankShare) -> FileLayout:
+    return plan_file([piece.spec for piece in share.pieces], {"starts": json.dumps(share.starts)})
 
 
 class HostBuffer:
     """One rank's share of the state, as of the last copy."""
 
     def __init__(self, share: RankShare) -> None:
-        """Allocate every page now: lack of memory should show before the first step, and no save should wait for it.
-
-        Raises:
-            TrainingError: where the machine has not got that much memory left.
-        """
-        layout = plan_file([piece.spec for piece in share.pieces], {"starts": json.dumps(share.starts)})
+        """Allocate every page now: lack of memory should show before the first step, and no save should wait for it."""
+        layout = _layout(share)
         self.num_bytes = layout.num_bytes
         self.descriptor = allocate(layout.num_bytes)
         self._map = mmap.mmap(self.descriptor, layout.num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
@@ -96,6 +114,8 @@ class Copying:
 
         began = time.monotonic()
         try:
+            if self._stream is not None:  # a thread starts on GPU 0, and would make a context of 0.5 GB there
+                torch.cuda.set_device(self._stream.device)
             with torch.no_grad(), torch.cuda.stream(self._stream):  # None: no stream of a GPU
                 for live, view in self._pairs:
                     view.copy_(live, non_blocking=self._stream is not None)
@@ -117,14 +137,26 @@ class Copying:
             raise self._error
 
 
+def find_shortage(num_bytes: int, ranks: int) -> Exception | None:
+    """Why this node does not hold the buffers of its ranks, or None. Waits for memory that ended ranks still hold."""
+    total, need = memory_limit(), f"checkpoints are copied to host memory first: the {ranks} ranks of this node need"
+    if num_bytes > total:
+        return TrainingError(
+            f"{need} {num_bytes:,} bytes for that, and it has {total:,}; use more nodes or nodes with more memory"
+        )
+    deadline = time.monotonic() + FREED_WITHIN_S
+    while num_bytes > (available := memory_available()):
+        if time.monotonic() > deadline:
+            return MemoryError(
+                f"{need} {num_bytes:,} bytes for that, {available:,} are available; use more nodes, or nodes with more "
+                "memory, or see what else holds it"
+            )
+        time.sleep(0.5)
+    return None
+
+
 def allocate(num_bytes: int) -> int:
     """Descriptor of that much shared memory, with every page there."""
-    available = psutil.virtual_memory().available
-    if num_bytes > available:
-        raise TrainingError(
-            f"checkpoints are copied to host memory first: this rank needs {num_bytes:,} bytes for that, "
-            f"{available:,} are available; use more ranks or machines with more memory"
-        )
     descriptor = os.memfd_create("tuneyard-checkpoint")
     os.posix_fallocate(descriptor, 0, num_bytes)
     return descriptor

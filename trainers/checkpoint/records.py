@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from trainers.records import Event, Record
 
 COMMITTED, MANIFEST, STATE, HISTORY = "COMMITTED", "manifest.json", "state.json", "history.json"
+QUARANTINED = "QUARANTINED"
 
 
 class CheckpointState(Record):

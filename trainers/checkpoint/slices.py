@@ -75,10 +75,17 @@ def rank_share(engine: Any) -> RankShare:
     return RankShare(tuple(pieces), starts)
 
 
+def saves_frozen(engine: Any) -> bool:
+    """Whether checkpoints hold frozen weights. Under adapters those are the pretrained model's, which is there."""
+    return not hasattr(engine.module, "peft_config")
+
+
 def owned_spans(engine: Any) -> Iterator[Span]:
     """The spans this rank owns and must save; empty ones left out."""
     for name, parameter in engine.module.named_parameters():
         trainable = bool(parameter.requires_grad)
+        if not trainable and not saves_frozen(engine):
+            continue
         if hasattr(parameter, "ds_id"):
             part = parameter.ds_tensor.numel()
             start, end = part * engine.global_rank, min(part * (engine.global_rank + 1), parameter.ds_numel)
@@ -143,6 +150,11 @@ def restore_state(engine: Any, read: Read, optimizer_steps: int) -> None:
         _restore_fragments(engine, read)
 
 
+def _restored(engine: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters that a checkpoint holds."""
+    return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad or saves_frozen(engine))
+
+
 def _create_moments(engine: Any, optimizer_steps: int) -> None:
     """AdamW makes its state at the first update; before it can be set it must be there."""
     import torch
@@ -162,7 +174,7 @@ def _restore_partitioned(engine: Any, read: Read) -> None:
 
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # isort: skip
 
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _restored(engine):
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small parameters stay gathered between steps
             parameter.partition()
         part = parameter.ds_tensor.numel()
@@ -186,7 +198,7 @@ def _padded(values: Any, length: int) -> Any:
 
 def _restore_fragments(engine: Any, read: Read) -> None:
     """ZeRO-1 and -2: the fragments this rank owns, and the whole working weights, which every rank holds."""
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _restored(engine):
         parameter.data.copy_(read("weight", name, 0, parameter.numel()).view(parameter.shape))
         mapping = parameter._hp_mapping if parameter.requires_grad else None
         if mapping is None:

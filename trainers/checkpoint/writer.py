@@ -12,47 +12,56 @@ import queue
 import sys
 import threading
 import time
-from functools import partial
+from collections.abc import Callable
 
 from trainers.checkpoint.records import COMMITTED, SaveReport, SaveRequest, Vote
 from trainers.checkpoint.writing import cast_vote, commit, read_vote, write_share
+from trainers.patience import retrying
 from trainers.storage import Folder
 
 NICENESS = 19
 """The steps come first: a saturated processor gives this process 1.5 % of itself."""
 
 
-def carry_out(request: SaveRequest, data: memoryview, hurry: threading.Event) -> SaveReport:
-    """Write, vote and, on rank 0, commit. Where storage refuses, that checkpoint is lost and its folder is removed."""
+def carry_out(request: SaveRequest, data: memoryview, hurry: threading.Event, sign: Callable[[], object]) -> SaveReport:
+    """Write, vote and, on rank 0, commit. Where storage refuses, that checkpoint is lost and its folder is removed.
+
+    Args:
+        hurry: set while the rank waits; then nobody rests.
+        sign: called now and then, to show that the work goes on.
+    """
     folder, save = Folder(request.folder), request.save
     try:
-        vote = _vote(folder, request, data, hurry)
+        vote = _vote(folder, request, data, hurry, sign)
         if request.state is None:
             return SaveReport(step=request.step, error=vote.error)
-        done = commit(folder, vote, save.world_size, request.state, request.history)
+        done = commit(folder, vote, save.world_size, request.state, request.history, sign)
         return SaveReport(step=request.step, bytes=done, at=time.monotonic())
     except OSError as error:
-        if save.rank == 0 and not folder.exists(COMMITTED):
+        if save.rank == 0 and COMMITTED not in retrying(folder.list, f"listing {folder}"):
             folder.delete()
         return SaveReport(step=request.step, error=str(error))
 
 
-def _vote(folder: Folder, request: SaveRequest, data: memoryview, hurry: threading.Event) -> Vote:
+def _vote(
+    folder: Folder, request: SaveRequest, data: memoryview, hurry: threading.Event, sign: Callable[[], object]
+) -> Vote:
     """This rank's vote; one that a writer cast before it died stands."""
+
+    def rest(worked_s: float) -> None:
+        """Leave the machine to the steps for a while."""
+        sign()
+        hurry.wait(worked_s * request.rest)
+
     cast = read_vote(folder, request.save)
     if cast is not None:
         return cast
-    refusal = f"{folder} is committed already" if folder.exists(COMMITTED) else request.refusal
+    names = retrying(folder.list, f"listing {folder}")
+    refusal = f"{folder} is committed already" if COMMITTED in names else request.refusal
     if refusal is None:
         hurry.wait(request.settle_s)
-        rest = partial(_rest, hurry, request.rest)
         return write_share(folder, request.save, data, request.total_bytes, rest)
     return cast_vote(folder, request.save, Vote(save=request.save.id, error=refusal))
-
-
-def _rest(hurry: threading.Event, times: float, worked_s: float) -> None:
-    """Leave the machine to the steps for a while, unless the rank waits."""
-    hurry.wait(worked_s * times)
 
 
 def _listen(lengths: "queue.Queue[int]", hurry: threading.Event) -> None:
@@ -66,6 +75,11 @@ def _listen(lengths: "queue.Queue[int]", hurry: threading.Event) -> None:
     os._exit(1)
 
 
+def _say(line: str = "") -> None:
+    with contextlib.suppress(BrokenPipeError):  # the rank has ended meanwhile, as `_listen` is about to find
+        os.write(1, f"{line}\n".encode())
+
+
 def main(data_descriptor: int, request_descriptor: int) -> None:
     """Serve one rank for as long as it lives."""
     os.nice(NICENESS)
@@ -75,9 +89,7 @@ def main(data_descriptor: int, request_descriptor: int) -> None:
         threading.Thread(target=_listen, args=(lengths, hurry), daemon=True).start()
         while True:
             request = SaveRequest.model_validate_json(os.pread(request_descriptor, lengths.get(), 0))
-            report = carry_out(request, data, hurry)
-            with contextlib.suppress(BrokenPipeError):  # the rank has ended meanwhile, as `_listen` is about to find
-                print(report.model_dump_json(), flush=True)
+            _say(carry_out(request, data, hurry, _say).model_dump_json())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class WriterLink:
         self._request = os.memfd_create("tuneyard-request")
         self._pending: SaveRequest | None = None
         self._deaths, self._hurried = 0, False
-        self._heard = b""
+        self._heard, self._sign = b"", time.monotonic()
         self._start()
 
     def _start(self) -> None:
@@ -37,12 +37,17 @@ class WriterLink:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             bufsize=0,
         )
-        self._heard = b""
+        self._heard, self._sign = b"", time.monotonic()
 
     @property
     def busy(self) -> bool:
         """Whether a save is in flight."""
         return self._pending is not None
+
+    @property
+    def silent_s(self) -> float:
+        """How long ago the writer last showed a sign of life, as far as `hear` has looked."""
+        return time.monotonic() - self._sign
 
     def send(self, request: SaveRequest) -> None:
         """Have a save carried out; the one before must have been heard of."""
@@ -77,9 +82,9 @@ class WriterLink:
             assert self.process.stdout is not None
             if not select.select([self.process.stdout], [], [], max(deadline - time.monotonic(), 0.0))[0]:
                 return None
-            said = os.read(self.process.stdout.fileno(), 1 << 16)
-            self._heard += said
-            if not said:
+            data, self._sign = os.read(self.process.stdout.fileno(), 1 << 16), time.monotonic()
+            self._heard = (self._heard + data).lstrip(b"\n")  # an empty line is a sign of life
+            if not data:
                 self._replace()
             elif self._heard.endswith(b"\n"):
                 report, self._heard, self._pending = SaveReport.model_validate_json(self._heard), b"", None

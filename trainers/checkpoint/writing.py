@@ -5,6 +5,7 @@ that it belongs to, so leftovers of a killed attempt are never taken for this on
 (`writer.py`) runs this beside the training.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -27,12 +28,14 @@ from trainers.checkpoint.records import (
     rank_file,
     vote_file,
 )
+from trainers.patience import retrying
 from trainers.storage import Folder
 
 VOTE_TIMEOUT_S = 600.0
 BLIND_TIMEOUT_S = 10.0
 """How long votes are waited for where this rank's own file failed: the others may be unable even to vote."""
-POLL_S = 0.02
+POLL_S, REFRESH_S = 0.02, 2.0
+"""Seconds between two looks for votes, and between two looks past what this host remembers of the folder."""
 PIECE_BYTES = 1 << 25
 """Written and synced, before the writer rests."""
 CHUNK_BYTES = 1 << 22
@@ -114,17 +117,25 @@ def cast_vote(folder: Folder, save: Save, vote: Vote) -> Vote:
     return vote
 
 
-def commit(folder: Folder, own: Vote, world_size: int, state: CheckpointState, history: str = "[]") -> int:
+def commit(
+    folder: Folder,
+    own: Vote,
+    world_size: int,
+    state: CheckpointState,
+    history: str = "[]",
+    sign: Callable[[], object] = bool,
+) -> int:
     """Rank 0: wait for every vote, then write manifest and marker. Returns the bytes of all files.
 
     Args:
         own: rank 0's vote.
         history: events of the last steps, as JSON.
+        sign: called while votes are waited for.
 
     Raises:
         OSError: where a rank could not write, its vote did not come, or the disk is full; nothing is committed then.
     """
-    files = _gather_votes(folder, own, world_size)
+    files = _gather_votes(folder, own, world_size, sign)
     files[HISTORY] = _write(folder, HISTORY, history)
     files[STATE] = _write(folder, STATE, state.model_dump_json(indent=1))
     digest = _write(folder, MANIFEST, CheckpointManifest(files=files).model_dump_json(indent=1)).digest
@@ -138,12 +149,20 @@ def _write(folder: Folder, name: str, text: str) -> FileRecord:
     return FileRecord(bytes=len(data), digest=xxhash.xxh3_128_hexdigest(data))
 
 
-def _gather_votes(folder: Folder, own: Vote, world_size: int) -> dict[str, FileRecord]:
+def _gather_votes(folder: Folder, own: Vote, world_size: int, sign: Callable[[], object]) -> dict[str, FileRecord]:
     """Every rank's file. Waits for all votes, so that nobody is still writing when this raises."""
     deadline = time.monotonic() + (VOTE_TIMEOUT_S if own.file else BLIND_TIMEOUT_S)
     votes: dict[int, Vote | None] = {0: own}
+    refreshed = time.monotonic()
     for rank in range(1, world_size):
-        votes[rank] = _await_vote(folder, Save(id=own.save, rank=rank, world_size=world_size), deadline)
+        save = Save(id=own.save, rank=rank, world_size=world_size)
+        while (vote := read_vote(folder, save)) is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            if time.monotonic() - refreshed > REFRESH_S:
+                retrying(folder.refresh, f"looking at {folder}")
+                sign()
+                refreshed = time.monotonic()
+        votes[rank] = vote
     bad = {rank: vote.error if vote else "no vote came" for rank, vote in votes.items() if not vote or not vote.file}
     if bad:
         reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in bad.items())
@@ -151,20 +170,14 @@ def _gather_votes(folder: Folder, own: Vote, world_size: int) -> dict[str, FileR
     return {rank_file(rank, world_size): vote.file for rank, vote in votes.items() if vote and vote.file}
 
 
-def _await_vote(folder: Folder, save: Save, deadline: float) -> Vote | None:
-    while (vote := read_vote(folder, save)) is None and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    return vote
-
-
 def read_vote(folder: Folder, save: Save) -> Vote | None:
-    """A rank's vote in a save, if it has cast one."""
-    try:
-        vote = Vote.model_validate_json(folder.read_bytes(vote_file(save.rank, save.world_size)))
-    except FileNotFoundError:
-        vote = None
-    if vote is not None and vote.save == save.id:
-        return vote
-    if folder.is_local and (folder.path / last_word_file(save)).exists():
+    """A rank's vote in a save, if it has cast one. Asked by listing: who opens what is absent sees it late."""
+    names, name = retrying(folder.list, f"listing {folder}"), vote_file(save.rank, save.world_size)
+    if name in names:
+        with contextlib.suppress(FileNotFoundError, ValueError):  # replaced at this moment, or seen before its end
+            vote = Vote.model_validate_json(retrying(lambda: folder.read_bytes(name), f"reading {name} of {folder}"))
+            if vote.save == save.id:
+                return vote
+    if last_word_file(save) in names:
         return Vote(save=save.id, error="its disk was too full to say why it failed")
     return None

@@ -213,6 +213,8 @@ class CheckpointSection(Section):
     ends without."""
     storage: str | None = None
     """Where checkpoints go instead of the run folder, such as s3://bucket/key; shared by all nodes too."""
+    start_over: bool = False
+    """Begin at step 0 where every checkpoint was found damaged and set aside; otherwise such a run ends."""
 
 
 class EarlyStopping(Section):

@@ -8,10 +8,11 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from trainers.errors import JobError
 
+T = TypeVar("T")
 CONTRACT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -24,6 +25,29 @@ class World:
     size: int
     device: Any
     """torch.device of this rank."""
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        import torch.distributed as dist
+
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0, device=self.device)
+        return shared[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value by rank, on every rank."""
+        import torch.distributed as dist
+
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        import torch
+        import torch.distributed as dist
+
+        dist.all_reduce(torch.zeros(1, device=self.device))
 
 
 def join_world(threads: int) -> World:

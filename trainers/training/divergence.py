@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainers.errors import TrainingError
+from trainers.patience import retrying
 from trainers.records import Record
 from trainers.storage import Folder
 
@@ -73,10 +74,11 @@ def divergence(loss: float, grad_norm: float, recent: Sequence[float], spike_fac
 
 
 def read_skipped(run: Folder) -> SkippedSteps:
-    """Steps that earlier attempts rolled back."""
-    if not run.exists(SKIPPED):
+    """Steps that earlier attempts rolled back. For rank 0, which tells the others: hosts may see it late."""
+    retrying(run.refresh, f"looking at {run}")
+    if SKIPPED not in retrying(run.list, f"listing {run}"):
         return SkippedSteps()
-    return SkippedSteps.model_validate_json(run.read_bytes(SKIPPED))
+    return SkippedSteps.model_validate_json(retrying(lambda: run.read_bytes(SKIPPED), f"reading {SKIPPED} of {run}"))
 
 
 def write_skipped(run: Folder, skipped: SkippedSteps) -> None:

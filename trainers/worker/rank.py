@@ -7,7 +7,7 @@ from trainers.batching.batch_plan import plan_batches
 from trainers.batching.batches import StepSource
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
-from trainers.checkpoint.checkpointer import Checkpointer, barrier, new_attempt
+from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine
 from trainers.model.world import World, join_world
@@ -58,7 +58,7 @@ def _verify(run: Run, world: World, hooks: Hooks) -> None:
             told = {"passed": len(found.checks) - len(failed), "failed": failed, "key": found.key}
             hooks.emit({"kind": "verification", **told, "seconds": time.monotonic() - began})
         require_passed(found, run.job.model.dtype)
-    barrier(world)
+    world.barrier()
 
 
 def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
@@ -72,7 +72,7 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     packs = index_packs(job, shards)
     order = job_order(job, len(packs))
     objective = load_objective(job, task, pad_id, world)
-    skipped = read_skipped(run.folder)
+    skipped = world.broadcast(read_skipped(run.folder) if world.rank == 0 else SkippedSteps())
     engine = build_engine(job, task, run.model.path, pad_id, derive_config(job, plan), world)
     if job.packing:
         check_isolation(engine, task, shards, pad_id, job.model.attention, world.device)
@@ -87,6 +87,7 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
         job.identity(),
         hooks.emit,
         skipped.numbers,
+        job.checkpoint.start_over,
     )
     start = checkpointer.resume()
     host_bytes = checkpointer.prepare()
@@ -117,6 +118,6 @@ def _roll_back(run: Folder, listed: SkippedSteps, engine: Any, source: StepSourc
     """Write down what is left out from now on, on rank 0, and let go of the engine that diverged."""
     if world.rank == 0:
         write_skipped(run, listed)
-    barrier(world)
+    world.barrier()
     source.close()
     engine.destroy()

@@ -14,8 +14,9 @@ from tests.ranks import run_ranks
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from tests.trainers.training.test_training import Recorder
 from tests.trainers.training.test_world_sizes import named_run
+from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.local_copies import LocalCopies
-from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage
+from trainers.checkpoint.reading import CheckpointReader, committed_steps
 from trainers.checkpoint.records import rank_file
 from trainers.job.schema import Job
 from trainers.run.folder import step_name

@@ -24,8 +24,9 @@ from tests.crashing import (
     start_light,
     wait_for_bytes,
 )
+from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.local_copies import LocalCopies
-from trainers.checkpoint.reading import committed_steps, find_damage
+from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.records import rank_file
 from trainers.run.folder import step_name
 from trainers.storage import Folder

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from trainers.checkpoint.cleaning import clean_leftovers, remove_checkpoint
+from trainers.checkpoint.cleaning import clean_leftovers, quarantine, remove_checkpoint
+from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.local_copies import LocalCopies
-from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage, quarantine
+from trainers.checkpoint.reading import CheckpointReader, committed_steps
 from trainers.checkpoint.records import CheckpointState, Save, Vote
 from trainers.checkpoint.retention import deletable
 from trainers.checkpoint.tensor_file import plan_file, spec_of, write_tensors
@@ -202,12 +203,14 @@ def test_a_start_removes_what_was_never_committed_and_files_without_a_name(check
     assert find_damage(LocalCopies(whole)) is None
 
 
-def test_a_commit_that_lost_its_marker_is_set_aside_not_deleted(checkpoints: Folder) -> None:
+def test_a_commit_that_lost_its_marker_is_committed_again(checkpoints: Folder) -> None:
     write_step(checkpoints, 1)
-    write_step(checkpoints, 2).delete("COMMITTED")
-    assert clean_leftovers(checkpoints) == [(2, "its COMMITTED is missing; set aside")]
-    assert committed_steps(checkpoints) == [1]
-    assert (checkpoints / "damaged-step-00000002").exists("rank-00000-of-00002.safetensors")
+    folder = write_step(checkpoints, 2)
+    folder.delete("COMMITTED")
+    ((step, reason),) = clean_leftovers(checkpoints)
+    assert step == 2 and "COMMITTED was missing" in reason
+    assert committed_steps(checkpoints) == [1, 2]
+    assert find_damage(LocalCopies(folder)) is None
 
 
 def test_a_removed_checkpoint_is_out_of_sight_at_once(checkpoints: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

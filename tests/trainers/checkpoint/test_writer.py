@@ -15,9 +15,10 @@ import torch
 from tests.crashing import is_alive, make_engine, state_digest
 from tests.ranks import run_ranks
 from trainers.checkpoint import host_buffer
+from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.host_buffer import HostBuffer
 from trainers.checkpoint.local_copies import LocalCopies
-from trainers.checkpoint.reading import CheckpointReader, committed_steps, find_damage
+from trainers.checkpoint.reading import CheckpointReader, committed_steps
 from trainers.checkpoint.records import CheckpointState, Save, SaveReport, SaveRequest
 from trainers.checkpoint.slices import Piece, RankShare
 from trainers.checkpoint.tensor_file import TensorSpec
