@@ -61,7 +61,7 @@ def quarantine(checkpoints: Folder, step: int, reason: str) -> None:
 
 def quarantined(checkpoints: Folder) -> list[str]:
     """Folders of checkpoints that were set aside."""
-    names = checkpoints.list()
+    names = retrying(checkpoints.list, f"listing {checkpoints}")
     here = [name for name in names if name.startswith(ASIDE)]
     return here or [name for name in names if parse_step(name) and QUARANTINED in (checkpoints / name).list()]
 
@@ -115,7 +115,7 @@ def _remove_uncommitted(folder: Folder) -> bool:
         return True
     doomed = _unique(folder.path)
     folder.path.rename(doomed)
-    if MANIFEST in Folder(str(doomed)).list():
+    if MANIFEST in retrying(Folder(str(doomed)).list, f"listing {doomed}"):
         doomed.rename(folder.path)
         return False
     _delete_tree(doomed)
@@ -126,9 +126,6 @@ def _clean_temporary(checkpoints: Folder) -> None:
     """Files that a killed writer had not named yet; a bucket holds none, since an upload appears when it is whole."""
     if not checkpoints.is_local:
         return
-    for path in (*checkpoints.path.glob(f"{TEMPORARY}*"), *checkpoints.path.glob(f"*/{TEMPORARY}*")):
-        if path.is_dir():
-            _delete_tree(path)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink()
+    with contextlib.suppress(OSError):  # what cannot be listed or deleted now goes at a later start
+        for path in (*checkpoints.path.glob(f"{TEMPORARY}*"), *checkpoints.path.glob(f"*/{TEMPORARY}*")):
+            _delete_tree(path) if path.is_dir() else path.unlink()

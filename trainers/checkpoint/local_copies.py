@@ -51,7 +51,8 @@ class LocalCopies:
     def forget(self, name: str) -> None:
         """Have the next reading of a file ask the storage, and not this host's memory of it."""
         if self.folder.is_local and name in self._open:
-            os.posix_fadvise(self._open.pop(name).fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file = self._open.pop(name)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def fill(self, name: str, start: int, buffer: memoryview) -> None:
         """Read the bytes from `start` on until the buffer is full. Raises ValueError where the file ends before."""

@@ -1,5 +1,6 @@
 """The process beside a rank: the rank goes on meanwhile, and outlives whatever happens to it."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ import torch
 
 from tests.crashing import is_alive, make_engine, state_digest
 from tests.ranks import run_ranks
-from trainers.checkpoint import host_buffer
+from trainers.checkpoint import host_buffer, host_memory
 from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.host_buffer import HostBuffer
 from trainers.checkpoint.local_copies import LocalCopies
@@ -131,11 +132,68 @@ def test_a_step_that_is_committed_is_never_written_over(rank: OneRank) -> None:
     assert rank.saved(1).eq(1).all()
 
 
-def test_memory_that_is_not_there_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = host_buffer.psutil.virtual_memory()
-    monkeypatch.setattr(host_buffer.psutil, "virtual_memory", lambda: real._replace(available=1000))
-    with pytest.raises(TrainingError, match=r"this rank needs 5,000 bytes for that, 1,000 are available"):
-        host_buffer.allocate(5000)
+def test_a_node_that_can_never_hold_its_ranks_is_refused_and_one_that_is_full_now_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight ranks see the same memory: their sum counts, and only what cannot change is refused."""
+    monkeypatch.setattr(host_buffer, "FREED_WITHIN_S", 0.0)
+    monkeypatch.setattr(host_buffer, "memory_limit", lambda: 30_000)
+    monkeypatch.setattr(host_buffer, "memory_available", lambda: 10_000)
+    assert host_buffer.find_shortage(8_000, 8) is None
+    full = host_buffer.find_shortage(8 * 2_000, 8)
+    assert isinstance(full, MemoryError), "a restart may find the memory of the ranks before freed"
+    assert "the 8 ranks of this node need 16,000 bytes for that, 10,000 are available" in str(full)
+    never = host_buffer.find_shortage(8 * 5_000, 8)
+    assert isinstance(never, TrainingError) and "need 40,000 bytes for that, and it has 30,000" in str(never)
+
+
+def test_memory_that_comes_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([1_000, 2_000, 9_000])
+    monkeypatch.setattr(host_buffer, "memory_available", lambda: next(free))
+    assert host_buffer.find_shortage(5_000, 1) is None
+
+
+@pytest.mark.parametrize("names", host_memory.FILES)
+def test_the_container_limit_counts_not_the_machine(tmp_path: Path, names: tuple[str, str, str]) -> None:
+    limit, usage, cache = names
+    top = tmp_path / ("" if limit == "memory.max" else "memory")
+    own = tmp_path / "own"
+    own.write_text("0::/pod/box\n" if limit == "memory.max" else "4:memory:/pod/box\n")
+    for group, value in ((top / "pod", "5000"), (top / "pod" / "box", "max")):
+        group.mkdir(parents=True, exist_ok=True)
+        (group / limit).write_text(value)
+        (group / usage).write_text("3000")
+        (group / "memory.stat").write_text(f"anon 2000\n{cache} 1000\n")
+    assert list(host_memory._limits(tmp_path, own)) == [(5000, 2000)]
+
+
+def test_the_copy_thread_takes_its_device_before_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread stands on GPU 0; a stream of another GPU would leave a context there."""
+    calls: list[Any] = []
+
+    class Stream:
+        device = "cuda:3"
+
+        def wait_stream(self, _: Any) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+    @contextlib.contextmanager
+    def use(stream: Any) -> Iterator[None]:
+        calls.append(("stream", stream.device, threading.current_thread().name))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda d: calls.append(("device", d, threading.current_thread().name))
+    )
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    host_buffer.Copying([], lambda _: None).wait()
+    assert calls == [("device", "cuda:3", "copy"), ("stream", "cuda:3", "copy"), "synchronize"]
 
 
 def save_twice(place: str) -> list[dict[str, Any]]:
