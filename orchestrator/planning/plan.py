@@ -47,6 +47,8 @@ class Plan(Record):
     global_batch_size: int
     micro_batch_size: int
     accumulation: int
+    labels: tuple[str, ...] | None
+    """In the order of the logits, for tasks with labels; null while the shards are not written."""
     metric: str
     mode: str
     parameters: int
@@ -85,6 +87,7 @@ def plan_job(checked: CheckedJob) -> Plan:
         global_batch_size=batches.global_batch_size,
         micro_batch_size=batches.micro_batch_size,
         accumulation=batches.accumulation,
+        labels=job_task(job, shards.train).labels if shards and load_task(job.task).has_labels else None,
         metric=metric,
         mode=mode,
         parameters=parameters,

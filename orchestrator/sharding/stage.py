@@ -120,6 +120,8 @@ class SplitStage:
         manifest = self._write_units()
         self._folder.sync()
         write_manifest(self._folder, manifest)
+        for note, count in manifest.notes.items():
+            log.warning(f"data.{self._plan.name}: {count:,} rows with {note}")
         log.info(
             f"sharded {manifest.rows_in:,} {self._plan.name} rows into {len(self._units)} files "
             f"({manifest.total('bytes') / 2**20:,.1f} MiB, {manifest.total('tokens'):,} tokens) "

@@ -18,6 +18,10 @@ from trainers.verification.verify import Verification
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
+LABELS = 20
+"""Labels that the plan shows."""
+
+
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], styles: Sequence[str] = ()) -> None:
     """Print one table; missing values are dashes."""
     table = Table(title=title, title_justify="left")
@@ -48,6 +52,11 @@ def plan_table(plan: Plan) -> None:
         ),
         ("global batch", f"{plan.global_batch_size:,} sequences = {batch}"),
         ("steps", f"{about}{plan.steps:,}, {plan.checkpoints:,} checkpoints of {plan.checkpoint_gib:.2f} GiB"),
+        *(
+            [("labels", ", ".join(plan.labels[:LABELS]) + (" ..." if len(plan.labels) > LABELS else ""))]
+            if plan.labels
+            else []
+        ),
         ("chosen by", f"{plan.mode} {plan.metric}"),
         ("model", f"{plan.parameters:,} parameters"),
         ("memory", f"{plan.state_gib_per_worker:.2f} GiB of state a worker, activations on top"),

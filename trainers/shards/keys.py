@@ -14,20 +14,22 @@ from typing import Any, Literal
 import xxhash
 
 from trainers.errors import JobError
-from trainers.job.schema import Job
+from trainers.job.schema import TASK_FIELDS, Job
 from trainers.shards.drop_budget import check_shards
 from trainers.shards.duplicates import DedupMode
 from trainers.shards.manifest import ShardManifest, ShardRecord, Shards, read_manifest, shards_folder
 from trainers.sources import readers
 from trainers.sources.files import SourceFile, entries_of, find_sources, source_key
+from trainers.sources.formats.columnar import declared_classes
 from trainers.storage import Folder
 from trainers.tasks.options import read_template
 from trainers.tokenizer.encoder import TOKENIZER_FILES
 
-ENCODER_VERSION = 3
+ENCODER_VERSION = 4
 """Raised whenever the same inputs would give other shards."""
 SplitName = Literal["train", "eval"]
 Sources = Mapping[SplitName, tuple[SourceFile, ...]]
+LABEL_FIELDS = ("label", "tags")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class SplitPlan:
     """Shards whose rows are left out of this split."""
     entries: tuple[int, ...] = ()
     """For each source the entry of data.train that names it, where a mixture tells them apart."""
+    label_column: str | None = None
+    """The column whose declared classes give the labels their order."""
 
     @property
     def key(self) -> str:
@@ -150,7 +154,16 @@ def manifest_of(
         tokenizer=library,
         fallback_reason=fallback_reason,
         entries=plan.entries,
+        class_names=_declared(plan),
     )
+
+
+def _declared(plan: SplitPlan) -> tuple[str, ...]:
+    """The classes that the sources declare for the labels: each once, in the order of the files."""
+    if plan.label_column is None:
+        return ()
+    names = (name for source in plan.sources for name in declared_classes(source, plan.label_column))
+    return tuple(dict.fromkeys(names))
 
 
 def _plan(job: Job, name: SplitName, sources: tuple[SourceFile, ...], tokenizer: str) -> SplitPlan:
@@ -164,7 +177,8 @@ def _plan(job: Job, name: SplitName, sources: tuple[SourceFile, ...], tokenizer:
         "encoder": _digest([ENCODER_VERSION, readers.UNIT_BYTES]),
         "split": _digest([name, fraction]),
     }
-    return SplitPlan(name, sources, fraction, parts)
+    label = next((field for field in LABEL_FIELDS if field in TASK_FIELDS[job.task][0]), None)
+    return SplitPlan(name, sources, fraction, parts, label_column=job.column(label) if label else None)
 
 
 def _form(job: Job) -> list[Any]:

@@ -1,5 +1,6 @@
 """What a committed set of shards says of itself. Torch-free: the controller, the trainers and the tools all read it."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -13,6 +14,7 @@ from trainers.records import Array, Record
 from trainers.storage import Folder
 
 MANIFEST = "manifest.json"
+INTEGER = re.compile(r"-?(0|[1-9]\d*)")
 SCHEMA_VERSION = 2
 """2: the records of the shards stand in the manifest itself. Sets of version 1 count as not written."""
 
@@ -40,6 +42,8 @@ class ShardRecord(Record):
     """Tokens cut off from truncated rows."""
     labels: dict[str, int] = {}
     """Rows by label, where the task has one."""
+    notes: dict[str, int] = {}
+    """Rows that were read otherwise than they are written, by what was done."""
 
 
 class ShardManifest(Record):
@@ -61,6 +65,8 @@ class ShardManifest(Record):
     """Where a faster library was caught giving other ids, so that the split was written without it."""
     entries: tuple[int, ...] = ()
     """For each source the entry of data.train that names it, where a mixture tells them apart."""
+    class_names: tuple[str, ...] = ()
+    """The order that the sources declare for their labels, if they do."""
 
     def numbers(self, name: str) -> Array:
         """One numeric field of all shards, int64 [shards]."""
@@ -76,8 +82,20 @@ class ShardManifest(Record):
 
     @cached_property
     def labels(self) -> dict[str, int]:
-        """Rows by label, over all shards, in sorted order of the label."""
-        return _summed(shard.labels for shard in self.shards)
+        """Rows by label, over all shards, in the order of the logits: as the sources declare it, else integers by
+        their value and names by the alphabet.
+        """
+        total = _summed(shard.labels for shard in self.shards)
+        declared = [name for name in self.class_names if name in total]
+        rest = [name for name in total if name not in self.class_names]
+        if all(INTEGER.fullmatch(name) for name in rest):
+            rest.sort(key=int)
+        return {name: total[name] for name in (*declared, *rest)}
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """Rows that were read otherwise than they are written, by what was done."""
+        return _summed(shard.notes for shard in self.shards)
 
     @property
     def rows_in(self) -> int:

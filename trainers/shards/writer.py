@@ -4,6 +4,7 @@ Owns the layout of shard files and what "done" means for one of them. Memory is 
 Knows no Ray; the stage that spreads units over a cluster is `orchestrator.sharding.stage`. Begin at `write_units`.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -143,6 +144,7 @@ def write_shard(
         for staged in files:
             unfinished.callback(staged.discard)
         sequence_file, ledger_file = SequenceFile(files[0].stream, task, file), LedgerFile(files[1].stream, file)
+        notes: Counter[str] = Counter()
         for batch in _batches(rows):
             places = np.array([row for row, _ in batch], dtype=np.int64)
             texts = text_digests(fields for _, fields in batch)
@@ -150,6 +152,7 @@ def write_shard(
             encoded = _encode(batch, task, encoder, rules, removed, seen)
             ledger_file.add(places, encoded, texts)
             sequence_file.add(places, encoded)
+            notes.update(encoded.notes)
         sequence_file.close()
         ledger_file.close()
         files[2].stream.write(array_bytes(sequence_file.counts))
@@ -167,6 +170,7 @@ def write_shard(
         outcomes=ledger_file.outcomes,
         tokens_lost=ledger_file.tokens_lost,
         labels=sequence_file.labels,
+        notes=dict(sorted(notes.items())),
     )
     return StagedShard(folder, number, tuple(files), record)
 

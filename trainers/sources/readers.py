@@ -5,8 +5,10 @@ are is decided in `sources`, how their bytes become rows in `formats`. Begin at 
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -24,6 +26,10 @@ NEEDED_FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": (("messages",), ("prompt", "completion"), ("conversations",), ("instruction", "output"))
 }
 """Tasks that take any one of several sets of fields; the others need their required fields."""
+
+
+NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
+WHOLE = re.compile(r"-?(0|[1-9]\d*)\.0+")
 
 
 @dataclass(frozen=True)
@@ -65,17 +71,41 @@ def read_unit(unit: Unit, source: SourceFile, columns: Mapping[str, str]) -> Ite
     Raises:
         DataError: where the file is damaged beyond a single row.
     """
+    convert = {field: TEXT_VALUES[field] for field in columns if field in TEXT_VALUES}
+    if source.format not in ("csv", "tsv"):
+        convert.pop("label", None)
     try:
         for row, record in FORMATS[source.format].read(source, unit.span, list(columns.values())):
             if record is None:
                 yield row, None
-            else:
-                yield row, {field: record[column] for field, column in columns.items() if column in record}
+                continue
+            fields = {field: record[column] for field, column in columns.items() if column in record}
+            for field, parse in convert.items():
+                if isinstance(value := fields.get(field), str):
+                    fields[field] = parse(value)
+            yield row, fields
     except (OSError, EOFError, pa.ArrowException) as error:
         raise DataError(
             f"{source.uri}: the file is damaged or cannot be read to its end ({error}). "
             "Fetch or write it again, or leave it out"
         ) from error
+
+
+def _number(text: str) -> Any:
+    """A number written as text; other text as it is."""
+    return float(text) if NUMBER.fullmatch(text) else text
+
+
+def _label(text: str) -> str:
+    """A label of a format that knows text alone, as other formats have it: 1.0 is 1, true is True."""
+    core = text.strip()
+    if WHOLE.fullmatch(core):
+        return text.replace(core, core.partition(".")[0])
+    return text.replace(core, core.capitalize()) if core.lower() in ("true", "false") else text
+
+
+TEXT_VALUES: dict[str, Callable[[str], Any]] = {"score": _number, "label": _label}
+"""Fields that ask for more than text, and what reads them."""
 
 
 def task_columns(job: Job) -> dict[str, str]:

@@ -7,6 +7,7 @@ booleans; the set is what the training rows show, in sorted order. With `data.mu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     import torch
 
 
+BLANKS = "blanks around a label, which were trimmed"
+
+
 class Classify(Task):
     """A sequence-classification head on an encoder or a causal model."""
 
@@ -46,13 +50,15 @@ class Classify(Task):
 
     def refusal(self, row: Mapping[str, Any], options: TaskOptions) -> str | None:
         text, label, pair, several = row.get("text"), row.get("label"), row.get("text_pair"), options.multi_label
-        if text is None or label is None:
-            return "missing_text" if text is None else "missing_label"
+        if text is None:
+            return "missing_text"
+        if label is None or any(map(_is_missing, label if isinstance(label, list) else [label])):
+            return "missing_label"
         if not isinstance(text, str) or not (pair is None or isinstance(pair, str)):
             return "text_not_a_string"
         if isinstance(label, list) != several:
             return "label_not_a_list" if several else "multi_label_but_data.multi_label_is_off"
-        if not all(isinstance(name, str | int) for name in (label if several else [label])):
+        if not all(map(_is_name, label if several else [label])):
             return "label_not_a_name"
         return None if text.strip() else "empty_text"
 
@@ -60,10 +66,14 @@ class Classify(Task):
         """Tokenize texts; without a Python object a row where no row has a pair."""
         affixes = encoder.affixes
         pairs = any(row.get("text_pair") is not None for row in rows)
+        labels = [row["label"] for row in rows]
         if affixes is None or pairs or rules.max_length <= len(affixes[0]) + len(affixes[1]):
-            return batch_rows(encode_each(rows, encoder, rules), self.extra_schema)
-        tokens = encoder.encode_ids([row["text"] for row in rows], special=False)
-        return _fit_single(tokens, [row["label"] for row in rows], affixes, rules)
+            batch = batch_rows(encode_each(rows, encoder, rules), self.extra_schema)
+        else:
+            tokens = encoder.encode_ids([row["text"] for row in rows], special=False)
+            batch = _fit_single(tokens, labels, affixes, rules)
+        trimmed = sum(map(_has_blanks, labels))
+        return replace(batch, notes={BLANKS: trimmed}) if trimmed else batch
 
     def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
         return (extra["label"],) if extra["label"] is not None else extra["several"]
@@ -157,8 +167,27 @@ def encode_each(rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: Enco
 
 def _shown(label: Any) -> dict[str, Any]:
     if isinstance(label, list):
-        return {"label": None, "several": list(dict.fromkeys(map(str, label)))}
-    return {"label": str(label), "several": None}
+        return {"label": None, "several": list(dict.fromkeys(map(_name, label)))}
+    return {"label": _name(label), "several": None}
+
+
+def _name(label: Any) -> str:
+    """The name of a label: without blanks around, and of a whole float that of the integer."""
+    return label.strip() if isinstance(label, str) else str(int(label) if isinstance(label, float) else label)
+
+
+def _is_missing(label: Any) -> bool:
+    return label is None or (isinstance(label, str) and not label.strip()) or label != label  # NaN is no label either
+
+
+def _is_name(label: Any) -> bool:
+    return isinstance(label, str | int) or (isinstance(label, float) and label.is_integer())
+
+
+def _has_blanks(label: Any) -> bool:
+    return (
+        any(map(_has_blanks, label)) if isinstance(label, list) else isinstance(label, str) and label != label.strip()
+    )
 
 
 def _fit_single(

@@ -7,7 +7,7 @@ No Python object a token, and none a row, so that writing costs little beside a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,8 @@ class EncodedBatch:
     """int32 [rows]."""
     extra: Mapping[str, pa.Array] = field(default_factory=dict)
     """[sequences] each: what the task cannot derive."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """Rows that were read otherwise than they are written, by what was done."""
 
     def tokens_of_rows(self) -> Array:
         """Tokens of each row over all its sequences, int32 [rows]."""
@@ -121,7 +123,7 @@ def insert_rows(batch: EncodedBatch, place_of: Array, outcomes: Sequence[str | N
     codes = np.array([code_of[name] if name is not None else 0 for name in outcomes], dtype=np.int32)
     lost = np.zeros(len(outcomes), dtype=np.int32)
     codes[place_of], lost[place_of] = batch.codes, batch.tokens_lost
-    return EncodedBatch(batch.tokens, place_of[batch.row], batch.part, tuple(names), codes, lost, batch.extra)
+    return replace(batch, row=place_of[batch.row], outcomes=tuple(names), codes=codes, tokens_lost=lost)
 
 
 KEPT, TRUNCATED, SPLIT = "kept", "truncated", "split"

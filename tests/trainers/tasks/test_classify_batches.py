@@ -43,7 +43,7 @@ def test_arrays_are_the_rows_one_by_one(
     rules = EncodeRules(8, overlong, TaskOptions(multi_label=several))
     rows = rows_of(several, random.Random(1))
     quick = encode_rows(task, rows, encoder, rules)
-    monkeypatch.setattr(encoder, "frame", None)
+    monkeypatch.setattr(encoder, "affixes", None)
     slow = encode_rows(task, rows, encoder, rules)
     assert table_of(quick, task) == table_of(slow, task)
     assert {"kept", "truncated" if overlong == "truncate" else "dropped:overlong"} <= set(table_of(quick, task)[3])

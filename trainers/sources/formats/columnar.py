@@ -4,13 +4,14 @@ An .arrow file may be of the file kind (as Feather 2 is) or of the stream kind (
 a unit's record batches are found by stepping over those before them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainers.sources.class_names import Decode, class_names, decoders, read_features
 from trainers.sources.files import SourceFile
 from trainers.sources.formats.base import SLICE_BYTES, SLICE_ROWS, RawRow, Span, not_as_named, open_whole
 from trainers.sources.formats.sniff import RENAME, describe_file
@@ -38,12 +39,13 @@ class Parquet:
         with pq.ParquetFile(open_whole(source)) as file:
             wanted = [name for name in columns if name in file.schema_arrow.names]
             stop = file.metadata.num_row_groups if span.stop is None else span.stop
+            decode = decoders(read_features(file.schema_arrow), wanted)
             first = span.first_row
             for group in range(span.start, stop):
                 held = file.metadata.row_group(group)
                 size = _slice_rows(held.num_rows, held.total_byte_size)
                 for batch in file.iter_batches(size, row_groups=[group], columns=wanted):
-                    yield from _rows(batch, first)
+                    yield from _rows(batch, first, decode)
                     first += batch.num_rows
 
 
@@ -65,12 +67,13 @@ class ArrowIpc:
 
     def read(self, source: SourceFile, span: Span, columns: Sequence[str]) -> Iterator[RawRow]:
         with _open_ipc(source) as reader:
+            decode = decoders(read_features(reader.schema), columns)
             first = span.first_row
             for whole in _batches(reader, span):
                 batch = whole.select([name for name in columns if name in whole.schema.names])
                 size = _slice_rows(batch.num_rows, batch.nbytes)
                 for start in range(0, batch.num_rows, size):
-                    yield from _rows(batch.slice(start, size), first + start)
+                    yield from _rows(batch.slice(start, size), first + start, decode)
                 first += batch.num_rows
 
 
@@ -104,11 +107,15 @@ def _slice_rows(rows: int, size: int) -> int:
     return max(1, min(SLICE_ROWS, SLICE_BYTES * rows // max(size, 1)))
 
 
-def _rows(batch: pa.RecordBatch, first: int) -> Iterator[RawRow]:
+def _rows(batch: pa.RecordBatch, first: int, decode: Mapping[str, Decode]) -> Iterator[RawRow]:
     try:
-        return enumerate(batch.to_pylist(), first)
+        rows: list[dict[str, Any] | None] = batch.to_pylist()
     except UnicodeDecodeError:  # one bad string spoils the batch: find its row
-        return ((first + index, _row(batch, index)) for index in range(batch.num_rows))
+        rows = [_row(batch, index) for index in range(batch.num_rows)]
+    for row, fields in enumerate(rows, first):
+        if decode and fields is not None:
+            fields |= {name: decode[name](fields[name]) for name in decode if name in fields}
+        yield row, fields
 
 
 def _row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | None:
@@ -117,3 +124,14 @@ def _row(batch: pa.RecordBatch, index: int) -> dict[str, Any] | None:
     except UnicodeDecodeError:
         return None
     return row
+
+
+def declared_classes(source: SourceFile, column: str) -> tuple[str, ...]:
+    """The names of the classes in a column of a columnar file, in order; empty if it declares none."""
+    if source.format == "parquet":
+        with pq.ParquetFile(open_whole(source)) as file:
+            return class_names(read_features(file.schema_arrow).get(column))
+    if source.format == "arrow":
+        with _open_ipc(source) as reader:
+            return class_names(read_features(reader.schema).get(column))
+    return ()

@@ -1,18 +1,25 @@
 """csv and tsv: a header line, then one row a record, numbered from 0. Every value is a string; an empty one is null.
 
-csv quotes as RFC 4180 says, line breaks within quotes included. tsv has no quoting at all (IANA
-text/tab-separated-values), so quotation marks in it are text. Read whole, streamed, since quotes forbid splitting.
+csv quotes as RFC 4180 says, line breaks within quotes included; `;`, tabs or `|` in place of commas are found by the
+first lines, and said. tsv has no quoting at all (IANA text/tab-separated-values), so quotation marks in it are text.
+Read whole, streamed, since quotes forbid splitting.
 """
 
 import csv
 import io
+import logging
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import islice
 from typing import Any
 
 from trainers.sources.files import SourceFile
 from trainers.sources.formats.base import RawRow, Span, has_lone_surrogate, not_as_named, open_stream
 from trainers.sources.formats.sniff import RENAME, read_text_head
 
+log = logging.getLogger(__name__)
+SEPARATORS = (",", ";", "\t", "|")
+GUESS_LINES = 50
 MAX_FIELD_CHARS = 2**28
 """Past this an unclosed quotation mark is given up, rather than reading the rest of the file into memory."""
 
@@ -24,6 +31,8 @@ class Delimited:
         read_text_head(source, f"{source.format} in UTF-8 with a header line")
         with _open_text(source) as text:
             header = _read_header(_reader(text, source))
+            if source.format == "csv" and (separator := separator_of(source)) != ",":
+                _say_once(f"{source.uri}: the first lines show that {separator!r} separates the values, not a comma")
         if header is None:
             return None
         if any(has_lone_surrogate(name) for name in header):
@@ -46,20 +55,45 @@ class Delimited:
                 yield from enumerate(_records(reader, header))
 
 
+@cache
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
 def _open_text(source: SourceFile) -> io.TextIOWrapper:
     """Characters, with bytes that are not UTF-8 as lone surrogates, so that only their own row is lost."""
     return io.TextIOWrapper(open_stream(source), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def separator_of(source: SourceFile) -> str:
+    """What separates the values: tabs in tsv; in csv what cuts most of the first lines into as many as the header."""
+    if source.format == "tsv":
+        return "\t"
+    with _open_text(source) as text:
+        lines = list(islice(text, GUESS_LINES))
+    fits = {separator: _fitting(lines, separator) for separator in SEPARATORS}
+    return max(SEPARATORS, key=lambda separator: fits[separator])  # the first of equals: the comma
+
+
+def _fitting(lines: Sequence[str], separator: str) -> int:
+    """Records with as many values as the header, if that has several."""
+    try:
+        widths = [len(cells) for cells in csv.reader(lines, delimiter=separator) if cells]
+    except csv.Error:
+        return 0
+    return sum(width == widths[0] for width in widths) if widths and widths[0] > 1 else 0
 
 
 def _reader(text: io.TextIOWrapper, source: SourceFile) -> "Iterator[list[str]]":
     csv.field_size_limit(MAX_FIELD_CHARS)
     if source.format == "tsv":
         return csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-    return csv.reader(text, strict=True)
+    return csv.reader(text, delimiter=separator_of(source), strict=True)
 
 
 def _read_header(reader: Iterator[list[str]]) -> list[str] | None:
-    return next((cells for cells in reader if cells), None)
+    cells = next((cells for cells in reader if cells), None)
+    return None if cells is None else [name.strip() for name in cells]
 
 
 def _records(reader: Iterator[list[str]], header: list[str]) -> Iterator[dict[str, Any] | None]:

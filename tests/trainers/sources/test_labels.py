@@ -1,0 +1,141 @@
+"""Labels and scores as people write them: names of classes, numbers, blanks, text formats; and the order of logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+
+from trainers.run.record import job_task
+from trainers.shards.manifest import ShardManifest
+from trainers.sources.readers import check_columns, plan_units, read_unit
+
+NAMES = ["weather", "sport", "art"]
+
+
+def classes(**columns: Any) -> datasets.Dataset:
+    """A data set whose integers are classes, in a list too."""
+    label = datasets.ClassLabel(names=NAMES)
+    tags = datasets.ClassLabel(names=["O", "B-per", "I-per"])
+    known = {
+        "text": datasets.Value("string"),
+        "label": label,
+        "topics": datasets.Sequence(label),
+        "tokens": datasets.Sequence(datasets.Value("string")),
+        "tags": datasets.List(tags),
+        "parts": [{"kind": label, "text": datasets.Value("string")}],
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features({name: known[name] for name in columns}))
+
+
+def rows_of(source: Any, *columns: str) -> list[Any]:
+    (unit,) = plan_units([source])
+    return [fields for _, fields in read_unit(unit, source, {name: name for name in columns})]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_numbers_of_declared_classes_become_their_names(kind: str, tmp_path: Path, source_of: Any) -> None:
+    data = classes(
+        text=["a", "b", "c"],
+        label=[2, 0, -1],
+        topics=[[0, 1], [], [2]],
+        tags=[[0, 1], [1, 2], []],
+        parts=[[{"kind": 1, "text": "x"}], [], [{"kind": 0, "text": "y"}]],
+    )
+    if kind == "parquet":
+        data.to_parquet(str(tmp_path / "x.parquet"))
+        path = tmp_path / "x.parquet"
+    else:
+        data.save_to_disk(str(tmp_path / "saved"))
+        path = next((tmp_path / "saved").glob("*.arrow"))
+    rows = rows_of(source_of(path), "text", "label", "topics", "tags", "parts")
+    assert [row["label"] for row in rows] == ["art", "weather", None]
+    assert [row["topics"] for row in rows] == [["weather", "sport"], [], ["art"]]
+    assert [row["tags"] for row in rows] == [["O", "B-per"], ["B-per", "I-per"], []]
+    assert rows[0]["parts"] == [{"kind": "sport", "text": "x"}] and rows[2]["text"] == "c"
+
+
+def test_a_file_without_declared_classes_keeps_its_numbers(tmp_path: Path, source_of: Any) -> None:
+    table = classes(text=["a"], label=[1]).to_pandas()
+    pq.write_table(__import__("pyarrow").Table.from_pandas(table), tmp_path / "x.parquet")
+    assert rows_of(source_of(tmp_path / "x.parquet"), "text", "label") == [{"text": "a", "label": 1}]
+
+
+def test_logits_follow_the_order_of_the_declared_classes(tmp_path: Path, make_job: Any, shard_here: Any) -> None:
+    classes(text=["a film", "the plot", "good"], label=[2, 0, 1]).to_parquet(str(tmp_path / "t.parquet"))
+    (tmp_path / "e.jsonl").write_text(json.dumps({"text": "a film", "label": "sport"}))
+    job = make_job(train=[tmp_path / "t.parquet"], eval=[tmp_path / "e.jsonl"])
+    shards = shard_here(job)
+    assert job_task(job, shards.train).labels == tuple(NAMES) and shards.eval.labels == {"sport": 1}
+
+
+def labels_of(job: Any, shard_here: Any) -> tuple[ShardManifest, tuple[str, ...]]:
+    manifest = shard_here(job).train
+    return manifest, job_task(job, manifest).labels
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        ([10, 2, 0, -1], ("-1", "0", "2", "10")),
+        ([2.0, 10.0, 2], ("2", "10")),
+        (["10", "2", "b"], ("10", "2", "b")),
+        ([True, False], ("False", "True")),
+    ],
+)
+def test_integers_are_ordered_by_value_and_whole_floats_are_integers(
+    given: list[Any], labels: tuple[str, ...], make_job: Any, write_rows: Any, shard_here: Any
+) -> None:
+    path = write_rows("x.jsonl", [{"text": "a film", "label": label} for label in given])
+    assert labels_of(make_job(train=[path], eval=[path]), shard_here)[1] == labels
+
+
+def test_blanks_around_labels_are_trimmed_and_counted_and_empty_labels_are_missing(
+    make_job: Any, tmp_path: Path, shard_here: Any
+) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text, label\na film, good\nthe plot,good \na plot,good\na,\nb,  \nc,1.0\nd,1\ne,true\nf,True\n")
+    job = make_job(train=[path], eval=[path], max_drop_fraction=1.0)
+    manifest, labels = labels_of(job, shard_here)
+    assert manifest.labels == {"1": 2, "True": 2, "good": 3} and labels == ("1", "True", "good")
+    assert manifest.outcomes == {"kept": 7, "dropped:missing_label": 2}
+    assert manifest.notes == {"blanks around a label, which were trimmed": 2}
+
+
+@pytest.mark.parametrize("label", ["", "  ", None, float("nan")])
+def test_an_empty_label_is_missing_in_any_format(label: Any, make_job: Any, tmp_path: Path, shard_here: Any) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": "a film", "label": one}) + "\n" for one in ("good", label)))
+    job = make_job(train=[path], eval=[path], max_drop_fraction=1.0)
+    assert shard_here(job).train.outcomes == {"kept": 1, "dropped:missing_label": 1}
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|", ","])
+def test_the_separator_of_a_csv_is_found_and_said(
+    separator: str, tmp_path: Path, source_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.csv"
+    lines = [["text", "label"], ['"well, no; never| a\tfilm"', "1"], ["a film", "2"]]
+    path.write_text("".join(separator.join(line) + "\n" for line in lines))
+    source = source_of(path)
+    for _ in range(2):
+        check_columns([source], {"text": "text", "label": "label"}, [["text", "label"]], "data.train")
+    assert caplog.text.count("separates the values") == (0 if separator == "," else 1)
+    assert [row["label"] for row in rows_of(source, "text", "label")] == ["1", "2"]
+    assert rows_of(source, "text", "label")[0]["text"] == "well, no; never| a\tfilm"
+
+
+def test_a_csv_of_one_column_is_not_cut_by_what_stands_in_its_texts(tmp_path: Path, source_of: Any) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text\na;b\nc;d\n")
+    assert rows_of(source_of(path), "text") == [{"text": "a;b"}, {"text": "c;d"}]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_scores_written_as_text_are_numbers(kind: str, make_job: Any, write_rows: Any, shard_here: Any) -> None:
+    rows = [{"sentence1": "a film", "sentence2": "a plot", "score": score} for score in ("5.0", "1", "1e-1", "many")]
+    path = write_rows(f"x.{kind}", rows)
+    job = make_job("similarity", train=[path], eval=[path], score_range=[0, 5], max_drop_fraction=1.0)
+    assert shard_here(job).train.outcomes == {"kept": 3, "dropped:score_not_a_number": 1}
