@@ -9,6 +9,8 @@ from typing import Any
 from trainers.storage import Folder
 
 QUIET_S = 0.3
+KEY_ID, SECRET = "plantedKeyId", "plantedSecret"
+"""Stand in every URI of the bucket, and must be found nowhere else."""
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Bucket:
 
     def uri(self, key: str) -> str:
         """Where a key is, as job files name places."""
-        return f"s3://testing:testing@yard/{key}{self.options}"
+        return f"s3://{KEY_ID}:{SECRET}@yard/{key}{self.options}"
 
     def folder(self, key: str) -> Folder:
         """The same as a folder."""
@@ -54,7 +56,7 @@ def serve_bucket() -> Iterator[Bucket]:
     server.start()
     host, port = server.get_host_and_port()
     client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
-                          aws_access_key_id="testing", aws_secret_access_key="testing")  # fmt: skip
+                          aws_access_key_id=KEY_ID, aws_secret_access_key=SECRET)  # fmt: skip
     client.create_bucket(Bucket="yard")
     bucket = Bucket(f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1", client)
     serve: Any = server._server.app.__call__

@@ -7,7 +7,6 @@ object store a put is atomic by itself. A `Folder` is a name, not a connection, 
 import io
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from trainers.credentials import all_known, hide_credentials, learn, put_back, take_out
 from trainers.errors import JobError
 from trainers.records import Array
 
@@ -41,6 +41,7 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
     """The file system that holds `path`, and the path as that file system writes it."""
     if not is_remote(path):
         return pafs.LocalFileSystem(), str(Path(path.removeprefix("file://")).absolute())
+    shown, path = take_out(path), put_back(take_out(path))
     if path.startswith(("gs://", "gcs://")) and GS_RETRY not in path:
         path += f"{'&' if '?' in path else '?'}{GS_RETRY}={GS_RETRY_S}"
     try:
@@ -51,7 +52,8 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
                 return _hdfs(host, question + options), f"/{inner.strip('/')}"
         fs, inner = pafs.FileSystem.from_uri(path)
     except (pa.ArrowInvalid, OSError, NotImplementedError) as error:
-        raise JobError(f"cannot use {path!r}: {error}. Local paths, s3://, gs:// and hdfs:// are understood") from error
+        cause = hide_credentials(str(error))
+        raise JobError(f"cannot use {shown!r}: {cause}. Local paths, s3://, gs:// and hdfs:// are understood") from None
     return fs, str(inner)
 
 
@@ -72,6 +74,13 @@ class Folder:
     """One folder of storage, local or remote."""
 
     uri: str
+    """Without credentials; `filesystem_of` knows them."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", take_out(self.uri))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _folder, (self.uri, all_known())
 
     def __truediv__(self, name: str) -> "Folder":
         place, question, options = self._split()
@@ -95,7 +104,6 @@ class Folder:
 
     @property
     def is_local(self) -> bool:
-        """Whether files here can be memory-mapped and renamed."""
         return not is_remote(self.uri)
 
     @property
@@ -113,7 +121,6 @@ class Folder:
         return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
 
     def size(self, name: str) -> int:
-        """Bytes of one file. Raises FileNotFoundError."""
         fs, path = self._resolve(name)
         info = fs.get_file_info(path)
         if info.type != pafs.FileType.File:
@@ -190,12 +197,10 @@ class Folder:
             _sync(self.path)
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a file, atomically and durably."""
         with self.open_output(name) as stream:
             stream.write(data)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a value as readable JSON, atomically."""
         self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
     def delete(self, name: str = "") -> None:
@@ -217,6 +222,12 @@ class Folder:
             raise JobError(
                 f"storage {self.uri!r} cannot be written ({error}): name a folder or bucket you may write to"
             ) from error
+
+
+def _folder(uri: str, credentials: dict[str, dict[str, str]]) -> Folder:
+    """A folder that comes from another process, which knew these credentials."""
+    learn(credentials)
+    return Folder(uri)
 
 
 @dataclass(frozen=True)
@@ -266,14 +277,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-CREDENTIALS = re.compile(r"(://)[^/@\s]+@")
-
-
-def hide_credentials(text: str) -> str:
-    """The same text without the user:password@ of any URI in it."""
-    return CREDENTIALS.sub(r"\1", text)
 
 
 def array_bytes(array: Array) -> bytes:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
+from trainers.credentials import hide_credentials
 from trainers.job.schema import Job
 from trainers.shards.manifest import ShardManifest, Shards
-from trainers.storage import hide_credentials
 from trainers.training.divergence import SkippedSteps
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "ray", "pyarrow", "numpy", "scikit-learn", "mlflow")

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainers.credentials import hide_credentials, put_back, take_out
 from trainers.errors import EvaluationError, JobError
-from trainers.storage import hide_credentials, is_remote
+from trainers.storage import is_remote
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,7 +29,7 @@ def registry_uri(storage: str, uri: str | None = None) -> str:
         JobError: where storage is a bucket and no server is named.
     """
     if uri:
-        return uri
+        return str(take_out(uri))
     if is_remote(storage):
         raise JobError(
             f"registry.uri: storage {hide_credentials(storage)!r} is remote, where SQLite cannot live; "
@@ -61,7 +62,12 @@ def open_client(uri: str) -> "MlflowClient":
     path = sqlite_path(uri)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    whole = put_back(uri)
+    if whole.startswith("http"):  # MLflow prints its URI, and takes these from the environment
+        user, _, password = whole.partition("://")[2].rpartition("@")[0].partition(":")
+        os.environ.update({"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password} if user else {})
+        whole = uri
+    return MlflowClient(tracking_uri=whole, registry_uri=whole)
 
 
 @contextmanager

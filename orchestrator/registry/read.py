@@ -17,10 +17,11 @@ from orchestrator.registry import mlflow_client
 from orchestrator.registry.mlflow_client import explain_failures, is_empty, sqlite_path
 from orchestrator.registry.promotion import RowScores
 from trainers.checkpoint.records import FileRecord
+from trainers.credentials import hide_credentials
 from trainers.errors import EvaluationError, JobError
 from trainers.records import Record
 from trainers.run.row_scores import read_row_scores
-from trainers.storage import Folder, hide_credentials
+from trainers.storage import Folder
 
 CHAMPION = "champion"
 RUN_STEP = "tuneyard.run_step"

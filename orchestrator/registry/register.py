@@ -26,12 +26,13 @@ from orchestrator.registry.read import (
     find_model,
     find_version,
 )
+from trainers.credentials import hide_credentials
 from trainers.job.schema import Job
 from trainers.records import Event
 from trainers.run.events import steps_of
 from trainers.run.folder import Evaluation, RegisteredVersion, parse_step
 from trainers.run.log import read_events
-from trainers.storage import Folder, hide_credentials
+from trainers.storage import Folder
 from trainers.tasks import load_task
 
 if TYPE_CHECKING:

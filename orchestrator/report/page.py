@@ -11,13 +11,14 @@ from typing import Any
 from orchestrator.registry.lineage import resolved_yaml
 from orchestrator.report.plots import draw_curves
 from orchestrator.report.tables import class_tables, evaluation_table, ledger_table, number, stage_table
+from trainers.credentials import hide_credentials
 from trainers.errors import EvaluationError
 from trainers.job.schema import Job
 from trainers.records import Event
 from trainers.run.folder import RunResult
 from trainers.run.row_scores import read_labels, read_row_scores
 from trainers.shards.manifest import Shards
-from trainers.storage import Folder, hide_credentials
+from trainers.storage import Folder
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).parent / "report.html"

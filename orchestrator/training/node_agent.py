@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.training.node_report import NodeInfo, NodeReport, RankExit, free_bytes, interface_of, oom_kills
+from trainers.credentials import travelling
 from trainers.records import StopReason
 from trainers.run.record import Run
 from trainers.worker.heartbeat import HeartbeatPage
@@ -142,7 +143,7 @@ class NodeAgent:
             server = self._servers[0 if self._mode == "fork" else index]
             log = f"{log_folder}/rank-{number:05d}.log" if log_folder else None
             self._ranks[number] = rank = self._prepare(number, log, server)
-            spec = RankSpec(environment=environment, files=str(rank.files), log=log, run=run)
+            spec = RankSpec(environment=environment | travelling(), files=str(rank.files), log=log, run=run)
             assert server.process.stdin is not None
             server.process.stdin.write(spec.model_dump_json().encode() + b"\n")
             server.process.stdin.flush()

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.bucket import serve_bucket
+from tests.bucket import KEY_ID, SECRET, serve_bucket
 from tests.ray_head import answers, free_ports
 from tests.tiny import film_rows, load_written, make_bert, tiny_job
 from trainers.checkpoint.reading import committed_steps
@@ -309,9 +309,14 @@ def test_a_submitted_job_whose_driver_is_killed_goes_on_when_submitted_again(
 
 
 def test_checkpoints_may_lie_in_a_bucket_while_the_run_does_not(finished: Path, job_file: Path) -> None:
-    """Killed in the middle of the training, too; a whole run in a bucket is refused before anything starts."""
+    """Killed in the middle of the training, too; a whole run in a bucket is refused before anything starts.
+
+    The data is read from there as well, and the keys that stand in both URIs are in no file, log or terminal.
+    """
     with serve_bucket() as bucket:
+        bucket.client.upload_file(str(job_file.parent / "train.jsonl"), "yard", "data/train.jsonl")
         sets = ["--set", "name=remote", "--set", f"checkpoint.storage={bucket.uri('kept')}"]
+        sets += ["--set", f"data.train=[{bucket.uri('data/train.jsonl')}]"]
         runs = job_file.parent / "storage" / "runs"
         driver = subprocess.Popen([sys.executable, "-m", "orchestrator", "run", str(job_file), *sets],
                                   env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
@@ -331,6 +336,14 @@ def test_checkpoints_may_lie_in_a_bucket_while_the_run_does_not(finished: Path, 
         refused = tuneyard("run", str(job_file), "--set", f"storage={bucket.uri('all')}")
         assert refused.returncode == 2
         assert "checkpoint.storage" in refused.stderr
+        planned = tuneyard("plan", str(job_file), *sets, "--json")
+        objects = bucket.client.list_objects_v2(Bucket="yard", Prefix="kept")["Contents"]
+        texts = [(told.stdout + told.stderr).encode() for told in (done, refused, planned)]
+        texts += [bucket.client.get_object(Bucket="yard", Key=found["Key"])["Body"].read() for found in objects]
+        files = [*(job_file.parent / "storage").rglob("*"), *Path("/tmp/ray/session_latest/logs").rglob("*")]
+        texts += [path.read_bytes() for path in files if path.is_file()]
+        assert len(texts) > 50
+        assert not [text[:80] for text in texts if SECRET.encode() in text or KEY_ID.encode() in text]
 
 
 def test_a_job_too_large_for_the_machine_is_refused_before_sharding(finished: Path, job_file: Path) -> None:

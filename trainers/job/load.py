@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from trainers.credentials import hide_credentials, take_out
 from trainers.errors import JobError
 from trainers.job.schema import TASK_FIELDS, Job, names_folder
 from trainers.job.task_fields import FIELD_TASKS, PACKING_TASKS, PLACE, PROMPT_FIELDS, SPLITTING_TASKS
@@ -36,12 +37,13 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     raw = _read_yaml(path)
     problems = [problem for item in overrides if (problem := _override(raw, item))]
     if problems:
-        raise JobError(problems, "--set")
+        raise JobError([hide_credentials(problem) for problem in problems], "--set")
     return parse_job(_absolute(raw, path.absolute().parent), str(path))
 
 
 def parse_job(raw: dict[str, Any], where: str = "job") -> Job:
-    """Check a job given as plain data. Raises JobError with every problem."""
+    """Check a job given as plain data; credentials in its URIs are taken out. Raises JobError with every problem."""
+    raw = take_out(raw)
     problems, job = _cross_problems(raw), None
     try:
         job = Job.model_validate(raw)
@@ -157,7 +159,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"cannot be read as text: {error}", str(path)) from None
     except yaml.YAMLError as error:
-        raise JobError(f"is not valid YAML: {error}", str(path)) from None
+        raise JobError(f"is not valid YAML: {hide_credentials(str(error))}", str(path)) from None
     if not isinstance(raw, dict):
         raise JobError("a job file is a mapping of keys to values", str(path))
     return raw

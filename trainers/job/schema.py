@@ -1,18 +1,18 @@
-"""The job file: what a user asks for, as frozen records.
+"""The job file: what a user asks for, as frozen records. Begin at `Job`.
 
-Owns the schema and its defaults; `job_file.py` reads and checks the file. Whether paths exist, columns match and
-batches divide is checked by the stages that look. Imports neither torch nor transformers, so `tuneyard --help` stays
-quick. Begin at `Job`.
+Owns the schema and its defaults; `load.py` reads and checks the file. Whether paths exist, columns match and batches
+divide is checked by the stages that look. Without torch and transformers, so `tuneyard --help` stays quick.
 """
 
 import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from trainers.credentials import all_known, learn
 from trainers.job.sections import DistillSection, GenerateSection, LoraSection, MaskSection, Section, Strings
 from trainers.job.task_fields import PACKING_TASKS, SPLITTING_TASKS
 
@@ -112,12 +112,10 @@ class DataSection(Section):
 
     @property
     def train_paths(self) -> tuple[str, ...]:
-        """The paths of `train`, without weights."""
         return tuple(one if isinstance(one, str) else one.path for one in self.train)
 
     @property
     def is_mixture(self) -> bool:
-        """Whether any part of the training data has a weight or a number of tokens."""
         return any(not isinstance(one, str) and (one.weight or one.tokens) for one in self.train)
 
 
@@ -192,12 +190,10 @@ class ScaleSection(Section):
 
     @property
     def max_workers(self) -> int:
-        """The largest allowed world size."""
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @property
     def min_workers(self) -> int:
-        """The smallest allowed world size."""
         return self.workers if isinstance(self.workers, int) else self.workers.min
 
 
@@ -272,18 +268,22 @@ class Job(Section):
     storage: str = "runs"
     """Folder or bucket shared by all nodes."""
 
+    def __getstate__(self) -> dict[Any, Any]:
+        return {"fields": super().__getstate__(), "credentials": all_known()}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        learn(state["credentials"])
+        super().__setstate__(state["fields"])
+
     @property
     def packing(self) -> bool:
-        """Whether several documents share a sequence."""
         return self.task in PACKING_TASKS if self.data.packing is None else self.data.packing
 
     @property
     def overlong(self) -> Overlong:
-        """What happens to rows longer than `data.max_length`."""
         return self.data.overlong or ("split" if self.task in SPLITTING_TASKS else "truncate")
 
     def column(self, field: str) -> str:
-        """The data's name for a field of the task."""
         return self.data.columns.get(field, field)
 
     def identity(self) -> str:
