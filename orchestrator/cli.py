@@ -163,6 +163,24 @@ def _job_of(run: str, storage: str, overrides: Sequence[str] | None) -> Any:
 
 
 @app.command()
+def predict(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, or NAME[@VERSION].")],
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Files, globs or folders, in any format.")],
+    out: Annotated[str | None, typer.Option("--out", "-o", help="A .jsonl or .parquet file; default: print.")] = None,
+    step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
+    overrides: Overrides = None,
+    storage: Storage = "runs",
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking server.")] = None,
+) -> None:
+    """Write what a trained model says to each row of a data set; labels are not needed."""
+    from orchestrator.commands.predict import find_model, predict_file
+
+    count = predict_file(find_model(model, storage, step, uri, list(overrides or ())), data, out)
+    if out:
+        print(f"wrote {count:,} predictions to {out}")
+
+
+@app.command()
 def export(
     run: RunName,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],

@@ -58,7 +58,7 @@ def score_share(
     Batches are the same whatever the number of shares, so that any number of processes gives the same numbers.
     """
 
-    device = _device(job.scale.cpus_per_worker)
+    device = device_of(job.scale.cpus_per_worker)
     encoder = load_encoder(model_path, job.model.trust_remote_code)
     task.prepare(encoder)
     pad_id = encoder.pad_id
@@ -99,7 +99,7 @@ def combine(task: Task, shares: Sequence[RowScores], expected: int) -> tuple[Arr
     return task.merge(*_in_order(rows, [one for share in shares for one in share.numbers], expected))
 
 
-def _device(threads: int) -> Any:
+def device_of(threads: int) -> Any:
     import torch
 
     if torch.cuda.is_available():

@@ -1,0 +1,86 @@
+"""Predictions of every task are what its evaluation scored, row by row, though the rows come without their targets."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.trainers.tasks.small import small_jobs
+from trainers.evaluation.evaluate import evaluate_model
+from trainers.evaluation.predict import predict
+from trainers.run.record import Run, find_run
+from trainers.tasks import load_task
+from trainers.tasks.options import task_options
+
+NAMES = ("classify causal", "several", "tag", "extract", "extract v2", "regression", "cosine", "T5", "sft",
+         "seq2seq causal", "pretrain", "mlm")  # fmt: skip
+TARGETS = {"label", "tags", "answers", "score", "target"}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return small_jobs(tmp_path_factory.mktemp("predict"))
+
+
+def with_head(run: Run, folder: Path) -> Path:
+    """The pretrained model with a head, as an export has it."""
+    import torch
+
+    torch.manual_seed(0)
+    task, source = run.load_task(), Path(run.job.model.path)
+    task.load_model(str(source), pad_id=0, trust_remote_code=False, dtype=torch.float32).save_pretrained(folder)
+    for file in source.iterdir():
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder / file.name)
+    return folder
+
+
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in Path(run.job.data.eval[0]).read_text().splitlines()]
+    columns = {column: field for field, column in (run.job.data.columns or {}).items()}
+    return [{columns.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_predictions_are_what_the_evaluation_scored(jobs: dict[str, Any], tmp_path: Path, name: str) -> None:
+    run = find_run(jobs[name])
+    model, task = str(with_head(run, tmp_path / "model")), run.load_task()
+    _, known = evaluate_model(run.job, task, model, run.open_shards("eval", task))
+    rows = rows_of(run)
+    bare = [{field: value for field, value in row.items() if field not in TARGETS} for row in rows]
+    if name == "sft":
+        bare = [{"messages": row["messages"][:-1]} for row in rows]
+    said = list(predict(run.job, load_task(run.job.task, task_options(run.job)), model, bare))
+    assert len(said) == len(rows) == len(known["loss_sum"]) and not [one for one in said if "error" in one]
+    told = [one.get("prediction") for one in said]
+    if name == "classify causal":
+        assert told == [task.labels[index] for index in known["prediction"]]
+    elif name == "several":
+        scores = [list(one["scores"].values()) for one in said]
+        columns = [known[f"score_{index}"] for index in range(len(task.labels))]
+        np.testing.assert_allclose(scores, np.stack(columns, 1), atol=1e-6)
+    elif name == "tag":
+        right = [sum(map(str.__eq__, tags, row["tags"])) for tags, row in zip(told, rows, strict=True)]
+        assert right == known["words_right"].tolist()
+    elif "extract" in name:
+        np.testing.assert_allclose([one["score"] for one in said], known["score"], rtol=1e-5)
+        np.testing.assert_allclose([one["no_answer_score"] for one in said], known["null_score"], rtol=1e-5)
+        assert all(answer in row["context"] for answer, row in zip(told, rows, strict=True))
+    elif name in ("regression", "cosine"):
+        low, high = task.options.score_range if name == "cosine" else (0, 1)
+        np.testing.assert_allclose(told, low + (high - low) * known["said"], rtol=1e-5, atol=1e-6)
+    elif name in ("T5", "sft", "seq2seq causal"):
+        assert told == known["said"].tolist()
+    else:
+        np.testing.assert_allclose([one["loss"] * one["targets"] for one in said], known["loss_sum"], rtol=1e-4)
+
+
+def test_a_row_that_cannot_be_used_says_why_in_its_place(jobs: dict[str, Any], tmp_path: Path) -> None:
+    run = find_run(jobs["classify causal"])
+    model = str(with_head(run, tmp_path / "model"))
+    task = load_task("classify", task_options(run.job))
+    said = list(predict(run.job, task, model, [{"text": "dog"}, None, {"text": 3}, {}, {"text": "cat"}]))
+    assert [one.get("error") for one in said] == [None, "malformed", "text_not_a_string", "missing_text", None]

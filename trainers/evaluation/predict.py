@@ -1,0 +1,236 @@
+"""What a trained model says to rows of any source: one record a row, for people and programs. No shards, no labels.
+
+Fields that only training needs may be missing; `FILLERS` puts something harmless there, so that rows are encoded
+exactly as for training. A row that the task refuses, or that is too long for it, gets the reason instead of a
+prediction. Begin at `predict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainers.batching.batch_plan import AUTO_MICRO_BATCH_TOKENS
+from trainers.evaluation.evaluate import device_of
+from trainers.job.schema import Job
+from trainers.job.sections import GenerateSection
+from trainers.model.engine import load_options
+from trainers.tasks import Task, encode_rows, encode_rules
+from trainers.tasks.base import Batch, Example
+from trainers.tasks.generation import generate_texts
+from trainers.tasks.metrics.classes import THRESHOLD
+from trainers.tasks.metrics.spans import best_span
+from trainers.tokenizer.encoder import Encoder, load_encoder
+
+if TYPE_CHECKING:
+    import torch
+
+Fields = Mapping[str, Any]
+Prediction = dict[str, Any]
+
+ROWS_AT_ONCE = 1000
+"""Rows that are sorted by length together; memory holds only these."""
+
+
+def predict(job: Job, task: Task, model_path: str, rows: Iterable[Fields | None]) -> Iterator[Prediction]:
+    """One record a row, in order: `prediction` and what goes with it, or `error`.
+
+    Args:
+        job: how rows become sequences, the model's dtype, the settings of generation.
+        task: its labels become those that the model was trained on.
+        model_path: a Hugging Face folder with this task's head.
+        rows: the task's fields of each; None for a malformed row.
+    """
+    encoder, device = load_encoder(model_path, job.model.trust_remote_code), device_of(job.scale.cpus_per_worker)
+    if task.has_labels:
+        task.labels = _labels(model_path, job.model.trust_remote_code)
+    task.prepare(encoder)
+    model: Any = task.load_model(model_path, pad_id=encoder.pad_id, **load_options(job)).to(device).eval()
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, ROWS_AT_ONCE)):
+        yield from _predict_chunk(job, task, model, encoder, chunk, device)
+
+
+def _labels(model_path: str, trust_remote_code: bool) -> tuple[str, ...]:
+    """The labels in the order of the model's answers, as its configuration names them."""
+    from transformers import AutoConfig
+
+    names = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code).id2label
+    return tuple(names[index] for index in sorted(names))
+
+
+def _predict_chunk(
+    job: Job, task: Task, model: Any, encoder: Encoder, rows: Sequence[Fields | None], device: Any
+) -> Iterator[Prediction]:
+    filler = FILLERS[job.task]
+    settled = ["dropped:malformed" if row is None else None for row in rows]
+    encoded = encode_rows(task, [filler(row or {}, task) for row in rows], encoder, encode_rules(job), settled)
+    parts: list[list[Prediction]] = [[] for _ in rows]
+    extras = {name: values.to_pylist() for name, values in encoded.extra.items()}
+    examples = [
+        Example(place, encoded.tokens[place], {name: values[place] for name, values in extras.items()})
+        for place in range(len(encoded.tokens))
+    ]
+    for group in _groups(examples, job.evaluate.batch_size):
+        said = PREDICTORS[job.task](task, model, group, encoder, job, device)
+        for example, prediction in zip(group, said, strict=True):
+            parts[int(encoded.row[example.index])].append(prediction)
+    for own, code in zip(parts, encoded.codes, strict=True):
+        yield _merge(own) if own else {"error": encoded.outcomes[code].removeprefix("dropped:")}
+
+
+def _groups(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
+    order, start = sorted(examples, key=lambda one: -len(one.input_ids)), 0
+    while start < len(order):
+        longest = max(len(order[start].input_ids), 1)
+        size = max(min(batch_size, AUTO_MICRO_BATCH_TOKENS // longest), 1)
+        yield order[start : start + size]
+        start += size
+
+
+def _merge(parts: list[Prediction]) -> Prediction:
+    """One record of a row that became several sequences: its likeliest answer, or its losses together."""
+    if "score" in parts[0]:
+        best = max(parts, key=lambda part: float(part["score"]))
+        no_answer = min(part["no_answer_score"] for part in parts)
+        return {**best, "no_answer_score": no_answer}
+    if "loss" not in parts[0]:
+        return parts[0]
+    targets = sum(part["targets"] for part in parts)
+    loss = sum(part["loss"] * part["targets"] for part in parts) / max(targets, 1)
+    return {"loss": loss, "perplexity": float(np.exp(loss)), "targets": targets}
+
+
+def _forward(
+    task: Task, model: Any, group: Sequence[Example], encoder: Encoder, device: Any
+) -> tuple[torch.Tensor, Batch]:
+    import torch
+
+    batch = task.collate([[example] for example in group], encoder.pad_id)
+    inputs, _ = batch.to(device)
+    with torch.inference_mode():
+        return task.forward(model, inputs), batch
+
+
+def _classify(
+    task: Task, model: Any, group: Sequence[Example], encoder: Encoder, job: Job, device: Any
+) -> list[Prediction]:
+    logits = _forward(task, model, group, encoder, device)[0].double().cpu()
+    if task.options.multi_label:
+        return [
+            {
+                "prediction": [name for name, score in zip(task.labels, line, strict=True) if score >= THRESHOLD],
+                "scores": dict(zip(task.labels, line, strict=True)),
+            }
+            for line in logits.sigmoid().tolist()
+        ]
+    scores = logits.softmax(-1)
+    best, index = scores.max(-1)
+    return [
+        {"prediction": task.labels[place], "probability": probability}
+        for place, probability in zip(index.tolist(), best.tolist(), strict=True)
+    ]
+
+
+def _tag(task: Task, model: Any, group: Sequence[Example], encoder: Encoder, job: Job, device: Any) -> list[Prediction]:
+    guesses = _forward(task, model, group, encoder, device)[0].argmax(-1).cpu().numpy()
+    said = []
+    for line, example in zip(guesses, group, strict=True):
+        tags = [task.labels[index] for index in line[example.extra["starts"]]]
+        said.append({"prediction": tags + ["O"] * (len(example.extra["tags"]) - len(tags))})
+    return said
+
+
+def _extract(
+    task: Task, model: Any, group: Sequence[Example], encoder: Encoder, job: Job, device: Any
+) -> list[Prediction]:
+    scores, said = _forward(task, model, group, encoder, device)[0].cpu().numpy(), []
+    for (starts, ends), example in zip(scores, group, strict=True):
+        first, spans = example.extra["context_start"], np.asarray(example.extra["offsets"]).reshape(-1, 2)
+        start, end, score = best_span(starts[first : first + len(spans)], ends[first : first + len(spans)])
+        text = example.extra["text"][spans[start, 0] : spans[end, 1]]
+        said.append({"prediction": text, "score": score, "no_answer_score": float(starts[0]) + float(ends[0])})
+    return said
+
+
+def _similarity(
+    task: Task, model: Any, group: Sequence[Example], encoder: Encoder, job: Job, device: Any
+) -> list[Prediction]:
+    scores = _forward(task, model, group, encoder, device)[0].double().cpu().tolist()
+    low, high = task.options.score_range
+    embeds = task.options.objective != "regression"  # a cosine, which training fits to the scaled score
+    return [{"prediction": low + (high - low) * score if embeds else score} for score in scores]
+
+
+def _generate(
+    task: Task, model: Any, group: Sequence[Example], encoder: Encoder, job: Job, device: Any
+) -> list[Prediction]:
+    section = job.evaluate.generate or GenerateSection(max_new_tokens=job.data.max_target_length)
+    prompts = [example.input_ids[: _prompt_length(example)] for example in group]
+    seed = (job.train.seed, min(example.index for example in group))
+    texts = generate_texts(model, prompts, encoder.tokenizer, encoder.pad_id, section.model_dump(), seed)
+    return [{"prediction": text.strip()} for text in texts]
+
+
+def _prompt_length(example: Example) -> int:
+    """Of a conversation all before the last answer; of a source all of it."""
+    return int(example.extra["spans"][-2]) if "spans" in example.extra else len(example.input_ids)
+
+
+def _loss(
+    task: Task, model: Any, group: Sequence[Example], encoder: Encoder, job: Job, device: Any
+) -> list[Prediction]:
+    logits, batch = _forward(task, model, group, encoder, device)
+    numbers = task.score(logits, batch)
+    counts = np.maximum(numbers["targets"], 1)
+    return [
+        {"loss": float(loss) / count, "targets": int(count)}
+        for loss, count in zip(numbers["loss_sum"], counts.tolist(), strict=True)
+    ]
+
+
+def _fill_messages(row: Fields, task: Task) -> Fields:
+    """A conversation that waits for an answer: the one in the row, if there is one, is generated anew."""
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
+        waits = messages[-1].get("role") != "assistant"
+        return {**row, "messages": [*messages, {"role": "assistant", "content": "-"}] if waits else messages}
+    missing = {"completion"} if "prompt" in row else {"output"} if "instruction" in row else set()
+    return {**row, **{name: row.get(name) or "-" for name in missing}}
+
+
+def _fill_label(row: Fields, task: Task) -> Fields:
+    return {**row, "label": [] if task.options.multi_label else task.labels[0]}
+
+
+def _fill_tags(row: Fields, task: Task) -> Fields:
+    tokens = row.get("tokens")
+    return {**row, "tags": [task.labels[0]] * (len(tokens) if isinstance(tokens, list) else 0)}
+
+
+FILLERS: dict[str, Callable[[Fields, Task], Fields]] = {
+    "classify": _fill_label,
+    "tag": _fill_tags,
+    "extract": lambda row, task: {**row, "answers": {"text": [], "answer_start": []}},
+    "similarity": lambda row, task: {**row, "score": task.options.score_range[0]},
+    "seq2seq": lambda row, task: {**row, "target": "-"},
+    "sft": _fill_messages,
+    "pretrain": lambda row, task: row,
+    "mlm": lambda row, task: row,
+}
+"""A row of each task with something where training has its target."""
+
+PREDICTORS: dict[str, Callable[[Task, Any, Sequence[Example], Encoder, Job, Any], list[Prediction]]] = {
+    "classify": _classify,
+    "tag": _tag,
+    "extract": _extract,
+    "similarity": _similarity,
+    "seq2seq": _generate,
+    "sft": _generate,
+    "pretrain": _loss,
+    "mlm": _loss,
+}
+"""What each task says to a batch, one record a sequence."""
