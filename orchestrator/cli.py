@@ -81,9 +81,9 @@ def schema() -> None:
 @app.command()
 def plan(job_path: JobPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check everything and print what the job will do; takes no worker."""
+    from orchestrator.commands.plan import plan_table
     from orchestrator.planning.plan import plan_job
     from orchestrator.planning.preflight import check_job
-    from orchestrator.terminal.tables import plan_table
 
     found = plan_job(check_job(_load(job_path, overrides)))
     print_json(found.model_dump(mode="json")) if as_json else plan_table(found)
@@ -97,8 +97,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run numerical self-tests on this model, task and attention backend, with the job's own rows."""
+    from orchestrator.commands.verify import verification_table
     from orchestrator.planning.preflight import check_job
-    from orchestrator.terminal.tables import verification_table
     from trainers.verification.verify import require_passed, verify_job
 
     checked = check_job(_load(job_path, overrides))
@@ -110,11 +110,11 @@ def verify(
 @app.command()
 def shard(job_path: JobPath, overrides: Overrides = None, address: Address = None) -> None:
     """Run the data stage alone."""
+    from orchestrator.commands.ledger import ledger_table
     from orchestrator.planning.preflight import check_job
     from orchestrator.ray_session import ray_session
     from orchestrator.sharding.stage import write_shards
     from orchestrator.terminal.progress import Screen
-    from orchestrator.terminal.tables import ledger_table
 
     checked, screen = check_job(_load(job_path, overrides)), Screen()
     with ray_session(address), screen.live():
@@ -147,12 +147,16 @@ def evaluate(
 
     from orchestrator.commands.past_run import evaluate_folder, evaluate_steps
     from orchestrator.terminal.progress import Screen
-    from orchestrator.terminal.tables import evaluations_table
+    from orchestrator.terminal.table import show_evaluations
+    from trainers.tasks import choose_metric
 
     job = _job_of(run, storage, overrides)
     screen = Screen(Console(stderr=True, soft_wrap=True))  # stdout is the result's alone
     records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, screen)
-    print_json([one.model_dump(mode="json") for one in records]) if as_json else evaluations_table(job, records)
+    if as_json:
+        print_json([record.model_dump(mode="json") for record in records])
+    else:
+        show_evaluations(records, choose_metric(job)[0], None, Console())
 
 
 def _job_of(run: str, storage: str, overrides: Sequence[str] | None) -> Any:
@@ -201,8 +205,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show the state of runs."""
-    from orchestrator.commands.status import run_status
-    from orchestrator.terminal.tables import status_table
+    from orchestrator.commands.status import run_status, status_table
     from trainers.storage import Folder
 
     found = run_status(Folder(storage), run)
@@ -250,8 +253,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: versions, CPU, memory, disk, GPUs, network, Ray."""
-    from orchestrator.commands.doctor import check_machine
-    from orchestrator.terminal.tables import checks_table
+    from orchestrator.commands.doctor import check_machine, checks_table
 
     checks = check_machine(storage, address)
     print_json([one.model_dump(mode="json") for one in checks]) if as_json else checks_table(checks)
@@ -268,7 +270,7 @@ def goodput(
     as_json: AsJson = False,
 ) -> None:
     """What failures will cost on a cluster, and how often to save."""
-    from orchestrator.terminal.tables import show
+    from orchestrator.terminal.table import show
     from trainers.run.goodput import Cluster, forecast
 
     found = forecast(Cluster(nodes, node_mtbf_hours, save_s, restart_s))

@@ -7,10 +7,8 @@ killed one began and does nothing twice. What the stages share stands in `run_se
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from orchestrator.evaluation.pool import EvaluationPool
-from orchestrator.evaluation.selection import select
+from orchestrator.evaluation.pool import EvaluationPool, evaluation_event
 from orchestrator.planning.preflight import check_job, check_run_storage
 from orchestrator.ray_session import check_placement
 from orchestrator.registry import register as registry
@@ -23,8 +21,9 @@ from orchestrator.run_session import RunSession, finished_run, open_session, sto
 from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
 from orchestrator.training import controller
-from orchestrator.training.progress import finished_training, record_event
+from trainers.evaluation.selection import select
 from trainers.job.load import load_job
+from trainers.run.events import Event, GoodputEvent, StepEvent
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, step_name
 from trainers.run.goodput import account, share
 from trainers.run.record import run_of
@@ -70,22 +69,22 @@ def train(session: RunSession) -> TrainOutcome:
     run = session.run
     gpus = check_placement(run.job.scale)
     pool = EvaluationPool(run, gpus)
-    if not finished_training(run.folder, run.checkpoints):
+    if not controller.finished_training(run.folder, run.checkpoints):
 
-        def show(event: dict[str, Any]) -> None:
+        def show(event: Event) -> None:
             session.screen.on_event(event, session.steps(event))
 
         with session.timed("train"), stop_asked_for() as asked:
-            controller.train(run, pool, session.metric, gpus, session.log, show, asked)
+            controller.train(run, pool, gpus, session.log, show, asked)
         events = session.events()
-        last = max((event["step"] for event in events if event["kind"] == "step"), default=0)
+        last = max((event.step for event in events if isinstance(event, StepEvent)), default=0)
         spent = account(events)
-        session.log.append({"kind": "goodput", "step": last, "share": share(spent), **spent})
-        controller.prune_checkpoints(run.checkpoints, run.job.checkpoint.keep, pool, session.metric)
+        session.log.append(GoodputEvent.model_validate({"step": last, "share": share(spent), **spent}))
+        pool.prune()
     total = len(pool.waiting()) + len(pool.running)
     with session.timed("evaluate"):
         for done, record in enumerate(pool.finish(), 1):
-            session.log.append(record_event(record))
+            session.log.append(evaluation_event(record))
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in sorted(record.metrics.items())[:3])
             session.screen.advance("evaluate", done, total, f"step {record.step}: {record.error or metrics}")
     return TrainOutcome(pool.records)

@@ -3,7 +3,7 @@
 import fcntl
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO
 
@@ -16,9 +16,11 @@ from orchestrator.registry.lineage import lineage
 from orchestrator.report.page import write_report
 from orchestrator.terminal.progress import Screen
 from trainers.errors import JobError, Preempted, TuneyardError
-from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, run_folder
+from trainers.evaluation.confusion import draw_confusion
+from trainers.run.events import Event, StageEvent, StageStartEvent, StartEvent, read_events, steps_of
+from trainers.run.folder import RESULT, Evaluation, RegisteredVersion, RunResult, read_result, run_folder
 from trainers.run.goodput import account, share
-from trainers.run.log import RunLog, read_events
+from trainers.run.log import RunLog
 from trainers.run.record import Run
 from trainers.shards.keys import load_shards
 from trainers.storage import Folder
@@ -26,7 +28,6 @@ from trainers.tasks import choose_metric
 from trainers.training.divergence import read_skipped
 
 LOCK = "driver.lock"
-RESULT = "result.json"
 
 
 class RunSession:
@@ -54,7 +55,7 @@ class RunSession:
                 time.sleep(0.2)  # `tuneyard status` holds it for a moment when it looks
             if not _lock(lock):
                 raise JobError(f"another `tuneyard run` is at work on {folder}; wait for it or stop it first")
-            self.run, self.log = run, RunLog(folder)
+            self.run, self.log = run, RunLog(folder, draw_confusion)
             try:
                 self.note_stage("shard", time.monotonic() - self._began)
                 folder.write_bytes("plan.json", plan_job(self.checked).model_dump_json(indent=1).encode())
@@ -69,7 +70,7 @@ class RunSession:
     def timed(self, stage: str) -> Iterator[None]:
         """Add the block's wall time to the stage, also where it ends with an exception."""
         began = time.monotonic()
-        self.log.append({"kind": "stage_start", "stage": stage})
+        self.log.append(StageStartEvent(stage=stage))
         try:
             yield
         finally:
@@ -77,14 +78,14 @@ class RunSession:
 
     def note_stage(self, stage: str, seconds: float) -> None:
         """Add wall time to a stage."""
-        self.log.append({"kind": "stage", "stage": stage, "seconds": seconds})
+        self.log.append(StageEvent(stage=stage, seconds=seconds))
 
-    def steps(self, event: Mapping[str, Any]) -> int:
+    def steps(self, event: Event) -> int:
         """Steps of the whole run, as the ranks said at their start."""
-        self._steps = int(event.get("steps", self._steps))
+        self._steps = (event.steps if isinstance(event, StartEvent) else None) or self._steps
         return self._steps
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Event]:
         """Everything that happened so far, earlier attempts included."""
         return read_events(self.run.folder)
 
@@ -105,19 +106,18 @@ class RunSession:
     def _summary(self, status: Literal["done", "failed", "preempted"], error: str | None) -> RunResult:
         """What the log says of the run, over all attempts."""
         events = self.events()
-        steps = {event["step"]: event for event in events if event["kind"] == "step"}  # a step done again counts once
         seconds: dict[str, float] = {}
         for event in events:
-            if event["kind"] == "stage":
-                seconds[event["stage"]] = seconds.get(event["stage"], 0.0) + event["seconds"]
+            if isinstance(event, StageEvent):
+                seconds[event.stage] = seconds.get(event.stage, 0.0) + event.seconds
         spent = account(events)
-        last = steps[max(steps)] if steps else {}
+        last = next(iter(steps_of(events)[-1:]), None)
         return RunResult(
             status=status,
             error=error,
-            steps=int(last.get("step", 0)),
-            tokens=int(last.get("tokens", 0)),
-            restarts=max(sum(event["kind"] == "start" for event in events) - 1, 0),
+            steps=last.step if last else 0,
+            tokens=last.tokens if last else 0,
+            restarts=max(sum(isinstance(event, StartEvent) for event in events) - 1, 0),
             goodput=share(spent),
             accounting=spent,
             seconds=seconds,
@@ -130,11 +130,8 @@ def finished_run(checked: CheckedJob) -> tuple[Folder, RunResult] | None:
     if shards is None:
         return None
     folder = run_folder(checked.job, checked.model.digest, shards)
-    try:
-        result = RunResult.model_validate_json(folder.read_bytes(RESULT))
-    except FileNotFoundError:
-        return None
-    return (folder, result) if result.status == "done" else None
+    result = read_result(folder)
+    return (folder, result) if result and result.status == "done" else None
 
 
 @contextmanager

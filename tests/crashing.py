@@ -152,13 +152,13 @@ class Found:
     """What the next start makes of a folder of checkpoints."""
 
     step: int
-    told: list[dict[str, Any]] = field(default_factory=list)
+    told: list[Any] = field(default_factory=list)
 
 
 def next_start(checkpoints: Path | str, values: int) -> Found:
     """What a light job's next start loads. Raises AssertionError where a single value of it is wrong."""
     place, found = Folder(str(checkpoints)), Found(0)
-    reader = choose_checkpoint(place, Alone(), found.told.append)  # type: ignore[arg-type]
+    reader = choose_checkpoint(place, Alone(), found.told.append)
     if reader is None:
         return found
     found.step = reader.state.step

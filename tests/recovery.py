@@ -11,7 +11,8 @@ import psutil
 from orchestrator.evaluation.pool import EvaluationPool
 from orchestrator.training.controller import train
 from trainers.job.schema import Job
-from trainers.run.log import RunLog, read_events
+from trainers.run.events import Event, read_events
+from trainers.run.log import RunLog
 from trainers.run.record import find_run
 from trainers.storage import Folder
 
@@ -22,7 +23,7 @@ def with_(job: Job, **sections: Any) -> Job:
 
 
 def run_training(
-    job: Job, name: str, *faults: dict[str, Any], on_event: Callable[[Any], None] = lambda _: None
+    job: Job, name: str, *faults: dict[str, Any], on_event: Callable[[Event], None] = lambda _: None
 ) -> Path:
     """The training stage in this process, on a run folder of that name, with faults in the real ranks."""
     folder = Folder(job.storage) / "runs" / name
@@ -32,18 +33,18 @@ def run_training(
     pool = EvaluationPool(run, 0)
     log = RunLog(folder)
     try:
-        train(run, pool, ("accuracy", "max"), 0, log, on_event, lambda: False)
+        train(run, pool, 0, log, on_event, lambda: False)
     finally:
         log.close()
     return folder.path
 
 
-def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(Folder(str(run))) if event["kind"] == kind]
+def events_of(run: Path, kind: str) -> list[Any]:
+    return [event for event in read_events(Folder(str(run))) if event.kind == kind]
 
 
 def losses(run: Path) -> dict[int, float]:
-    return {event["step"]: event["loss"] for event in events_of(run, "step")}
+    return {event.step: event.loss for event in events_of(run, "step")}
 
 
 def rank_processes() -> dict[str, int]:

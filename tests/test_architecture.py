@@ -21,8 +21,8 @@ LAYERS = (
 )
 MAIN, BESIDE = "__main__", "modules beside the folders"
 # Known and to be removed, not to be added to: (importing folder, imported folder).
-KNOWN_UPWARD = {("run", "evaluation")}
-KNOWN_CIRCLE = {"commands", "terminal"}
+KNOWN_UPWARD: set[tuple[str, str]] = set()
+KNOWN_CIRCLE: set[str] = set()
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

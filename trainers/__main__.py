@@ -8,40 +8,54 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from trainers.checkpoint.cleaning import remove_checkpoint
-from trainers.checkpoint.reading import committed_steps
-from trainers.checkpoint.retention import deletable
+from trainers.checkpoint.retention import KeptCheckpoints
 from trainers.errors import Preempted, TuneyardError
+from trainers.evaluation.selection import find_best
 from trainers.job.load import load_job
 from trainers.records import Phase, StopReason
+from trainers.run.describe import describe
+from trainers.run.events import CheckpointEvent, Event, StepEvent
+from trainers.run.folder import promoted_steps, read_evaluations
 from trainers.run.log import RunLog
 from trainers.run.record import Run, find_run
+from trainers.tasks import choose_metric
 from trainers.training.loop import LoopOutcome
 from trainers.worker.rank import run_rank
 from trainers.worker.stop_signal import StopSignal
 
+STEP_LINES_S = 10.0
+"""Seconds between two lines about steps."""
+
 
 class LocalHooks:
-    """Hooks of a launch without a controller: rank 0 keeps the run's log and thins out its checkpoints."""
+    """Hooks of a launch without a controller: rank 0 keeps the run's log and deletes checkpoints that nothing needs."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._log: RunLog | None = None
         self._stop = StopSignal(run.job.checkpoint.grace_s)
+        self._told = 0.0
 
-    def emit(self, event: Mapping[str, Any]) -> None:
+    def _open(self) -> RunLog:
+        run = self._run
+        self._log = RunLog(run.folder)
+        self._kept = KeptCheckpoints(run.checkpoints, run.job.checkpoint.keep)
+        best = find_best(read_evaluations(run.folder, run.shards.eval.key), *choose_metric(run.job))
+        self._pinned = promoted_steps(run.folder) | ({best.step} if best else set())
+        return self._log
+
+    def emit(self, event: Event) -> None:
         """Record an event and print it as a line; only rank 0 does."""
-        self._log = self._log or RunLog(self._run.folder)
-        self._log.append(event)
-        if event["kind"] != "history":
-            print(describe(event), flush=True)
-        if event["kind"] == "checkpoint":
-            checkpoints = self._run.checkpoints
-            for step in deletable(committed_steps(checkpoints), self._run.job.checkpoint.keep, ()):
-                remove_checkpoint(checkpoints, step)
+        (self._log or self._open()).append(event)
+        line = describe(event)
+        if line and not (isinstance(event, StepEvent) and event.time - self._told < STEP_LINES_S):
+            print(line, flush=True)
+            self._told = event.time if isinstance(event, StepEvent) else self._told
+        self._kept.note(event)
+        if isinstance(event, CheckpointEvent):
+            self._kept.prune(self._pinned)
 
     def stop_reason(self) -> StopReason | None:
         """preempted after SIGTERM."""
@@ -49,16 +63,6 @@ class LocalHooks:
 
     def at(self, phase: Phase, step: int) -> None:
         """Nobody watches the heartbeat here: the launcher sees deaths alone."""
-
-
-def describe(event: Mapping[str, Any]) -> str:
-    """An event as a line with its values."""
-    values = ", ".join(
-        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in event.items()
-        if name not in ("kind", "time")
-    )
-    return f"{event['kind']}: {values}"
 
 
 def main() -> NoReturn:

@@ -5,9 +5,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-Event = dict[str, Any]
-
-
 Phase = Literal["start", "load", "data", "step", "settle", "save", "done"]
 """start: imports. load: joining, data index, model, resuming. data: waiting for a batch. step: forward, backward,
 update. settle: agreeing on the loss. save: copying the state, and waiting for the commit of the last one."""

@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from orchestrator.terminal.table import STYLES, show
 from trainers.errors import JobError
 from trainers.records import Record
 from trainers.storage import Folder
@@ -230,3 +231,9 @@ def probe_ray(address: str | None) -> Finding:
             return "ok", f"{address} answers"
     except (OSError, ValueError) as error:
         return "fail", f"{address} does not answer ({error})"
+
+
+def checks_table(checks: Sequence[Check]) -> None:
+    """One line a check."""
+    rows = [(check.name, check.status, check.value, check.remedy) for check in checks]
+    show("doctor", ("check", "state", "value", "remedy"), rows, [STYLES[check.status] for check in checks])

@@ -1,11 +1,11 @@
 """The ledger of a run for people and for programs: counts, rows by reason, the origin of a step's tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
 from orchestrator.commands.past_run import shards_of
-from orchestrator.terminal.tables import ledger_rows, ledger_table, show
+from orchestrator.terminal.table import show
 from trainers.batching.mixture import describe_mixture
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
@@ -81,6 +81,40 @@ def print_ledger(report: dict[str, Any], shards_of: list[ShardManifest]) -> None
             show(title, list(lines[0]), [list(line.values()) for line in islice(lines, SHOWN)])
             if len(lines) > SHOWN:
                 print(f"... and {len(lines) - SHOWN:,} more (--json prints all)")
+
+
+def ledger_rows(splits: Sequence[ShardManifest]) -> list[dict[str, Any]]:
+    """One record a split: every input row in exactly one outcome."""
+    return [
+        {
+            "split": split.split,
+            "key": split.key,
+            "rows_in": split.rows_in,
+            "outcomes": split.outcomes,
+            "sequences": split.total("rows"),
+            "tokens": split.total("tokens"),
+            "targets": split.total("targets"),
+            "tokens_lost": split.total("tokens_lost"),
+        }
+        for split in splits
+    ]
+
+
+def ledger_table(splits: Sequence[ShardManifest]) -> None:
+    """Rows by outcome."""
+    records = ledger_rows(splits)
+    rows = [
+        (record["split"], outcome, count, count / max(record["rows_in"], 1))
+        for record in records
+        for outcome, count in record["outcomes"].items()
+    ]
+    show("ledger: every input row", ("split", "outcome", "rows", "share"), rows)
+    for record in records:
+        print(
+            f"{record['split']}: {record['rows_in']:,} rows in, {record['sequences']:,} sequences of "
+            f"{record['tokens']:,} tokens, {record['targets']:,} targets, {record['tokens_lost']:,} tokens cut off; "
+            f"shards {record['key']}"
+        )
 
 
 def _beside(job: Job, shards: Shards) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def verify(
 ) -> None:
     """Compute the digests of a version's files again; exit 6 where one differs."""
     from orchestrator.registry.manage import pick_version, verify_files
-    from orchestrator.terminal.tables import show as show_table
+    from orchestrator.terminal.table import show as show_table
 
     chosen = pick_version(_uri(storage, uri), model, version)
     checks = verify_files(chosen)
@@ -120,7 +120,7 @@ def gc(
 ) -> None:
     """Delete the model folders of old versions; the champion, the one before it and the newest stay."""
     from orchestrator.registry.manage import collect
-    from orchestrator.terminal.tables import show as show_table
+    from orchestrator.terminal.table import show as show_table
 
     gone = collect(_uri(storage, uri), model, keep, delete)
     if as_json:
@@ -138,14 +138,14 @@ def _uri(storage: str, uri: str | None) -> str:
 
 def _show_models(models: "Sequence[RegisteredModel]") -> None:
     from orchestrator.registry.read import RegisteredModel
-    from orchestrator.terminal.tables import show as show_table
+    from orchestrator.terminal.table import show as show_table
 
     names = list(RegisteredModel.model_fields)
     show_table("registered models", names, [[getattr(model, name) for name in names] for model in models])
 
 
 def _show_versions(model: str, versions: "Sequence[ModelVersion]") -> None:
-    from orchestrator.terminal.tables import show as show_table
+    from orchestrator.terminal.table import show as show_table
 
     rows = [
         (
@@ -163,7 +163,7 @@ def _show_versions(model: str, versions: "Sequence[ModelVersion]") -> None:
 
 
 def _show_version(version: "ModelVersion") -> None:
-    from orchestrator.terminal.tables import show as show_table
+    from orchestrator.terminal.table import show as show_table
 
     fields = version.model_dump(mode="json")
     files = {name: f"{file.bytes:,} bytes, {file.digest}" for name, file in version.files.items()}

@@ -8,20 +8,22 @@ import difflib
 import fcntl
 import math
 import time
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import yaml
 
+from orchestrator.terminal.table import show
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import JobError
+from trainers.evaluation.selection import find_best
 from trainers.job.load import parse_job
 from trainers.job.schema import Job
-from trainers.records import Event, Record
-from trainers.run.events import outer_events, steps_of
-from trainers.run.folder import Evaluation, RunResult, checkpoints_folder, parse_step
-from trainers.run.log import EVENTS
+from trainers.records import Record
+from trainers.run.events import EVENTS, StartEvent, outer_events, steps_of
+from trainers.run.folder import RESULT, RunResult, checkpoints_folder, read_evaluations, read_result
 from trainers.storage import Folder
-from trainers.tasks import load_task
+from trainers.tasks import choose_metric
 
 LOCK = "driver.lock"
 QUIET_S = 180.0
@@ -101,26 +103,33 @@ def _choose(names: list[str], wanted: str, runs: Folder) -> list[str]:
 
 
 def _status(run: Folder) -> RunStatus:
-    events = outer_events(run)
-    age = max(0.0, time.time() - float(events[-1]["time"])) if events and "time" in events[-1] else None
-    result, problem = _result(run)
-    last = next(iter(steps_of(events)[-1:]), {})
-    job = _job(run)
-    committed = committed_steps(checkpoints_folder(job, run) if job else run / "checkpoints")
+    events, job, problem = outer_events(run), _job(run), None
+    try:
+        result = read_result(run)
+    except ValueError as error:
+        result, problem = None, f"{RESULT} is damaged: {str(error).splitlines()[0]}"
+    age = max(0.0, time.time() - events[-1].time) if events else None
     state = _state(run, result, age)
+    last = next(iter(steps_of(events)[-1:]), None)
+    planned = [event.steps for event in events if isinstance(event, StartEvent) and event.steps]
+    committed = committed_steps(checkpoints_folder(job, run) if job else run / "checkpoints")
+    metric = choose_metric(job) if job else None
+    best = find_best(read_evaluations(run), *metric) if metric else None
     return RunStatus(
         run=run.name,
         folder=str(run),
         state=state,
         error=problem or (result.error if result and state == result.status else None),
-        step=max([int(last.get("step", 0)), *committed]),
-        steps=_total_steps(events, job),
+        step=last.step if last else 0,
+        steps=planned[-1] if planned else job.train.steps if job else None,
         last_checkpoint=committed[-1] if committed else None,
-        loss=_number(last, "loss"),
-        tokens_per_s=_number(last, "tokens_per_s"),
+        metric=metric[0] if metric else None,
+        best_step=best.step if best else None,
+        best_value=best.metrics[metric[0]] if best and metric else None,
+        loss=last.loss if last else None,
+        tokens_per_s=last.tokens_per_s if last else None,
         event_age_s=age,
         registered=f"{result.registry.model} version {result.registry.version}" if result and result.registry else None,
-        **_best(run, job),
     )
 
 
@@ -139,7 +148,7 @@ def _went_on(run: Folder) -> bool:
     """Whether the run was started again after its result was written: events that are newer, by a margin."""
     if not run.is_local or not run.exists(EVENTS):
         return False
-    return (run.path / EVENTS).stat().st_mtime > (run.path / "result.json").stat().st_mtime + 5
+    return (run.path / EVENTS).stat().st_mtime > (run.path / RESULT).stat().st_mtime + 5
 
 
 def lock_is_held(run: Folder) -> bool | None:
@@ -156,16 +165,6 @@ def lock_is_held(run: Folder) -> bool | None:
     return False
 
 
-def _result(run: Folder) -> tuple[RunResult | None, str | None]:
-    """The committed result, and what is wrong with it where it cannot be read."""
-    if not run.exists("result.json"):
-        return None, None
-    try:
-        return RunResult.model_validate_json(run.read_bytes("result.json")), None
-    except ValueError as error:
-        return None, f"result.json is damaged: {str(error).splitlines()[0]}"
-
-
 def _job(run: Folder) -> Job | None:
     """The resolved job, None where it is not written yet or of another version of this program."""
     if not run.exists("job.yaml"):
@@ -177,41 +176,7 @@ def _job(run: Folder) -> Job | None:
         return None
 
 
-def _total_steps(events: list[Event], job: Job | None) -> int | None:
-    """As the ranks said at their start, else as the job says."""
-    said = [event["steps"] for event in events if event["kind"] == "start" and isinstance(event.get("steps"), int)]
-    return said[-1] if said else (job.train.steps if job else None)
-
-
-def _best(run: Folder, job: Job | None) -> dict[str, Any]:
-    """The best evaluation so far, as fields of the status."""
-    if job is None:
-        return {}
-    task = load_task(job.task)
-    metric = job.evaluate.metric or task.metric
-    sign = 1 if (job.evaluate.mode or task.better_mode(metric)) == "max" else -1
-    values = {one.step: one.metrics[metric] for one in _evaluations(run) if metric in one.metrics}
-    values = {step: value for step, value in values.items() if math.isfinite(value)}
-    if not values:
-        return {"metric": metric}
-    best = max(values, key=lambda step: (sign * values[step], -step))
-    return {"metric": metric, "best_step": best, "best_value": values[best]}
-
-
-def _evaluations(run: Folder) -> list[Evaluation]:
-    """The evaluations that are done; one that cannot be read is not done."""
-    folder, found = run / "evals", []
-    for name in folder.list():
-        if not name.endswith(".json") or parse_step(name) is None:
-            continue
-        try:
-            one = Evaluation.model_validate_json(folder.read_bytes(name))
-        except ValueError:
-            continue
-        found += [one] if one.status == "done" else []
-    return found
-
-
-def _number(event: Event, name: str) -> float | None:
-    value = event.get(name)
-    return value if isinstance(value, int | float) else None
+def status_table(found: Sequence[RunStatus]) -> None:
+    """One line a run."""
+    lines = [headline(one) for one in found]
+    show("runs", list(lines[0]) if lines else ("no runs yet",), [list(line.values()) for line in lines])

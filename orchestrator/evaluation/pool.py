@@ -5,23 +5,26 @@ from typing import Any
 
 import ray
 
-from orchestrator.evaluation.selection import BASELINE, next_evaluations
-from orchestrator.evaluation.task import evaluation_task, failed_evaluation, read_evaluations, write_evaluation
-from trainers.checkpoint.reading import committed_steps
+from orchestrator.evaluation.task import evaluation_task, failed_evaluation, write_evaluation
+from trainers.checkpoint.retention import KeptCheckpoints
 from trainers.errors import EvaluationError
-from trainers.run.folder import Evaluation
+from trainers.evaluation.selection import BASELINE, find_best, next_evaluations, out_of_patience
+from trainers.run.events import EvaluationEvent
+from trainers.run.folder import Evaluation, promoted_steps, read_evaluations
 from trainers.run.record import Run
-from trainers.tasks import load_task
+from trainers.tasks import choose_metric, load_task
 
 
 class EvaluationPool:
-    """The evaluations of one run."""
+    """The evaluations of one run, and through them which of its checkpoints are kept."""
 
     def __init__(self, run: Run, gpus: int) -> None:
         self._run, self._gpus = run, gpus
+        self._metric = choose_metric(run.job)
         self._task = evaluation_task(run, gpus)
         self._running: dict[Any, int] = {}
         self._baseline = () if load_task(run.job.task).new_head else (BASELINE,)
+        self.kept = KeptCheckpoints(run.checkpoints, run.job.checkpoint.keep)
         known = read_evaluations(run.folder, run.shards.eval.key)
         self._records = {record.step: record for record in known if record.status == "done"}
 
@@ -37,19 +40,13 @@ class EvaluationPool:
 
     def start_where_free(self) -> None:
         """Start as many evaluations as free resources hold, newest checkpoints first."""
-        wanted = self.waiting()
-        if wanted:
-            self._start(wanted[: self._free_slots()])
-
-    def start_all(self) -> list[int]:
-        """Start every evaluation that is left; Ray queues them. Returns their steps."""
-        wanted = self.waiting()
-        self._start(wanted)
-        return wanted
+        waiting = self.waiting()
+        if waiting:
+            self._start(waiting[: self._free_slots()])
 
     def waiting(self) -> list[int]:
         """Steps that were neither evaluated nor started, newest first."""
-        committed = {*committed_steps(self._run.checkpoints), *self._baseline}
+        committed = {*self.kept.steps, *self._baseline}
         return next_evaluations(committed, self._records.keys(), self.running, len(committed))
 
     def _start(self, steps: list[int]) -> None:
@@ -77,7 +74,22 @@ class EvaluationPool:
             yield record
 
     def finish(self) -> Iterator[Evaluation]:
-        """Evaluate all that is left and give the records as they come."""
-        self.start_all()
+        """Evaluate all that is left, as Ray finds room, and give the records as they come."""
+        self._start(self.waiting())
         while self._running:
             yield from self.collect(wait_s=1.0)
+
+    def prune(self) -> None:
+        """Delete checkpoints that are neither among the newest, nor the best, nor promoted, nor being evaluated."""
+        best = find_best(self.records, *self._metric)
+        self.kept.prune({*self.running, *promoted_steps(self._run.folder), *((best.step,) if best else ())})
+
+    def out_of_patience(self) -> bool:
+        """Whether evaluate.early_stopping asks to stop now."""
+        stopping = self._run.job.evaluate.early_stopping
+        return stopping is not None and out_of_patience(self.records, *self._metric, stopping.patience)
+
+
+def evaluation_event(record: Evaluation) -> EvaluationEvent:
+    """An evaluation as an event of the run's log."""
+    return EvaluationEvent(step=record.step, status=record.status, metrics=record.metrics, error=record.error)

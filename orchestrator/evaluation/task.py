@@ -93,10 +93,3 @@ def score(run: Run, path: str, share: int) -> RowScores:
     """Score one share of the rows with the model in folder `path`."""
     task = run.load_task()
     return score_share(run.job, task, path, run.open_shards("eval", task), share, run.job.evaluate.workers)
-
-
-def read_evaluations(run: Folder, eval_key: str) -> list[Evaluation]:
-    """Committed records over these evaluation shards, by step."""
-    names = [name for name in (run / "evals").list() if name.endswith(".json")]
-    records = [Evaluation.model_validate_json((run / "evals").read_bytes(name)) for name in names]
-    return [record for record in records if record.eval_key == eval_key]

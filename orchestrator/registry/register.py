@@ -28,10 +28,8 @@ from orchestrator.registry.read import (
 )
 from trainers.credentials import hide_credentials
 from trainers.job.schema import Job
-from trainers.records import Event
-from trainers.run.events import steps_of
+from trainers.run.events import StepEvent, read_events, steps_of
 from trainers.run.folder import Evaluation, RegisteredVersion, parse_step
-from trainers.run.log import read_events
 from trainers.storage import Folder
 from trainers.tasks import load_task
 
@@ -188,8 +186,9 @@ def _curves(run: Folder, best: Evaluation, time_ms: int) -> Iterator["Metric"]:
         yield Metric(_metric_name(f"best/{name}"), value, time_ms, best.step)
     for event in _thinned(steps_of(read_events(run))):
         for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s"):
-            if isinstance(event.get(name), int | float):
-                yield Metric(f"train/{name}", float(event[name]), time_ms, int(event["step"]))
+            value = getattr(event, name)
+            if value is not None:
+                yield Metric(f"train/{name}", float(value), time_ms, event.step)
 
 
 def _metric_name(name: str) -> str:
@@ -197,7 +196,7 @@ def _metric_name(name: str) -> str:
     return re.sub(r"[^\w .\-/]", "_", name)
 
 
-def _thinned(events: list[Event]) -> list[Event]:
+def _thinned(events: list[StepEvent]) -> list[StepEvent]:
     stride = -(-len(events) // POINTS_PER_CURVE) or 1
     return events[::stride]
 

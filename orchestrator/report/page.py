@@ -14,7 +14,7 @@ from orchestrator.report.tables import class_tables, evaluation_table, ledger_ta
 from trainers.credentials import hide_credentials
 from trainers.errors import EvaluationError
 from trainers.job.schema import Job
-from trainers.records import Event
+from trainers.run.events import Event
 from trainers.run.folder import RunResult
 from trainers.run.row_scores import read_labels, read_row_scores
 from trainers.shards.manifest import Shards
@@ -40,7 +40,7 @@ def write_report(
         run: the run folder; the best checkpoint's evaluation rows are read from it.
         result: the outcome, evaluations included.
         job: as it ran.
-        events: of the whole run, as `run_log.read_events` gives them.
+        events: of the whole run, as `read_events` gives them.
         shards: for the data ledger and the names of classes.
         lineage: as `lineage.lineage` gives it.
     """

@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from trainers.records import Event
-from trainers.run.events import steps_of
+from trainers.run.events import Event, StartEvent, StepEvent, steps_of
 from trainers.run.folder import Evaluation
 
 SIZE_INCHES = (5.4, 2.7)
@@ -68,14 +67,14 @@ def draw_curves(events: Sequence[Event], evaluations: Sequence[Evaluation], best
 
 def _restarts(events: Sequence[Event]) -> list[float]:
     """Steps at which training was taken up again."""
-    starts = [event["step"] for event in events if event.get("kind") == "start" and _finite(event.get("step"))]
+    starts = [event.step for event in events if isinstance(event, StartEvent)]
     return [float(step) for step in starts[1:]]
 
 
-def _series(events: Sequence[Event], name: str) -> Points:
-    chosen = [event for event in events if _finite(event.get(name))]
+def _series(events: Sequence[StepEvent], name: str) -> Points:
+    chosen = [event for event in events if _finite(getattr(event, name))]
     chosen = chosen[:: -(-len(chosen) // MOST_POINTS) or 1]
-    return [float(event["step"]) for event in chosen], [float(event[name]) for event in chosen]
+    return [float(event.step) for event in chosen], [float(getattr(event, name)) for event in chosen]
 
 
 def _metric_series(done: Sequence[Evaluation], name: str) -> Points:
@@ -88,7 +87,7 @@ def _finite(value: Any) -> bool:
 
 
 def _loss(
-    steps: Sequence[Event], done: Sequence[Evaluation], restarts: list[float], best_step: int | None
+    steps: Sequence[StepEvent], done: Sequence[Evaluation], restarts: list[float], best_step: int | None
 ) -> str | None:
     train, held = _series(steps, "loss"), _metric_series(done, "loss")
     if not train[0] and not held[0]:
@@ -114,7 +113,7 @@ def _metrics(done: Sequence[Evaluation], restarts: list[float], best_step: int |
     return _svg(figure, "Evaluation metrics by step")
 
 
-def _single(steps: Sequence[Event], name: str, title: str, restarts: list[float], smooth: bool) -> str | None:
+def _single(steps: Sequence[StepEvent], name: str, title: str, restarts: list[float], smooth: bool) -> str | None:
     points = _series(steps, name)
     if not points[0]:
         return None

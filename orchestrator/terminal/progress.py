@@ -1,32 +1,20 @@
 """What the user sees of a run: progress bars on a terminal, lines with values elsewhere, a table at the end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from orchestrator.sharding.stage import ShardProgress
+from orchestrator.terminal.table import show_evaluations
+from trainers.run.describe import describe
+from trainers.run.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, StragglerEvent
 from trainers.run.folder import RunResult
 from trainers.storage import Folder
 
 LINES_PER_STAGE = 20
 """Off a terminal, a stage prints about this many lines, however long it is."""
-ANNOUNCED = (
-    "start",
-    "verification",
-    "checkpoint",
-    "checkpoint_skipped",
-    "checkpoint_quarantined",
-    "evaluation",
-    "stop",
-)
-COLUMNS = 6
-"""Metrics in the final table."""
-PRINTED = ("verification", "checkpoint_skipped", "checkpoint_quarantined")
-"""Events that a terminal shows as lines between its bars; elsewhere ANNOUNCED."""
 
 
 class Screen:
@@ -38,7 +26,8 @@ class Screen:
                    TimeElapsedColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
         self._progress = Progress(*columns, console=self.console)
         self._bars: dict[str, TaskID] = {}
-        self._said: dict[str, int] = {}
+        self._ticks: dict[str, int] = {}
+        self._straggler: int | None = None
 
     @contextmanager
     def live(self) -> Iterator["Screen"]:
@@ -57,8 +46,8 @@ class Screen:
             self._progress.update(self._bars[stage], completed=done, total=total, note=note)
             return
         tick = done * LINES_PER_STAGE // max(total, 1)
-        if tick != self._said.get(stage) or done == total:
-            self._said[stage] = tick
+        if tick != self._ticks.get(stage) or done == total:
+            self._ticks[stage] = tick
             self.say(f"{stage}: {done}/{total} {note}".rstrip())
 
     def say(self, line: str) -> None:
@@ -70,46 +59,32 @@ class Screen:
         note = f"{progress.rows:,} rows, {progress.tokens:,} tokens"
         self.advance(f"{progress.split} data", progress.units_done, progress.units_total, note)
 
-    def on_event(self, event: Mapping[str, Any], steps: int) -> None:
-        """Show an event of the run's log."""
-        if event["kind"] == "step":
-            note = f"loss {event['loss']:.4f}  {event['tokens_per_s']:,.0f} tokens/s"
-            self.advance("train", event["step"], steps, note)
-        elif event["kind"] in (PRINTED if self.console.is_terminal else ANNOUNCED):
-            self.say(describe(event))
+    def on_event(self, event: Event, steps: int) -> None:
+        """Show an event of the run's log; between the bars of a terminal, what does not come regularly."""
+        if isinstance(event, StepEvent):
+            self.advance("train", event.step, steps, f"loss {event.loss:.4f}  {event.tokens_per_s or 0:,.0f} tokens/s")
+        elif self._is_news(event) and (line := describe(event)):
+            self.say(line)
+
+    def _is_news(self, event: Event) -> bool:
+        """A straggler is told of once, though each step names it again."""
+        if isinstance(event, StragglerEvent):
+            known, self._straggler = self._straggler, event.rank
+            return event.rank != known
+        if isinstance(event, StartEvent):
+            self._straggler = None
+        return not (self.console.is_terminal and isinstance(event, CheckpointEvent | EvaluationEvent))
 
     def results(self, run: Folder, result: RunResult) -> None:
         """The final table (every metric by step, the best marked), the registered version and where to look."""
-        metric = str((result.best or {}).get("metric", ""))
-        self._evaluations(result, metric)
+        best = result.best or {}
+        step = best.get("step")
+        show_evaluations(
+            result.evaluations, str(best.get("metric", "")), step if isinstance(step, int) else None, self.console
+        )
         if result.registry:
             alias = f" ({result.registry.alias})" if result.registry.alias else ""
             self.say(f"model   {result.registry.model} version {result.registry.version}{alias}")
             self.say(f"folder  {result.registry.source}")
         self.say(f"report  {run}/report.html")
         self.say(f"curves  tensorboard --logdir {run}/tensorboard")
-
-    def _evaluations(self, result: RunResult, metric: str) -> None:
-        done = [one for one in result.evaluations if one.status == "done"]
-        every = dict.fromkeys(name for one in done for name in one.metrics)
-        names = sorted(every, key=lambda name: name != metric)[:COLUMNS]  # the report has them all
-        table = Table(title=f"evaluations, by {metric}")
-        table.add_column("step", justify="right")
-        for name in names:
-            table.add_column(name, justify="right")
-        table.add_column("")
-        best = (result.best or {}).get("step")
-        for one in result.evaluations:
-            values = [f"{one.metrics[name]:.4f}" if name in one.metrics else "-" for name in names]
-            mark = "best" if one.step == best else "as it came" if one.step == 0 else one.error or ""
-            table.add_row(str(one.step), *values, mark, style="bold green" if one.step == best else None)
-        self.console.print(table)
-
-
-def describe(event: Mapping[str, Any]) -> str:
-    """An event as one line with its values."""
-    values = {name: value for name, value in event.items() if name not in ("kind", "time") and value is not None}
-    if isinstance(values.get("metrics"), Mapping):
-        values |= values.pop("metrics")
-    shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
-    return f"{event['kind']}: {', '.join(shown)}"

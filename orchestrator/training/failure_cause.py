@@ -55,8 +55,8 @@ def is_victim(rank_exit: RankExit) -> bool:
     """Whether a rank says no more than that its peers are gone."""
     if rank_exit.failed is None:
         return False
-    own = rank_exit.failed.get("errno") in (errno.ENOSPC, errno.ENOMEM)
-    return not own and bool(VICTIM.search(describe(rank_exit.failed["error"])))
+    own = rank_exit.failed.errno in (errno.ENOSPC, errno.ENOMEM)
+    return not own and bool(VICTIM.search(describe(rank_exit.failed.error)))
 
 
 def _explain(rank_exit: RankExit) -> tuple[str, str]:
@@ -91,8 +91,8 @@ SHM_REMEDY = "Give the container more shared memory (docker run --shm-size=8g, o
 
 def _explain_exception(rank_exit: RankExit) -> tuple[str, str]:
     assert rank_exit.failed is not None
-    error, number = describe(rank_exit.failed["error"]), rank_exit.failed.get("errno")
-    what = f"raised {error.strip().splitlines()[0]} at {rank_exit.failed['where']}"
+    error, number = describe(rank_exit.failed.error), rank_exit.failed.errno
+    what = f"raised {error.strip().splitlines()[0]} at {rank_exit.failed.where}"
     if number == errno.ENOSPC or "No space left" in error:
         if 0 <= rank_exit.shm_free_bytes < SHM_FULL_BYTES:
             return f"found /dev/shm full: it {what}", SHM_REMEDY

@@ -16,13 +16,14 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.training.node_report import NodeInfo, NodeReport, RankExit, free_bytes, interface_of, oom_kills
 from trainers.credentials import travelling
 from trainers.records import StopReason
+from trainers.run.events import Event, FailedEvent, parse_events
 from trainers.run.record import Run
 from trainers.worker.heartbeat import HeartbeatPage
 from trainers.worker.rank_server import Mode, RankSpec, events_file, heartbeat_file, stacks_file
@@ -47,8 +48,8 @@ class _Rank:
     server: "_Server"
     process: int | None = None
     rest: bytes = b""
-    failed: dict[str, Any] | None = None
-    rank_exit: RankExit | None = None
+    failed: FailedEvent | None = None
+    exit: RankExit | None = None
 
 
 @dataclass
@@ -72,7 +73,7 @@ class NodeAgent:
         self._servers: list[_Server] = []
         self.warm_up(1)
 
-    def place(self) -> NodeInfo:
+    def info(self) -> NodeInfo:
         """Where this node agent is; answers once it is up."""
         import ray
 
@@ -125,7 +126,7 @@ class NodeAgent:
                 for rank in [one for one in self._ranks.values() if one.process == message["exit"]]:
                     self._note_end(rank, message["code"], message["max_rss_bytes"])
         code = server.process.wait()
-        for rank in [one for one in self._ranks.values() if one.server is server and one.rank_exit is None]:
+        for rank in [one for one in self._ranks.values() if one.server is server and one.exit is None]:
             self._note_end(rank, code, 0)  # it was the rank, or its death took the ranks with it
         with contextlib.suppress(ValueError):
             self._servers.remove(server)
@@ -161,19 +162,18 @@ class NodeAgent:
         heartbeat.beat("start", 0)
         return _Rank(number, files, events, heartbeat, log, oom_kills(), server)
 
-    def look(self) -> NodeReport:
+    def report(self) -> NodeReport:
         """What there is to see, without waiting."""
-        alive = {number: rank for number, rank in self._ranks.items() if rank.rank_exit is None}
-        ended = [
-            rank for rank in self._ranks.values() if rank.rank_exit is not None
-        ]  # before their last events are read
+        exits = {number: rank.exit for number, rank in self._ranks.items()}  # before their last events are read
         events = [event for rank in self._ranks.values() for event in _read_events(rank)]
-        exits = [self._complete(rank) for rank in ended]
-        processes = {number: rank.process for number, rank in alive.items() if rank.process is not None}
-        return NodeReport({number: rank.heartbeat.read() for number, rank in alive.items()}, processes, events, exits)
+        return NodeReport(
+            {number: self._ranks[number].heartbeat.read() for number, end in exits.items() if end is None},
+            events,
+            [replace(end, failed=self._ranks[number].failed) for number, end in exits.items() if end is not None],
+        )
 
     def _note_end(self, rank: _Rank, code: int, max_rss_bytes: int) -> None:
-        rank.rank_exit = RankExit(
+        rank.exit = RankExit(
             rank=rank.rank,
             code=code,
             at=time.time(),
@@ -184,11 +184,6 @@ class NodeAgent:
             shm_free_bytes=free_bytes("/dev/shm"),
             node=socket.gethostname(),
         )
-
-    @staticmethod
-    def _complete(rank: _Rank) -> RankExit:
-        assert rank.rank_exit is not None
-        return RankExit(**{**vars(rank.rank_exit), "failed": rank.failed})
 
     def ask_to_stop(self, reason: StopReason) -> None:
         """Have every rank stop at the end of its step."""
@@ -202,18 +197,18 @@ class NodeAgent:
         """
         found = {}
         for number, rank in self._ranks.items():
-            if rank.rank_exit is None and rank.process is not None:
+            if rank.exit is None and rank.process is not None:
                 found[number] = read_stacks(rank.process, stacks_file(rank.files), STACKS_WAIT_S)
         return found
 
     def kill(self) -> None:
         """Kill every rank, wait for their ends, and forget them."""
         for rank in self._ranks.values():
-            if rank.rank_exit is None:  # where it is not born yet, its rank server must not bear it later
+            if rank.exit is None:  # where it is not born yet, its rank server must not bear it later
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rank.process or rank.server.process.pid, signal.SIGKILL)
         deadline = time.monotonic() + KILL_WAIT_S
-        while any(rank.rank_exit is None for rank in self._ranks.values()) and time.monotonic() < deadline:
+        while any(rank.exit is None for rank in self._ranks.values()) and time.monotonic() < deadline:
             time.sleep(0.01)
         for rank in self._ranks.values():
             os.close(rank.events)
@@ -228,16 +223,16 @@ class NodeAgent:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _read_events(rank: _Rank) -> list[dict[str, Any]]:
-    """Whole lines that have come; a rank's last words are kept."""
+def _read_events(rank: _Rank) -> list[Event]:
+    """Whole lines that have come; a rank's last words are kept apart."""
     data = rank.rest
     with contextlib.suppress(BlockingIOError):
         while chunk := os.read(rank.events, 1 << 16):
             data += chunk
     *lines, rank.rest = data.split(b"\n")
-    events = [json.loads(line) for line in lines]
-    rank.failed = next((event for event in events if event["kind"] == "failed"), rank.failed)
-    return [event | {"rank": rank.rank} if event["kind"] == "refused" else event for event in events]
+    events = parse_events(lines)
+    rank.failed = next((event for event in events if isinstance(event, FailedEvent)), rank.failed)
+    return [event for event in events if not isinstance(event, FailedEvent)]
 
 
 def _tail(log: str | None) -> str:

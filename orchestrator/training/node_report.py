@@ -2,24 +2,24 @@
 
 import contextlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from trainers.run.events import Event, FailedEvent
 from trainers.worker.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """What the others must know of a node."""
+    """What the other nodes need of a node."""
 
     node: str
     """Ray's id of it."""
     address: str
     interface: str | None
-    """Network interface that has the address; None where none has (a host behind address translation)."""
+    """Network interface that has the address; None if none has (a host behind address translation)."""
     gpus: tuple[str, ...]
     """Ids of the GPUs that Ray gave to the node agent."""
 
@@ -33,8 +33,8 @@ class RankExit:
     """Exit code; minus the signal where one killed it."""
     at: float
     """Wall time."""
-    failed: dict[str, Any] | None
-    """Its own last words, where it had any."""
+    failed: FailedEvent | None
+    """What it raised, if it could say so."""
     log_tail: str
     max_rss_bytes: int
     oom_kills: int
@@ -43,18 +43,24 @@ class RankExit:
     node: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class NodeReport:
-    """What a node agent sees at one moment."""
+    """What one node agent sees at one moment, or several, merged."""
 
-    beats: dict[int, Heartbeat]
+    beats: dict[int, Heartbeat] = field(default_factory=dict)
     """By rank, of those alive."""
-    processes: dict[int, int]
-    """Process id by rank."""
-    events: list[dict[str, Any]]
-    """Since the last look, in order."""
-    exits: list[RankExit]
+    events: list[Event] = field(default_factory=list)
+    """Since the last report, in order."""
+    exits: list[RankExit] = field(default_factory=list)
     """Of every rank that has ended."""
+    lost: list[str] = field(default_factory=list)
+    """Nodes given up since the last report; a node knows nothing of this."""
+
+    def merge(self, other: "NodeReport") -> None:
+        """Add another node's."""
+        self.beats |= other.beats
+        self.events += other.events
+        self.exits += other.exits
 
 
 def interface_of(address: str) -> str | None:
@@ -75,7 +81,7 @@ def oom_kills() -> int:
 
 
 def free_bytes(path: str) -> int:
-    """Free space of the file system that holds a path; -1 where it cannot be told."""
+    """Free space of the file system that holds a path; -1 if unknown."""
     try:
         return shutil.disk_usage(path).free
     except OSError:

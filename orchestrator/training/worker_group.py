@@ -14,13 +14,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.training.node_agent import NodeAgent
-from orchestrator.training.node_report import NodeInfo, NodeReport, RankExit
+from orchestrator.training.node_report import NodeInfo, NodeReport
 from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, largest_size, slots_of
 from trainers.errors import PlacementError
 from trainers.job.schema import Job
 from trainers.records import StopReason
 from trainers.run.record import Run
-from trainers.worker.heartbeat import Heartbeat
 
 UNREACHABLE_S = 10.0
 """A node agent that has not answered for this long is lost; one answer takes about 2 ms."""
@@ -34,13 +33,14 @@ reported free with a delay."""
 
 @dataclass
 class _Node:
-    """One node of the group."""
+    """One node of the group. Its agent lives as long as the job: it holds the node's CPUs and GPUs, and outlives its
+    ranks."""
 
     actor: Any
-    place: NodeInfo
+    info: NodeInfo
     slots: int
     answer: Any = None
-    """The look that is under way."""
+    """The report that is under way."""
     asked: float = 0.0
 
 
@@ -52,19 +52,6 @@ class _Joining:
     slots: int
     warm: Any
     """Answers once its imports are done."""
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What all node agents saw, and the nodes that are gone."""
-
-    beats: dict[int, Heartbeat]
-    processes: dict[int, tuple[str, int]]
-    """(node, process id) by rank."""
-    events: list[dict[str, Any]]
-    exits: list[RankExit]
-    lost: list[str]
-    """Nodes given up in this look."""
 
 
 class WorkerGroup:
@@ -97,7 +84,7 @@ class WorkerGroup:
                 wanted = assign_ranks(size, candidates)
                 if all(self._acquire(node, len(ranks)) for node, ranks in wanted.items()):
                     for node in self._nodes.keys() - wanted.keys():
-                        self._release(node)
+                        _end(self._nodes.pop(node).actor)
                     self.layout = wanted
                     return
             elif size is None and waited > wait_s:
@@ -141,7 +128,7 @@ class WorkerGroup:
             return True
         actor = self._start_agent(node, slots)
         try:
-            self._nodes[node] = _Node(actor, ray.get(actor.place.remote(), timeout=START_S), slots)
+            self._nodes[node] = _Node(actor, ray.get(actor.info.remote(), timeout=START_S), slots)
         except (ray.exceptions.RayError, TimeoutError):
             self._cordon(node, actor)
             return False
@@ -164,53 +151,42 @@ class WorkerGroup:
         port = ray.get(first.actor.free_port.remote(), timeout=START_S)
         logs = str((run.folder / "logs").path) if run.folder.is_local else None
         started = [
-            member.actor.launch.remote(run, self._environments(node, first.place.address, port), logs)
+            member.actor.launch.remote(run, self._environments(node, first.info.address, port), logs)
             for node, member in self._nodes.items()
         ]
         ray.get(started, timeout=WARM_S)
 
     def _environments(self, node: str, address: str, port: int) -> dict[int, dict[str, str]]:
         """The launcher contract of each rank of a node, and the interface its collectives go through."""
-        place = self._nodes[node].place
+        info = self._nodes[node].info
         shared = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(self.size)}
-        if place.interface:
-            shared |= {"GLOO_SOCKET_IFNAME": place.interface, "NCCL_SOCKET_IFNAME": place.interface}
-        if place.gpus:  # every rank sees all of the node's, so that NCCL can go from one to the other directly
-            shared["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
+        if info.interface:
+            shared |= {"GLOO_SOCKET_IFNAME": info.interface, "NCCL_SOCKET_IFNAME": info.interface}
+        if info.gpus:  # every rank sees all of the node's, so that NCCL can go from one to the other directly
+            shared["CUDA_VISIBLE_DEVICES"] = ",".join(info.gpus)
         ranks = self.layout[node]
         return {rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(ranks.index(rank))} for rank in ranks}
 
-    def look(self, wait_s: float) -> GroupReport:
-        """Look at every node once, waiting no longer than `wait_s` for slow ones."""
-        now = time.monotonic()
+    def report(self, wait_s: float) -> NodeReport:
+        """Ask every node once, waiting no longer than `wait_s` for slow ones."""
+        now, merged = time.monotonic(), NodeReport()
         for member in self._nodes.values():
             if member.answer is None:
-                member.answer, member.asked = member.actor.look.remote(), now
+                member.answer, member.asked = member.actor.report.remote(), now
         answers = [member.answer for member in self._nodes.values()]
         ready, _ = ray.wait(answers, num_returns=len(answers), timeout=wait_s) if answers else ([], [])
-        looks: dict[str, NodeReport] = {}
-        lost = []
         for node, member in self._nodes.items():
             if member.answer in ready:
                 answer, member.answer = member.answer, None
                 try:
-                    looks[node] = ray.get(answer)
+                    merged.merge(ray.get(answer))
                 except ray.exceptions.RayError:
-                    lost.append(node)
+                    merged.lost.append(node)
             elif time.monotonic() - member.asked > UNREACHABLE_S:
-                lost.append(node)
-        for node in lost:
-            self._drop(node)
-        return _merge(looks, lost)
-
-    def _drop(self, node: str) -> None:
-        """Give a node up: it does not count until it has had time to be declared dead, or to come back."""
-        member = self._nodes.pop(node)
-        self._cordon(node, member.actor)
-
-    def _release(self, node: str) -> None:
-        member = self._nodes.pop(node)
-        _end(member.actor)
+                merged.lost.append(node)
+        for node in merged.lost:  # they do not count until they have had time to be declared dead, or to come back
+            self._cordon(node, self._nodes.pop(node).actor)
+        return merged
 
     def cordon(self, nodes: Iterable[str]) -> None:
         """Leave nodes that are about to be taken away out of the next launch."""
@@ -239,11 +215,11 @@ class WorkerGroup:
             del self._joining[node]
             try:
                 ray.get(one.warm)
-                place = ray.get(one.actor.place.remote(), timeout=START_S)
+                info = ray.get(one.actor.info.remote(), timeout=START_S)
             except (ray.exceptions.RayError, TimeoutError):
                 self._cordon(node, one.actor)
             else:
-                self._nodes[node] = _Node(one.actor, place, one.slots)
+                self._nodes[node] = _Node(one.actor, info, one.slots)
 
     def ask_to_stop(self, reason: StopReason) -> None:
         """Have every rank stop at the end of its step."""
@@ -288,13 +264,3 @@ def alive_nodes() -> set[str]:
 def draining_nodes() -> set[str]:
     """Ids of the nodes that are about to be taken away, by a preemption notice or `ray drain-node`."""
     return set(ray._private.state.state.get_draining_nodes())
-
-
-def _merge(looks: dict[str, NodeReport], lost: list[str]) -> GroupReport:
-    return GroupReport(
-        beats={rank: beat for look in looks.values() for rank, beat in look.beats.items()},
-        processes={rank: (node, pid) for node, look in looks.items() for rank, pid in look.processes.items()},
-        events=[event for look in looks.values() for event in look.events],
-        exits=[rank_exit for look in looks.values() for rank_exit in look.exits],
-        lost=lost,
-    )

@@ -107,7 +107,7 @@ def save_ours(engine: Any, world: Any, place: Path, width: int, repeats: int) ->
         meet(world)
         shutil.rmtree(place / f"step-{number:08d}", ignore_errors=True)
     agent.close()
-    copied = [event["copy_s"] for event in events]
+    copied = [event.copy_s for event in events]
     return {
         "bytes": total,
         "beside_s": copied,
@@ -171,7 +171,7 @@ def report(found: list[dict[str, Any]]) -> None:
     figures = ("copy_s", "blocked_s", "deepspeed_s", "quiet_s", "busy_s")
     print("all of rank 0:", {name: [round(seconds, 3) for seconds in first[name]] for name in figures})
     copy, ours, theirs = longest("copy_s"), longest("blocked_s"), longest("deepspeed_s")
-    whole = statistics.median(event["seconds"] for event in first["events"])
+    whole = statistics.median(event.seconds for event in first["events"])
     quiet, busy = statistics.median(first["quiet_s"]), statistics.median(first["busy_s"])
     print(f"state {first['bytes'] / 1e9:.2f} GB on two ranks, {len(first['copy_s'])} saves each, medians\n")
     print("| | seconds | against ours |\n| --- | ---: | ---: |")

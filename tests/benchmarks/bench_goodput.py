@@ -14,13 +14,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from tests.conftest import make_tokenizer
 from tests.recovery import events_of, rank_processes, run_training
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
+from trainers.run.events import StageEvent, StageStartEvent, read_events
 from trainers.run.goodput import account
-from trainers.run.log import read_events
 from trainers.storage import Folder
 
 STEP_S, EVERY_STEPS = 0.1, 10
@@ -67,8 +66,11 @@ def kill_every(seconds: float, done: threading.Event) -> None:
 def report(run: Path, began: float, ended: float) -> None:
     """The account, and its goodput beside the allowed one."""
     events = read_events(Folder(str(run)))
-    stage: list[dict[str, Any]] = [{"kind": "stage_start", "stage": "train", "time": began}]
-    spent = account([*stage, *events, {"kind": "stage", "stage": "train", "seconds": ended - began, "time": ended}])
+    begin, end = (
+        StageStartEvent(stage="train", time=began),
+        StageEvent(stage="train", seconds=ended - began, time=ended),
+    )
+    spent = account([begin, *events, end])
     kills = len(events_of(run, "restart"))
     saves = events_of(run, "checkpoint")
     wall = ended - began - spent["startup"]

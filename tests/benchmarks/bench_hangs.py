@@ -59,15 +59,15 @@ def main() -> None:
 def score(run: Path, faults: list[dict[str, Any]]) -> tuple[Counter[str], list[float]]:
     """How many were named with rank, phase and line, by kind; seconds from the threshold to each report."""
     right, delays = Counter[str](), []
-    hangs = {event["step"]: event for event in events_of(run, "hang")}
-    progress = [event["time"] for kind in ("step", "start") for event in events_of(run, kind)]
+    hangs = {event.step: event for event in events_of(run, "hang")}
+    progress = [event.time for kind in ("step", "start") for event in events_of(run, kind)]
     for fault in faults:
         event = hangs.get(fault["step"] + 1)
         if event is None:
             continue
-        named = event["rank"] == fault["rank"] and event["phase"] == KINDS[fault["kind"]]
-        right[fault["kind"]] += named and ".py:" in event["line"]
-        delays.append(event["time"] - max(time for time in progress if time < event["time"]) - HANG_AFTER_S)
+        named = event.rank == fault["rank"] and event.phase == KINDS[fault["kind"]]
+        right[fault["kind"]] += named and ".py:" in event.line
+        delays.append(event.time - max(time for time in progress if time < event.time) - HANG_AFTER_S)
     return right, delays
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.tiny import film_rows, shard_locally, tiny_job
 from trainers.job.schema import Job
+from trainers.run.events import Event
 from trainers.run.log import RunLog
 from trainers.run.record import Run, find_run
 from trainers.storage import Folder
@@ -89,7 +90,7 @@ class Killer:
 
     def note(self, event: dict[str, Any], victim: Any) -> None:
         """Take in an event of rank 0."""
-        self.events.append({"time": time.time(), **event})
+        self.events.append(event)
         if event["kind"] == "step" and event["step"] == self._next:
             self._next += STEPS_BETWEEN
             if event["step"] < STEPS_BETWEEN * (self._next // STEPS_BETWEEN):
@@ -106,13 +107,13 @@ def run_ours(run: Run) -> list[dict[str, Any]]:
     pool = EvaluationPool(run, 0)
     last = run.job.train.steps
 
-    def note(event: dict[str, Any]) -> None:
-        if event.get("step") != last:
-            killer.note(event, rank_1)
+    def note(event: Event) -> None:
+        if getattr(event, "step", None) != last:
+            killer.note(dict(event), rank_1)
         else:
-            killer.events.append(event)
+            killer.events.append(dict(event))
 
-    train(run, pool, ("accuracy", "max"), 0, log, note, lambda: False)
+    train(run, pool, 0, log, note, lambda: False)
     log.close()
     return killer.events
 
@@ -138,7 +139,7 @@ class FileHooks:
 
     def emit(self, event: Any) -> None:
         """Only rank 0's are written."""
-        self._file.write(json.dumps({"time": time.time(), **event}) + "\n")
+        self._file.write(event.model_dump_json() + "\n")
         self._file.flush()
 
     def stop_reason(self) -> None:

@@ -10,8 +10,6 @@ import pytest
 
 from orchestrator.evaluation import task as evaluation
 from orchestrator.sharding import ray_tasks
-from orchestrator.training.controller import _check_refusal
-from orchestrator.training.progress import Watch
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from trainers.errors import (
     DataError,
@@ -24,6 +22,8 @@ from trainers.errors import (
     from_record,
     to_record,
 )
+from trainers.run.events import RefusedEvent, parse_events
+from trainers.run.folder import read_evaluations
 from trainers.run.record import find_run
 from trainers.tokenizer.gigatoken import TokenizerDiffers
 from trainers.worker import rank_server
@@ -65,11 +65,8 @@ def test_what_a_rank_refuses_the_controller_raises(monkeypatch: pytest.MonkeyPat
     hooks = rank_server.PipeHooks(events, SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
     monkeypatch.setattr(rank_server, "run_rank", refuse)
     assert rank_server._run(SimpleNamespace(), hooks) == error.exit_code  # type: ignore[arg-type]
-    watch = Watch()
-    watch.note(json.loads(events.getvalue()))
-    with pytest.raises(type(error)) as raised:
-        _check_refusal(watch)
-    assert same(error, raised.value)
+    (refused,) = parse_events(events.getvalue().encode().splitlines())
+    assert isinstance(refused, RefusedEvent) and same(error, from_record(refused.error))
 
 
 @pytest.mark.parametrize("error", [ERRORS[1], ERRORS[3], ERRORS[7]], ids=lambda error: type(error).__name__)
@@ -89,7 +86,7 @@ def test_an_evaluation_that_fails_says_of_which_type_and_exit_code(tmp_path: Pat
     shard_locally(job)
     run = find_run(job)
     record = evaluation.evaluate_step(run, 7)
-    (kept,) = evaluation.read_evaluations(run.folder, run.shards.eval.key)
+    (kept,) = read_evaluations(run.folder, run.shards.eval.key)
     assert kept == record and kept.status == "failed" and kept.cause
     back = from_record(kept.cause)
     assert isinstance(back, EvaluationError) and back.exit_code == 6

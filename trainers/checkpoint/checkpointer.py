@@ -8,7 +8,7 @@ a save that comes while the one before is still being written: it waits a while,
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,11 @@ from trainers.checkpoint.slices import parameter_shapes, persistent_buffers, ran
 from trainers.checkpoint.writer_link import WriterLink
 from trainers.errors import TrainingError
 from trainers.model.world import World
+from trainers.run.events import CheckpointEvent, CheckpointSkippedEvent, Event
 from trainers.run.folder import step_name
 from trainers.storage import Folder
 
-Emit = Callable[[Mapping[str, Any]], None]
+Emit = Callable[[Event], None]
 WAIT_S = 60.0
 """How long a save waits for the one before, once; after that it is left out, and the one before goes on."""
 STUCK_S = 240.0
@@ -119,7 +120,7 @@ class Checkpointer:
             settle_s=0.0,
             rest=REST if self.world.device.type == "cpu" else 0.0,
             state=state_record(self.engine, progress, self.train_key, self.job) if first else None,
-            history=json.dumps(progress.history) if first else "[]",
+            history=json.dumps([step.model_dump(mode="json") for step in progress.history]) if first else "[]",
         )
 
     def poll(self) -> None:
@@ -159,7 +160,7 @@ class Checkpointer:
 
     def _skip(self, step: int, reason: str) -> None:
         if self.world.rank == 0:
-            self.emit({"kind": "checkpoint_skipped", "step": step, "reason": reason})
+            self.emit(CheckpointSkippedEvent(step=step, reason=reason))
 
     def _tell(self, report: SaveReport | None) -> None:
         if report is None or self.world.rank:
@@ -168,7 +169,7 @@ class Checkpointer:
             self._skip(report.step, report.error)
             return
         seconds = report.at - self._event.pop("began")
-        self.emit({"kind": "checkpoint", **self._event, "seconds": seconds, "bytes": report.bytes})
+        self.emit(CheckpointEvent(**self._event, seconds=seconds, bytes=report.bytes))
 
     def resume(self) -> Progress:
         """Restore the newest committed checkpoint whose digests hold, the same on every rank; step 0 if none.

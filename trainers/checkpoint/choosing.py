@@ -5,9 +5,9 @@ broadcasts; every rank checks its share of the files against what was broadcast,
 """
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from trainers.checkpoint.cleaning import clean_leftovers, quarantine, quarantined
 from trainers.checkpoint.damage import Damaged, Finding, check_files, compare, read_manifest
@@ -15,11 +15,12 @@ from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps
 from trainers.checkpoint.records import CheckpointManifest
 from trainers.errors import TrainingError
+from trainers.run.events import CheckpointQuarantinedEvent, CheckpointSkippedEvent, Event
 from trainers.run.folder import step_name
 from trainers.storage import Folder
 
 T = TypeVar("T")
-Emit = Callable[[Mapping[str, Any]], None]
+Emit = Callable[[Event], None]
 
 
 class Ranks(Protocol):
@@ -96,7 +97,7 @@ def _propose(checkpoints: Folder, emit: Emit, start_over: bool) -> Proposal:
     """Rank 0: the newest step with a manifest that its marker confirms."""
     try:
         for step, reason in clean_leftovers(checkpoints):
-            emit({"kind": "checkpoint_skipped", "step": step, "reason": reason})
+            emit(CheckpointSkippedEvent(step=step, reason=reason))
         for step in reversed(committed_steps(checkpoints)):
             try:
                 return Proposal(step, read_manifest(checkpoints / step_name(step)))
@@ -143,4 +144,4 @@ def _judge(
 
 def _set_aside(checkpoints: Folder, step: int, reason: str, emit: Emit) -> None:
     quarantine(checkpoints, step, reason)
-    emit({"kind": "checkpoint_quarantined", "step": step, "reason": reason})
+    emit(CheckpointQuarantinedEvent(step=step, reason=reason))

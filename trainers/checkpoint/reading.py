@@ -13,6 +13,7 @@ from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.records import COMMITTED, HISTORY, STATE, CheckpointManifest, CheckpointState
 from trainers.checkpoint.tensor_file import TORCH_NAMES
 from trainers.patience import retrying
+from trainers.run.events import StepEvent
 from trainers.run.folder import parse_step
 from trainers.storage import Folder
 
@@ -108,10 +109,9 @@ class CheckpointReader:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty(0)
 
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[StepEvent]:
         """Events of the last steps before this checkpoint, oldest first."""
-        events: list[dict[str, Any]] = json.loads(self._text(HISTORY))
-        return events
+        return [StepEvent.model_validate(event) for event in json.loads(self._text(HISTORY))]
 
     def buffers(self) -> Iterable[tuple[str, Any]]:
         """Persistent buffers by name."""

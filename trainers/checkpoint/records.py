@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from trainers.records import Event, Record
+from trainers.records import Record
+from trainers.run.events import StepEvent
 
 COMMITTED, MANIFEST, STATE, HISTORY = "COMMITTED", "manifest.json", "state.json", "history.json"
 QUARANTINED = "QUARANTINED"
@@ -111,6 +112,6 @@ class Progress:
     step: int
     """Optimizer steps done."""
     tokens: int
-    history: tuple[Event, ...] = ()
+    history: tuple[StepEvent, ...] = ()
     """The last steps' events. They go into each checkpoint, because a controller that is killed may not have heard of
     steps whose checkpoint is committed."""

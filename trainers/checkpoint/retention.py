@@ -1,14 +1,41 @@
-"""Which checkpoints may be deleted. Pure: the owner (the controller, or rank 0 without one) acts on it."""
+"""Which checkpoints may be deleted, and the one owner that deletes them: the controller, or rank 0 without one."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+
+from trainers.checkpoint.cleaning import remove_checkpoint
+from trainers.checkpoint.reading import committed_steps
+from trainers.run.events import CheckpointEvent, CheckpointQuarantinedEvent, Event
+from trainers.storage import Folder
 
 
-def deletable(committed: Sequence[int], keep: int, pinned: Collection[int]) -> list[int]:
-    """Steps that may go: neither among the newest `keep`, nor pinned (best, promoted, being evaluated).
+def deletable(committed: Collection[int], keep: int, pinned: Collection[int]) -> list[int]:
+    """Steps that may go: neither among the newest `keep`, nor pinned. Pure.
 
     Args:
         committed: steps with a commit marker, in any order.
         keep: at least 1, so the newest always stays.
+        pinned: the best, those that the registry promoted, those in use.
     """
     newest = set(sorted(committed)[-keep:])
     return [step for step in sorted(committed) if step not in newest and step not in pinned]
+
+
+class KeptCheckpoints:
+    """The committed checkpoints of one run: listed once, then followed by events, for a listing costs requests."""
+
+    def __init__(self, folder: Folder, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self.steps = set(committed_steps(folder))
+
+    def note(self, event: Event) -> None:
+        """Follow a commit, or a checkpoint that was set aside."""
+        if isinstance(event, CheckpointEvent):
+            self.steps.add(event.step)
+        elif isinstance(event, CheckpointQuarantinedEvent):
+            self.steps.discard(event.step)
+
+    def prune(self, pinned: Collection[int]) -> None:
+        """Delete what nothing needs any more; see `deletable`."""
+        for step in deletable(self.steps, self._keep, pinned):
+            remove_checkpoint(self._folder, step)
+            self.steps.discard(step)

@@ -15,6 +15,7 @@ from trainers.shards.manifest import Shards
 from trainers.storage import Folder
 
 STEP_NAME = re.compile(r"step-(\d{8})")
+RESULT = "result.json"
 
 
 def checkpoints_folder(job: Job, run: Folder) -> Folder:
@@ -61,6 +62,24 @@ class Evaluation(Record):
     seconds: float = 0.0
 
 
+def read_evaluations(run: Folder, eval_key: str | None = None) -> list[Evaluation]:
+    """Committed records, by step; one that cannot be read counts as absent.
+
+    Args:
+        eval_key: only those over these evaluation shards.
+    """
+    folder, records = run / "evals", []
+    for name in folder.list():
+        if not name.endswith(".json") or parse_step(name) is None:
+            continue
+        try:
+            record = Evaluation.model_validate_json(folder.read_bytes(name))
+        except ValueError:
+            continue
+        records += [record] if eval_key in (None, record.eval_key) else []
+    return records
+
+
 class RegisteredVersion(Record):
     """One version in the model registry."""
 
@@ -94,3 +113,20 @@ class RunResult(Record):
     """Seconds of the run's wall time by what they went into; see trainers/run/goodput.py."""
     seconds: dict[str, float] = {}
     """Wall time by stage."""
+
+
+def read_result(run: Folder) -> RunResult | None:
+    """The committed result, None if there is none. Raises ValueError if it is damaged."""
+    try:
+        return RunResult.model_validate_json(run.read_bytes(RESULT))
+    except FileNotFoundError:
+        return None
+
+
+def promoted_steps(run: Folder) -> set[int]:
+    """Steps of this run that were registered."""
+    try:
+        result = read_result(run)
+    except ValueError:
+        return set()
+    return {result.registry.step} if result and result.registry else set()

@@ -8,9 +8,9 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Event = dict[str, Any]
+from trainers.run.events import Event, RestartEvent, RolledBackEvent, StageEvent, StageStartEvent, StartEvent, StepEvent
+
 KINDS = ("shard", "startup", "productive", "data_wait", "checkpoint", "recomputed", "restart", "evaluation", "register")
 """startup: from the begin of the training to its first step. restart: from a rank's last step before a failure to the
 first step after it. recomputed: steps that were done again. checkpoint: what saving held up the steps, and the wait for
@@ -24,12 +24,12 @@ def account(events: Sequence[Event]) -> dict[str, float]:
     Events count by their time, not by their place: a controller that was killed hears of its last steps in the next
     attempt.
     """
-    events = sorted(events, key=lambda event: float(event["time"]))
+    events = sorted(events, key=lambda event: event.time)
     spent = dict.fromkeys(KINDS, 0.0)
     for event in events:
-        if event["kind"] == "stage" and event["stage"] in STAGES:
-            spent[STAGES[event["stage"]]] += event["seconds"]
-    last_try = {event["step"]: number for number, event in enumerate(events) if event["kind"] == "step"}
+        if isinstance(event, StageEvent) and event.stage in STAGES:
+            spent[STAGES[event.stage]] += event.seconds
+    last_try = {event.step: number for number, event in enumerate(events) if isinstance(event, StepEvent)}
     for begin, end, session in _training_sessions(events):
         _account_session(begin, end, session, last_try, spent)
     return spent
@@ -41,17 +41,17 @@ def _training_sessions(events: Sequence[Event]) -> list[tuple[float, float, list
     begin: float | None = None
     inside: list[tuple[int, Event]] = []
     for number, event in enumerate(events):
-        starts = event["kind"] == "stage_start" and event["stage"] == "train"
-        ends = event["kind"] == "stage" and event["stage"] == "train"
+        starts = isinstance(event, StageStartEvent) and event.stage == "train"
+        ends = isinstance(event, StageEvent) and event.stage == "train"
         if begin is not None and (starts or ends):  # a driver that was killed has no end: its last event is it
-            sessions.append((begin, event["time"] if ends else max(inside[-1][1]["time"], begin), inside))
+            sessions.append((begin, event.time if ends else max(inside[-1][1].time, begin), inside))
             begin = None
         if starts:
-            begin, inside = event["time"], [(number, event)]
+            begin, inside = event.time, [(number, event)]
         elif begin is not None:
             inside.append((number, event))
     if begin is not None:
-        sessions.append((begin, max(inside[-1][1]["time"], begin), inside))
+        sessions.append((begin, max(inside[-1][1].time, begin), inside))
     return sessions
 
 
@@ -61,17 +61,17 @@ def _account_session(
     """Walk from step to step; what lies between two is a restart where a launch began in it, else a save."""
     at, gap = begin, "startup"
     for number, event in session:
-        if event["kind"] in ("restart", "rolled_back") or (event["kind"] == "start" and gap == "checkpoint"):
+        if isinstance(event, RestartEvent | RolledBackEvent) or (isinstance(event, StartEvent) and gap == "checkpoint"):
             gap = "restart"
-        if event["kind"] != "step" or event["time"] > end:
+        if not isinstance(event, StepEvent) or event.time > end:
             continue
-        started = max(min(event["time"] - event["step_s"], event["time"]), at)
+        started = max(min(event.time - event.step_s, event.time), at)
         spent[gap] += started - at
-        waited = min(event["data_wait_s"], event["time"] - started)
+        waited = min(event.data_wait_s, event.time - started)
         spent["data_wait"] += waited
-        kind = "productive" if last_try[event["step"]] == number else "recomputed"
-        spent[kind] += event["time"] - started - waited
-        at, gap = max(event["time"], at), "checkpoint"
+        kind = "productive" if last_try[event.step] == number else "recomputed"
+        spent[kind] += event.time - started - waited
+        at, gap = max(event.time, at), "checkpoint"
     spent[gap] += max(end - at, 0.0)
 
 

@@ -5,12 +5,13 @@ from typing import Any, Protocol
 
 from trainers.checkpoint.records import Progress
 from trainers.records import Phase, StopReason
+from trainers.run.events import Event
 
 
 class Hooks(Protocol):
     """What a rank tells the outside world, and hears from it. Only rank 0's `emit` is called."""
 
-    def emit(self, event: Mapping[str, Any]) -> None:
+    def emit(self, event: Event) -> None:
         """Record an event."""
 
     def stop_reason(self) -> StopReason | None:

@@ -12,7 +12,8 @@ from typing import Any
 from trainers.batching.batches import StepBatch, StepSource
 from trainers.checkpoint.records import Progress
 from trainers.model.world import World
-from trainers.records import STOPS, Event, StopReason
+from trainers.records import STOPS, StopReason
+from trainers.run.events import StepEvent, StragglerEvent
 from trainers.training.divergence import Diverged, divergence
 from trainers.training.hooks import Hooks, Objective, Saver
 from trainers.training.schedule import Schedule
@@ -84,7 +85,7 @@ def train(
         hooks.at("settle", step)
         seconds = time.perf_counter() - began
         loss, busy = _settle(loss_sum / batch.targets, seconds * meter.share(), world)
-        wrong = divergence(loss, norm, [event["loss"] for event in history], settings.spike_factor)
+        wrong = divergence(loss, norm, [event.loss for event in history], settings.spike_factor)
         if wrong:
             raise Diverged(step, loss, wrong)
         step, tokens = step + 1, tokens + batch.tokens
@@ -103,13 +104,12 @@ def train(
     return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
 
 
-def _tell(hooks: Hooks, event: Event, straggler: Straggler | None, world: World) -> None:
+def _tell(hooks: Hooks, event: StepEvent, straggler: Straggler | None, world: World) -> None:
     """Rank 0 reports a step, and the rank that the others waited for."""
     if world.rank == 0:
         hooks.emit(event)
         if straggler:
-            lag = {"rank": straggler.rank, "lag_s": straggler.lag_s}
-            hooks.emit({"kind": "straggler", "step": event["step"], **lag})
+            hooks.emit(StragglerEvent(step=event.step, rank=straggler.rank, lag_s=straggler.lag_s))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -176,20 +176,18 @@ def _settle(loss: Any, busy_s: float, world: World) -> tuple[float, Sequence[flo
 
 def _step_event(
     step: int, loss: float, rate: float, norm: float, batch: StepBatch, seconds: float, waited: float, tokens: int
-) -> Event:
-    return {
-        "kind": "step",
-        "time": time.time(),
-        "step": step,
-        "loss": loss,
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "tokens": tokens,
-        "tokens_per_s": batch.tokens / seconds,
-        "step_s": seconds,
-        "data_wait_s": waited,
-        "memory_gib": peak_memory_gib(),
-    }
+) -> StepEvent:
+    return StepEvent(
+        step=step,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=norm,
+        tokens=tokens,
+        tokens_per_s=batch.tokens / seconds,
+        step_s=seconds,
+        data_wait_s=waited,
+        memory_gib=peak_memory_gib(),
+    )
 
 
 def peak_memory_gib() -> float:

@@ -11,6 +11,7 @@ from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine
 from trainers.model.world import World, join_world
+from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run
 from trainers.storage import Folder
 from trainers.tokenizer.encoder import load_encoder
@@ -39,7 +40,7 @@ def run_rank(run: Run, hooks: Hooks) -> LoopOutcome:
             return _attempt(run, hooks, world)
         except Diverged as error:
             if world.rank == 0:
-                hooks.emit({"kind": "rolled_back", "step": error.step + 1, "reason": error.reason})
+                hooks.emit(RolledBackEvent(step=error.step + 1, reason=error.reason))
             hooks.at("load", error.step)
 
 
@@ -55,8 +56,8 @@ def _verify(run: Run, world: World, hooks: Hooks) -> None:
             began = time.monotonic()
             found = verify_job(run.job, run.model)
             failed = [check.name for check in found.checks if not check.passed]
-            told = {"passed": len(found.checks) - len(failed), "failed": failed, "key": found.key}
-            hooks.emit({"kind": "verification", **told, "seconds": time.monotonic() - began})
+            passed, seconds = len(found.checks) - len(failed), time.monotonic() - began
+            hooks.emit(VerificationEvent(passed=passed, failed=tuple(failed), key=found.key, seconds=seconds))
         require_passed(found, run.job.model.dtype)
     world.barrier()
 
@@ -92,9 +93,8 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     start = checkpointer.resume()
     host_bytes = checkpointer.prepare()
     if world.rank == 0:
-        hooks.emit({"kind": "history", "events": list(start.history)})
-        found = {"step": start.step, "steps": order.steps, "world_size": world.size, "checkpoint_bytes": host_bytes}
-        hooks.emit({"kind": "start", **found})
+        hooks.emit(HistoryEvent(events=start.history))
+        hooks.emit(StartEvent(step=start.step, steps=order.steps, world_size=world.size, checkpoint_bytes=host_bytes))
     settings = LoopSettings(
         order.steps, job.checkpoint.every_steps, job.train.seed, job.train.spike_factor, skipped.numbers
     )
@@ -108,8 +108,8 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     finally:
         checkpointer.close()
     if world.rank == 0:
-        done = {"step": outcome.progress.step, "tokens": outcome.progress.tokens, "stopped": outcome.stopped}
-        hooks.emit({"kind": "done", **done})
+        step, tokens = outcome.progress.step, outcome.progress.tokens
+        hooks.emit(DoneEvent(step=step, tokens=tokens, stopped=outcome.stopped))
     hooks.at("done", outcome.progress.step)
     return outcome
 

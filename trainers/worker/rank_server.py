@@ -14,13 +14,13 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from trainers.errors import TuneyardError, to_record
 from trainers.records import Record
+from trainers.run.events import FailedEvent, RefusedEvent
 from trainers.run.record import Run
 from trainers.worker.heartbeat import HeartbeatPage
 from trainers.worker.rank import run_rank
@@ -147,14 +147,13 @@ def _run(run: Run, hooks: PipeHooks) -> int:
     try:
         run_rank(run, hooks)
     except TuneyardError as error:
-        hooks.emit({"kind": "refused", "error": to_record(error)})
+        hooks.emit(RefusedEvent(error=to_record(error), rank=int(os.environ.get("RANK", 0))))
         return error.exit_code
     except BaseException as error:
         traceback.print_exc()
         frames = traceback.extract_tb(error.__traceback__)
         where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-        hooks.emit({"kind": "failed", "time": time.time(), "error": to_record(error),
-                    "errno": getattr(error, "errno", None), "where": where})  # fmt: skip
+        hooks.emit(FailedEvent(error=to_record(error), errno=getattr(error, "errno", None), where=where))
         return FAILED
     return 0
 

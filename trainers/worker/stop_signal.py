@@ -1,15 +1,14 @@
 """How a rank hears that it should stop: SIGTERM to itself, or its node agent's word on the heartbeat page."""
 
-import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from trainers.errors import Preempted
 from trainers.records import Phase, StopReason
+from trainers.run.events import Event
 from trainers.worker.heartbeat import HeartbeatPage
 
 
@@ -50,9 +49,9 @@ class PipeHooks:
     def __init__(self, events: Any, heartbeat: HeartbeatPage, stop: StopSignal) -> None:
         self._events, self._heartbeat, self._stop = events, heartbeat, stop
 
-    def emit(self, event: Mapping[str, Any]) -> None:
+    def emit(self, event: Event) -> None:
         """Send an event; it has left this process when this returns."""
-        self._events.write(json.dumps(event) + "\n")
+        self._events.write(event.model_dump_json() + "\n")
         self._events.flush()
 
     def stop_reason(self) -> StopReason | None:

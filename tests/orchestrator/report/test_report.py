@@ -1,5 +1,6 @@
 """The report: one page that stands alone, tells the truth about the run and lets no text become markup."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -8,6 +9,7 @@ import pytest
 
 from orchestrator.report.page import duration, render_report, write_report
 from trainers.job.load import parse_job
+from trainers.run.events import StepEvent, parse_events, steps_of
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult
 from trainers.run.row_scores import write_row_scores
 from trainers.shards.manifest import ShardManifest, ShardRecord, Shards
@@ -46,7 +48,7 @@ def events_of(steps=100):
                 "tokens_per_s": float(4000 + 500 * random.random()),
             }
         )
-    return events
+    return parse_events(json.dumps(event).encode() for event in events)
 
 
 def shards_of(labels=("ai", "coding", EVIL)):
@@ -209,11 +211,9 @@ def test_every_input_row_is_in_the_ledger(page):
 
 
 def test_a_step_that_was_run_again_is_drawn_once_as_it_ran_last(tmp_path):
-    from trainers.run.events import steps_of
-
     steps = steps_of(events_of())
-    assert [event["step"] for event in steps] == list(range(1, 101))
-    assert steps[54]["time"] > steps[59]["time"] - 10
+    assert [event.step for event in steps] == list(range(1, 101))
+    assert steps[54].time > steps[59].time - 10
 
 
 def test_a_run_that_failed_at_once_has_a_report_with_its_error(tmp_path):
@@ -233,7 +233,7 @@ def test_how_a_score_was_computed_stands_beside_it(tmp_path):
 
 def test_odd_numbers_are_drawn_around(tmp_path):
     nan = float("nan")
-    events = [{"kind": "step", "time": 0.0, "step": step, "loss": nan if step % 2 else 1.0} for step in range(1, 9)]
+    events = [StepEvent(time=0.0, step=step, loss=nan if step % 2 else 1.0) for step in range(1, 9)]
     evaluation = Evaluation(step=4, status="done", metrics={"loss": nan, "perplexity": float("inf")}, eval_key="e")
     result = RunResult(status="preempted", evaluations=(evaluation,))
     page = render_report(Folder(str(tmp_path)), result, job_of(task="pretrain"), events)

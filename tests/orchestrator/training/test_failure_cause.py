@@ -5,12 +5,13 @@ import signal
 
 from orchestrator.training.failure_cause import find_cause
 from orchestrator.training.node_report import RankExit
+from trainers.run.events import FailedEvent
 
 
 def rank_exit(rank, code=1, at=0.0, error=None, number=None, **more):
     kind, _, message = (error or "").partition(": ")
-    said = {"type": kind, "message": message, "exit_code": 1}
-    failed = {"error": said, "errno": number, "where": "model.py:7 in forward"} if error else None
+    record = {"type": kind, "message": message, "exit_code": 1}
+    failed = FailedEvent(error=record, errno=number, where="model.py:7 in forward") if error else None
     known = {"log_tail": "", "max_rss_bytes": 3 << 30, "oom_kills": 0, "shm_free_bytes": 1 << 30, "node": "n1"}
     return RankExit(rank=rank, code=code, at=at, failed=failed, **(known | more))
 

@@ -26,15 +26,15 @@ def test_ranks_that_are_no_forks_run_and_leave_a_spare(
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.free_port())}
     kept.launch(run, {0: {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}}, None)
     events, ranks, deadline = [], set(), time.monotonic() + 120
-    while not (seen := kept.look()).exits:
+    while not (seen := kept.report()).exits:
         assert time.monotonic() < deadline
         events += seen.events
-        ranks |= set(seen.processes.values())
+        ranks |= {rank.process for rank in kept._ranks.values()} - {None}
         time.sleep(0.05)
-    events += kept.look().events
+    events += kept.report().events
     assert [rank_exit.code for rank_exit in seen.exits] == [0]
     assert ranks == set(first)
-    assert [event["step"] for event in events if event["kind"] == "step"] == list(range(1, 7))
+    assert [event.step for event in events if event.kind == "step"] == list(range(1, 7))
     (spare,) = kept._servers
     assert spare.process.pid not in first
     assert kept.wait_warm(60)

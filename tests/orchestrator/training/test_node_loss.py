@@ -16,8 +16,8 @@ from tests.hosts import PORT, UNAVAILABLE, Host, two_hosts
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from trainers.job.schema import Job
 from trainers.model.source import find_model
+from trainers.run.events import read_events
 from trainers.run.folder import run_folder
-from trainers.run.log import read_events
 from trainers.storage import Folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE)]
@@ -77,11 +77,11 @@ def undisturbed(job: Job) -> dict[int, float]:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = Path(raw["storage"]).glob("runs/undisturbed-????????")
-    return {event["step"]: event["loss"] for event in events_of(run, "step")}
+    return {event.step: event.loss for event in events_of(run, "step")}
 
 
-def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(Folder(str(run))) if event["kind"] == kind]
+def events_of(run: Path, kind: str) -> list[Any]:
+    return [event for event in read_events(Folder(str(run))) if event.kind == kind]
 
 
 def wait_for(reached: Callable[[], bool], driver: "subprocess.Popen[bytes]", log: Path, seconds: float = 120) -> None:
@@ -112,17 +112,17 @@ def test_a_node_that_is_about_to_go_is_left_in_time(hosts: tuple[Host, Host], jo
             second.drain(first)
             if workers == "2":
                 assert driver.wait(timeout=60) == 75, log.read_text()
-                assert events_of(run, "done")[-1]["stopped"] == "preempted"
+                assert events_of(run, "done")[-1].stopped == "preempted"
             else:
                 wait_for(lambda n=launches: len(events_of(run, "start")) > n + 1, driver, log)
-                assert [event["world_size"] for event in events_of(run, "start")] == [2, 2, 1]
-                assert events_of(run, "done")[-1]["stopped"] == "resize"
+                assert [event.world_size for event in events_of(run, "start")] == [2, 2, 1]
+                assert events_of(run, "done")[-1].stopped == "resize"
         finally:
             driver.kill()
             driver.wait()
         second.kill_everything()
         second.start_ray(first)
-        assert (run / "checkpoints" / f"step-{events_of(run, 'done')[-1]['step']:08d}" / "COMMITTED").exists()
+        assert (run / "checkpoints" / f"step-{events_of(run, 'done')[-1].step:08d}" / "COMMITTED").exists()
     assert not events_of(run, "restart")
 
 
@@ -140,19 +140,19 @@ def test_a_lost_node_costs_a_moment_and_no_step(
         driver = subprocess.Popen(command, env=first.environment(), stdout=stream, stderr=stream)
     try:
         wait_for(lambda: len(events_of(run, "step")) >= 15, driver, log)
-        assert [event["world_size"] for event in events_of(run, "start")] == [2]
+        assert [event.world_size for event in events_of(run, "start")] == [2]
         if how == "killed":
             second.kill_everything()
         else:
             second.set_link("down")
         lost_at = time.time()
         wait_for(lambda: len(events_of(run, "start")) >= 2, driver, log)
-        wait_for(lambda: events_of(run, "step")[-1]["time"] > events_of(run, "start")[1]["time"], driver, log)
-        seconds = events_of(run, "step")[-1]["time"] - lost_at
+        wait_for(lambda: events_of(run, "step")[-1].time > events_of(run, "start")[1].time, driver, log)
+        seconds = events_of(run, "step")[-1].time - lost_at
         print(f"\n{how}: {seconds:.1f} s to the first step with one worker")
-        assert events_of(run, "start")[1]["world_size"] == 1
+        assert events_of(run, "start")[1].world_size == 1
         assert seconds < SMALLER_WITHIN_S
-        assert "lost the node" in events_of(run, "restart")[0]["cause"]
+        assert "lost the node" in events_of(run, "restart")[0].cause
 
         second.kill_everything()
         second.set_link("up")
@@ -164,10 +164,10 @@ def test_a_lost_node_costs_a_moment_and_no_step(
         driver.wait()
     starts = events_of(run, "start")
     assert [start["world_size"] for start in starts] == [2, 1, 2]
-    assert starts[1]["step"] >= 10
-    resized = [event for event in events_of(run, "done") if event["stopped"] == "resize"]
-    assert [event["step"] for event in resized] == [starts[2]["step"]]
-    steps = {event["step"]: event["loss"] for event in events_of(run, "step")}
+    assert starts[1].step >= 10
+    resized = [event for event in events_of(run, "done") if event.stopped == "resize"]
+    assert [event.step for event in resized] == [starts[2].step]
+    steps = {event.step: event.loss for event in events_of(run, "step")}
     assert set(steps) == set(range(1, STEPS + 1))
     assert json.loads((run / "result.json").read_text())["status"] == "done"
     assert steps == pytest.approx(undisturbed, abs=1e-5)

@@ -15,6 +15,7 @@ from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import Preempted, TrainingError, TuneyardError
 from trainers.job.schema import Job
+from trainers.run.events import Event, StepEvent
 from trainers.storage import Folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
@@ -55,7 +56,7 @@ def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing
     ]
     run = run_training(job, "failing", *faults)
     assert losses(run) == undisturbed
-    causes = [event["cause"] for event in events_of(run, "restart")]
+    causes = [event.cause for event in events_of(run, "restart")]
     assert "rank 1" in causes[0]
     assert "was killed by SIGKILL" in causes[0]
     assert "rank 0" in causes[1]
@@ -63,7 +64,7 @@ def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing
     assert "sitecustomize.py" in causes[1]
     assert "cannot allocate 1 TiB" in causes[2]
     assert "train.micro_batch_size" in causes[2]
-    starts = [event["step"] for event in events_of(run, "start")]
+    starts = [event.step for event in events_of(run, "start")]
     assert starts == sorted(starts)
     assert set(starts) <= {0, 4, 8}  # a checkpoint that was still being written when its rank died is lost
     assert "not on speaking terms" in (run / "logs" / "rank-00000.log").read_text()
@@ -75,8 +76,8 @@ def test_a_rank_that_the_kernel_kills_for_memory_is_told_from_any_other_kill(
     fault = {"kind": "oom", "rank": 1, "step": 5, "cgroup": str(cgroup(200 << 20))}
     run = run_training(job, "out-of-memory", fault)
     (restart,) = events_of(run, "restart")
-    assert "rank 1" in restart["cause"]
-    assert "was killed by the kernel for memory" in restart["cause"]
+    assert "rank 1" in restart.cause
+    assert "was killed by the kernel for memory" in restart.cause
     assert losses(run) == undisturbed
 
 
@@ -102,18 +103,18 @@ def test_a_rank_that_hangs_is_named_with_its_line_and_the_run_goes_on(
 ) -> None:
     run = run_training(with_(job, scale={"hang_after_s": 3.0}), kind, {"kind": kind, "rank": rank, "step": 5})
     (hang,) = events_of(run, "hang")
-    assert hang["rank"] == rank
-    assert said in hang["report"]
-    assert ".py:" in hang["line"]
+    assert hang.rank == rank
+    assert said in hang.report
+    assert ".py:" in hang.line
     assert losses(run) == undisturbed
 
 
 def test_a_collective_that_one_rank_leaves_out_is_named_as_what_it_is(job: Job, undisturbed: dict[int, float]) -> None:
     run = run_training(job, "mismatch", {"kind": "mismatch", "rank": 0, "step": 5})
     (restart,) = events_of(run, "restart")
-    assert "collective mismatch" in restart["cause"]
-    assert "A rank left out a collective" in restart["cause"]
-    assert "loop.py:" in restart["cause"]
+    assert "collective mismatch" in restart.cause
+    assert "A rank left out a collective" in restart.cause
+    assert "loop.py:" in restart.cause
     assert losses(run) == undisturbed
 
 
@@ -124,8 +125,8 @@ def test_a_slow_rank_is_no_hang_but_a_straggler(job: Job, undisturbed: dict[int,
     assert not events_of(run, "restart")
     found = events_of(run, "straggler")
     assert found
-    assert {event["rank"] for event in found} == {1}
-    assert found[-1]["lag_s"] == pytest.approx(0.2, abs=0.1)
+    assert {event.rank for event in found} == {1}
+    assert found[-1].lag_s == pytest.approx(0.2, abs=0.1)
 
 
 def test_a_loss_that_is_not_finite_rolls_back_and_leaves_that_step_out(job: Job, undisturbed: dict[int, float]) -> None:
@@ -136,7 +137,7 @@ def test_a_loss_that_is_not_finite_rolls_back_and_leaves_that_step_out(job: Job,
         step: loss for step, loss in undisturbed.items() if step < 7
     }
     (rolled_back,) = events_of(run, "rolled_back")
-    assert (rolled_back["step"], rolled_back["reason"]) == (7, "the loss is nan")
+    assert (rolled_back.step, rolled_back.reason) == (7, "the loss is nan")
     (skipped,) = json.loads((run / "skipped.json").read_text())["steps"]
     assert skipped["step"] == 6
     assert len(skipped["sequences"]) == 8
@@ -156,8 +157,8 @@ def test_sigterm_to_one_rank_is_agreed_by_all_and_goes_on_bit_for_bit(job: Job, 
     for attempt in range(3):
         sent = threading.Event()
 
-        def send(event: dict[str, Any], attempt: int = attempt, sent: threading.Event = sent) -> None:
-            if event["kind"] == "step" and not sent.is_set():
+        def send(event: Event, attempt: int = attempt, sent: threading.Event = sent) -> None:
+            if isinstance(event, StepEvent) and not sent.is_set():
                 sent.set()
                 os.kill(rank_processes()[f"rank-{attempt % 2}"], signal.SIGTERM)
 
@@ -170,8 +171,8 @@ def test_sigterm_to_one_rank_is_agreed_by_all_and_goes_on_bit_for_bit(job: Job, 
 
 
 def test_a_rank_that_waits_for_data_hears_sigterm(job: Job, undisturbed: dict[int, float]) -> None:
-    def send(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["step"] == 5:
+    def send(event: Event) -> None:
+        if isinstance(event, StepEvent) and event.step == 5:
             threading.Timer(1.0, lambda: os.kill(rank_processes()["rank-1"], signal.SIGTERM)).start()
 
     with pytest.raises(Preempted):
@@ -183,8 +184,8 @@ def test_a_rank_that_waits_for_data_hears_sigterm(job: Job, undisturbed: dict[in
 
 
 def test_a_rank_that_cannot_commit_within_the_grace_time_ends(job: Job) -> None:
-    def send(event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["step"] == 5:
+    def send(event: Event) -> None:
+        if isinstance(event, StepEvent) and event.step == 5:
             time.sleep(0.5)
             os.kill(rank_processes()["rank-0"], signal.SIGTERM)
 

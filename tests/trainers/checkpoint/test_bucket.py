@@ -85,7 +85,7 @@ def train_into(job: Job, run: str, stop_after: int | None) -> list[dict[str, Any
 
 def train_twice(job: Job, stopped: str, whole: str) -> list[dict[int, float]]:
     runs = [train_into(job, stopped, 3), train_into(job, stopped, None), train_into(job, whole, None)]
-    return [{event["step"]: event["loss"] for event in events if event["kind"] == "step"} for events in runs]
+    return [{event.step: event.loss for event in events if event.kind == "step"} for events in runs]
 
 
 def test_a_run_in_a_bucket_is_stopped_and_goes_on_bit_for_bit(

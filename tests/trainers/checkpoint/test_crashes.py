@@ -64,11 +64,11 @@ def test_a_kill_at_any_byte_leaves_the_newest_commit(tmp_path: Path, whom: str, 
     job.kill()
     whole = whole_steps(checkpoints)
     found = next_start(checkpoints, VALUES)
-    assert found.step == max(whole, default=0) >= max((one["step"] for one in job.said()), default=0) >= step - 1
+    assert found.step == max(whole, default=0) >= max((one.step for one in job.said()), default=0) >= step - 1
     assert whole_steps(checkpoints) == whole
     for one in found.told:  # killed between manifest and marker, a checkpoint is set aside
-        assert one["step"] > found.step
-        assert "never committed" in one["reason"] or "COMMITTED is missing" in one["reason"]
+        assert one.step > found.step
+        assert "never committed" in one.reason or "COMMITTED is missing" in one.reason
     assert not list(checkpoints.rglob(".tmp-*"))
 
 
@@ -83,7 +83,7 @@ def test_a_killed_writer_costs_nothing(tmp_path: Path, seed: int) -> None:
     kill(killed)
     assert job.join() == [0, 0]
     assert not is_alive(killed)
-    assert [(one["step"], one["error"]) for one in job.said()] == [(1, None), (2, None), (3, None)]
+    assert [(one.step, one["error"]) for one in job.said()] == [(1, None), (2, None), (3, None)]
     assert next_start(checkpoints, VALUES).step == 3
 
 
@@ -110,8 +110,8 @@ def test_damage_to_any_file_is_found_named_and_passed_over(three_commits: Path, 
         found = next_start(checkpoints, 1000)
         assert found.step == 2
         (told,) = found.told
-        assert told["step"] == 3
-        assert name in told["reason"] or "manifest" in told["reason"]
+        assert told.step == 3
+        assert name in told.reason or "manifest" in told.reason
         assert whole_steps(checkpoints) == [1, 2]
         assert (checkpoints / "damaged-step-00000003").is_dir()
 
@@ -121,7 +121,7 @@ def test_damage_to_all_but_the_oldest_leaves_the_oldest(three_commits: Path, tmp
     for step in (2, 3):
         damage_file(checkpoints / step_name(step) / rank_file(1, 2), "flipped", random.Random(step))
     found = next_start(checkpoints, 1000)
-    assert (found.step, [one["step"] for one in found.told]) == (1, [3, 2])
+    assert (found.step, [one.step for one in found.told]) == (1, [3, 2])
 
 
 def test_a_disk_that_is_full_beforehand_costs_the_checkpoint_alone(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_disk_that_is_full_beforehand_costs_the_checkpoint_alone(tmp_path: Pat
     with disk as place:
         job = start_light(tmp_path / "one", place / "checkpoints", steps=4, values=VALUES)
         assert job.join() == [0, 0]
-        said = {one["step"]: one["error"] for one in job.said()}
+        said = {one.step: one["error"] for one in job.said()}
         assert (said[1], said[2]) == (None, None)
         for step in (3, 4):
             assert "the checkpoint needs 24,00" in said[step]
@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_the_checkpoint_alone(tmp_path: Pat
             while True:
                 other.write(bytes(1 << 20))
         assert job.join() == [0, 0]
-        said = {one["step"]: one["error"] for one in job.said()}
+        said = {one.step: one["error"] for one in job.said()}
         newest = max(step for step, error in said.items() if error is None)
         errors = [error for error in said.values() if error is not None]
         assert said[1] is None and errors, "what a failed step 2 gives back may be room enough for step 3"

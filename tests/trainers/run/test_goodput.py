@@ -1,14 +1,21 @@
 """The account adds up to the wall time, and the simulator agrees with theory and with what large runs published."""
 
+import json
 import random
 
 import pytest
 
-from trainers.run.goodput import Cluster, account, allowed_goodput, best_interval_s, share, simulate
+from trainers.run import goodput
+from trainers.run.events import parse_events
+from trainers.run.goodput import Cluster, allowed_goodput, best_interval_s, share, simulate
+
+
+def account(events):
+    return goodput.account(parse_events(json.dumps(event).encode() for event in events))
 
 
 def step(number, time, seconds, wait=0.0):
-    return {"kind": "step", "step": number, "time": time, "step_s": seconds, "data_wait_s": wait}
+    return {"kind": "step", "loss": 1.0, "step": number, "time": time, "step_s": seconds, "data_wait_s": wait}
 
 
 def test_every_second_of_a_run_with_a_restart_has_one_place():

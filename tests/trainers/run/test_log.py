@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from trainers.run.log import RunLog, read_events
+from trainers.run.events import EvaluationEvent, HistoryEvent, StartEvent, StepEvent, read_events
+from trainers.run.log import RunLog
 from trainers.storage import Folder
 
 
@@ -19,9 +20,9 @@ def curve(folder: Path, tag: str) -> dict[int, float]:
 
 def train(run: Folder, start: int, end: int, loss: float) -> None:
     log = RunLog(run)
-    log.append({"kind": "start", "step": start, "steps": 10, "world_size": 2})
+    log.append(StartEvent(step=start, steps=10, world_size=2))
     for step in range(start + 1, end + 1):
-        log.append({"kind": "step", "step": step, "loss": loss, "learning_rate": 0.1})
+        log.append(StepEvent(step=step, loss=loss, learning_rate=0.1))
     log.close()
 
 
@@ -36,7 +37,7 @@ def test_evaluations_stand_on_the_same_axis(tmp_path: Path) -> None:
     run = Folder(str(tmp_path))
     train(run, 0, 4, loss=2.0)
     log = RunLog(run)
-    log.append({"kind": "evaluation", "step": 4, "metrics": {"accuracy": 0.5}})
+    log.append(EvaluationEvent(step=4, metrics={"accuracy": 0.5}))
     log.close()
     assert curve(tmp_path, "eval/accuracy") == {4: 0.5}
 
@@ -47,7 +48,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out_and_not_joined_to_the_next(tmp
     with (tmp_path / "events.jsonl").open("a") as stream:
         stream.write('{"kind": "step", "st')
     train(run, 2, 3, loss=1.0)
-    assert [event["step"] for event in read_events(run) if event["kind"] == "step"] == [1, 2, 3]
+    assert [event.step for event in read_events(run) if event.kind == "step"] == [1, 2, 3]
 
 
 def test_a_run_without_events_has_none(tmp_path: Path) -> None:
@@ -58,9 +59,9 @@ def test_steps_that_a_killed_controller_never_heard_of_come_back_from_the_checkp
     run = Folder(str(tmp_path))
     train(run, 0, 3, loss=2.0)  # the controller died here; the ranks went on and committed step 6
     log = RunLog(run)
-    steps = [{"kind": "step", "step": step, "loss": 1.0, "learning_rate": 0.1, "time": 5.0} for step in range(2, 7)]
-    log.append({"kind": "history", "events": steps})
-    log.append({"kind": "start", "step": 6, "steps": 10, "world_size": 2})
+    steps = tuple(StepEvent(step=step, loss=1.0, learning_rate=0.1, time=5.0) for step in range(2, 7))
+    log.append(HistoryEvent(events=steps))
+    log.append(StartEvent(step=6, steps=10, world_size=2))
     log.close()
     assert curve(tmp_path, "train/loss") == {1: 2.0, 2: 2.0, 3: 2.0, 4: 1.0, 5: 1.0, 6: 1.0}
-    assert [event["step"] for event in read_events(run) if event["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in read_events(run) if event.kind == "step"] == [1, 2, 3, 4, 5, 6]

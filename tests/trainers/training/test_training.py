@@ -13,6 +13,7 @@ from tests.ranks import run_ranks
 from tests.tiny import chat_rows, film_rows, make_bert, make_llama, shard_locally, tiny_job
 from trainers.job.schema import Job
 from trainers.records import Phase, StopReason
+from trainers.run.events import Event, StepEvent
 from trainers.storage import Folder
 
 pytestmark = pytest.mark.slow
@@ -23,11 +24,11 @@ class Recorder:
     """Hooks that keep what they are told, and ask for a stop after a step."""
 
     stop_after: int | None = None
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     step: int = 0
 
-    def emit(self, event: dict[str, Any]) -> None:
-        self.events.append(dict(event))
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
 
     def stop_reason(self) -> StopReason | None:
         return "preempted" if self.stop_after and self.step >= self.stop_after else None
@@ -43,7 +44,7 @@ def train_here(job: Job, run: str, stop_after: int | None = None) -> dict[int, f
 
     hooks = Recorder(stop_after)
     run_rank(find_run(job).model_copy(update={"folder": Folder(job.storage) / "runs" / run}), hooks)
-    return {event["step"]: event["loss"] for event in hooks.events if event["kind"] == "step"}
+    return {event.step: event.loss for event in hooks.events if isinstance(event, StepEvent)}
 
 
 def train_all(plan: list[tuple[Job, str, int | None]]) -> list[dict[int, float]]:

@@ -31,10 +31,10 @@ class Heard:
 
     rows: dict[int, list[int]]
     """Rows of the data that this rank trained on, by step."""
-    events: list[dict[str, Any]]
+    events: list[Any]
 
     def by_step(self, field: str) -> dict[int, float]:
-        return {event["step"]: event[field] for event in self.events if event["kind"] == "step"}
+        return {event.step: getattr(event, field) for event in self.events if event.kind == "step"}
 
 
 def train_with_ledger(runs: list[tuple[Job, str, int | None]]) -> list[Heard]:
