@@ -66,6 +66,8 @@ class Task(ABC):
     """Arguments of every forward pass beside the batch."""
     has_labels: bool = False
     """Whether rows show labels of a closed set, as `labels_of` tells."""
+    over_vocabulary: bool = False
+    """Whether the loss is a cross entropy over the vocabulary, one target a position."""
     new_head: bool = False
     """Whether the pretrained model lacks the head, so that it says nothing before training."""
 
@@ -113,6 +115,14 @@ class Task(ABC):
 
     def step_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """The training loss of a micro-batch, summed over targets."""
+        if self.over_vocabulary:
+            from trainers.tasks.losses.chunked import head_loss, head_of
+
+            head = head_of(model)
+            if head is not None:
+                loss = head_loss(lambda: self.forward(model, inputs), head, labels, self.options.label_smoothing)
+                if loss is not None:
+                    return loss
         return self.loss_sum(self.forward(model, inputs), labels)
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

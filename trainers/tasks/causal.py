@@ -27,6 +27,7 @@ class CausalTask(Task):
     """
 
     metric = "loss"
+    over_vocabulary = True
     auto_class = "AutoModelForCausalLM"
     forward_options = MappingProxyType({"use_cache": False})
     metrics_known: tuple[str, ...] = ("loss", "perplexity", "token_accuracy")

@@ -38,6 +38,7 @@ class Mlm(Task):
     extra_schema = (("words", pa.list_(pa.int32())),)
     """The word each token belongs to, -1 for special tokens."""
     metric = "loss"
+    over_vocabulary = True
     auto_class = "AutoModelForMaskedLM"
     metrics_known = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     smaller_is_better = frozenset({"loss", "perplexity", "bits_per_byte"})

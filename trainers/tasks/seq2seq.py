@@ -47,6 +47,7 @@ class Seq2Seq(Task):
 
     extra_schema = (("target", pa.list_(pa.int32())), ("reference", pa.string()), ("causal", pa.bool_()))
     metric = "loss"
+    over_vocabulary = True
     auto_class = "AutoModelForSeq2SeqLM"
     metrics_known = ("loss", "perplexity", "token_accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL",
                      "rougeLsum", "exact_match")  # fmt: skip

@@ -30,6 +30,9 @@ class Distilled:
         """The training loss of a micro-batch, summed over targets. Raises JobError where the two do not fit."""
         import torch
 
+        loss = self._loss_in_chunks(model, inputs, labels)
+        if loss is not None:
+            return loss
         logits = self._task.forward(model, inputs)
         with torch.no_grad():
             wanted = self._task.forward(self._teacher, inputs)
@@ -42,6 +45,17 @@ class Distilled:
         targets = labels != IGNORE
         distance = divergence_sum(logits[targets].float(), wanted[targets].float(), self._temperature)
         return self._alpha * distance + (1 - self._alpha) * own
+
+    def _loss_in_chunks(self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> Any:
+        """The same where both models end in a large vocabulary; None where they do not, or their sizes differ."""
+        from trainers.tasks.losses.chunked import head_loss, head_of
+
+        head, other = head_of(model), head_of(self._teacher)
+        if not self._task.over_vocabulary or head is None or other is None or head.out_features != other.out_features:
+            return None
+        teacher = (lambda: self._task.forward(self._teacher, inputs), other, self._temperature, self._alpha)
+        smoothing = self._task.options.label_smoothing
+        return head_loss(lambda: self._task.forward(model, inputs), head, labels, smoothing, teacher)
 
 
 def divergence_sum(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -40,9 +40,11 @@ class Recorder:
 def train_here(job: Job, run: str, stop_after: int | None = None) -> dict[int, float]:
     """Train as one rank into a run folder of that name; losses by step (rank 0's record, empty elsewhere)."""
     from trainers.run.record import find_run
+    from trainers.tasks.losses import chunked
     from trainers.worker.rank import run_rank
 
     hooks = Recorder(stop_after)
+    chunked.LEAST_VOCABULARY = 1 if "chunks" in run else 8192
     run_rank(find_run(job).model_copy(update={"folder": Folder(job.storage) / "runs" / run}), hooks)
     return {event.step: event.loss for event in hooks.events if isinstance(event, StepEvent)}
 
@@ -105,9 +107,16 @@ def two_ranks(film_job: Job, chat_job: Job) -> dict[str, dict[int, float]]:
         "one by one": (one_by_one, "one-by-one", None),
         "unpacked": (unpacked, "unpacked", None),
         "packed": (packed, "packed", None),
+        "chunks": (chat_job, "chunks", None),
+        "zero2 chunks": (zero2, "zero2-chunks", None),
     }
     losses = run_ranks(train_all, 2, list(plan.values()))[0]
     return dict(zip(plan, losses, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["chunks", "zero2 chunks"])
+def test_a_loss_computed_in_chunks_trains_alike(two_ranks: dict[str, dict[int, float]], kind: str) -> None:
+    assert two_ranks[kind] == pytest.approx(two_ranks["chat"], rel=1e-5)
 
 
 def test_the_loss_falls(two_ranks: dict[str, dict[int, float]]) -> None:
