@@ -18,7 +18,7 @@ from trainers.job.task_fields import PACKING_TASKS, SPLITTING_TASKS
 
 TaskName = Literal["pretrain", "mlm", "sft", "classify", "tag", "extract", "seq2seq", "similarity"]
 Overlong = Literal["truncate", "split", "drop", "error"]
-FormatName = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text"]
+FormatName = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text", "conll"]
 
 
 TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -64,5 +64,5 @@ def find_run(job: Job, model: ModelFolder | None = None, splits: Splits | None =
 def job_task(job: Job, shards: ShardManifest) -> Task:
     """The job's task, knowing the labels of the training data."""
     task = load_task(job.task, replace(task_options(job), label_counts=shards.labels))
-    task.labels = tuple(shards.labels)
+    task.labels = task.label_set(shards.labels)
     return task

@@ -12,6 +12,7 @@ from pydantic_core import from_json
 from trainers.errors import DataError
 from trainers.records import Array, Record
 from trainers.storage import Folder
+from trainers.tasks import load_task
 
 MANIFEST = "manifest.json"
 INTEGER = re.compile(r"-?(0|[1-9]\d*)")
@@ -160,7 +161,8 @@ def other_manifests(storage: Folder, key: str) -> Iterator[tuple[Folder, ShardMa
 
 def check_labels(shards: Shards) -> None:
     """Refuse evaluation rows whose label training never saw. Raises DataError."""
-    unseen = {label: count for label, count in shards.eval.labels.items() if label not in shards.train.labels}
+    task, shown = load_task(shards.train.task), shards.train.labels
+    unseen = {label: count for label, count in shards.eval.labels.items() if not task.knows(label, shown)}
     if unseen:
         listed = ", ".join(f"{label!r} ({count} rows)" for label, count in list(unseen.items())[:10])
         known = ", ".join(repr(label) for label in list(shards.train.labels)[:10])

@@ -29,6 +29,11 @@ SUFFIXES: dict[str, FormatName] = {
     "parquet": "parquet",
     "arrow": "arrow",
     "feather": "arrow",
+    "conll": "conll",
+    "conllu": "conll",
+    "iob": "conll",
+    "iob2": "conll",
+    "bio": "conll",
     "txt": "text",
     "text": "text",
 }

@@ -100,6 +100,14 @@ class Task(ABC):
         """The labels that a sequence shows; the training rows' make up `labels`."""
         return (extra["label"],) if "label" in extra else ()
 
+    def label_set(self, shown: Iterable[str]) -> tuple[str, ...]:
+        """The labels of the logits, from those that training rows show."""
+        return tuple(shown)
+
+    def knows(self, label: str, shown: Iterable[str]) -> bool:
+        """Whether an evaluation row may have this label, where training rows show those."""
+        return label in shown
+
     def count_labels(self, batch: pa.RecordBatch) -> dict[str, int]:
         """Sequences of a record batch by the label they show; one with several labels counts for each."""
         extras = batch.select([name for name, _ in self.extra_schema]).to_pylist()

@@ -1,14 +1,16 @@
-"""tag: a tag for each word, such as named entities. Tags are BIO (IOB2) or BIOES; the set is what training rows show.
+"""tag: a tag for each word, such as named entities, in BIO or BIOES (see `tag_schemes`); the set is what training rows
+show, in BIOES where any of them is.
 
 A row: {"tokens": ["Empire", "State", "Building"], "tags": ["B-location", "I-location", "I-location"]}. The first
-sub-word of a word is tagged, its others are skipped. Words that truncation cuts off count as tagged O in evaluation,
-so that a short `max_length` cannot flatter.
+sub-word of a word is tagged, its others are skipped. Words that truncation cuts off, or that have no token, count as
+tagged O in evaluation, so that a short `max_length` cannot flatter.
 """
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,21 +24,22 @@ from trainers.tasks.losses import by_line, score_tokens
 from trainers.tasks.metrics.entities import entity_counts, entity_metrics, entity_types
 from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, pad_right, places
+from trainers.tasks.tag_schemes import OUTSIDE, TAG, in_scheme, normalized
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.token_arrays import EncodedBatch
 
 if TYPE_CHECKING:
     import torch
 
-OUTSIDE = "O"
-TAG = re.compile("O|[BIES]-.+", re.DOTALL)
+OTHER_SCHEME = {"S": "B", "E": "I", "B": "S", "I": "E"}
+"""What a tag of BIOES may be in BIO, and the other way round."""
 
 
 class Tag(Task):
     """A token-classification head."""
 
     extra_schema = (("tags", pa.list_(pa.string())), ("starts", pa.list_(pa.int32())))
-    """All tags of the row, and the place of each word's first token as far as there is one."""
+    """All tags of the row, and the place of each word's first token up to the last there is; -1 for a word without."""
     metric = "f1"
     auto_class = "AutoModelForTokenClassification"
     new_head = True
@@ -60,12 +63,35 @@ class Tag(Task):
     def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Tokenize words and find where each begins."""
         encodings = encoder.encode_words([row["tokens"] for row in rows], rules.max_length) if rows else []
-        encoded = (_fit(*pair, row["tags"], rules) for pair, row in zip(encodings, rows, strict=True))
-        return batch_rows(encoded, self.extra_schema)
+        read = [normalized(row["tags"]) for row in rows]
+        encoded = (_fit(*pair, tags, rules) for pair, (tags, _) in zip(encodings, read, strict=True))
+        notes = Counter(note for _, note in read if note is not None)
+        return replace(batch_rows(encoded, self.extra_schema), notes=notes)
 
     def count_targets(self, table: pa.Table) -> Array:
-        targets: Array = pc.list_value_length(table["starts"]).to_numpy().astype(np.int64)
-        return targets
+        starts = table["starts"].combine_chunks()
+        has_token = pc.greater_equal(starts.flatten(), 0).to_numpy(zero_copy_only=False)
+        rows = pc.list_parent_indices(starts).to_numpy()
+        return np.bincount(rows[has_token], minlength=len(starts)).astype(np.int64)
+
+    def label_set(self, shown: Iterable[str]) -> tuple[str, ...]:
+        """The tags shown; where some rows are BIOES, those too that the entities of the others have in it."""
+        labels = tuple(shown)
+        if not _has_ends(labels):
+            return labels
+        kinds = {tag[2:] for tag in labels if tag != OUTSIDE}
+        bio = [kind for kind in sorted(kinds) if not {f"S-{kind}", f"E-{kind}"} & set(labels)]
+        return (*labels, *(f"{letter}-{kind}" for kind in bio for letter in "BIES" if f"{letter}-{kind}" not in labels))
+
+    def knows(self, label: str, shown: Iterable[str]) -> bool:
+        return label in shown or OTHER_SCHEME.get(label[0], "") + label[1:] in shown
+
+    def _tags(self, row: Example) -> list[str]:
+        """The tags of a row, in the scheme of the labels."""
+        ends, given = _has_ends(self.labels), row.extra["tags"]
+        if not ends and set(given) <= set(self.labels):
+            return list(given)
+        return [_known(pair, self.labels) for pair in zip(in_scheme(given, ends), given, strict=True)]
 
     def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
         return set(extra["tags"])
@@ -76,8 +102,9 @@ class Tag(Task):
         number = {name: index for index, name in enumerate(self.labels)}
         lines = [np.full(len(row.input_ids), IGNORE, dtype=np.int64) for row in rows]
         for line, row in zip(lines, rows, strict=True):
-            starts = row.extra["starts"]
-            line[starts] = [number[tag] for tag in row.extra["tags"][: len(starts)]]
+            for start, tag in zip(row.extra["starts"], self._tags(row), strict=False):
+                if start >= 0:
+                    line[start] = number[tag]
         return Batch(as_inputs(rows, pad_id), pad_right(lines, IGNORE), places(rows), tuple(rows))
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
@@ -85,7 +112,7 @@ class Tag(Task):
         numbers = score_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
         guesses = logits.argmax(-1).cpu().numpy()
         said = [self._predicted(guesses[line], row) for line, row in enumerate(batch.documents)]
-        truth = [row.extra["tags"] for row in batch.documents]
+        truth = [self._tags(row) for row in batch.documents]
         right = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(truth, said, strict=True)]
         return {
             "loss_sum": numbers["loss_sum"],
@@ -96,7 +123,7 @@ class Tag(Task):
         }
 
     def _predicted(self, guesses: Array, row: Example) -> list[str]:
-        said = [self.labels[index] for index in guesses[row.extra["starts"]]]
+        said = [self.labels[guesses[start]] if start >= 0 else OUTSIDE for start in row.extra["starts"]]
         return said + [OUTSIDE] * (len(row.extra["tags"]) - len(said))
 
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
@@ -116,11 +143,17 @@ def _fit(encoding: Any, lost: int, tags: list[str], rules: EncodeRules) -> Encod
     for place, word in enumerate(encoding.word_ids):
         if word is not None:
             first.setdefault(word, place)
-    kept = max(first, default=-1) + 1
-    if len(first) < kept:
-        return EncodedRow.dropped("word_without_tokens")
     if not first:
         return EncodedRow.dropped("no_target")
-    return EncodedRow.whole(
-        TokenSequence(encoding.ids, {"tags": tags, "starts": [first[word] for word in range(kept)]}), lost
-    )
+    starts = [first.get(word, -1) for word in range(max(first) + 1)]
+    return EncodedRow.whole(TokenSequence(encoding.ids, {"tags": tags, "starts": starts}), lost)
+
+
+def _has_ends(labels: Iterable[str]) -> bool:
+    return any(tag.startswith(("E-", "S-")) for tag in labels)
+
+
+def _known(tags: Sequence[str], labels: Sequence[str]) -> str:
+    """The first of the tags that is a label; else the first label of their type, which training shows otherwise."""
+    same_kind = (name for name in labels if name != OUTSIDE and name[2:] == tags[0][2:])
+    return next((tag for tag in tags if tag in labels), None) or next(same_kind)

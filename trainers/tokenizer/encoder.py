@@ -13,7 +13,14 @@ from typing import Any
 
 from trainers.errors import DataError, JobError
 from trainers.records import Array
-from trainers.tokenizer.gigatoken import FastTokenizer, bytes_of_ids, check_sample, open_fast, special_affixes
+from trainers.tokenizer.gigatoken import (
+    FastTokenizer,
+    byte_level_step,
+    bytes_of_ids,
+    check_sample,
+    open_fast,
+    special_affixes,
+)
 from trainers.tokenizer.reference import encode_by_reference, encode_words
 from trainers.tokenizer.token_arrays import Tokens, add_affixes
 
@@ -135,7 +142,7 @@ class Encoder:
 
     def encode_words(self, rows: Sequence[Sequence[str]], max_length: int) -> list[tuple[Any, int]]:
         """Encodings of texts given as words, special tokens included, and how many tokens each lost to `max_length`."""
-        words = [list(row) for row in rows]
+        words = [self._apart(row) for row in rows]
         encodings = list(self._backend.encode_batch(words, is_pretokenized=True))
         lost = [max(len(encoding) - max_length, 0) for encoding in encodings]
         self._backend.enable_truncation(max_length)
@@ -145,6 +152,17 @@ class Encoder:
         finally:
             self._backend.no_truncation()
         return list(zip(encodings, lost, strict=True))
+
+    def _apart(self, words: Sequence[str]) -> list[str]:
+        """Words as the tokenizer has to get them: a byte-level one knows those within a text by the blank before."""
+        if not self._words_need_blanks:
+            return list(words)
+        return [word if not place or word[:1].isspace() else f" {word}" for place, word in enumerate(words)]
+
+    @cached_property
+    def _words_need_blanks(self) -> bool:
+        step = byte_level_step(json.loads(self.spec.backend).get("pre_tokenizer"))
+        return step is not None and not step.get("add_prefix_space", True)
 
     def encode_windows(self, pairs: Sequence[tuple[str, str]], max_length: int, overlap: int) -> list[list[Any]]:
         """Encodings of (first, second) texts with offsets; a second text too long is cut into overlapping windows.

@@ -124,7 +124,7 @@ def _expected(reference: Any, text: str, special: bool) -> list[int]:
 
 def bytes_of_ids(config: dict[str, Any]) -> Array | None:
     """Bytes that each id of a byte-level vocabulary stands for, int32 [vocabulary]; None for other vocabularies."""
-    if config["model"].get("type") != "BPE" or not _is_byte_level(config.get("pre_tokenizer")):
+    if config["model"].get("type") != "BPE" or byte_level_step(config.get("pre_tokenizer")) is None:
         return None
     added = {one["id"]: len(one["content"].encode()) for one in config["added_tokens"]}
     table = np.zeros(max([*config["model"]["vocab"].values(), *added, 0]) + 1, np.int32)
@@ -135,12 +135,13 @@ def bytes_of_ids(config: dict[str, Any]) -> Array | None:
     return table
 
 
-def _is_byte_level(step: Any) -> bool:
+def byte_level_step(step: Any) -> dict[str, Any] | None:
+    """The byte-level part of a pre-tokenizer; None if it has none."""
     if not isinstance(step, dict):
-        return False
+        return None
     if step.get("type") == "Sequence":
-        return any(_is_byte_level(one) for one in step["pretokenizers"])
-    return bool(step.get("type") == "ByteLevel")
+        return next((found for inner in step["pretokenizers"] if (found := byte_level_step(inner))), None)
+    return step if step.get("type") == "ByteLevel" else None
 
 
 def special_affixes(reference: Any) -> tuple[list[int], list[int]] | None:

@@ -74,7 +74,7 @@ def make_context(job: Job, model_path: str, folder: Path, device: Any = "cpu") -
     task = load_task(job.task, plain)
     longest, record = _first_shard(job, plan, Folder(str(folder)), task, encoder, rules)
     task = load_task(job.task, replace(plain, label_counts=record.labels))
-    task.labels = _labels(record)
+    task.labels = task.label_set(_labels(record))
     task.prepare(encoder)
     shards = ShardSet(Folder(str(folder)), manifest_of(plan, job.task, {0: record}), task)
     packs = pack_rows(shards.lengths, PACK * longest, 0) if job.packing else one_row_each(len(shards))

@@ -3,6 +3,7 @@
 from trainers.job.schema import FormatName
 from trainers.sources.formats.base import Format, RawRow, Span
 from trainers.sources.formats.columnar import ArrowIpc, Parquet
+from trainers.sources.formats.conll import Conll
 from trainers.sources.formats.delimited import Delimited
 from trainers.sources.formats.document import Document
 from trainers.sources.formats.lines import Lines
@@ -15,6 +16,7 @@ FORMATS: dict[FormatName, Format] = {
     "tsv": Delimited(),
     "parquet": Parquet(),
     "arrow": ArrowIpc(),
+    "conll": Conll(),
 }
 
 __all__ = ["FORMATS", "Format", "RawRow", "Span"]
