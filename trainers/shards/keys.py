@@ -25,7 +25,7 @@ from trainers.storage import Folder
 from trainers.tasks.options import read_template
 from trainers.tokenizer.encoder import TOKENIZER_FILES
 
-ENCODER_VERSION = 4
+ENCODER_VERSION = 5
 """Raised whenever the same inputs would give other shards."""
 SplitName = Literal["train", "eval"]
 Sources = Mapping[SplitName, tuple[SourceFile, ...]]

@@ -5,28 +5,28 @@ pieces together. It is taken for rows whose contents the template only copies; t
 are rendered by the template itself. Begin at `ChatRenderer.render`.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, TypeVar
 
 import xxhash
 
+from trainers.errors import DataError
+from trainers.tasks.chat_spans import HIDDEN, THINKING, Turns, find_loss, speech_spans
+from trainers.tasks.chat_template import MarkedTemplate, MarkedText, Span, words_acted_upon
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.gigatoken import TokenizerDiffers
 
 Message = Mapping[str, Any]
-Span = tuple[int, int]
+Result = TypeVar("Result")
 PAD_LEFT, PAD_RIGHT = " \n ", " \n "
 SAMPLE = 256
 """One row in so many is rendered both ways."""
-STRIPPERS = frozenset({"strip", "lstrip", "rstrip", "trim"})
-ACTING = STRIPPERS | {"split", "rsplit", "splitlines", "partition", "rpartition", "startswith", "endswith"}
-ACTING |= {"replace", "find", "rfind", "index", "count", "removeprefix", "removesuffix", "truncate"}
-KEYS = frozenset({"role", "content"})
 CHARACTERS = "\ue000", "\ue001"
 """Private-use characters that mark a content."""
+UNREADABLE = "template_hides_the_turns"
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Rendered:
     text: str
     spans: tuple[Span, ...]
     """Bytes [start, end) of UTF-8 where the assistant speaks, the token that ends its turn included."""
+    turns: tuple[int, ...]
+    """The message that each span belongs to."""
+    note: str | None = None
+    """What the template left out of earlier turns."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class _Pieces:
     """Bytes of each fixed text."""
     strips: tuple[tuple[bool, bool], ...]
     """Whether a content loses white space on its left, and on its right."""
-    exits: tuple[int | None, ...]
-    """Bytes of the special token that ends the turn, for assistant turns; None for the others."""
+    reach: tuple[tuple[int, int] | None, ...]
+    """Bytes of the targets before and after the content, for assistant turns; None for the others."""
 
 
 class ChatRenderer:
@@ -62,11 +66,10 @@ class ChatRenderer:
     def __init__(self, encoder: Encoder, quick: bool = True) -> None:
         self._encoder = encoder
         self._pieces: dict[tuple[str, ...], _Pieces | None] = {}
-        self._words = _words_acted_upon(encoder.tokenizer.chat_template) if quick else None
-        self._specials = sorted(encoder.tokenizer.all_special_tokens, key=len, reverse=True)
+        self._words = words_acted_upon(encoder.tokenizer.chat_template) if quick else None
 
-    def render(self, messages: Sequence[Message], tools: Any = None) -> Rendered | None:
-        """The conversation, or None where the template hides where the assistant speaks, or refuses it.
+    def render(self, messages: Sequence[Message], tools: Any = None) -> Rendered | str:
+        """The conversation, or the reason why it cannot be trained on with this template.
 
         Raises:
             TokenizerDiffers: where pieces put together are not what the template writes.
@@ -77,6 +80,36 @@ class ChatRenderer:
         if xxhash.xxh3_64_intdigest(quick.text.encode()) % SAMPLE == 0 and quick != self._exactly(messages, None):
             raise TokenizerDiffers(f"the chat template does not write {quick.text[:200]!r}, put together from pieces")
         return quick
+
+    @cached_property
+    def turns(self) -> Turns:
+        """How this template begins and ends the assistant's turns."""
+        asked = [{"role": "user", "content": "a"}]
+        plain, prompted = self._write(asked, None), self._write(asked, None, add_generation_prompt=True)
+        prompt = prompted[len(plain) :] if plain and prompted and prompted.startswith(plain) else ""
+        opener = THINKING.search(prompt)
+        before, middle, end = "", "", ""
+        mark = CHARACTERS[0]
+        talk = [*asked, {"role": "assistant", "content": mark}]
+        if (long := self._marked([*talk, *talk], None)) is not None and mark in long.of(3):
+            before, middle = long.of(1).split(mark)[0], long.of(1).split(mark)[-1]
+            end = long.of(3).split(mark)[-1]
+        elif (short := self._marked(talk, None)) is not None and mark in short.of(1):
+            before, end = short.of(1).split(mark)[0], short.of(1).split(mark)[-1]
+            middle = end
+        tokenizer = self._encoder.tokenizer
+        tokens = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
+        return Turns(
+            prompt[: opener.start()] if opener else prompt, before, (middle, end), tuple(tokens), tokenizer.eos_token
+        )
+
+    def ending(self) -> str:
+        """The text that ends the last turn of the assistant; "" where nothing does, so that generation never stops."""
+        answer = CHARACTERS[0]
+        rendered = self._exactly([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], None)
+        if isinstance(rendered, str) or not rendered.spans:
+            return ""
+        return rendered.text.encode()[slice(*rendered.spans[-1])].decode().rpartition(answer)[2].strip()
 
     def _put_together(self, messages: Sequence[Message]) -> Rendered | None:
         contents = [message["content"] for message in messages]
@@ -90,17 +123,18 @@ class ChatRenderer:
         pieces = self._pieces[roles]
         if pieces is None:
             return None
-        parts, spans, place = [pieces.fixed[0]], [], pieces.sizes[0]
+        parts, spans, turns, place = [pieces.fixed[0]], [], [], pieces.sizes[0]
         for turn, content in enumerate(contents):
             left, right = pieces.strips[turn]
             content = content.strip() if left and right else content.lstrip() if left else content
             content = content.rstrip() if right and not left else content
             end = place + (len(content) if content.isascii() else len(content.encode()))
-            if (rank_exit := pieces.exits[turn]) is not None:
-                spans.append((place, end + rank_exit))
+            if (reach := pieces.reach[turn]) is not None:
+                spans.append((place - reach[0], end + reach[1]))
+                turns.append(turn)
             parts += [content, pieces.fixed[turn + 1]]
             place = end + pieces.sizes[turn + 1]
-        return Rendered("".join(parts), tuple(spans))
+        return Rendered("".join(parts), tuple(spans), tuple(turns))
 
     def _is_proven(self, roles: tuple[str, ...]) -> bool:
         """Whether pieces give what the template writes for contents that a filter or a slice would change."""
@@ -116,12 +150,15 @@ class ChatRenderer:
         marked = [
             {"role": role, "content": f"{PAD_LEFT}{mark}{PAD_RIGHT}"} for role, mark in zip(roles, marks, strict=True)
         ]
-        rest = self._write(marked, None)
-        if rest is None or any(rest.count(mark) != 1 for mark in marks):
+        rendered = self._exactly(marked, None)
+        if isinstance(rendered, str) or any(rendered.text.count(mark) != 1 for mark in marks):
             return None
+        span_of = dict(zip(rendered.turns, rendered.spans, strict=True))
         fixed: list[str] = []
         strips: list[tuple[bool, bool]] = []
-        for mark in marks:
+        reach: list[tuple[int, int] | None] = []
+        rest, place = rendered.text, 0
+        for turn, mark in enumerate(marks):
             before, found, rest = rest.partition(mark)
             if not found:
                 return None
@@ -129,80 +166,103 @@ class ChatRenderer:
             fixed.append(before if left else before.removesuffix(PAD_LEFT))
             rest = rest if right else rest.removeprefix(PAD_RIGHT)
             strips.append((left, right))
+            start = place + len(fixed[-1].encode())
+            place += len(before.encode()) + len(mark.encode()) + (0 if right else len(PAD_RIGHT))
+            span = span_of.get(turn)
+            reach.append((start - span[0], span[1] - place) if span else None)
         fixed.append(rest)
-        exits = [self._ending(fixed[turn + 1]) if role == "assistant" else None for turn, role in enumerate(roles)]
-        sizes = tuple(len(piece.encode()) for piece in fixed)
-        return _Pieces(tuple(fixed), sizes, tuple(strips), tuple(exits))
-
-    def _exactly(self, messages: Sequence[Message], tools: Any) -> Rendered | None:
-        """By the template itself. The spans come from rendering once more with markers for what the assistant says."""
-        text = self._write(messages, tools)
-        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        if text is None:
+        if len(span_of) != roles.count("assistant") or any(pair and min(pair) < 0 for pair in reach):
             return None
-        spans = self._spans_by_marker(messages, turns, tools, text)
-        if spans is None:
-            spans = self._spans_by_prefix(messages, turns, tools, text)
-        if spans is None:
-            return None
-        return Rendered(text, tuple((len(text[:a].encode()), len(text[:b].encode())) for a, b in spans))
+        return _Pieces(tuple(fixed), tuple(len(piece.encode()) for piece in fixed), tuple(strips), tuple(reach))
 
-    def _spans_by_marker(
-        self, messages: Sequence[Message], turns: Sequence[int], tools: Any, text: str
-    ) -> list[Span] | None:
-        """What stands before and after each marker must stand before and after the content in the real text."""
-        if any(messages[turn].get("tool_calls") for turn in turns):
-            return None
-        marks = {turn: f"{CHARACTERS[0]}{turn}{CHARACTERS[1]}" for turn in turns}
-        rest = self._write([{**m, "content": marks[i]} if i in marks else m for i, m in enumerate(messages)], tools)
-        spans: list[Span] = []
-        cursor = 0
-        for turn in turns:
-            before, found, rest = (rest or "").partition(marks[turn])
-            content = messages[turn]["content"]
-            start = cursor + len(before)
-            said = next((one for one in _trimmed(content) if text.startswith(one, start)), None)
-            if not found or said is None or not text.startswith(before, cursor):
-                return None
-            cursor = start + len(said)
-            spans.append((start, cursor + self._ending(rest)))
-        return spans if text[cursor:] == rest else None
+    def _exactly(self, messages: Sequence[Message], tools: Any) -> Rendered | str:
+        """By the template itself, written once as it is and once with marks."""
+        for form in (messages, _with_texts(messages)) if any("tool_calls" in one for one in messages) else (messages,):
+            text, marked = self._write(form, tools), self._marked(form, tools)
+            if text is not None:
+                break
+        else:
+            return self._refusal(messages, tools)
+        if marked is None or marked.text != text or not marked.segments:
+            return UNREADABLE
+        loss = find_loss(messages, tools, marked)
+        if loss not in (None, HIDDEN):
+            return loss or ""
+        turns, spans = [], []
+        for turn, (start, end) in speech_spans(messages, marked, self.turns):
+            turns.append(turn)
+            spans.append((len(text[:start].encode()), len(text[:end].encode())))
+        return Rendered(text, tuple(spans), tuple(turns), loss)
 
-    def _spans_by_prefix(
-        self, messages: Sequence[Message], turns: Sequence[int], tools: Any, text: str
-    ) -> list[Span] | None:
-        """From the generation prompt to the end of the turn, where shorter conversations begin longer ones."""
-        spans: list[Span] = []
-        for turn in turns:
-            before = self._write(messages[:turn], tools, add_generation_prompt=True) if turn else None
-            after = self._write(messages[: turn + 1], tools)
-            if before is None or after is None or not after.startswith(before) or not text.startswith(after.rstrip()):
-                return None
-            spans.append((len(before), len(after.rstrip())))
-        return spans
+    def _refusal(self, messages: Sequence[Message], tools: Any) -> str:
+        """The template's own words."""
+        try:
+            self._encoder.render(self._formed(messages), **({"tools": tools} if tools else {}))
+        except Exception as error:
+            return f"template_refuses: {' '.join(str(error).split())[:120]}"
+        return UNREADABLE
 
     def _write(self, messages: Sequence[Message], tools: Any, **arguments: Any) -> str | None:
         """What the template writes, or None where it refuses the conversation (roles that must take turns, say)."""
-        from jinja2 import TemplateError
+        offered = {"tools": tools} if tools else {}
+        return _tried(lambda: self._encoder.render(self._formed(messages), **offered, **arguments))
 
-        try:
-            offered = {"tools": tools} if tools else {}
-            return self._encoder.render([dict(message) for message in messages], **offered, **arguments)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            if type(error).__module__.startswith("trainers"):
-                raise
+    def _formed(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return _with_parts(messages) if self._wants_parts else [dict(message) for message in messages]
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template writes contents that are lists of parts alone, as those of many vision models do."""
+        mark = CHARACTERS[0]
+        talk = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+        plain = _tried(lambda: self._encoder.render(talk)) or ""
+        parts = _tried(lambda: self._encoder.render(_with_parts(talk))) or ""
+        return plain.count(mark) < 2 <= parts.count(mark)
+
+    @cached_property
+    def _template(self) -> MarkedTemplate | None:
+        source = self._encoder.tokenizer.get_chat_template()
+        return _tried(lambda: MarkedTemplate(source))
+
+    def _marked(self, messages: Sequence[Message], tools: Any) -> MarkedText | None:
+        template, names = self._template, self._encoder.tokenizer.special_tokens_map
+        if template is None:
             return None
+        return _tried(
+            lambda: template.render(self._formed(messages), tools or None, add_generation_prompt=False, **names)
+        )
 
-    def _ending(self, after: str) -> int:
-        """Bytes to the end of the special token that directly follows a turn, 0 where there is none.
 
-        Before the end-of-sequence token there may be white space, as Llama 2's template has it; another token after
-        white space may well begin the next turn.
-        """
-        eos, bare = self._encoder.tokenizer.eos_token, after.lstrip()
-        if eos and bare.startswith(eos):
-            return len(after.encode()) - len(bare.encode()) + len(eos.encode())
-        return len(next((token for token in self._specials if after.startswith(token)), "").encode())
+def _tried(write: Callable[[], Result]) -> Result | None:
+    """What a template gives, or None where it raises; a template may raise anything that jinja or Python does."""
+    try:
+        return write()
+    except DataError:  # there is no template
+        raise
+    except Exception:
+        return None
+
+
+def _with_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _with_texts(messages: Sequence[Message]) -> list[Message]:
+    """The same with the arguments of calls as JSON, for templates that join them to a text."""
+    return [
+        {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+    changed = {**function, "arguments": text}
+    return {**call, "function": changed} if "function" in call else changed
 
 
 @lru_cache(maxsize=4)
@@ -211,42 +271,3 @@ def renderer_of(encoder: Encoder, quick: bool, template: str | None = None) -> C
     if template is not None:
         encoder.tokenizer.chat_template = template
     return ChatRenderer(encoder, quick)
-
-
-def _trimmed(content: str) -> tuple[str, ...]:
-    return content, content.lstrip(), content.rstrip(), content.strip()
-
-
-def _words_acted_upon(template: Any) -> tuple[str, ...] | None:
-    """Strings that a template looks for in contents, or cuts them at; None where it cannot be told.
-
-    A content that holds one of them may be changed by the template, so its row is left to the template itself.
-    """
-    from jinja2 import Environment, TemplateError, nodes
-
-    if not isinstance(template, str):
-        return None
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # nothing is rendered with it
-    try:
-        tree = environment.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))
-    except TemplateError:
-        return None
-    words: set[Any] = set()
-    for test in tree.find_all(nodes.Compare):
-        if any(operand.op in ("in", "notin") for operand in test.ops):
-            words |= _constants(test.expr)
-    for filtered in tree.find_all(nodes.Filter):
-        words |= _constants(*filtered.args) if filtered.name in ACTING else set()
-    for call in tree.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr) and call.node.attr in ACTING:
-            if call.node.attr in STRIPPERS and call.args:
-                return None
-            words |= _constants(*call.args)
-    return tuple(sorted(word for word in words - KEYS if isinstance(word, str) and word))
-
-
-def _constants(*expressions: Any) -> set[Any]:
-    from jinja2 import nodes
-
-    nested = [constant for one in expressions for constant in one.find_all(nodes.Const)]
-    return {one.value for one in (*expressions, *nested) if isinstance(one, nodes.Const)}

@@ -6,22 +6,25 @@ them), ShareGPT `conversations`, Alpaca `instruction`, `input`, `output` with `s
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
 }
+"""Role by the name that a data set gives it."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names that a message's reasoning goes by; the first is the one handed to templates."""
+OTHER_KINDS = {
+    **dict.fromkeys(("chosen", "rejected"), "preference_pairs: rows hold chosen and rejected answers, sft wants one"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "media: rows hold {}, sft reads text"),
+    "kto_tag": "preference_labels: rows say which answers are liked, sft learns each",
+}
+"""What a row with one of these fields is."""
+KEPT_KEYS = ("tool_calls", "tool_call_id", "name")
 Message = dict[str, Any]
 
 
@@ -29,68 +32,54 @@ class NotAConversation(ValueError):
     """Why a row holds none, in a word for the ledger."""
 
 
-def read_messages(row: Mapping[str, Any]) -> list[Message] | str:
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, as templates are given it."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    muted: frozenset[int] = frozenset()
+    """Messages of the assistant that are not trained: `weight: 0` or `train: false`."""
+
+
+def read_chat(row: Mapping[str, Any]) -> Chat | str:
     """The conversation of a row, or the reason why there is none."""
     try:
-        messages = [_checked(message) for message in _find(row)]
+        raw = _find(row)
+        messages = [_checked(message) for message in raw]
+        tools = _tools(row.get("tools"))
     except NotAConversation as reason:
         return str(reason)
-    if not any(message["role"] == "assistant" and _speaks(message) for message in messages):
+    muted = frozenset(index for index, message in enumerate(raw) if _is_muted(message))
+    if not any(_speaks(message) for index, message in enumerate(messages) if index not in muted):
         return "no_target"
-    return messages
-
-
-def read_tools(row: Mapping[str, Any]) -> Any:
-    """The tools a row offers to the model, from a list or its JSON; None where there are none."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            return None
-    return tools or None
+    return Chat(messages, tools, muted)
 
 
 def _find(row: Mapping[str, Any]) -> list[Any]:
+    for field, kind in OTHER_KINDS.items():
+        if row.get(field) not in (None, [], ""):
+            raise NotAConversation(kind.format(field))
     if row.get("messages") is not None:
         messages = row["messages"]
     elif row.get("conversations") is not None:
-        messages = _turns(row["conversations"])
+        messages = row["conversations"]
     elif row.get("instruction") is not None and row.get("output") is not None:
         messages = _alpaca(row)
     elif row.get("prompt") is not None and row.get("completion") is not None:
-        messages = _said(row["prompt"], "user") + _said(row["completion"], "assistant")
+        messages = [
+            turn
+            for value, role in ((row["prompt"], "user"), (row["completion"], "assistant"))
+            for turn in (value if isinstance(value, list) else [{"role": role, "content": value}])
+        ]
     else:
         raise NotAConversation("missing_messages")
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise NotAConversation("messages_not_a_list")
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and (not messages or messages[0].get("role") != "system"):
+    if isinstance(system, str) and system.strip() and (not messages or _role(messages[0]) != "system"):
         return [{"role": "system", "content": system}, *messages]
     return messages
-
-
-def _said(value: Any, role: str) -> list[Any]:
-    return list(value) if isinstance(value, list) else [{"role": role, "content": value}]
-
-
-def _turns(conversations: Any) -> list[Any]:
-    """ShareGPT: {from, value} in place of {role, content}."""
-    if not isinstance(conversations, list) or not all(isinstance(turn, Mapping) for turn in conversations):
-        raise NotAConversation("messages_not_a_list")
-    return [_turn(turn) if "from" in turn else turn for turn in conversations]
-
-
-def _turn(turn: Mapping[str, Any]) -> Message:
-    role = SHAREGPT_ROLES.get(str(turn["from"]), "")
-    if turn["from"] != "function_call":
-        return {"role": role, "content": turn.get("value")}
-    try:
-        call = json.loads(turn["value"])
-        calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
-    except (ValueError, TypeError):
-        raise NotAConversation("tool_call_not_json") from None
-    return {"role": role, "content": "", "tool_calls": calls}
 
 
 def _alpaca(row: Mapping[str, Any]) -> list[Any]:
@@ -104,22 +93,112 @@ def _alpaca(row: Mapping[str, Any]) -> list[Any]:
     return [{"role": role, "content": text} for pair in turns for role, text in zip(roles, pair, strict=True)]
 
 
-def _checked(message: Mapping[str, Any]) -> Message:
-    """A message with known role and text content; keys without a value are left out. Raises NotAConversation."""
-    if len(message) == 2 and message.get("role") in ROLES and isinstance(message.get("content"), str):
-        return dict(message)
-    clean = {key: value for key, value in message.items() if value is not None}
-    if clean.get("role") not in ROLES:
-        raise NotAConversation("unknown_role")
-    content = clean.get("content")
-    if isinstance(content, list) and all(isinstance(part, Mapping) and "text" in part for part in content):
-        content = "".join(str(part["text"]) for part in content)
-    if content is None and clean.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise NotAConversation("content_not_a_string")
-    return {**clean, "content": content}
+def _role(message: Mapping[str, Any]) -> str | None:
+    return ROLES.get(str(message.get("role") or message.get("from")))
+
+
+def _is_muted(message: Mapping[str, Any]) -> bool:
+    weight = message.get("weight")
+    return message.get("train") is False or (weight is not None and float(weight) == 0)
 
 
 def _speaks(message: Message) -> bool:
-    return bool(message["content"].strip() or message.get("tool_calls"))
+    return message["role"] == "assistant" and any(map(str.strip, _texts(message)))
+
+
+def _texts(message: Message) -> tuple[str, ...]:
+    return message["content"], message.get(REASONING[0], ""), "call" if message.get("tool_calls") else ""
+
+
+def _checked(message: Mapping[str, Any]) -> Message:
+    """A message with known role, text content and nothing that has no value. Raises NotAConversation."""
+    content = message.get("content")
+    if len(message) == 2 and isinstance(content, str) and message.get("role") in ("user", "assistant", "system"):
+        return dict(message)
+    role = _role(message)
+    if role is None:
+        raise NotAConversation("unknown_role")
+    clean = {key: message[key] for key in KEPT_KEYS if message.get(key)}
+    content = next((message[key] for key in ("content", "value", "text") if message.get(key) is not None), None)
+    if message.get("from") == "function_call":
+        clean["tool_calls"], content = _said_calls(content), ""
+    if isinstance(old := message.get("function_call"), Mapping):  # OpenAI's form before tool calls
+        clean["tool_calls"] = [{"type": "function", "function": old}]
+    if "tool_calls" in clean:
+        clean["tool_calls"] = [_call(call) for call in _listed(clean["tool_calls"])]
+    for key in REASONING:
+        if isinstance(message.get(key), str) and message[key].strip() and role == "assistant":
+            clean.setdefault(REASONING[0], message[key])
+    if isinstance(content, list):
+        content = "".join(map(_part, content))
+    if content is None and (clean.get("tool_calls") or REASONING[0] in clean):
+        content = ""
+    if not isinstance(content, str):
+        raise NotAConversation("content_not_a_string")
+    return {"role": role, "content": content, **clean}
+
+
+def _part(part: Any) -> str:
+    """The text of one part of a content; a null, as columnar files fill in, is no text."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping):
+        raise NotAConversation("content_not_a_string")
+    kind = part.get("type") or ("text" if "text" in part else "unknown")
+    if kind not in ("text", "input_text", "output_text"):
+        raise NotAConversation(f"content_part_{kind}_is_not_text")
+    return "" if part.get("text") is None else str(part["text"])
+
+
+def _listed(calls: Any) -> list[Any]:
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise NotAConversation("tool_calls_not_a_list")
+    return calls
+
+
+def _said_calls(text: Any) -> list[Any]:
+    """ShareGPT: a call, or a list of calls, as JSON in place of the content."""
+    try:
+        calls = json.loads(text)
+    except (ValueError, TypeError):
+        raise NotAConversation("tool_call_not_json") from None
+    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call whose arguments are decoded once where they are JSON, as OpenAI's wire has them, without nulls."""
+    function = call.get("function") if isinstance(call.get("function"), Mapping) else call
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise NotAConversation("tool_call_without_a_name")
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError:
+            raise NotAConversation("tool_arguments_not_json") from None
+    else:
+        arguments = _without_nulls(arguments) or {}
+    ids = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**ids, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    """The tools a row offers to the model, from a list or its JSON, each in OpenAI's form; None without any."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise NotAConversation("tools_not_json") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping | str) for tool in tools):
+        raise NotAConversation("tools_not_a_list")
+    read = [_without_nulls(json.loads(tool) if isinstance(tool, str) else tool) for tool in tools]
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in read]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that columnar formats fill with null because another row has them."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -5,6 +5,7 @@ other shapes that `trainers.tasks.conversations` reads.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,17 @@ from trainers.records import Array
 from trainers.tasks.base import EncodeRules, Example
 from trainers.tasks.causal import CausalTask, token_metrics
 from trainers.tasks.chat_render import Rendered, renderer_of
-from trainers.tasks.conversations import read_messages, read_tools
+from trainers.tasks.chat_spans import HIDDEN
+from trainers.tasks.conversations import read_chat
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.generation import generate_texts
 from trainers.tasks.metrics.generated_text import overlap_metrics, overlap_scores
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, insert_rows, starts_of
 
-OUTCOMES = (KEPT, TRUNCATED, "dropped:overlong", "dropped:no_target")
+OUTCOMES = (KEPT, TRUNCATED, "dropped:overlong", "dropped:no_target", f"{KEPT}:{HIDDEN}", f"{TRUNCATED}:{HIDDEN}")
+NOTED = 4
+"""Outcomes from here on are those of rows with a note."""
 SPANS = pa.list_(pa.int32())
 
 
@@ -77,10 +81,14 @@ class Sft(CausalTask):
 
 def _render(row: Mapping[str, Any], encoder: Encoder, template: str | None) -> Rendered | str:
     """The conversation as text with the assistant's spans, or the reason for dropping the row."""
-    messages = read_messages(row)
-    if isinstance(messages, str):
-        return messages
-    return renderer_of(encoder, encoder.fast, template).render(messages, read_tools(row)) or "template_hides_the_turns"
+    chat = read_chat(row)
+    if isinstance(chat, str):
+        return chat
+    rendered = renderer_of(encoder, encoder.fast, template).render(chat.messages, chat.tools)
+    if isinstance(rendered, str) or not chat.muted:
+        return rendered
+    trained = [pair for pair in zip(rendered.spans, rendered.turns, strict=True) if pair[1] not in chat.muted]
+    return replace(rendered, spans=tuple(span for span, _ in trained), turns=tuple(turn for _, turn in trained))
 
 
 def _encode(rendered: Sequence[Rendered], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
@@ -120,12 +128,13 @@ def _fit(tokens: Tokens, running: Array, rendered: Sequence[Rendered], rules: En
     where = np.flatnonzero(kept)
     offsets = starts_of(2 * np.bincount(row[told], minlength=len(rendered))[where])
     flat = np.stack([first[told], last[told]], axis=1).ravel().astype(np.int32)
+    noted = np.fromiter((one.note is not None for one in rendered), bool, len(rendered))
     return EncodedBatch(
         tokens=tokens.take(tokens.offsets[where], np.minimum(lengths[where], limit)),
         row=where,
         part=np.zeros(len(where), np.int32),
         outcomes=OUTCOMES,
-        codes=codes,
+        codes=np.where(kept & noted, codes + NOTED, codes).astype(np.int32),
         tokens_lost=np.where(codes == 1, lengths - limit, 0).astype(np.int32),
         extra={"spans": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(flat))},
     )
@@ -145,7 +154,8 @@ def _fit_by_offsets(rendered: Sequence[Rendered], encoder: Encoder, rules: Encod
         elif not targets:
             rows.append(EncodedRow.dropped("no_target"))
         else:
-            rows.append(EncodedRow.whole(TokenSequence(ids, {"spans": targets}), lost))
+            whole = EncodedRow.whole(TokenSequence(ids, {"spans": targets}), lost)
+            rows.append(replace(whole, outcome=f"{whole.outcome}:{chat.note}") if chat.note else whole)
     return batch_rows(rows, Sft.extra_schema)
 
 

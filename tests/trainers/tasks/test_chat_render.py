@@ -8,7 +8,7 @@ import pytest
 
 from tests.trainers.tasks.small import rows_of
 from trainers.tasks import EncodeRules, chat_render, load_task
-from trainers.tasks.chat_render import ChatRenderer
+from trainers.tasks.chat_render import ChatRenderer, Rendered
 from trainers.tokenizer.encoder import Encoder, load_encoder, read_spec
 from trainers.tokenizer.gigatoken import TokenizerDiffers
 
@@ -73,13 +73,14 @@ def test_the_spans_hold_what_the_assistant_says_and_nothing_else(name: str, tiny
     for messages in conversations(100):
         rendered = quick.render(messages)
         said = [m["content"] for m in messages if m["role"] == "assistant"]
-        if rendered is None:
+        if isinstance(rendered, str):
             continue
         raw = rendered.text.encode()
         found = [raw[start:end].decode() for start, end in rendered.spans]
         for content, one in zip(said, found, strict=True):
             assert one.endswith("<|im_end|>"), "without its end the model would never learn to stop"
-            assert one.removesuffix("<|im_end|>").strip() == content.strip()
+            shown = content.rpartition("</think>")[2] if rendered.note else content
+            assert one.removesuffix("<|im_end|>").strip() in (content.strip(), shown.strip())
 
 
 def test_a_template_that_acts_on_contents_unnoticed_is_caught_by_the_sample(
@@ -89,7 +90,7 @@ def test_a_template_that_acts_on_contents_unnoticed_is_caught_by_the_sample(
     quick = renderer(tiny_chat_tokenizer, sly, True)
     monkeypatch.setattr(chat_render, "SAMPLE", 1)
     short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert quick.render(short) is not None
+    assert isinstance(quick.render(short), Rendered)
     with pytest.raises(TokenizerDiffers, match="put together from pieces"):
         quick.render([{"role": "user", "content": "a" * 60}, {"role": "assistant", "content": "b"}])
 
@@ -106,7 +107,7 @@ def test_tool_calls_are_what_the_assistant_says(tiny_chat_tokenizer: Path) -> No
         {"role": "assistant", "content": "It rains."},
     ]
     rendered = renderer(tiny_chat_tokenizer, TOOLS, True).render(messages, [{"name": "look"}])
-    assert rendered is not None and "look" in rendered.text.split("<|im_end|>")[0]
+    assert isinstance(rendered, Rendered) and "look" in rendered.text.split("<|im_end|>")[0]
     said = [rendered.text.encode()[start:end].decode() for start, end in rendered.spans]
     assert said[0].startswith("<call>") and said[0].endswith("<|im_end|>") and said[1] == "It rains.<|im_end|>"
 
@@ -114,7 +115,7 @@ def test_tool_calls_are_what_the_assistant_says(tiny_chat_tokenizer: Path) -> No
 def test_a_conversation_that_the_template_refuses_is_dropped_not_raised(tiny_chat_tokenizer: Path) -> None:
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
     refused = [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert renderer(tiny_chat_tokenizer, strict, True).render(refused) is None
+    assert renderer(tiny_chat_tokenizer, strict, True).render(refused) == "template_refuses: user first"
 
 
 def test_bytes_and_offsets_find_the_same_targets(tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +137,103 @@ def test_bytes_and_offsets_find_the_same_targets(tiny_chat_tokenizer: Path, monk
 
 def _pairs(flat: Any) -> list[tuple[int, int]]:
     return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def targets(folder: Path, template: str, messages: list[dict[str, Any]], tools: Any = None) -> list[str] | str:
+    rendered = renderer(folder, template, True).render(messages, tools)
+    if isinstance(rendered, str):
+        return rendered
+    return [rendered.text.encode()[start:end].decode() for start, end in rendered.spans]
+
+
+def asked(**answer: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes", **answer}]
+
+
+QWEN = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% set c, r = m.content, m.reasoning_content or '' %}"
+    "{% if '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set c = c.split('</think>')[-1].strip() %}{% endif %}<|im_start|>{{ m.role }}\n"
+    "{% if r and loop.index0 > ns.last %}<think>\n{{ r }}\n</think>\n\n{% endif %}{{ c }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_reasoning_is_a_target_in_either_form(tiny_chat_tokenizer: Path) -> None:
+    thought = ["<think>\nbecause\n</think>\n\nyes<|im_end|>"]
+    assert targets(tiny_chat_tokenizer, QWEN, asked(reasoning_content="because")) == thought
+    assert targets(tiny_chat_tokenizer, QWEN, asked(content="<think>because</think>yes")) == thought
+
+
+def test_hidden_earlier_thoughts_are_noted_and_a_thought_never_written_drops_the_row(tiny_chat_tokenizer: Path) -> None:
+    messages = [*asked(reasoning_content="early"), *asked(reasoning_content="late")]
+    rendered = renderer(tiny_chat_tokenizer, QWEN, True).render(messages)
+    assert isinstance(rendered, Rendered) and rendered.note == "earlier_thinking_hidden"
+    assert targets(tiny_chat_tokenizer, QWEN, messages) == [
+        "yes<|im_end|>",
+        "<think>\nlate\n</think>\n\nyes<|im_end|>",
+    ]
+    assert targets(tiny_chat_tokenizer, CHATML, messages) == "template_does_not_write_reasoning"
+
+
+def test_what_a_template_does_not_write_drops_the_row(tiny_chat_tokenizer: Path) -> None:
+    def call(*names: str) -> list[Any]:
+        return [{"type": "function", "function": {"name": name, "arguments": {"at": "sky"}}} for name in names]
+
+    tools, one = (
+        [{"type": "function", "function": {"name": "look"}}],
+        TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+    )
+    assert targets(tiny_chat_tokenizer, CHATML, asked(), tools) == "template_does_not_write_tools"
+    calls = asked(content="", tool_calls=call("look"))
+    assert targets(tiny_chat_tokenizer, CHATML, calls) == "template_does_not_write_tool_calls"
+    twice = asked(content="", tool_calls=call("look", "look"))
+    assert targets(tiny_chat_tokenizer, one, twice, tools) == "template_writes_one_tool_call_a_turn"
+    mute = TOOLS.replace("{{ m.content }}", "{{ '' if m.tool_calls else m.content }}")
+    both = asked(tool_calls=call("look"))
+    assert targets(tiny_chat_tokenizer, mute, both) == "template_does_not_write_content_beside_tool_calls"
+    bare = TOOLS.replace("c.function | tojson", "c.function.name")
+    assert targets(tiny_chat_tokenizer, bare, calls) == "template_does_not_write_tool_arguments"
+
+
+def test_arguments_are_given_as_text_to_a_template_that_joins_them(tiny_chat_tokenizer: Path) -> None:
+    joining = TOOLS.replace("c.function | tojson", "c.function.name + c.function.arguments")
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]
+    found = targets(tiny_chat_tokenizer, joining, asked(content="", tool_calls=calls))
+    assert found == ['<call>look{"at": "sky"}</call><|im_end|>']
+
+
+def test_a_turn_ends_with_any_added_token_and_without_one_at_the_next_turns(tiny_chat_tokenizer: Path) -> None:
+    encoder = Encoder(read_spec(tiny_chat_tokenizer))
+    encoder.tokenizer.add_tokens(["<u>", "<a>", "<done>"])  # not special, and no name says what they are
+    for written, found in (
+        ("<done>\n", ["yes<done>", "yes<done>"]),
+        ("", ["yes<u>", "yes"]),
+        ("\n", ["yes\n<u>", "yes\n"]),
+    ):
+        encoder.tokenizer.chat_template = (
+            "{% for m in messages %}{{ '<a>' if m.role == 'assistant' else '<u>' }}{{ m.content }}" + written
+            + "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+        )  # fmt: skip
+        rendered = ChatRenderer(encoder).render([*asked(), *asked()])
+        assert isinstance(rendered, Rendered)
+        assert [rendered.text[start:end] for start, end in rendered.spans] == found
+        assert ChatRenderer(encoder).ending() == written.strip()
+
+
+def test_tool_results_written_inside_a_turn_are_no_targets(tiny_chat_tokenizer: Path) -> None:
+    inside = (
+        "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+        "{% if m.tool_calls %}{% for k in range(loop.index0 + 1, messages | length) %}"
+        "{% if messages[k].role == 'tool' %}{% set result = messages[k] %}<r>{{ result.content }}</r>{% endif %}"
+        "{% endfor %}{% endif %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+    messages = [*asked(content="so", tool_calls=calls), {"role": "tool", "content": "rain"}]
+    assert targets(tiny_chat_tokenizer, inside, messages) == [
+        '<call>{"name": "look", "arguments": {}}</call>',
+        "so<|im_end|>",
+    ]

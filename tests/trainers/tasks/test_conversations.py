@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trainers.tasks.conversations import read_messages, read_tools
+from trainers.tasks.conversations import Chat, read_chat
 
 PLAIN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -27,22 +27,30 @@ REFUSED: dict[str, dict[str, Any]] = {
     "tool_call_not_json": {"conversations": [{"from": "function_call", "value": "{"}]},
     "history_not_pairs": {"instruction": "Hi", "output": "x", "history": ["a"]},
     "no_target": {"messages": PLAIN[:1]},
+    "tools_not_json": {"messages": PLAIN, "tools": "{"},
+    "tool_arguments_not_json": {
+        "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}]
+    },
+    "tool_call_without_a_name": {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
+    "preference_pairs": {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
+    "media": {"messages": PLAIN, "images": ["a.png"]},
+    "preference_labels": {"messages": PLAIN, "kto_tag": True},
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_read_alike(shape: str) -> None:
-    assert read_messages(SHAPES[shape]) == PLAIN
+    assert read(SHAPES[shape]).messages == PLAIN
 
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_is_no_conversation_has_a_reason(reason: str) -> None:
-    assert read_messages(REFUSED[reason]) == reason
+    assert str(read_chat(REFUSED[reason])).partition(":")[0] == reason
 
 
 def test_system_history_and_input_find_their_places() -> None:
     row = {"instruction": "add", "input": "2 3", "output": "5", "system": "be brief", "history": [["hi", "yes?"]]}
-    assert read_messages(row) == [
+    assert read(row).messages == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "yes?"},
@@ -60,7 +68,51 @@ def test_function_calls_become_tool_calls_and_tools_are_read_from_json() -> None
         ],
         "tools": '[{"name": "look"}]',
     }
-    messages = read_messages(row)
-    assert [message["role"] for message in messages] == ["user", "assistant", "tool"]  # type: ignore[index]
-    assert messages[1]["tool_calls"][0]["function"]["name"] == "look"  # type: ignore[index]
-    assert read_tools(row) == [{"name": "look"}] and read_tools({"tools": "{"}) is None
+    chat = read(row)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant", "tool"]
+    assert chat.messages[1]["tool_calls"][0]["function"]["name"] == "look"
+    assert chat.tools == [{"type": "function", "function": {"name": "look"}}]
+
+
+def test_arguments_are_decoded_once_and_invented_nulls_go() -> None:
+    def chat(arguments: Any) -> Chat:
+        call = {"id": "c1", "index": None, "function": {"name": "f", "arguments": arguments}}
+        parameters = {"type": "object", "properties": {"x": {"type": "integer", "enum": None}, "y": None}}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": None}
+        return read({"messages": [PLAIN[0], answer], "tools": [{"name": "f", "parameters": parameters}]})
+
+    texts, nested = chat('{"x": 1, "z": null}'), chat({"x": 1, "y": None, "z": {"a": None}})
+    assert texts.messages[1]["tool_calls"] == [
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1, "z": None}}}
+    ], "a null in JSON text was written by somebody"
+    assert nested.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "z": {}}
+    assert set(nested.messages[1]) == {"role", "content", "tool_calls"}
+    assert nested.tools is not None
+    assert nested.tools[0]["function"]["parameters"]["properties"] == {"x": {"type": "integer"}}
+
+
+def test_messages_without_weight_are_read_and_not_trained() -> None:
+    second = {"role": "assistant", "content": "Again!"}
+    chat = read({"messages": [PLAIN[0], {**PLAIN[1], "weight": 0}, PLAIN[0], {**second, "weight": 1}]})
+    assert chat.messages == [*PLAIN, PLAIN[0], second] and chat.muted == {1}
+    assert read({"messages": [*PLAIN, {**PLAIN[1], "train": False}]}).muted == {2}
+    assert read_chat({"messages": [PLAIN[0], {**PLAIN[1], "weight": 0.0}]}) == "no_target"
+
+
+def test_parts_without_text_are_no_text_and_other_parts_refuse_the_row() -> None:
+    parts = [{"type": "text", "text": "H", "image": None}, {"type": "text", "text": None}, {"text": "i"}]
+    assert read({"messages": [{"role": "user", "content": parts}, PLAIN[1]]}).messages == PLAIN
+    image = {"messages": [{"role": "user", "content": [{"type": "image", "text": None}, *parts]}, PLAIN[1]]}
+    assert read_chat(image) == "content_part_image_is_not_text"
+
+
+def test_reasoning_goes_by_its_names() -> None:
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        chat = read({"messages": [PLAIN[0], {**PLAIN[1], name: "hm"}]})
+        assert chat.messages[1] == {**PLAIN[1], "reasoning_content": "hm"}
+
+
+def read(row: dict[str, Any]) -> Chat:
+    chat = read_chat(row)
+    assert isinstance(chat, Chat), chat
+    return chat

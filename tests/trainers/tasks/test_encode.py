@@ -31,7 +31,7 @@ STRIPS_THINKING = (
     "<|im_start|>{{ message['role'] }}\n{{ content }}<|im_end|>\n{% endfor %}"
 )
 SHOUTS = "{% for message in messages %}{{ message['content'] | upper }}<|im_end|>{% endfor %}"
-HIDES = "{% for message in messages | reverse %}{{ message['content'] | upper }}{% endfor %}"
+HIDES = "{{ messages | map(attribute='content') | join(' / ') }}"
 
 
 @pytest.fixture
