@@ -1,7 +1,7 @@
 """sft: supervised fine-tuning on conversations, with the loss on assistant turns only.
 
 A row: {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}, or any of the
-other shapes that `trainers.tasks.conversations` reads.
+other shapes that `trainers.tasks.chat.conversations` reads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ import pyarrow as pa
 from trainers.records import Array
 from trainers.tasks.base import EncodeRules, Example
 from trainers.tasks.causal import CausalTask, token_metrics
-from trainers.tasks.chat_render import Rendered, renderer_of
-from trainers.tasks.chat_spans import HIDDEN
-from trainers.tasks.conversations import read_chat
+from trainers.tasks.chat.conversations import read_chat
+from trainers.tasks.chat.render import Rendered, renderer_of
+from trainers.tasks.chat.spans import HIDDEN
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.generation import generate_texts
 from trainers.tasks.metrics.generated_text import overlap_metrics, overlap_scores

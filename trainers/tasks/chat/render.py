@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import xxhash
 
 from trainers.errors import DataError
-from trainers.tasks.chat_spans import HIDDEN, THINKING, Turns, find_loss, speech_spans
-from trainers.tasks.chat_template import MarkedTemplate, MarkedText, Span, words_acted_upon
+from trainers.tasks.chat.spans import HIDDEN, THINKING, Turns, find_loss, speech_spans
+from trainers.tasks.chat.template import MarkedTemplate, MarkedText, Span, words_acted_upon
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.gigatoken import TokenizerDiffers
 

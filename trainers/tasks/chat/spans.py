@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainers.tasks.chat_template import MarkedText, Span
+from trainers.tasks.chat.template import MarkedText, Span
 
 Message = Mapping[str, Any]
 THINKING = re.compile(r"<\|?(?:think|thought|reason)[^>]*>|\[THINK\]|<\|START_THINKING\|>|<\|channel>thought", re.I)

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("trl", reason="the published templates come with the package trl (pip install --no-deps trl)")
 
-from tests.trainers.tasks.chat_table import (
+from tests.trainers.tasks.chat.table import (
     BEGIN,
     DOCS,
     END,
@@ -28,4 +28,4 @@ def test_targets_are_the_oracles_and_the_table_says_so(tmp_path: Path) -> None:
     assert {cell: verdict for cell, verdict in verdicts.items() if verdict not in VERDICTS} == {}
     assert sum(verdict in ("same", "same*") for verdict in verdicts.values()) > len(verdicts) / 2
     written = DOCS.read_text("utf-8").partition(BEGIN)[2].partition(END)[0].strip()
-    assert written == table(verdicts), "run python -m tests.trainers.tasks.chat_table"
+    assert written == table(verdicts), "run python -m tests.trainers.tasks.chat.table"

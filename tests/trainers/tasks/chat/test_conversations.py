@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from trainers.tasks.conversations import Chat, read_chat
+from trainers.tasks.chat.conversations import Chat, read_chat
 
 PLAIN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 SHAPES: dict[str, dict[str, Any]] = {

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from tests.trainers.tasks.small import rows_of
-from trainers.tasks import EncodeRules, chat_render, load_task
-from trainers.tasks.chat_render import ChatRenderer, Rendered
+from trainers.tasks import EncodeRules, load_task
+from trainers.tasks.chat import render as chat_render
+from trainers.tasks.chat.render import ChatRenderer, Rendered
 from trainers.tokenizer.encoder import Encoder, load_encoder, read_spec
 from trainers.tokenizer.gigatoken import TokenizerDiffers
 

@@ -12,14 +12,14 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from trainers.tasks.chat_render import ChatRenderer, Rendered
-from trainers.tasks.conversations import read_chat
+from trainers.tasks.chat.conversations import read_chat
+from trainers.tasks.chat.render import ChatRenderer, Rendered
 from trainers.tokenizer.encoder import Encoder, read_spec
 
 TOKEN = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜\s]+｜>|</?[a-z_]+>|<[a-z_]*\|>|<\|[a-z_]*>|\[/?[A-Za-z_]+\]")
 """What the templates write that is one added token in the published tokenizers."""
-DOCS = Path(__file__).parents[3] / "docs" / "chats.md"
-BEGIN, END = "<!-- table: written by tests/trainers/tasks/chat_table.py -->", "<!-- end of table -->"
+DOCS = Path(__file__).parents[4] / "docs" / "chats.md"
+BEGIN, END = "<!-- table: written by tests/trainers/tasks/chat/table.py -->", "<!-- end of table -->"
 
 
 def user(content: Any = "What is the weather in Oslo?") -> dict[str, Any]:
