@@ -1,11 +1,11 @@
 """Reads a job file: YAML to a checked `Job`, with every problem found reported at once.
 
-Owns overrides, relative paths and the wording of messages; the schema is `job.py`'s. Begin at `load_job`.
+Owns overrides, relative paths and the wording of messages; the schema is `schema.py`'s. Begin at `load_job`.
 """
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,9 +15,8 @@ from pydantic_core import ErrorDetails
 
 from trainers.credentials import hide_credentials, take_out
 from trainers.errors import JobError
-from trainers.job.schema import TASK_FIELDS, Job, names_folder
-from trainers.job.task_fields import FIELD_TASKS, PACKING_TASKS, PLACE, PROMPT_FIELDS, SPLITTING_TASKS
-from trainers.storage import is_remote
+from trainers.job.schema import TASK_FIELDS, Job
+from trainers.job.task_fields import PACKING_TASKS, PLACE, PROMPT_FIELDS, SPLITTING_TASKS, For
 
 BRANCHES = ("Elastic", "int", "constrained-int", "str", "SourceSection")
 """Names that pydantic puts into a location for the branch of a union; no key of ours."""
@@ -38,15 +37,21 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     problems = [problem for item in overrides if (problem := _override(raw, item))]
     if problems:
         raise JobError([hide_credentials(problem) for problem in problems], "--set")
-    return parse_job(_absolute(raw, path.absolute().parent), str(path))
+    return parse_job(raw, str(path), path.absolute().parent)
 
 
-def parse_job(raw: dict[str, Any], where: str = "job") -> Job:
-    """Check a job given as plain data; credentials in its URIs are taken out. Raises JobError with every problem."""
+def parse_job(raw: dict[str, Any], where: str = "job", base: Path | None = None) -> Job:
+    """Check a job given as plain data; credentials in its URIs are taken out. Raises JobError with every problem.
+
+    Args:
+        raw: the job.
+        where: what messages call it.
+        base: the folder that relative paths are taken from; None leaves them.
+    """
     raw = take_out(raw)
     problems, job = _cross_problems(raw), None
     try:
-        job = Job.model_validate(raw)
+        job = Job.model_validate(raw, context={"base": base})
     except ValidationError as error:
         problems = [_explain(detail) for detail in error.errors() if not _other_branch(detail)] + problems
     if problems or job is None:
@@ -66,7 +71,8 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
     problems = []
     if bool(data.get("eval")) == (data.get("eval_fraction") is not None):
         problems.append("data: give either eval (files) or eval_fraction (a share of the training rows), one of them")
-    for entry in data["train"] if isinstance(data.get("train"), list) else []:
+    train_entries = data.get("train")
+    for entry in train_entries if isinstance(train_entries, list) else [train_entries]:
         if isinstance(entry, dict) and entry.get("weight") is not None and entry.get("tokens") is not None:
             problems.append(f"data.train: {entry.get('path')} has a weight and a number of tokens; give one of them")
     if (train.get("epochs") is None) == (train.get("steps") is None):
@@ -96,10 +102,10 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
 def _misplaced(raw: dict[str, Any], task: str) -> list[str]:
     """Fields that another task than this one uses, and ranges that cannot be."""
     problems = []
-    for name, tasks in FIELD_TASKS.items():
-        section, _, key = name.partition(".")
-        if task not in tasks and isinstance(raw.get(section), dict) and _is_set(raw[section], section, key):
-            problems.append(f"{name}: means nothing to task {task} (it is for {', '.join(tasks)}); leave it out")
+    for section, key, mark in task_fields():
+        if task not in mark.tasks and isinstance(raw.get(section), dict) and _is_set(raw[section], section, key):
+            listed = ", ".join(mark.tasks)
+            problems.append(f"{section}.{key}: means nothing to task {task} (it is for {listed}); leave it out")
     data = raw["data"] if isinstance(raw.get("data"), dict) else {}
     if "score_range" in data and not _is_range(data["score_range"]):
         problems.append(f"data.score_range: must be [lowest, highest], lowest above -100, got {data['score_range']!r}")
@@ -122,6 +128,13 @@ def _is_set(values: dict[str, Any], section: str, key: str) -> bool:
     plain = default.model_dump() if isinstance(default, BaseModel) else default
     value = tuple(values[key]) if isinstance(values.get(key), list) else values.get(key)
     return value is not None and value != plain
+
+
+def task_fields() -> Iterator[tuple[str, str, For]]:
+    """Section, key and mark of every field that is for some tasks only."""
+    for section in ("data", "train", "evaluate"):
+        for key, field in _section(section).model_fields.items():
+            yield from ((section, key, mark) for mark in field.metadata if isinstance(mark, For))
 
 
 def _section(name: str) -> type[BaseModel]:
@@ -192,47 +205,6 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
     ):  # the two exclude each other: the later word counts
         place.pop("steps" if key == "epochs" else "epochs", None)
     return None
-
-
-def _absolute(raw: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The same job with every path made absolute; values of a wrong type are left for the schema to refuse."""
-
-    def local(value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("path"), str):
-            return {**value, "path": local(value["path"])}
-        if not isinstance(value, str) or is_remote(value):
-            return value
-        return str((base / Path(value.removeprefix("file://")).expanduser()).resolve())
-
-    def section(name: str) -> dict[str, Any]:
-        value = raw.get(name)
-        return dict(value) if isinstance(value, dict) else {}
-
-    data, model, train, checkpoint = (section(name) for name in ("data", "model", "train", "checkpoint"))
-    teacher = dict(train["distill"]) if isinstance(train.get("distill"), dict) else {}
-    if isinstance(teacher.get("teacher"), str) and names_folder(teacher["teacher"], base):
-        train["distill"] = {**teacher, "teacher": local(teacher["teacher"])}
-    template = data.get("chat_template")
-    if isinstance(template, str) and template.endswith(".jinja"):
-        data["chat_template"] = local(template)
-    for key in ("train", "eval"):
-        value = data.get(key)
-        if isinstance(value, str | dict):
-            data[key] = [local(value)]
-        elif isinstance(value, list):
-            data[key] = [local(item) for item in value]
-    if isinstance(model.get("path"), str) and names_folder(model["path"], base):
-        model["path"] = local(model["path"])
-    if isinstance(train.get("deepspeed"), str) and train["deepspeed"].endswith(".json"):
-        train["deepspeed"] = local(train["deepspeed"])
-    if isinstance(checkpoint.get("storage"), str):
-        checkpoint["storage"] = local(checkpoint["storage"])
-    sections = {"data": data, "model": model, "train": train, "checkpoint": checkpoint}
-    return {
-        **raw,
-        **{name: value for name, value in sections.items() if value},
-        "storage": local(raw.get("storage", "runs")),
-    }
 
 
 def _other_branch(detail: ErrorDetails) -> bool:

@@ -6,15 +6,22 @@ divide is checked by the stages that look. Without torch and transformers, so `t
 
 import hashlib
 import json
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from trainers.credentials import all_known, learn
-from trainers.job.sections import DistillSection, GenerateSection, LoraSection, MaskSection, Section, Strings
-from trainers.job.task_fields import PACKING_TASKS, SPLITTING_TASKS
+from trainers.job.sections import (
+    LISTED,
+    DataOptions,
+    DistillSection,
+    EvaluateOptions,
+    LoraSection,
+    Section,
+    Strings,
+    TrainOptions,
+)
+from trainers.job.task_fields import PACKING_TASKS, SPLITTING_TASKS, TOKEN_TASKS, AnyPath, For, ModelPath, path_if
 
 TaskName = Literal["pretrain", "mlm", "sft", "classify", "tag", "extract", "seq2seq", "similarity"]
 Overlong = Literal["truncate", "split", "drop", "error"]
@@ -40,7 +47,7 @@ TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 class ModelSection(Section):
     """Which pretrained model, and how it is held in memory."""
 
-    path: str
+    path: ModelPath
     """Hub id, or a folder with config.json, safetensors and a tokenizer."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
@@ -63,7 +70,7 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One part of a mixture."""
 
-    path: str
+    path: AnyPath
     """A path, glob, folder or data set, as `data.train` takes it."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """How often each of its rows is shown an epoch: 2 shows all twice, 0.5 a half of them, drawn by the seed."""
@@ -71,12 +78,12 @@ class SourceSection(Section):
     """Instead of a weight: tokens an epoch, reached by leaving rows out or by showing them again."""
 
 
-class DataSection(Section):
+class DataSection(DataOptions):
     """Which rows, and how they become sequences."""
 
-    train: Annotated[tuple[str | SourceSection, ...], Field(strict=False)]
+    train: Annotated[tuple[AnyPath | SourceSection, ...], Field(strict=False), LISTED]
     """Paths, globs or folders; local or s3://, gs://, hdfs://; hf:// data sets. Or {path, weight}, {path, tokens}."""
-    eval: Strings = ()
+    eval: Annotated[tuple[AnyPath, ...], Field(strict=False), LISTED] = ()
     """The same for evaluation; or `eval_fraction`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the training rows held out for evaluation, chosen by a hash of each row's place."""
@@ -92,19 +99,6 @@ class DataSection(Section):
     """Several documents a sequence, none seeing another; null means yes for pretrain and sft."""
     max_drop_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of rows that may be dropped before the data is refused."""
-    multi_label: bool = False
-    """classify: `label` is a list, and any number of labels may be right."""
-    window_overlap: Annotated[int, Field(ge=0)] = 128
-    """extract: tokens that two windows of a long context share."""
-    score_range: Annotated[tuple[float, float], Field(strict=False)] = (0.0, 1.0)
-    """similarity: lowest and highest score; rows outside are dropped, the embedding modes scale to 0 ... 1."""
-    prompt: str | None = None
-    """seq2seq: how a source is put to the model, with {source}, e.g. "translate English to German: {source}"; of rows
-    in several languages also with their fields {source_language} and {target_language}."""
-    max_target_length: Annotated[int, Field(ge=2)] = 128
-    """seq2seq: longest target in tokens; max_length bounds the source, or for causal models both together."""
-    chat_template: str | None = None
-    """sft: a Jinja template, or the path of one, in place of the tokenizer's."""
     dedup: Literal["exact", "near"] | None = None
     """Leave out training rows that repeat an earlier one: in all but case and outer white space, or nearly."""
     decontaminate: Literal["report", "drop"] = "report"
@@ -119,7 +113,7 @@ class DataSection(Section):
         return any(not isinstance(one, str) and (one.weight or one.tokens) for one in self.train)
 
 
-class TrainSection(Section):
+class TrainSection(TrainOptions):
     """The optimization."""
 
     global_batch_size: Annotated[int, Field(ge=1)]
@@ -140,27 +134,16 @@ class TrainSection(Section):
     """Decoupled weight decay; never on biases and norms."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Orders the data, initializes new layers and drives dropout."""
     spike_factor: Annotated[float, Field(gt=1)] | None = 3.0
     """A loss over this many times the largest of the last 1,000 steps rolls back to the last checkpoint and skips that
     step; null rolls back only where loss or gradient are not finite."""
-    deepspeed: str = "zero3"
+    deepspeed: Annotated[str, path_if(lambda value, base: value.endswith(".json"))] = "zero3"
     """A name in ds_configs/ or the path of a JSON file."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the target distribution that is spread over all classes."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each layer learns at this factor of the rate of the layer above it."""
-    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    neftune_alpha: Annotated[float, Field(ge=0), For("pretrain", "sft", "seq2seq")] = 0.0
     """Uniform noise on the embeddings of causal models while training (NEFTune); 0 is none."""
-    class_weights: dict[str, float] | Literal["balanced"] | None = None
-    """classify: factor of each label's loss; balanced means rows / (labels x rows of the label)."""
-    mask: MaskSection = MaskSection()
-    """mlm: what is hidden."""
-    objective: Literal["regression", "cosine", "contrastive"] = "regression"
-    """similarity: a regression head over the pair, or sentence embeddings whose cosine is fitted to the score, or drawn
-    together and pushed apart by a margin."""
-    distill: DistillSection | None = None
+    distill: Annotated[DistillSection | None, For(*TOKEN_TASKS)] = None
     """Learn from a teacher too."""
     verify: bool = True
     """Run the self-tests of `tuneyard verify` before the first launch of a model, task and attention backend."""
@@ -207,7 +190,7 @@ class CheckpointSection(Section):
     grace_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds between SIGTERM or a preemption notice and the end of the machine; a rank that has not committed by then
     ends without."""
-    storage: str | None = None
+    storage: AnyPath | None = None
     """Where checkpoints go instead of the run folder, such as s3://bucket/key; shared by all nodes too."""
     start_over: bool = False
     """Begin at step 0 where every checkpoint was found damaged and set aside; otherwise such a run ends."""
@@ -220,7 +203,7 @@ class EarlyStopping(Section):
     """Evaluations without a new best before training stops."""
 
 
-class EvaluateSection(Section):
+class EvaluateSection(EvaluateOptions):
     """How checkpoints are scored."""
 
     metric: str | None = None
@@ -234,12 +217,6 @@ class EvaluateSection(Section):
     workers: Annotated[int, Field(ge=1)] = 1
     """Processes that share an evaluation, each with the whole model and a part of the rows; metrics stay the same."""
     early_stopping: EarlyStopping | None = None
-    generate: GenerateSection | None = None
-    """seq2seq (always, null means greedy) and sft (when given): generate texts and compare them."""
-    no_answer_threshold: float = 0.0
-    """extract: how far the no-answer score must exceed the best span's for the answer to be none."""
-    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
-    """seq2seq: sacreBLEU's tokenizer."""
 
 
 class RegistrySection(Section):
@@ -265,7 +242,7 @@ class Job(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
     registry: RegistrySection = RegistrySection()
-    storage: str = "runs"
+    storage: Annotated[AnyPath, Field(validate_default=True)] = "runs"
     """Folder or bucket shared by all nodes."""
 
     def __getstate__(self) -> dict[Any, Any]:
@@ -293,8 +270,3 @@ class Job(Section):
         scored_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize"}
         parts["evaluate"] = self.evaluate.model_dump(include=scored_by)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def names_folder(path: str, base: Path = Path()) -> bool:
-    """Whether `model.path` means a folder: it exists as one, or does not have the form of a hub id."""
-    return (base / Path(path).expanduser()).is_dir() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)

@@ -1,10 +1,14 @@
-"""Sections of a job file that stand inside other sections, and what every section is. The whole is `job.py`'s."""
+"""Sections of a job file that stand inside other sections, what tasks read of it, and what every section is."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from trainers.job.task_fields import TOKEN_TASKS, For, ModelPath, path_if
 
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
+LISTED = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
+"""One entry may stand for a list of one."""
 
 
 class Section(BaseModel):
@@ -13,6 +17,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, protected_namespaces=(), use_attribute_docstrings=True
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Put a section's own fields before those it inherits, as users read them."""
+        own = [name for name in cls.__annotations__ if name in cls.model_fields]
+        if len(own) < len(cls.model_fields):
+            cls.__pydantic_fields__ = {name: cls.model_fields[name] for name in (*own, *cls.model_fields)}
+            cls.model_rebuild(force=True)
 
 
 class LoraSection(Section):
@@ -40,7 +52,7 @@ class MaskSection(Section):
 class DistillSection(Section):
     """Learning from a teacher beside the labels."""
 
-    teacher: str
+    teacher: ModelPath
     """Folder or hub id of a model with the same head and vocabulary; every rank holds it whole."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Both distributions are softened by it; the divergence is scaled by its square."""
@@ -61,3 +73,52 @@ class GenerateSection(Section):
     """0 is no bound."""
     length_penalty: float = 1.0
     no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
+
+
+class DataOptions(Section):
+    """What tasks read of the section `data`."""
+
+    multi_label: Annotated[bool, For("classify", shapes_shards=True)] = False
+    """classify: `label` is a list, and any number of labels may be right."""
+    window_overlap: Annotated[int, Field(ge=0), For("extract", shapes_shards=True)] = 128
+    """extract: tokens that two windows of a long context share."""
+    score_range: Annotated[tuple[float, float], Field(strict=False), For("similarity", shapes_shards=True)] = (0.0, 1.0)
+    """similarity: lowest and highest score; rows outside are dropped, the embedding modes scale to 0 ... 1."""
+    prompt: Annotated[str | None, For("seq2seq", shapes_shards=True)] = None
+    """seq2seq: how a source is put to the model, with {source}, e.g. "translate English to German: {source}"; of rows
+    in several languages also with their fields {source_language} and {target_language}."""
+    max_target_length: Annotated[int, Field(ge=2), For("seq2seq", shapes_shards=True)] = 128
+    """seq2seq: longest target in tokens; max_length bounds the source, or for causal models both together."""
+    chat_template: Annotated[
+        str | None, path_if(lambda value, base: value.endswith(".jinja")), For("sft", shapes_shards=True)
+    ] = None
+    """sft: a Jinja template, or the path of one, in place of the tokenizer's."""
+
+
+class TrainOptions(Section):
+    """What tasks read of the section `train`."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Orders the data, initializes new layers and drives dropout."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1), For(*TOKEN_TASKS, "extract")] = 0.0
+    """Share of the target distribution that is spread over all classes."""
+    class_weights: Annotated[dict[str, float] | Literal["balanced"] | None, For("classify")] = None
+    """classify: factor of each label's loss; balanced means rows / (labels x rows of the label)."""
+    mask: Annotated[MaskSection, For("mlm")] = MaskSection()
+    """mlm: what is hidden."""
+    objective: Annotated[Literal["regression", "cosine", "contrastive"], For("similarity", shapes_shards=True)] = (
+        "regression"
+    )
+    """similarity: a regression head over the pair, or sentence embeddings whose cosine is fitted to the score, or drawn
+    together and pushed apart by a margin."""
+
+
+class EvaluateOptions(Section):
+    """What tasks read of the section `evaluate`."""
+
+    generate: Annotated[GenerateSection | None, For("sft", "seq2seq")] = None
+    """seq2seq (always, null means greedy) and sft (when given): generate texts and compare them."""
+    no_answer_threshold: Annotated[float, For("extract")] = 0.0
+    """extract: how far the no-answer score must exceed the best span's for the answer to be none."""
+    bleu_tokenize: Annotated[Literal["13a", "intl", "zh", "char", "none"], For("seq2seq")] = "13a"
+    """seq2seq: sacreBLEU's tokenizer."""

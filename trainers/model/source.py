@@ -14,7 +14,8 @@ from typing import Any
 import xxhash
 
 from trainers.errors import JobError
-from trainers.job.schema import Job, names_folder
+from trainers.job.schema import Job
+from trainers.job.task_fields import names_folder
 from trainers.storage import Folder
 from trainers.tokenizer.encoder import TOKENIZER_FILES
 

@@ -1,7 +1,5 @@
 """What one run is: its job, model, shards and folder. Torch-free; stages, ranks and evaluations all get this record."""
 
-from dataclasses import replace
-
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.source import ModelFolder, find_model
@@ -63,6 +61,6 @@ def find_run(job: Job, model: ModelFolder | None = None, splits: Splits | None =
 
 def job_task(job: Job, shards: ShardManifest) -> Task:
     """The job's task, knowing the labels of the training data."""
-    task = load_task(job.task, replace(task_options(job), label_counts=shards.labels))
+    task = load_task(job.task, task_options(job, shards.labels))
     task.labels = task.label_set(shards.labels)
     return task

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import xxhash
 
 from trainers.errors import JobError
+from trainers.job.load import task_fields
 from trainers.job.schema import TASK_FIELDS, Job
 from trainers.shards.drop_budget import check_shards
 from trainers.shards.duplicates import DedupMode
@@ -22,7 +23,7 @@ from trainers.sources import readers
 from trainers.sources.files import SourceFile, entries_of, find_sources, source_key
 from trainers.sources.formats.columnar import declared_classes
 from trainers.storage import Folder
-from trainers.tasks.options import read_template
+from trainers.tasks.options import task_options
 from trainers.tokenizer.encoder import TOKENIZER_FILES
 
 ENCODER_VERSION = 5
@@ -188,10 +189,13 @@ def _plan(job: Job, name: SplitName, sources: tuple[SourceFile, ...], tokenizer:
 
 
 def _form(job: Job) -> list[Any]:
-    """Choices that change how a row is written down, beside its length."""
-    data = job.data
-    form: list[Any] = [data.multi_label, data.window_overlap, data.score_range, data.prompt, data.max_target_length]
-    return [*form, read_template(data.chat_template), job.train.objective if job.task == "similarity" else None]
+    """Choices that change how a row is written down, beside its length: of `train` only what is for this task."""
+    options = task_options(job).model_dump(mode="json")
+    return [
+        options[key] if section == "data" or job.task in mark.tasks else None
+        for section, key, mark in task_fields()
+        if mark.shapes_shards
+    ]
 
 
 def _tokenizer_digest(folder: Path) -> str:

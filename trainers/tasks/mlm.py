@@ -63,7 +63,7 @@ class Mlm(Task):
         return self._hidden(running[offsets[1:]] - running[offsets[:-1]])
 
     def _hidden(self, maskable: Array) -> Array:
-        hidden: Array = np.maximum(np.round(maskable * self.options.mask_fraction).astype(np.int64), 1)
+        hidden: Array = np.maximum(np.round(maskable * self.options.mask.fraction).astype(np.int64), 1)
         return hidden
 
     def prepare(self, encoder: Encoder) -> None:
@@ -111,8 +111,8 @@ def choose(words: Array, options: Any, random: np.random.Generator) -> tuple[Arr
     words may hide a few tokens more than that: those of the last word beyond the number are hidden, not predicted.
     """
     maskable = np.flatnonzero(words >= 0)
-    wanted = max(round(len(maskable) * options.mask_fraction), 1)
-    if not options.whole_words:
+    wanted = max(round(len(maskable) * options.mask.fraction), 1)
+    if not options.mask.whole_words:
         chosen = random.permutation(maskable)[:wanted]
         return chosen, chosen
     rank = random.permutation(int(words.max()) + 1)[words[maskable]]

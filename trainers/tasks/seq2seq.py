@@ -110,7 +110,8 @@ class Seq2Seq(Task):
 
     def generate(self, model: Any, rows: Sequence[Example], pad_id: int) -> dict[str, Array]:
         """Counts and scores of the generated texts against the targets as they stand in the data."""
-        settings = self.options.generate or GenerateSection(max_new_tokens=self.options.max_target_length).model_dump()
+        greedy = GenerateSection(max_new_tokens=self.options.max_target_length)
+        settings = (self.options.generate or greedy).model_dump()
         prompts, wanted = [row.input_ids for row in rows], [row.extra["reference"] for row in rows]
         seed = (self.options.seed, min(row.index for row in rows))
         said = [text.strip() for text in generate_texts(model, prompts, self._tokenizer, pad_id, settings, seed)]

@@ -64,9 +64,9 @@ class Sft(CausalTask):
 
     def generate(self, model: Any, rows: Sequence[Example], pad_id: int) -> dict[str, Array]:
         """Where the job asks for texts: the last answer generated anew and compared with the one in the data."""
-        settings = self.options.generate
-        if settings is None:
+        if self.options.generate is None:
             return {}
+        settings = self.options.generate.model_dump()
         turns = [row.extra["spans"][-2:] for row in rows]
         prompts = [row.input_ids[:start] for row, (start, _) in zip(rows, turns, strict=True)]
         ids = [row.input_ids[start:end] for row, (start, end) in zip(rows, turns, strict=True)]

@@ -68,12 +68,13 @@ def make_context(job: Job, model_path: str, folder: Path, device: Any = "cpu") -
     """
     encoder = load_encoder(model_path, job.model.trust_remote_code)
     rules = encode_rules(job)
-    plain = replace(rules.options, label_smoothing=0.0, class_weights=None, dropout=None, generate=None)
+    without = {"label_smoothing": 0.0, "class_weights": None, "dropout": None, "generate": None}
+    plain = rules.options.model_copy(update=without)
     sources = find_sources(job.data.train_paths, job.data.format, "data.train", digests=False)
     plan = SplitPlan("train", sources, None, {})
     task = load_task(job.task, plain)
     longest, record = _first_shard(job, plan, Folder(str(folder)), task, encoder, rules)
-    task = load_task(job.task, replace(plain, label_counts=record.labels))
+    task = load_task(job.task, plain.model_copy(update={"label_counts": record.labels}))
     task.labels = task.label_set(_labels(record))
     task.prepare(encoder)
     shards = ShardSet(Folder(str(folder)), manifest_of(plan, job.task, {0: record}), task)

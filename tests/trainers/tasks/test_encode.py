@@ -10,6 +10,7 @@ import pytest
 
 from tests.tiny import chat_rows, make_llama
 from tests.trainers.tasks.small import rows_of
+from trainers.job.sections import MaskSection
 from trainers.tasks import EncodeRules, Example, encode_rows, load_task
 from trainers.tasks.base import IGNORE
 from trainers.tasks.encoded import EncodedRow
@@ -215,7 +216,7 @@ def test_whole_words_are_hidden_together(tmp_path: Path) -> None:
     backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", **names).save_pretrained(tmp_path)
-    options = TaskOptions(whole_words=True, mask_fraction=0.3)
+    options = TaskOptions(mask=MaskSection(whole_words=True, fraction=0.3))
     task = load_task("mlm", options)
     text = "playing a films played films a play playings"
     (encoded,) = rows_of(
