@@ -4,7 +4,9 @@ Exact where the shards are written; otherwise sequences are estimated from a sam
 """
 
 import json
+import re
 import struct
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -14,6 +16,8 @@ from trainers.batching.batch_plan import BatchPlan, plan_batches
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
+from trainers.job.sections import LoraSection
+from trainers.model.lora import ALL_LINEAR
 from trainers.records import Record
 from trainers.run.folder import run_folder
 from trainers.run.record import job_task
@@ -73,7 +77,9 @@ def plan_job(checked: CheckedJob) -> Plan:
     shards = load_shards(job, checked.splits)
     rows, tokens, sequences = count_sequences(job, shards) if shards else estimate_sequences(checked)
     steps = job_order(job, max(sequences, 1)).steps
-    parameters = count_parameters(Path(model.path))
+    shapes = tensor_shapes(Path(model.path))
+    parameters = sum(prod(shape) for shape in shapes.values())
+    saved = count_adapters(shapes, job.model.lora) if job.model.lora else parameters
     stage_share = job.scale.max_workers if job.train.deepspeed.startswith("zero3") else 1
     metric, mode = choose_metric(job)
     return Plan(
@@ -92,8 +98,8 @@ def plan_job(checked: CheckedJob) -> Plan:
         mode=mode,
         parameters=parameters,
         state_gib_per_worker=parameters * BYTES_PER_PARAMETER[job.model.dtype] / stage_share / 2**30,
-        checkpoint_gib=parameters * CHECKPOINT_BYTES_PER_PARAMETER / 2**30,
-        host_gib_per_worker=parameters * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / 2**30,
+        checkpoint_gib=saved * CHECKPOINT_BYTES_PER_PARAMETER / 2**30,
+        host_gib_per_worker=saved * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / 2**30,
         checkpoints=-(-steps // job.checkpoint.every_steps),
         notes=tuple(notes(job, batches, steps)),
         job=job.model_dump(mode="json"),
@@ -135,15 +141,32 @@ def _sample(job: Job, split: SplitPlan, units: tuple) -> tuple[list, float]:  # 
     return [row for row in rows if row], float(source.size if whole else size)
 
 
-def count_parameters(folder: Path) -> int:
-    """Elements of all tensors in a folder's safetensors, from their headers alone."""
-    total = 0
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all tensors in a folder's safetensors, from their headers alone."""
+    shapes: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
-        total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+NOT_ADAPTED = re.compile(r"embed|wte|wpe|shared|lm_head")
+
+
+def count_adapters(shapes: Mapping[str, Sequence[int]], lora: LoraSection) -> int:
+    """About how many values a checkpoint with adapters holds: rank x (in + out) for each layer that gets them."""
+    every = lora.target_modules == ALL_LINEAR
+    adapted = [
+        shape
+        for name, shape in shapes.items()
+        if len(shape) == 2
+        and (
+            not NOT_ADAPTED.search(name) if every else name.removesuffix(".weight").endswith(tuple(lora.target_modules))
+        )
+    ]
+    return sum(lora.rank * sum(shape) for shape in adapted)
 
 
 def notes(job: Job, batches: BatchPlan, steps: int) -> list[str]:

@@ -1,34 +1,38 @@
 """A committed checkpoint as a Hugging Face folder that plain from_pretrained opens.
 
-Streams: 4 MiB of a tensor in memory at a time (whole tensors where adapters are merged). The folder counts as written
-once `tuneyard.json` is there, which is after the result was opened again and every name and shape compared.
+It has all that the training had: the chat template and the token that ends a turn, label names, the model's own code.
+Streams: 4 MiB of a tensor in memory at a time (whole tensors where adapters are merged or experts taken apart). The
+folder counts as written once `tuneyard.json` is there: the result was opened again, every name and shape compared.
 """
 
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.local_copies import LocalCopies
+from trainers.checkpoint.published import Weight, in_parts, published_weights
 from trainers.checkpoint.reading import CheckpointReader
 from trainers.checkpoint.records import FileRecord
-from trainers.checkpoint.tensor_file import TensorSpec, write_parts
+from trainers.checkpoint.tensor_file import TensorSpec, spec_of, write_parts
 from trainers.errors import EvaluationError
 from trainers.job.schema import Job
-from trainers.model.lora import PREFIX, merged_reader, merged_shapes
+from trainers.model.lora import PREFIX, merged_reader, merged_shapes, plain_name
 from trainers.records import Record
 from trainers.storage import Folder
 from trainers.tasks import Task
+from trainers.tasks.base import Serving
 from trainers.tokenizer.encoder import load_encoder
 
 PROVENANCE = "tuneyard.json"
 SHARD_BYTES = 5_000_000_000
-PART = 1 << 20
-"""Values of a weight in memory at once: 4 MiB in fp32."""
 INDEX = "model.safetensors.index.json"
 COPIED = (
     "tokenizer*",
@@ -59,10 +63,11 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
 
     Args:
         task: knowing its labels.
-        model_path: the pretrained folder, for config and tokenizer.
+        model_path: the pretrained folder, for config, tokenizer, code, and the weights that adapters leave alone.
 
     Raises:
         EvaluationError: where the checkpoint is damaged or the result would not load as the same model.
+        OSError: where it cannot be read now.
     """
     if out.exists(PROVENANCE):
         return Provenance.model_validate_json(out.read_bytes(PROVENANCE))
@@ -70,14 +75,18 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
     damage = find_damage(stored)
     if damage:
         raise EvaluationError(f"{checkpoint} cannot be exported: {damage}")
-    reader = CheckpointReader(stored)
-    config = task.load_config(model_path, load_encoder(model_path).pad_id, job.model.trust_remote_code)
-    _copy_side_files(Path(model_path), out)
+    reader, encoder = CheckpointReader(stored), load_encoder(model_path, job.model.trust_remote_code)
+    config = task.load_config(model_path, encoder.pad_id, job.model.trust_remote_code)
     config.dtype = job.model.dtype
-    out.write_bytes("config.json", _config_json(config, task, job).encode())
-    specs = _specs(reader, job, dict(reader.buffers()))
-    files = _write_weights(reader, job, specs, out)
-    _reopen(out, task.head_class(config), specs)
+    empty = _on_meta(config, task, job.model.trust_remote_code)
+    config.architectures = [type(empty).__name__]
+    _copy_side_files(Path(model_path), out, job.model.trust_remote_code)
+    _write_settings(task.serving(encoder), config, Path(model_path), out)
+    out.write_bytes("config.json", str(config.to_json_string(use_diff=True)).encode())
+    weights = _weights(reader, job, task, config, model_path)
+    files = _write_weights(published_weights(empty, weights), out)
+    _reopen(out, task.head_class(config), weights, job.model.trust_remote_code)
+    files |= {name: _record(out, name) for name in out.list() if name not in files}
     provenance = Provenance(
         step=reader.state.step,
         checkpoint=str(checkpoint),
@@ -90,10 +99,9 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
     return provenance
 
 
-def _config_json(config: Any, task: Task, job: Job) -> str:
-    """config.json with the architecture named, as save_pretrained would write it."""
-    config.architectures = [type(_on_meta(config, task, job.model.trust_remote_code)).__name__]
-    return str(config.to_json_string(use_diff=True))
+def _record(folder: Folder, name: str) -> FileRecord:
+    data = folder.read_bytes(name)
+    return FileRecord(bytes=len(data), digest=xxhash.xxh3_128_hexdigest(data))
 
 
 def _on_meta(config: Any, task: Task, trust_remote_code: bool) -> Any:
@@ -104,49 +112,102 @@ def _on_meta(config: Any, task: Task, trust_remote_code: bool) -> Any:
         return getattr(transformers, task.head_class(config)).from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _copy_side_files(source: Path, out: Folder) -> None:
-    for pattern in COPIED:
+def _copy_side_files(source: Path, out: Folder, trust_remote_code: bool) -> None:
+    for pattern in (*COPIED, *(("*.py",) if trust_remote_code else ())):
         for file in sorted(source.glob(pattern)):
             out.write_bytes(file.name, file.read_bytes())
 
 
-def _specs(reader: CheckpointReader, job: Job, buffers: dict[str, Any]) -> list[TensorSpec]:
-    shapes = merged_shapes(reader.state.shapes) if job.model.lora else reader.state.shapes
-    weights = [TensorSpec(name, job.model.dtype, tuple(shape)) for name, shape in shapes.items()]
-    buffers = {name.removeprefix(PREFIX): buffer for name, buffer in buffers.items()}
-    extra = [TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in buffers.items()]
-    return weights + extra
+def _write_settings(serving: Serving, config: Any, source: Path, out: Folder) -> None:
+    """The template and the end tokens that the model was trained with, in place of the pretrained folder's."""
+    from transformers import GenerationConfig
+
+    if serving.chat_template is not None:
+        out.write_bytes("chat_template.jinja", serving.chat_template.encode())
+        if "tokenizer_config.json" in out.list():
+            settings = out.read_json("tokenizer_config.json")
+            settings.pop("chat_template", None)
+            out.write_json("tokenizer_config.json", settings)
+    if serving.stop_ids:
+        has_own = (source / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(source) if has_own else GenerationConfig.from_model_config(config)
+        own = generation.eos_token_id
+        known = own if isinstance(own, list) else [] if own is None else [own]
+        generation.eos_token_id = list(dict.fromkeys([*known, *serving.stop_ids]))
+        out.write_bytes("generation_config.json", generation.to_json_string(use_diff=True).encode())
 
 
-def _write_weights(reader: CheckpointReader, job: Job, specs: list[TensorSpec], out: Folder) -> dict[str, FileRecord]:
-    """One safetensors file, or several with an index where there is more than SHARD_BYTES."""
+def _weights(reader: CheckpointReader, job: Job, task: Task, config: Any, model_path: str) -> dict[str, Weight]:
+    """The weights as the model in memory has them, adapters merged, and its persistent buffers; by name."""
     import torch
 
-    buffers = {name.removeprefix(PREFIX): buffer for name, buffer in reader.buffers()}
-    shapes = reader.state.shapes
+    dtype, shapes, lora = getattr(torch, job.model.dtype), reader.state.shapes, job.model.lora
+    base = _frozen_weights(job, task, config, model_path) if lora else {}
 
     def read(name: str) -> Any:
+        if lora and not reader.holds("weight", name):
+            return base[plain_name(name)].float()
         return reader.read("weight", name, 0, prod(shapes[name])).view(shapes[name])
 
-    merged = merged_reader(shapes, read, job.model.lora) if job.model.lora else None
+    merged = merged_reader(shapes, read, lora) if lora else read
+    weights: dict[str, Weight] = {}
+    for name, shape in (merged_shapes(shapes) if lora else shapes).items():
+        spec = TensorSpec(name, job.model.dtype, tuple(shape))
 
-    def parts(name: str) -> Iterator[Any]:
-        if name in buffers:
-            yield buffers[name]
-        elif merged:
-            yield merged(name).to(getattr(torch, dtypes[name]))
-        else:
-            size = prod(shapes[name])
-            for start in range(0, size, PART):
-                yield reader.read("weight", name, start, min(start + PART, size)).to(getattr(torch, dtypes[name]))
+        def load(name: str = name) -> Any:
+            return merged(name).to(dtype)
 
-    dtypes = {spec.name: spec.dtype for spec in specs}
+        def parts(name: str = name, size: int = prod(shape)) -> Iterator[Any]:
+            if lora:
+                return iter((merged(name).to(dtype),))
+            return in_parts(lambda start, end: reader.read("weight", name, start, end).to(dtype), size)
+
+        weights[name] = Weight(spec, load, parts)
+    for name, buffer in reader.buffers():
+        name = name.removeprefix(PREFIX)
+        weights[name] = Weight(spec_of(name, buffer), partial(_same, buffer), partial(_alone, buffer))
+    return weights
+
+
+def _same(tensor: Any) -> Any:
+    return tensor
+
+
+def _alone(tensor: Any) -> Iterator[Any]:
+    return iter((tensor,))
+
+
+def _frozen_weights(job: Job, task: Task, config: Any, model_path: str) -> dict[str, Any]:
+    """Weights of the pretrained model, which checkpoints with adapters do not hold; whole in memory, in its type.
+
+    Raises:
+        EvaluationError: where the pretrained folder lacks some, which then were drawn at random and are nowhere.
+    """
+    import torch
+    import transformers
+
+    auto: Any = getattr(transformers, task.head_class(config))
+    model, info = auto.from_pretrained(
+        model_path,
+        config=config,
+        dtype=getattr(torch, job.model.dtype),
+        use_safetensors=True,
+        trust_remote_code=job.model.trust_remote_code,
+        output_loading_info=True,
+    )
+    missing = set(info["missing_keys"])
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if name not in missing}
+
+
+def _write_weights(weights: dict[str, Weight], out: Folder) -> dict[str, FileRecord]:
+    """One safetensors file, or several with an index where there is more than SHARD_BYTES."""
+    specs = [weight.spec for weight in weights.values()]
     groups = _group(specs)
     files: dict[str, FileRecord] = {}
     for number, group in enumerate(groups, 1):
         name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         with out.open_output(name) as stream:
-            digest = write_parts(stream, group, parts, {"format": "pt"})
+            digest = write_parts(stream, group, lambda name: weights[name].parts(), {"format": "pt"})
         files[name] = FileRecord(bytes=digest.bytes, digest=digest.digest)
     if len(groups) > 1:
         places = {spec.name: name for name, group in zip(files, groups, strict=True) for spec in group}
@@ -167,22 +228,23 @@ def _group(specs: list[TensorSpec]) -> list[list[TensorSpec]]:
     return groups
 
 
-def _reopen(out: Folder, head: str, specs: list[TensorSpec]) -> None:
+def _reopen(out: Folder, head: str, weights: dict[str, Weight], trust_remote_code: bool) -> None:
     """Open the folder as a user would, on the meta device, and compare names and shapes; tied weights must be tied."""
     import transformers
 
     auto = getattr(transformers, head)
     with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
         path = out.path if out.is_local else _download(out, Path(scratch))
-        model, info = auto.from_pretrained(path, device_map="meta", output_loading_info=True)
+        model, info = auto.from_pretrained(
+            path, device_map="meta", output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     wrong = {
         kind: sorted(map(str, info[kind]))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if info[kind]
     }
     loaded = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    written = {spec.name: spec.shape for spec in specs}
-    differing = [name for name, shape in loaded.items() if written.get(name) != shape]
+    differing = [name for name, shape in loaded.items() if name not in weights or weights[name].spec.shape != shape]
     if wrong or differing:
         raise EvaluationError(
             f"the export {out} does not load as the model that was trained: {json.dumps(wrong)} {differing}"

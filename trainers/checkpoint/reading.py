@@ -109,6 +109,10 @@ class CheckpointReader:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty(0)
 
+    def holds(self, kind: str, name: str) -> bool:
+        """Whether a parameter is in the files at all: those that adapters leave alone are not."""
+        return bool(self._stored.get(f"{kind}/{name}"))
+
     def history(self) -> list[StepEvent]:
         """Events of the last steps before this checkpoint, oldest first."""
         return [StepEvent.model_validate(event) for event in json.loads(self._text(HISTORY))]

@@ -5,7 +5,6 @@ checkpoint's tensors, so an export never builds the adapted model.
 """
 
 from collections.abc import Callable, Mapping
-from math import prod
 from typing import Any
 
 from trainers.errors import JobError
@@ -57,9 +56,7 @@ def _linear_layers(model: Any, head: list[str]) -> list[str]:
 
 def merged_shapes(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """Names and shapes of the merged model, from those of the adapted one."""
-    return {
-        _plain(name): shape for name, shape in shapes.items() if not any(name.endswith(factor) for factor in FACTORS)
-    }
+    return {plain_name(name): shape for name, shape in shapes.items() if not name.endswith(FACTORS)}
 
 
 def merged_reader(
@@ -72,7 +69,7 @@ def merged_reader(
         read: gives a tensor of the adapted model by name.
         lora: whose alpha / rank scales the product.
     """
-    sources = {_plain(name): name for name in shapes if not any(name.endswith(factor) for factor in FACTORS)}
+    sources = {plain_name(name): name for name in shapes if not name.endswith(FACTORS)}
 
     def load(name: str) -> Any:
         source = sources[name]
@@ -86,10 +83,6 @@ def merged_reader(
     return load
 
 
-def adapter_parameters(shapes: Mapping[str, list[int]]) -> int:
-    """How many numbers the adapters hold."""
-    return sum(prod(shape) for name, shape in shapes.items() if any(name.endswith(factor) for factor in FACTORS))
-
-
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name in the model without adapters."""
     return name.removeprefix(PREFIX).replace(BASE, ".")

@@ -50,6 +50,16 @@ class Example:
     extra: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What a trained model needs beside its weights, to be used as it was trained; the export writes it down."""
+
+    chat_template: str | None = None
+    """In place of the tokenizer's own."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens at which generation ends, beside those the pretrained model knows."""
+
+
 class Task(ABC):
     """A supervised task. Instances hold no state but `labels` and `options`."""
 
@@ -160,6 +170,9 @@ class Task(ABC):
     def notes(self) -> dict[str, str]:
         """What makes the metrics comparable, by metric, where a name and a number do not say it all."""
         return {}
+
+    def serving(self, encoder: Encoder) -> Serving:
+        return Serving()
 
     def config_changes(self) -> dict[str, Any]:
         """What this task changes in the model's configuration: labels, so that the exported model names its answers."""

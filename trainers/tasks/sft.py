@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array
-from trainers.tasks.base import EncodeRules, Example
+from trainers.tasks.base import EncodeRules, Example, Serving
 from trainers.tasks.causal import CausalTask, token_metrics
 from trainers.tasks.chat.conversations import read_chat
 from trainers.tasks.chat.render import Rendered, renderer_of
@@ -58,6 +58,15 @@ class Sft(CausalTask):
         for start, end in zip(spans[::2], spans[1::2], strict=True):
             mask[start:end] = True
         return mask
+
+    def serving(self, encoder: Encoder) -> Serving:
+        """The template of the job, and the special token that it puts behind an assistant's turn."""
+        template, turns = self.options.chat_template, [("user", "Question"), ("assistant", "Answer")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        text = encoder.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
+        after = text.rpartition("Answer")[2].lstrip()
+        ends = [number for token, number in encoder.tokenizer.get_added_vocab().items() if after.startswith(token)]
+        return Serving(template, tuple(ends))
 
     def prepare(self, encoder: Encoder) -> None:
         self._tokenizer = encoder.tokenizer

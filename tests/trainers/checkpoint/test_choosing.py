@@ -113,7 +113,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_begins_anew_only_if_told(steps:
     events: list[Any] = []
     (error,) = resume_on([steps.path], events)
     assert isinstance(error, TrainingError) and "checkpoint.start_over" in str(error)
-    assert [event["step"] for event in events] == [3, 2, 1]
+    assert [event.step for event in events] == [3, 2, 1]
     (error,) = resume_on([steps.path])
     assert isinstance(error, TrainingError), "also at the next start"
     assert resume_on([steps.path], start_over=True) == [None]

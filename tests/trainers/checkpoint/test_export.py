@@ -127,3 +127,132 @@ def test_an_export_needs_the_largest_tensor_and_256_mib_whatever_the_model(
     record = json.loads((tmp_path / "export" / "tuneyard.json").read_text())
     assert FileRecord(**record["files"]["model.safetensors"]).bytes > 4 * 1024 * 30_000
     assert state.step == record["step"]
+
+
+PLAIN = """
+import json, sys, torch
+import transformers
+assert not any(name.split(".")[0] in ("trainers", "orchestrator") for name in sys.modules)
+model = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1], trust_remote_code=len(sys.argv) > 3)
+tokens = torch.arange(20).view(1, 20) % 30
+with torch.no_grad():
+    print(json.dumps(model.eval()(tokens).logits.tolist()))
+"""
+
+
+def plain_logits(folder: Path, auto: str, *more: str) -> Any:
+    """What a process without this project, with plain transformers, makes of a folder."""
+    import torch
+
+    done = subprocess.run([sys.executable, "-I", "-c", PLAIN, str(folder), auto, *more],
+                          capture_output=True, text=True, timeout=200, check=False, cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+
+
+def logits_of(model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.arange(20).view(1, 20) % 30).logits
+
+
+def test_experts_are_exported_under_the_names_they_are_published_with(
+    tmp_path: Path, tiny_chat_tokenizer: Path
+) -> None:
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                            num_key_value_heads=1, head_dim=16, intermediate_size=48, moe_intermediate_size=24,
+                            num_experts=4, num_experts_per_tok=2, pad_token_id=0)  # fmt: skip
+    pretrained = make_llama(tmp_path / "pretrained", tiny_chat_tokenizer)
+    (pretrained / "model.safetensors").unlink()
+    Qwen3MoeForCausalLM(config).save_pretrained(pretrained)
+    trained = AutoModelForCausalLM.from_pretrained(pretrained)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    job = tiny_job(tmp_path, pretrained, "sft", chat_rows(10))
+    write_checkpoint(Folder(str(tmp_path / "checkpoint")), trained)
+    export_here(job, str(tmp_path / "checkpoint"), str(tmp_path / "export"))
+    with (
+        safe_open(tmp_path / "export" / "model.safetensors", "pt") as ours,
+        safe_open(pretrained / "model.safetensors", "pt") as published,
+    ):
+        assert set(ours.keys()) == set(published.keys())
+        assert "model.layers.1.mlp.experts.3.gate_proj.weight" in ours.keys()  # noqa: SIM118
+    assert plain_logits(tmp_path / "export", "AutoModelForCausalLM").allclose(logits_of(trained), atol=1e-6)
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        output.logits = output.logits * 2
+        return output
+"""
+
+
+def test_a_model_with_code_of_its_own_is_exported_with_it(tmp_path: Path, tiny_chat_tokenizer: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pretrained = make_llama(tmp_path / "pretrained", tiny_chat_tokenizer)
+    before = logits_of(AutoModelForCausalLM.from_pretrained(pretrained))
+    (pretrained / "own.py").write_text(REMOTE)
+    config = json.loads((pretrained / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"],
+               "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}  # fmt: skip
+    (pretrained / "config.json").write_text(json.dumps(config))
+    job = tiny_job(tmp_path, pretrained, "sft", chat_rows(10))
+    job = job.model_copy(update={"model": job.model.model_copy(update={"trust_remote_code": True})})
+    trained = AutoModelForCausalLM.from_pretrained(pretrained, trust_remote_code=True)
+    assert logits_of(trained).allclose(2 * before, atol=1e-5), "the code of the folder is at work"
+    write_checkpoint(Folder(str(tmp_path / "checkpoint")), trained)
+    export_here(job, str(tmp_path / "checkpoint"), str(tmp_path / "export"))
+    assert plain_logits(tmp_path / "export", "AutoModelForCausalLM", "trust").allclose(logits_of(trained), atol=1e-6)
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_the_template_and_the_end_of_a_turn_are_those_of_the_training(
+    tmp_path: Path, tiny_chat_tokenizer: Path
+) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    pretrained = make_llama(tmp_path / "pretrained", tiny_chat_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{{ 'another' }}"
+    tokenizer.save_pretrained(pretrained)
+    GenerationConfig(eos_token_id=1, max_new_tokens=7).save_pretrained(pretrained)
+    job = tiny_job(tmp_path, pretrained, "sft", chat_rows(10), data={"chat_template": TEMPLATE})
+    from transformers import AutoModelForCausalLM
+
+    from trainers.checkpoint.export import export_checkpoint
+    from trainers.tasks import load_task, task_options
+
+    write_checkpoint(Folder(str(tmp_path / "checkpoint")), AutoModelForCausalLM.from_pretrained(pretrained))
+    task = load_task("sft", task_options(job))
+    out = tmp_path / "export"
+    export_checkpoint(Folder(str(tmp_path / "checkpoint")), Folder(str(out)), job, task, job.model.path)
+    exported = AutoTokenizer.from_pretrained(out)
+    said = exported.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert said == "<user>hi<|im_end|>\n"
+    generation = GenerationConfig.from_pretrained(out)
+    assert generation.eos_token_id == [1, exported.convert_tokens_to_ids("<|im_end|>")]
+    assert generation.max_new_tokens == 7
+    record = json.loads((out / "tuneyard.json").read_text())
+    assert set(record["files"]) == {path.name for path in out.iterdir()} - {"tuneyard.json"}

@@ -86,7 +86,9 @@ def test_export_merges_adapters_as_peft_does(trained: dict[str, Any], name: str,
     adapted = add_adapters(base, one.model.lora, task).eval()
     reader = CheckpointReader(LocalCopies(Folder(one.storage) / "runs" / "run" / "checkpoints" / step_name(20)))
     shapes = reader.state.shapes
-    saved = {key: reader.read("weight", key, 0, int(np.prod(shape))).view(shape) for key, shape in shapes.items()}
+    held = {key: shape for key, shape in shapes.items() if reader.holds("weight", key)}
+    assert held.keys() == set(reader.state.trainable) < shapes.keys(), "what stays the pretrained model is not saved"
+    saved = {key: reader.read("weight", key, 0, int(np.prod(shape))).view(shape) for key, shape in held.items()}
     assert adapted.load_state_dict(saved, strict=False).unexpected_keys == []
     ids = torch.randint(5, 20, (3, 9))
     before = adapted(input_ids=ids).logits
