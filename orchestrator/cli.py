@@ -185,6 +185,23 @@ def predict(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Job files, names of runs or their folders.")],
+    storage: Storage = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Show how runs differ: their jobs, then their metrics with the paired bootstrap's interval."""
+    from orchestrator.commands.compare import best_side, show_comparison
+    from orchestrator.commands.find_run import find_job
+    from orchestrator.registry.comparison import compare_sides
+
+    if len(runs) < 2:
+        raise JobError("compare needs two runs or more")
+    found = compare_sides([best_side(*find_job(run, storage)) for run in runs])
+    print_json(found.model_dump(mode="json")) if as_json else show_comparison(found)
+
+
+@app.command()
 def export(
     run: RunName,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],

@@ -110,6 +110,25 @@ def verify(
 
 
 @app.command()
+def compare(
+    model: Model,
+    first: Annotated[str, typer.Argument(help="Number of a version, or champion.")],
+    second: Annotated[str, typer.Argument(help="Number of a version, or champion.")],
+    storage: Storage = "runs",
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how two versions differ: their jobs, then their metrics with the paired bootstrap's interval."""
+    from orchestrator.commands.compare import show_comparison
+    from orchestrator.registry.comparison import compare_sides, side_of_version
+    from orchestrator.registry.manage import pick_version
+
+    where = _uri(storage, uri)
+    found = compare_sides([side_of_version(pick_version(where, model, version)) for version in (first, second)])
+    print_json(found.model_dump(mode="json")) if as_json else show_comparison(found)
+
+
+@app.command()
 def gc(
     model: Model,
     keep: Annotated[int, typer.Option(min=0, help="Newest versions whose files stay.")] = 3,
