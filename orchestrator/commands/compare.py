@@ -2,22 +2,20 @@
 
 from typing import Any
 
-from orchestrator.evaluation.selection import select
 from orchestrator.registry.comparison import Comparison, Difference, Side, side_of_run
-from orchestrator.terminal.tables import show
+from orchestrator.terminal.table import show
 from trainers.errors import EvaluationError, JobError
+from trainers.evaluation.selection import select
 from trainers.job.schema import Job
-from trainers.run.folder import Evaluation
+from trainers.run.folder import read_evaluations
 from trainers.storage import Folder
 from trainers.tasks import choose_metric
 
 
 def best_side(job: Job, run: Folder) -> Side:
     """The best evaluated checkpoint of a run. Raises JobError where none is evaluated."""
-    names = [name for name in (run / "evals").list() if name.endswith(".json")]
-    records = [Evaluation.model_validate_json((run / "evals").read_bytes(name)) for name in names]
     try:
-        return side_of_run(run, job, select(records, *choose_metric(job)))
+        return side_of_run(run, job, select(read_evaluations(run), *choose_metric(job)))
     except EvaluationError as error:
         raise JobError(f"{run}: {error}") from error
 

@@ -9,9 +9,8 @@ LABELS = 20
 """Labels that are shown."""
 
 
-def plan_table(plan: Plan) -> None:
-    """The resolved job, then what it comes to."""
-    print(yaml.safe_dump(plan.job, sort_keys=False))
+def plan_table(plan: Plan, full: bool) -> None:
+    """What the job comes to and, where `full`, the job with every default written out."""
     about = "" if plan.exact else "about "
     batch = f"{plan.world_size} workers x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated"
     data = f"{plan.train_rows:,} rows, {plan.train_tokens:,} tokens, {plan.sequences:,} sequences an epoch"
@@ -30,3 +29,5 @@ def plan_table(plan: Plan) -> None:
         *(("note", note) for note in plan.notes),
     ]
     show("plan", ("what", "value"), rows)
+    if full:
+        print(yaml.safe_dump(plan.job, sort_keys=False))

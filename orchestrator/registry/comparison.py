@@ -40,9 +40,9 @@ class Side:
 
 
 class Difference(Record):
-    """A metric of a model minus the first one's. The deciding metric has the paired bootstrap's interval, where rows pair.
+    """A metric of a model minus the first one's; the deciding one with the paired bootstrap's interval, if rows pair.
 
-    Others have none: a thousand draws of scikit-learn's slower metrics take minutes.
+    The others have none: a thousand draws of scikit-learn's slower metrics take minutes.
     """
 
     value: float

@@ -89,6 +89,13 @@ def test_every_json_is_json_alone_on_stdout(job: Job, run: Folder) -> None:
     assert parsed("goodput", "--nodes", "8", "--node-mtbf-hours", "1000", "--json")
 
 
+def test_plan_prints_its_table_and_the_whole_job_on_request(run: Folder) -> None:
+    job_file = str(run.path.parents[2] / "job.yaml")
+    short, full = (CliRunner().invoke(app, ["plan", job_file, *words]).stdout for words in ((), ("--full",)))
+    assert "global batch" in short and "max_grad_norm" not in short and len(short.splitlines()) < 30
+    assert full.startswith(short) and "max_grad_norm" in full
+
+
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.cluster
 def test_evaluate_writes_its_progress_beside_its_json(job: Job, run: Folder) -> None:

@@ -1,0 +1,153 @@
+"""Commands on runs that are there: evaluate, predict, compare, export, status, ledger, goodput.
+
+Each imports what it needs when it runs, so that --help answers at once.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.commands.options import Address, AsJson, Overrides, RunName, Storage, print_json
+from trainers.errors import JobError
+
+app = typer.Typer()
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    step: Annotated[int | None, typer.Option(help="One step; 0: the pretrained model. Default: all.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A model folder instead of checkpoints.")] = None,
+    overrides: Overrides = None,
+    storage: Storage = "runs",
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate committed checkpoints again, or a model folder."""
+    from rich.console import Console
+
+    from orchestrator.commands.past_run import evaluate_folder, evaluate_steps
+    from orchestrator.terminal.progress import Screen
+    from orchestrator.terminal.table import show_evaluations
+    from trainers.tasks import choose_metric
+
+    job = _job_of(run, storage, overrides)
+    screen = Screen(Console(stderr=True, soft_wrap=True))  # stdout is the result's alone
+    records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, screen)
+    if as_json:
+        print_json([record.model_dump(mode="json") for record in records])
+    else:
+        show_evaluations(records, choose_metric(job)[0], None, Console())
+
+
+def _job_of(run: str, storage: str, overrides: Sequence[str] | None) -> Any:
+    """The job file itself, which need not have run yet, or the job of a run."""
+    from orchestrator.commands.find_run import find_job
+    from trainers.job.load import load_job
+
+    return load_job(run, overrides or ()) if Path(run).is_file() else find_job(run, storage, overrides or ())[0]
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, or NAME[@VERSION].")],
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Files, globs or folders, in any format.")],
+    out: Annotated[str | None, typer.Option("--out", "-o", help="A .jsonl or .parquet file; default: print.")] = None,
+    step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
+    overrides: Overrides = None,
+    storage: Storage = "runs",
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking server.")] = None,
+) -> None:
+    """Write what a trained model says to each row of a data set; labels are not needed."""
+    from orchestrator.commands.predict import find_model, predict_file
+
+    count = predict_file(find_model(model, storage, step, uri, list(overrides or ())), data, out)
+    if out:
+        print(f"wrote {count:,} predictions to {out}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Job files, names of runs or their folders.")],
+    storage: Storage = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Show how runs differ: their jobs, then their metrics with the paired bootstrap's interval."""
+    from orchestrator.commands.compare import best_side, show_comparison
+    from orchestrator.commands.find_run import find_job
+    from orchestrator.registry.comparison import compare_sides
+
+    if len(runs) < 2:
+        raise JobError("compare needs two runs or more")
+    found = compare_sides([best_side(*find_job(run, storage)) for run in runs])
+    print_json(found.model_dump(mode="json")) if as_json else show_comparison(found)
+
+
+@app.command()
+def export(
+    run: RunName,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
+    storage: Storage = "runs",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder."""
+    from orchestrator.commands.find_run import find_job
+    from orchestrator.commands.past_run import export_step
+
+    print(f"wrote step {export_step(*find_job(run, storage), step, out)} to {out}")
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(help="Name of a run, or its folder; default: all.")] = None,
+    storage: Storage = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Show the state of runs."""
+    from orchestrator.commands.status import run_status, status_table
+    from trainers.storage import Folder
+
+    found = run_status(Folder(storage), run)
+    print_json([one.model_dump(mode="json") for one in found]) if as_json else status_table(found)
+
+
+@app.command()
+def ledger(
+    run: RunName,
+    reason: Annotated[str | None, typer.Option(help="Show the rows with this outcome, e.g. malformed.")] = None,
+    step: Annotated[int | None, typer.Option(help="Show which rows the tokens of this step came from.")] = None,
+    storage: Storage = "runs",
+    as_json: AsJson = False,
+) -> None:
+    """Account for every data row of a run."""
+    from orchestrator.commands.find_run import find_job
+    from orchestrator.commands.ledger import ledger_report, print_ledger
+    from orchestrator.commands.past_run import shards_of
+
+    job, folder = find_job(run, storage)
+    report = ledger_report(job, folder, reason, step)
+    if as_json:
+        print_json(report)
+        return
+    shards = shards_of(job, folder)
+    print_ledger(report, [shards.train, shards.eval])
+
+
+@app.command()
+def goodput(
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that train together.")],
+    node_mtbf_hours: Annotated[float, typer.Option(min=0.01, help="Mean time between failures of one node, hours.")],
+    save_s: Annotated[float, typer.Option(min=0.001, help="Seconds that a save holds up the steps.")] = 1.0,
+    restart_s: Annotated[float, typer.Option(min=0.0, help="Seconds from a failure to the next step.")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """What failures will cost on a cluster, and how often to save."""
+    from orchestrator.terminal.table import show
+    from trainers.run.goodput import Cluster, forecast
+
+    found = forecast(Cluster(nodes, node_mtbf_hours, save_s, restart_s))
+    print_json(found) if as_json else show(
+        "share of useful time, by the seconds between saves", list(found[0]), [list(row.values()) for row in found]
+    )
