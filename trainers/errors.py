@@ -87,3 +87,13 @@ def from_record(record: Mapping[str, Any]) -> TuneyardError:
     error = TuneyardError(describe(record))
     error.exit_code = record["exit_code"]
     return error
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a later try may go well: storage or memory failed somewhere behind the error, not a check of ours."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError | MemoryError) or "out of memory" in str(cause).lower():
+            return True
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return False

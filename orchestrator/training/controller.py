@@ -6,14 +6,15 @@ and started again, it goes on from there.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ray
 
 from orchestrator.evaluation.pool import EvaluationPool, evaluation_event
-from orchestrator.training.failure_cause import find_cause, is_victim
+from orchestrator.training.failure_cause import find_cause, is_victim, lasting_error
 from orchestrator.training.hang import blame, is_hung, stand
 from orchestrator.training.node_report import NodeReport
+from orchestrator.training.restart import Failure, pause_s, why_end
 from orchestrator.training.worker_group import WorkerGroup, draining_nodes
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import Preempted, TrainingError, from_record
@@ -42,14 +43,6 @@ LAST_WORDS_S, LOST_WAIT_S = 0.5, 3.0
 seconds until a lost node shows, if all that reported are victims."""
 GOES_ON = ("preempted", "resize")
 """Reasons to stop after which the training is not over."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Ranks that ended, or hung, before their last step."""
-
-    cause: str
-    lost_nodes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -119,9 +112,10 @@ def train(
 
 def _train(controller: Controller) -> None:
     """Launch until a launch ends well; failures in a row, with no new checkpoint between them, are counted."""
-    failures, allowed = 0, controller.run.job.scale.max_failures
+    failures, before = 0, None
     while True:
         controller.done, commits = None, controller.commits
+        controller.step_times.clear()
         controller.group.gather(PLACE_WAIT_S)
         failure = _launch(controller)
         if failure is None:
@@ -134,12 +128,15 @@ def _train(controller: Controller) -> None:
             return
         failures = 1 if controller.commits > commits else failures + 1
         controller.note(RestartEvent(cause=failure.cause, lost_nodes=failure.lost_nodes, failures=failures))
-        if failures > allowed:
-            raise TrainingError(
-                f"training failed {failures} times in a row without a new checkpoint (scale.max_failures is "
-                f"{allowed}). The last time, {failure.cause}"
-            )
+        failure = replace(failure, stepped=bool(controller.step_times))
+        end = why_end(failure, before, failures, controller.run.job.scale.max_failures)
+        if end:
+            raise TrainingError(end)
+        before = failure
         controller.group.kill()
+        resume_at = time.monotonic() + pause_s(failure, failures)
+        while time.monotonic() < resume_at and not controller.asked_to_stop():
+            time.sleep(POLL_S)
 
 
 def _launch(controller: Controller) -> Failure | None:
@@ -204,7 +201,7 @@ def _explain(controller: Controller, report: NodeReport) -> Failure:
             f"a rank was told to go and could not commit within checkpoint.grace_s "
             f"({controller.run.job.checkpoint.grace_s:g} s); the same command goes on from the newest checkpoint"
         )
-    return Failure(str(find_cause(list(exits.values()))))
+    return Failure(str(find_cause(list(exits.values()))), error=lasting_error(list(exits.values())))
 
 
 def _steer(controller: Controller, report: NodeReport) -> Failure | None:

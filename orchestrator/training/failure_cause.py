@@ -51,6 +51,12 @@ def find_cause(exits: Sequence[RankExit]) -> Cause:
     return Cause(first.rank, f"on {first.node} {what}", remedy)
 
 
+def lasting_error(exits: Sequence[RankExit]) -> str | None:
+    """What a rank raised, and where, if the same can come again: no storage, memory or lost peer stands behind it."""
+    own = [end.failed for end in exits if end.failed and not end.failed.may_pass and not is_victim(end)]
+    return f"{describe(own[0].error)} at {own[0].where}" if own else None
+
+
 def is_victim(rank_exit: RankExit) -> bool:
     """Whether a rank says no more than that its peers are gone."""
     if rank_exit.failed is None:

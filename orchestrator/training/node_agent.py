@@ -20,7 +20,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.training.node_report import NodeInfo, NodeReport, RankExit, free_bytes, interface_of, oom_kills
+from orchestrator.training.node_report import (
+    INTERFACES,
+    NodeInfo,
+    NodeReport,
+    RankExit,
+    free_bytes,
+    interface_of,
+    oom_kills,
+)
 from trainers.credentials import travelling
 from trainers.records import StopReason
 from trainers.run.events import Event, FailedEvent, parse_events
@@ -30,6 +38,8 @@ from trainers.worker.rank_server import Mode, RankSpec, events_file, heartbeat_f
 from trainers.worker.stack_dump import read_stacks
 
 STACKS_WAIT_S, KILL_WAIT_S = 1.0, 5.0
+GPU_KILL_WAIT_S = 90.0
+"""A killed rank is gone once its GPU memory is free and its pinned pages are released: 10 s for 13 GB on an H200."""
 LOG_TAIL_BYTES = 64 << 10
 """The stacks of a crash and the list of loaded modules after them take some 20 kB."""
 
@@ -79,7 +89,8 @@ class NodeAgent:
 
         address = ray.util.get_node_ip_address()
         node = ray.get_runtime_context().get_node_id()
-        return NodeInfo(node, address, interface_of(address), self._gpus)
+        named = {name: os.environ[name] for name in INTERFACES if name in os.environ}
+        return NodeInfo(node, address, interface_of(address), self._gpus, named)
 
     def wait_warm(self, timeout_s: float) -> bool:
         """Whether the processes at hand have their imports done, waited for."""
@@ -207,7 +218,7 @@ class NodeAgent:
             if rank.exit is None:  # where it is not born yet, its rank server must not bear it later
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rank.process or rank.server.process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + KILL_WAIT_S
+        deadline = time.monotonic() + (GPU_KILL_WAIT_S if self._gpus else KILL_WAIT_S)
         while any(rank.exit is None for rank in self._ranks.values()) and time.monotonic() < deadline:
             time.sleep(0.01)
         for rank in self._ranks.values():

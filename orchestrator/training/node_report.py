@@ -10,6 +10,8 @@ import psutil
 from trainers.run.events import Event, FailedEvent
 from trainers.worker.heartbeat import Heartbeat
 
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
 
 @dataclass(frozen=True)
 class NodeInfo:
@@ -22,6 +24,8 @@ class NodeInfo:
     """Network interface that has the address; None if none has (a host behind address translation)."""
     gpus: tuple[str, ...]
     """Ids of the GPUs that Ray gave to the node agent."""
+    interfaces_set: dict[str, str]
+    """INTERFACES that the node's environment sets: whoever set them knows the network better than we do."""
 
 
 @dataclass(frozen=True)

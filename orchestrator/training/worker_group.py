@@ -5,6 +5,7 @@ node that does not answer for `UNREACHABLE_S` is given up, whatever the cluster 
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.training.node_agent import NodeAgent
-from orchestrator.training.node_report import NodeInfo, NodeReport
+from orchestrator.training.node_agent import GPU_KILL_WAIT_S, NodeAgent
+from orchestrator.training.node_report import INTERFACES, NodeInfo, NodeReport
 from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, largest_size, slots_of
 from trainers.errors import PlacementError
 from trainers.job.schema import Job
@@ -109,23 +110,33 @@ class WorkerGroup:
         )
 
     def _candidates(self) -> list[Slots]:
-        """Nodes that could hold ranks now: those held, and others with free resources."""
-        free = ray._private.state.available_resources_per_node()
-        now = time.monotonic()
-        found = [
-            Slots(node, member.slots) for node, member in self._nodes.items() if self._cordoned.get(node, 0.0) < now
-        ]
-        found += [Slots(node, one.slots) for node, one in self._joining.items()]
-        for node in alive_nodes() - self._nodes.keys() - self._joining.keys():
-            if self._cordoned.get(node, 0.0) < now:
-                slots = slots_of(free.get(node, {}), self._cpus, self._gpus)
-                found.append(Slots(node, min(slots, self._job.scale.max_workers)))
-        return sorted(found, key=lambda one: (-one.slots, one.node))
+        """Nodes that could hold ranks now. What is free beside the ranks of a node counts if the group grows by it."""
+        free, most, now = (
+            ray._private.state.available_resources_per_node(),
+            self._job.scale.max_workers,
+            time.monotonic(),
+        )
+        held = {node: agent.slots for node, agent in self._joining.items()}
+        held |= {node: member.slots for node, member in self._nodes.items() if self._cordoned.get(node, 0.0) < now}
+        room = {
+            node: min(slots_of(free.get(node, {}), self._cpus, self._gpus), most)
+            for node in alive_nodes() - self._joining.keys()
+            if self._cordoned.get(node, 0.0) < now
+        }
+        others = [Slots(node, slots) for node, slots in room.items() if node not in self._nodes]
+        as_held = [*others, *(Slots(node, slots) for node, slots in held.items())]
+        grown = [*others, *(Slots(node, min(slots + room.get(node, 0), most)) for node, slots in held.items())]
+        sizes = fitting_sizes(self._job)
+        chosen = grown if (largest_size(sizes, grown) or 0) > (largest_size(sizes, as_held) or 0) else as_held
+        return sorted(chosen, key=lambda candidate: (-candidate.slots, candidate.node))
 
     def _acquire(self, node: str, slots: int) -> bool:
-        """Have a node agent there; False where it does not come up, and the node is left alone for a while."""
+        """Have a node agent for that many ranks there; False if it does not come up: the node is left alone for a
+        while. One that holds less is replaced, for an actor's resources are fixed."""
         if node in self._nodes:
-            return True
+            if self._nodes[node].slots >= slots:
+                return True
+            _end(self._nodes.pop(node).actor)
         actor = self._start_agent(node, slots)
         try:
             self._nodes[node] = _Node(actor, ray.get(actor.info.remote(), timeout=START_S), slots)
@@ -160,8 +171,9 @@ class WorkerGroup:
         """The launcher contract of each rank of a node, and the interface its collectives go through."""
         info = self._nodes[node].info
         shared = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(self.size)}
-        if info.interface:
-            shared |= {"GLOO_SOCKET_IFNAME": info.interface, "NCCL_SOCKET_IFNAME": info.interface}
+        if info.interface:  # NCCL takes a name as a prefix (eth1 is eth10 too) unless it begins with "="
+            shared |= {"GLOO_SOCKET_IFNAME": info.interface, "NCCL_SOCKET_IFNAME": f"={info.interface}"}
+        shared |= {name: os.environ[name] for name in INTERFACES if name in os.environ} | info.interfaces_set
         if info.gpus:  # every rank sees all of the node's, so that NCCL can go from one to the other directly
             shared["CUDA_VISIBLE_DEVICES"] = ",".join(info.gpus)
         ranks = self.layout[node]
@@ -239,7 +251,7 @@ class WorkerGroup:
         """End every rank at once; the node agents stay."""
         answers = [member.actor.kill.remote() for member in self._nodes.values()]
         if answers:
-            ray.wait(answers, num_returns=len(answers), timeout=UNREACHABLE_S)
+            ray.wait(answers, num_returns=len(answers), timeout=UNREACHABLE_S + (GPU_KILL_WAIT_S if self._gpus else 0))
 
     def close(self) -> None:
         """End the node agents too."""

@@ -54,6 +54,8 @@ class Checkpointer:
     """Steps, counted from 0, that made no update."""
     start_over: bool = False
     """Begin at step 0 where every checkpoint is damaged."""
+    committed: int | None = None
+    """On rank 0, the step that was committed last."""
     _writing: "_Writing | None" = None
     _copying: Copying | None = None
     _saves: int = 0
@@ -168,6 +170,7 @@ class Checkpointer:
         if report.error:
             self._skip(report.step, report.error)
             return
+        self.committed = report.step
         seconds = report.at - self._event.pop("began")
         self.emit(CheckpointEvent(**self._event, seconds=seconds, bytes=report.bytes))
 

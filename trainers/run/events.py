@@ -171,6 +171,8 @@ class FailedEvent(BaseEvent):
     errno: int | None = None
     where: str = ""
     """The line that raised."""
+    may_pass: bool = False
+    """Whether storage or memory is behind it; else the same would come again."""
 
 
 class HangEvent(BaseEvent):

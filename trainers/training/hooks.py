@@ -31,6 +31,9 @@ class Objective(Protocol):
 class Saver(Protocol):
     """Writes checkpoints."""
 
+    committed: int | None
+    """On rank 0, the step that was committed last."""
+
     def save(self, progress: "Progress") -> None:
         """Begin to copy the state after `progress.step` steps, and to write the copy; called by every rank."""
 

@@ -6,6 +6,7 @@ It knows steps, not files or launchers: data comes from `StepSource`, progress l
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,46 +62,49 @@ def train(
 
     Raises:
         Diverged: on every rank, before anything of the step is saved.
+        OSError: on rank 0, if the last step is not committed: the steps since the newest checkpoint would be lost.
     """
     step, tokens, stopped, saved = start.step, start.tokens, None, start.step
     history = deque(start.history, maxlen=HISTORY)
-    meter, stragglers = ComputeSampler(), StragglerDetector(world.size)
-    while step < settings.steps:
-        began = time.perf_counter()
-        hooks.at("data", step)
-        source.ready(step, hooks.stop_reason)
-        waited = time.perf_counter() - began
-        stopped = agree_to_stop(hooks.stop_reason(), world)
-        if stopped:
-            break
-        hooks.at("step", step)
-        if step in settings.skip:
-            step += 1
-            continue
-        seed_step(settings.seed, step, world.rank)
-        set_learning_rate(engine, schedule.rate(step))
-        batch = source.next(step)
-        loss_sum = run_micro_batches(engine, objective, batch, world, saver.before_update)
-        norm = float(engine.get_global_grad_norm() or 0.0)
-        hooks.at("settle", step)
-        seconds = time.perf_counter() - began
-        loss, busy = _settle(loss_sum / batch.targets, seconds * meter.share(), world)
-        wrong = divergence(loss, norm, [event.loss for event in history], settings.spike_factor)
-        if wrong:
-            raise Diverged(step, loss, wrong)
-        step, tokens = step + 1, tokens + batch.tokens
-        history.append(_step_event(step, loss, schedule.rate(step - 1), norm, batch, seconds, waited, tokens))
-        _tell(hooks, history[-1], stragglers.note(seconds, busy), world)
-        if step == settings.steps or step % settings.every_steps == 0:
-            hooks.at("save", step)
-            saver.save(Progress(step, tokens, tuple(history)))
-            saved = step
-        saver.poll()
-    meter.close()
+    stragglers = StragglerDetector(world.size)
+    with closing(ComputeSampler()) as meter:
+        while step < settings.steps:
+            began = time.perf_counter()
+            hooks.at("data", step)
+            source.ready(step, hooks.stop_reason)
+            waited = time.perf_counter() - began
+            stopped = agree_to_stop(hooks.stop_reason(), world)
+            if stopped:
+                break
+            hooks.at("step", step)
+            if step in settings.skip:
+                step += 1
+                continue
+            seed_step(settings.seed, step, world.rank)
+            set_learning_rate(engine, schedule.rate(step))
+            batch = source.next(step)
+            loss_sum = run_micro_batches(engine, objective, batch, world, saver.before_update)
+            norm = float(engine.get_global_grad_norm() or 0.0)
+            hooks.at("settle", step)
+            seconds = time.perf_counter() - began
+            loss, busy = _settle(loss_sum / batch.targets, seconds * meter.share(), world)
+            wrong = divergence(loss, norm, [event.loss for event in history], settings.spike_factor)
+            if wrong:
+                raise Diverged(step, loss, wrong)
+            step, tokens = step + 1, tokens + batch.tokens
+            history.append(_step_event(step, loss, schedule.rate(step - 1), norm, batch, seconds, waited, tokens))
+            _tell(hooks, history[-1], stragglers.note(seconds, busy), world)
+            if step == settings.steps or step % settings.every_steps == 0:
+                hooks.at("save", step)
+                saver.save(Progress(step, tokens, tuple(history)))
+                saved = step
+            saver.poll()
     hooks.at("save", step)
     if saved != step:
         saver.save(Progress(step, tokens, tuple(history)))
     saver.finish()
+    if world.rank == 0 and step > start.step and saver.committed != step:
+        raise OSError(f"step {step} is the last of this launch, and its checkpoint was not committed (see above)")
     return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
 
 

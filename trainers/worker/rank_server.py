@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
-from trainers.errors import TuneyardError, to_record
+from trainers.errors import TuneyardError, may_pass, to_record
 from trainers.records import Record
 from trainers.run.events import FailedEvent, RefusedEvent
 from trainers.run.record import Run
@@ -146,14 +146,15 @@ def _redirect(log: str | None) -> None:
 def _run(run: Run, hooks: PipeHooks) -> int:
     try:
         run_rank(run, hooks)
-    except TuneyardError as error:
-        hooks.emit(RefusedEvent(error=to_record(error), rank=int(os.environ.get("RANK", 0))))
-        return error.exit_code
     except BaseException as error:
+        if isinstance(error, TuneyardError) and not may_pass(error):
+            hooks.emit(RefusedEvent(error=to_record(error), rank=int(os.environ.get("RANK", 0))))
+            return error.exit_code
         traceback.print_exc()
         frames = traceback.extract_tb(error.__traceback__)
         where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-        hooks.emit(FailedEvent(error=to_record(error), errno=getattr(error, "errno", None), where=where))
+        number = getattr(error, "errno", None)
+        hooks.emit(FailedEvent(error=to_record(error), errno=number, where=where, may_pass=may_pass(error)))
         return FAILED
     return 0
 

@@ -1,0 +1,80 @@
+"""The group of ranks: it grows where it is, leaves the user's network settings alone, and lets killed ranks go."""
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestrator.training import node_agent
+from orchestrator.training.node_report import NodeInfo
+from orchestrator.training.worker_group import WorkerGroup, _Node
+from tests.orchestrator.training.test_placement import job_of
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, of_node: dict[str, str], of_driver: dict[str, str]) -> dict[str, str]:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in of_driver.items():
+        monkeypatch.setenv(name, value)
+    group = WorkerGroup(job_of(1), 0)
+    group._nodes["n"] = _Node(None, NodeInfo("n", "10.0.0.1", "eth1", (), of_node), 1)
+    group.layout = {"n": [0]}
+    return group._environments("n", "10.0.0.1", 29500)[0]
+
+
+def test_the_interface_of_the_address_is_named_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = environment(monkeypatch, {}, {})
+    assert found["NCCL_SOCKET_IFNAME"] == "=eth1", "without the sign, eth10 matches too"
+    assert found["GLOO_SOCKET_IFNAME"] == "eth1", "gloo knows whole names only"
+
+
+def test_what_the_node_or_the_user_has_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = environment(monkeypatch, {"NCCL_SOCKET_IFNAME": "ib0"}, {"GLOO_SOCKET_IFNAME": "bond0"})
+    assert (found["NCCL_SOCKET_IFNAME"], found["GLOO_SOCKET_IFNAME"]) == ("ib0", "bond0")
+
+
+@pytest.mark.parametrize(("gpus", "left"), [(("0",), 0), ((), 1)])
+def test_a_killed_rank_on_a_gpu_gets_time_until_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...], left: int
+) -> None:
+    monkeypatch.setattr(node_agent, "KILL_WAIT_S", 0.05)
+    monkeypatch.setattr(node_agent.os, "kill", lambda *_: None)
+    monkeypatch.setattr(node_agent.os, "close", lambda *_: None)
+    rank = SimpleNamespace(exit=None, process=1, server=None, events=0, files="/nowhere")
+    agent: Any = node_agent.NodeAgent.__new__(node_agent.NodeAgent)
+    agent._gpus, agent._ranks = gpus, {0: rank}
+    timer = threading.Timer(0.3, lambda: setattr(rank, "exit", "gone"))
+    timer.start()
+    agent.kill()
+    assert (rank.exit is None) == bool(left)
+    timer.join()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_session")
+def test_an_elastic_group_grows_on_a_node_that_it_holds() -> None:
+    import ray
+
+    @ray.remote(num_cpus=1)
+    class Tenant:
+        def here(self) -> None:
+            pass
+
+    tenant = Tenant.remote()
+    ray.get(tenant.here.remote())
+    group = WorkerGroup(job_of({"min": 1, "max": 2}), 0)
+    try:
+        group.gather(60)
+        assert group.size == 1 and not group.can_grow()
+        ray.kill(tenant)
+        deadline = time.monotonic() + 60
+        while not group.can_grow():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        group.gather(60)
+        assert group.size == 2 and len(group.layout) == 1
+    finally:
+        group.close()

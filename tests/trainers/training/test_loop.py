@@ -1,0 +1,62 @@
+"""The end of the loop: nothing is done that is not committed, and nothing of it stays behind."""
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trainers.checkpoint.records import Progress
+from trainers.training import loop
+
+
+class Saver:
+    """Takes a save, and commits it or not."""
+
+    def __init__(self, commits: bool) -> None:
+        self.commits, self.committed, self._step = commits, None, 0
+
+    def save(self, progress: Progress) -> None:
+        self._step = progress.step
+
+    def before_update(self) -> None: ...
+
+    def poll(self) -> None: ...
+
+    def finish(self) -> None:
+        self.committed = self._step if self.commits else None
+
+
+def run_loop(monkeypatch: pytest.MonkeyPatch, saver: Saver, rank: int = 0, ready: Any = lambda *_: None) -> Any:
+    """A loop whose two steps are both left out, so that it needs no engine."""
+    monkeypatch.setattr(loop, "agree_to_stop", lambda *_: None)
+    world: Any = SimpleNamespace(rank=rank, size=1)
+    hooks: Any = SimpleNamespace(at=lambda *_: None, stop_reason=lambda: None, emit=lambda *_: None)
+    settings = loop.LoopSettings(2, 10, 0, None, frozenset({0, 1}))
+    nothing: Any = None
+    source: Any = SimpleNamespace(ready=ready)
+    return loop.train(nothing, nothing, source, nothing, settings, Progress(0, 0), world, hooks, saver)
+
+
+def test_a_run_whose_last_step_is_not_committed_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_loop(monkeypatch, Saver(commits=True)).progress.step == 2
+    with pytest.raises(OSError, match=r"step 2 .* was not committed"):
+        run_loop(monkeypatch, Saver(commits=False))
+    run_loop(monkeypatch, Saver(commits=False), rank=1)  # rank 0 alone knows
+
+
+def test_a_loop_that_fails_leaves_no_sampler_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no data")
+
+    def samplers() -> int:
+        return sum(thread.name == "busy-meter" for thread in threading.enumerate())
+
+    before = samplers()
+    with pytest.raises(RuntimeError, match="no data"):
+        run_loop(monkeypatch, Saver(commits=True), ready=fail)
+    deadline = time.monotonic() + 10
+    while samplers() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
