@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.report.tables import evaluation_table
+from trainers.evaluation.selection import why_not
 from trainers.run.folder import Evaluation
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -41,8 +42,9 @@ def show_evaluations(evaluations: Sequence[Evaluation], metric: str, best_step: 
     for index in order:
         table.add_column(every["names"][index], justify="right")
     table.add_column("")
+    reasons = {one.step: why_not(one, metric) for one in evaluations}
     for row in every["rows"]:
-        mark = row["error"] or ("best" if row["kind"] == "best" else "" if row["step"] else "pretrained")
+        mark = reasons[row["step"]] or ("best" if row["kind"] == "best" else "" if row["step"] else "pretrained")
         style = "bold green" if row["kind"] == "best" else None
         table.add_row(str(row["step"]), *(row["values"][index] for index in order), mark, style=style)
     console.print(table)

@@ -19,21 +19,26 @@ def select(evaluations: Sequence[Evaluation], metric: str, mode: Mode) -> Evalua
     """
     best = find_best(evaluations, metric, mode)
     if best is None:
-        failed = "; ".join(f"step {one.step}: {one.error}" for one in evaluations if one.status == "failed")
-        raise EvaluationError(f"no checkpoint was evaluated, so none can be chosen: {failed or 'there are none'}")
+        reasons = "; ".join(f"step {one.step}: {why_not(one, metric)}" for one in evaluations if one.step != BASELINE)
+        raise EvaluationError(f"no checkpoint can be chosen: {reasons or 'none was evaluated'}")
     return best
 
 
 def find_best(evaluations: Sequence[Evaluation], metric: str, mode: Mode) -> Evaluation | None:
     """As `select`; None if no checkpoint was evaluated."""
-    usable = [one for one in evaluations if one.step != BASELINE and has_value(one, metric)]
+    usable = [one for one in evaluations if one.step != BASELINE and not why_not(one, metric)]
     sign = 1.0 if mode == "min" else -1.0
     return min(usable, key=lambda one: (sign * one.metrics[metric], one.step), default=None)
 
 
-def has_value(evaluation: Evaluation, metric: str) -> bool:
-    """Whether an evaluation ended with a finite value of a metric: NaN and infinity compare with nothing."""
-    return evaluation.status == "done" and math.isfinite(evaluation.metrics.get(metric, math.nan))
+def why_not(evaluation: Evaluation, metric: str) -> str | None:
+    """Why a checkpoint with this evaluation can never be the best; None if it can. NaN and infinity order nothing."""
+    if evaluation.status == "failed":
+        return evaluation.error or "failed"
+    value = evaluation.metrics.get(metric)
+    if value is None:
+        return f"it has no {metric}"
+    return None if math.isfinite(value) else f"its {metric} is {value}"
 
 
 def next_evaluations(
@@ -47,5 +52,5 @@ def next_evaluations(
 def out_of_patience(evaluations: Sequence[Evaluation], metric: str, mode: Mode, patience: int) -> bool:
     """Whether the last `patience` evaluated checkpoints brought no new best."""
     best = find_best(evaluations, metric, mode)
-    later = [one for one in evaluations if best is not None and one.step > best.step and has_value(one, metric)]
+    later = [one for one in evaluations if best is not None and one.step > best.step and not why_not(one, metric)]
     return len(later) >= patience
