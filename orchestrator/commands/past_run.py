@@ -46,7 +46,7 @@ def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:
     """Evaluate any Hugging Face folder on the job's evaluation data, in this process. Nothing is written."""
     checked = check_job(job)
     run = find_run(job, checked.model, checked.splits)
-    task = run.load_task()
+    task = job_task(job, run.shards.train, str(model))
     rows, row_scores = evaluate_model(job, task, str(model), run.open_shards("eval", task))
     key = run.shards.eval.key
     return [Evaluation(step=0, status="done", metrics=task.metrics(row_scores), eval_key=key, rows=len(rows))]
@@ -86,6 +86,7 @@ def export_step(job: Job, run: Folder, step: int | None, out: Path) -> int:
         raise JobError(f"--step {step} is not committed in {run}; there are {committed}")
     if out.exists() and any(out.iterdir()):
         raise JobError(f"--out {out} is not empty; name a new folder")
-    task = job_task(job, shards_of(job, run).train)
-    export_checkpoint(checkpoints / step_name(step), Folder(str(out.absolute())), job, task, prepare_model(job).path)
+    source = prepare_model(job).path
+    task = job_task(job, shards_of(job, run).train, source)
+    export_checkpoint(checkpoints / step_name(step), Folder(str(out.absolute())), job, task, source)
     return step

@@ -72,8 +72,9 @@ def _export(job: Job, run: Folder, step: int | None) -> str:
     step = best_step(run, checkpoints) if step is None else step
     out = run / "export" / step_name(step)
     if not out.exists("tuneyard.json"):
-        task = job_task(job, shards_of(job, run).train)
-        export_checkpoint(checkpoints / step_name(step), out, job, task, prepare_model(job).path)
+        source = prepare_model(job).path
+        task = job_task(job, shards_of(job, run).train, source)
+        export_checkpoint(checkpoints / step_name(step), out, job, task, source)
     return str(out.path)
 
 
@@ -103,7 +104,7 @@ def predict_file(model: Model, data: list[str], out: str | None) -> int:
 
 
 def _rows(job: Job, patterns: list[str]) -> Iterator[Mapping[str, Any] | None]:
-    sources = find_sources(patterns, job.data.format, "DATA", digests=False)
+    sources = find_sources(patterns, job.data.format, "DATA", digests=False, task=job.task)
     for unit in plan_units(sources):
         for _, fields in read_unit(unit, sources[unit.file], task_columns(job)):
             yield fields

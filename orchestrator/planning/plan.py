@@ -93,7 +93,7 @@ def plan_job(checked: CheckedJob) -> Plan:
         global_batch_size=batches.global_batch_size,
         micro_batch_size=batches.micro_batch_size,
         accumulation=batches.accumulation,
-        labels=job_task(job, shards.train).labels if shards and load_task(job.task).has_labels else None,
+        labels=job_task(job, shards.train, model.path).labels if shards and load_task(job.task).has_labels else None,
         metric=metric,
         mode=mode,
         parameters=parameters,

@@ -23,6 +23,7 @@ from trainers.tasks.base import Batch, Example
 from trainers.tasks.generation import generate_texts
 from trainers.tasks.metrics.classes import THRESHOLD
 from trainers.tasks.metrics.spans import best_span
+from trainers.tasks.tag import Tag
 from trainers.tokenizer.encoder import Encoder, load_encoder
 
 if TYPE_CHECKING:
@@ -136,12 +137,9 @@ def _classify(
 
 
 def _tag(task: Task, model: Any, group: Sequence[Example], encoder: Encoder, job: Job, device: Any) -> list[Prediction]:
+    assert isinstance(task, Tag)
     guesses = _forward(task, model, group, encoder, device)[0].argmax(-1).cpu().numpy()
-    said = []
-    for line, example in zip(guesses, group, strict=True):
-        tags = [task.labels[index] for index in line[example.extra["starts"]]]
-        said.append({"prediction": tags + ["O"] * (len(example.extra["tags"]) - len(tags))})
-    return said
+    return [{"prediction": task.predicted_tags(line, row)} for line, row in zip(guesses, group, strict=True)]
 
 
 def _extract(

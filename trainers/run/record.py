@@ -10,6 +10,7 @@ from trainers.shards.keys import SplitName, Splits, load_shards, plan_splits
 from trainers.shards.manifest import ShardManifest, Shards, shards_folder
 from trainers.storage import Folder
 from trainers.tasks import Task, load_task, task_options
+from trainers.tasks.labels import name_labels
 
 
 class Run(Record):
@@ -27,7 +28,7 @@ class Run(Record):
 
     def load_task(self) -> Task:
         """The job's task, knowing the labels of the training data."""
-        return job_task(self.job, self.shards.train)
+        return job_task(self.job, self.shards.train, self.model.path)
 
     def open_shards(self, split: SplitName, task: Task) -> ShardSet:
         """The sequences of a split."""
@@ -59,8 +60,12 @@ def find_run(job: Job, model: ModelFolder | None = None, splits: Splits | None =
     return run_of(job, model, shards)
 
 
-def job_task(job: Job, shards: ShardManifest) -> Task:
-    """The job's task, knowing the labels of the training data."""
+def job_task(job: Job, shards: ShardManifest, model_path: str | None = None) -> Task:
+    """The job's task, knowing the labels of the training data, in the order of the model's head if it has one.
+
+    Raises:
+        JobError: where that head knows other labels.
+    """
     task = load_task(job.task, task_options(job, shards.labels))
-    task.labels = task.label_set(shards.labels)
+    name_labels(task, shards.labels, model_path)
     return task

@@ -83,18 +83,12 @@ def split_sources(job: Job) -> Sources:
     patterns_of: dict[SplitName, Sequence[str]] = {"train": job.data.train_paths, "eval": job.data.eval}
     for name, patterns in patterns_of.items():
         try:
-            sources[name] = find_sources(patterns, job.data.format, f"data.{name}")
+            sources[name] = find_sources(patterns, job.data.format, f"data.{name}", task=job.task)
         except JobError as error:
             problems += [f"data.{name}: {problem}" for problem in error.problems]
     if problems:
         raise JobError(problems)
-    if job.task == "tag":  # plain text has no tags: it is columns
-        sources = {name: tuple(_in_columns(file) for file in files) for name, files in sources.items()}
     return sources if job.data.eval_fraction is None else {**sources, "eval": sources["train"]}
-
-
-def _in_columns(file: SourceFile) -> SourceFile:
-    return replace(file, format="conll") if file.format == "text" else file
 
 
 def plan_splits(job: Job, model_path: str, sources: Sources | None = None) -> Splits:

@@ -74,7 +74,7 @@ class _Named:
 
 
 def find_sources(
-    patterns: Sequence[str], format: FormatName | None, where: str, digests: bool = True
+    patterns: Sequence[str], format: FormatName | None, where: str, digests: bool = True, task: str = ""
 ) -> tuple[SourceFile, ...]:
     """The files that paths, globs and folders name, sorted by name, each once.
 
@@ -84,6 +84,7 @@ def find_sources(
         format: read every file as this; None tells it from the name.
         where: the key of the job file that the patterns come from, for messages.
         digests: read every file for its digest; without, it is empty.
+        task: what the rows are for: plain text has no tags, so text files are columns for `tag`.
 
     Raises:
         JobError: with every pattern that names nothing and every file whose format cannot be told.
@@ -94,7 +95,8 @@ def find_sources(
         try:
             for one in _resolve(pattern, format):
                 kind = None if pattern.startswith(SCHEME) else format
-                named[one.uri] = (one, *_kind(one.uri, one.name, kind))
+                told, compression = _kind(one.uri, one.name, kind)
+                named[one.uri] = (one, "conll" if (told, task) == ("text", "tag") else told, compression)
         except JobError as error:
             problems += error.problems
     if problems:

@@ -111,7 +111,7 @@ class Tag(Task):
         """Of each row: loss, words, words tagged right, and entities true, predicted and right by type."""
         numbers = score_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
         guesses = logits.argmax(-1).cpu().numpy()
-        said = [self._predicted(guesses[line], row) for line, row in enumerate(batch.documents)]
+        said = [self.predicted_tags(guesses[line], row) for line, row in enumerate(batch.documents)]
         truth = [self._tags(row) for row in batch.documents]
         right = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(truth, said, strict=True)]
         return {
@@ -122,7 +122,7 @@ class Tag(Task):
             **entity_counts(truth, said, self.labels),
         }
 
-    def _predicted(self, guesses: Array, row: Example) -> list[str]:
+    def predicted_tags(self, guesses: Array, row: Example) -> list[str]:
         said = [self.labels[guesses[start]] if start >= 0 else OUTSIDE for start in row.extra["starts"]]
         return said + [OUTSIDE] * (len(row.extra["tags"]) - len(said))
 

@@ -21,6 +21,7 @@ from trainers.sources.formats import RawRow
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.storage import Folder
 from trainers.tasks import EncodeRules, Task, encode_rules, load_task
+from trainers.tasks.labels import head_labels, name_labels
 from trainers.tokenizer.encoder import Encoder, load_encoder
 
 ROWS, ROWS_PACKED = 48, 12
@@ -70,12 +71,12 @@ def make_context(job: Job, model_path: str, folder: Path, device: Any = "cpu") -
     rules = encode_rules(job)
     without = {"label_smoothing": 0.0, "class_weights": None, "dropout": None, "generate": None}
     plain = rules.options.model_copy(update=without)
-    sources = find_sources(job.data.train_paths, job.data.format, "data.train", digests=False)
+    sources = find_sources(job.data.train_paths, job.data.format, "data.train", digests=False, task=job.task)
     plan = SplitPlan("train", sources, None, {})
     task = load_task(job.task, plain)
     longest, record = _first_shard(job, plan, Folder(str(folder)), task, encoder, rules)
     task = load_task(job.task, plain.model_copy(update={"label_counts": record.labels}))
-    task.labels = task.label_set(_labels(record))
+    name_labels(task, record.labels if head_labels(model_path, task) else _labels(record), model_path)
     task.prepare(encoder)
     shards = ShardSet(Folder(str(folder)), manifest_of(plan, job.task, {0: record}), task)
     packs = pack_rows(shards.lengths, PACK * longest, 0) if job.packing else one_row_each(len(shards))

@@ -95,7 +95,7 @@ def test_words_without_tokens_keep_their_row(tmp_path: Path, make_job: Any, shar
     (line,) = task.collate([[row]], 0).labels.tolist()
     assert [task.labels[number] for number in line if number >= 0] == ["B-x", "O"]
     guesses = __import__("numpy").array([0] * len(row.input_ids))
-    assert task._predicted(guesses, row) == ["O", "B-x", "O", "B-x", "O"]
+    assert task.predicted_tags(guesses, row) == ["O", "B-x", "O", "B-x", "O"]
 
 
 @pytest.mark.parametrize("prefix", [False, True])
