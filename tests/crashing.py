@@ -75,15 +75,20 @@ def is_alive(process: int) -> bool:
 
 
 def start_light(
-    folder: Path, checkpoints: Path | str, steps: int, values: int, first: int = 0, keep: int = 3
+    folder: Path, checkpoints: Path | str | list[Path], steps: int, values: int, first: int = 0, keep: int = 3
 ) -> Launched:
-    """A job of two ranks that saves steps first+1 ... steps, each rank `values` numbers of each kind."""
+    """A job of two ranks that saves steps first+1 ... steps, each rank `values` numbers of each kind.
+
+    Args:
+        checkpoints: where to; or a view of that folder for each rank.
+    """
+    views = checkpoints if isinstance(checkpoints, list) else [checkpoints] * WORLD
     context = rank_context()
     folder.mkdir(parents=True, exist_ok=True)
     barrier = context.Barrier(WORLD)
     ranks = [
         context.Process(
-            target=_light_rank, args=(folder, checkpoints, rank, first, steps, values, keep, barrier), daemon=True
+            target=_light_rank, args=(folder, views[rank], rank, first, steps, values, keep, barrier), daemon=True
         )
         for rank in range(WORLD)
     ]
@@ -162,11 +167,17 @@ def next_start(checkpoints: Path | str, values: int) -> Found:
     if reader is None:
         return found
     found.step = reader.state.step
+    check_values(reader, values)
+    return found
+
+
+def check_values(reader: Any, values: int) -> None:
+    """Raises AssertionError where a value is not that of the step."""
+    step = reader.state.step
     for kind in KINDS:
         for rank in range(WORLD):
             read = reader.read(kind, "w", rank * values, (rank + 1) * values)
-            assert read.equal(values_of(kind, found.step, rank, values)), f"damaged values of step {found.step} loaded"
-    return found
+            assert read.equal(values_of(kind, step, rank, values)), f"damaged values of step {step} loaded"
 
 
 def wait_for_bytes(checkpoint: Path, name: str, offset: int, alive: Callable[[], bool]) -> bool:

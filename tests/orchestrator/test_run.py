@@ -316,7 +316,7 @@ def test_checkpoints_may_lie_in_a_bucket_while_the_run_does_not(finished: Path, 
     with serve_bucket() as bucket:
         bucket.client.upload_file(str(job_file.parent / "train.jsonl"), "yard", "data/train.jsonl")
         sets = ["--set", "name=remote", "--set", f"checkpoint.storage={bucket.uri('kept')}"]
-        sets += ["--set", f"data.train=[{bucket.uri('data/train.jsonl')}]"]
+        sets += ["--set", f'data.train=["{bucket.uri("data/train.jsonl")}"]']
         runs = job_file.parent / "storage" / "runs"
         driver = subprocess.Popen([sys.executable, "-m", "orchestrator", "run", str(job_file), *sets],
                                   env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip

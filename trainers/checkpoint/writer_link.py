@@ -56,7 +56,7 @@ class WriterLink:
         self._hand_over(request)
 
     def _hand_over(self, request: SaveRequest) -> None:
-        self._pending = request
+        self._pending, self._sign = request, time.monotonic()
         data = request.model_dump_json().encode()
         os.ftruncate(self._request, 0)
         os.pwrite(self._request, data, 0)

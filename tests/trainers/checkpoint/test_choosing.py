@@ -6,7 +6,6 @@ or missed, and a mount that fails at random. tests/benchmarks/bench_crashes.py r
 
 import errno
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.mounts import failing_view, lagging_views, missing_for_mounts
+from tests.thread_ranks import ThreadRanks, run_threads
 from tests.trainers.checkpoint.test_files import write_step
 from trainers import patience
 from trainers.checkpoint.choosing import choose_checkpoint
@@ -29,39 +29,15 @@ from trainers.storage import Folder
 needs_mounts = pytest.mark.skipif(missing_for_mounts() is not None, reason=str(missing_for_mounts()))
 
 
-class ThreadRanks:
-    """Ranks that are threads."""
-
-    def __init__(self, rank: int, size: int, shared: dict[Any, Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._shared, self._barrier = rank, size, shared, barrier
-
-    def broadcast(self, value: Any) -> Any:
-        return self.gather(value)[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        self._shared[self.rank] = value
-        self._barrier.wait()
-        values = [self._shared[rank] for rank in range(self.size)]
-        self._barrier.wait()
-        return values
-
-
 def resume_on(views: list[Path], events: list[Any] | None = None, **options: Any) -> list[Any]:
-    """What each rank goes on from, or the error it ends with; rank r looks through view r."""
-    barrier = threading.Barrier(len(views), timeout=300)
-    shared: dict[Any, Any] = {}
+    """What each rank goes on from, a step and a value, or the error it ends with; rank r looks through view r."""
+    told = events if events is not None else []
 
-    def work(rank: int) -> Any:
-        ranks = ThreadRanks(rank, len(views), shared, barrier)
-        told = events if events is not None else []
-        try:
-            reader = choose_checkpoint(Folder(str(views[rank])), ranks, told.append, **options)
-            return reader and (reader.state.step, float(reader.read("weight", "w", 0, 10)[7]))
-        except (OSError, TrainingError) as error:
-            return error
+    def work(rank: int, ranks: ThreadRanks) -> Any:
+        reader = choose_checkpoint(Folder(str(views[rank])), ranks, told.append, **options)
+        return reader and (reader.state.step, float(reader.read("weight", "w", 0, 10)[7]))
 
-    with ThreadPoolExecutor(len(views)) as pool:
-        return list(pool.map(work, range(len(views))))
+    return run_threads(len(views), work)
 
 
 @pytest.fixture

@@ -235,6 +235,58 @@ def test_a_save_waits_for_the_one_before_and_says_how_long(tmp_path: Path) -> No
     assert committed_steps(Folder(str(tmp_path))) == [1, 2]
 
 
+def save_faster_than_the_storage_writes(place: str) -> tuple[list[Any], list[int]]:
+    """Saves that come while the one before is being written, slowly or not at all; the events, and what is committed
+    before the end."""
+    from trainers.checkpoint import checkpointer
+    from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
+    from trainers.checkpoint.records import Progress
+    from trainers.model.world import join_world
+
+    world = join_world(1)
+    engine = make_engine(world, width=64)
+    engine.backward(engine(torch.ones(4, 64)).square().mean())
+    engine.step()
+    events: list[Any] = []
+    agent = Checkpointer(engine, Folder(place), world, new_attempt(world), "key", "job", events.append)
+    agent.prepare()
+    assert agent._writing is not None
+    link = agent._writing.link
+    checkpointer.WAIT_S = 0.2
+    for step in (1, 3):
+        os.kill(link.process.pid, signal.SIGSTOP)
+        agent.save(Progress(step, 10))
+        agent.save(Progress(step + 1, 10))  # left out: the one before goes on
+        if step == 1:
+            agent.before_update()  # the state of step 2 is gone
+            os.kill(link.process.pid, signal.SIGCONT)
+            while link.busy:
+                agent.poll()
+    os.kill(link.process.pid, signal.SIGCONT)
+    agent.finish()
+    committed = committed_steps(Folder(place))
+    os.kill(link.process.pid, signal.SIGSTOP)
+    checkpointer.STUCK_S = 0.5
+    agent.save(Progress(5, 10))
+    time.sleep(0.6)
+    agent.save(Progress(6, 10))  # nothing was heard of that writer for too long
+    checkpointer.STUCK_S = 240.0
+    agent.finish()
+    agent.close()
+    return events, committed
+
+
+@pytest.mark.slow
+def test_a_slow_save_is_finished_and_the_next_left_out_a_hanging_one_is_given_up(tmp_path: Path) -> None:
+    ((events, committed),) = run_ranks(save_faster_than_the_storage_writes, 1, str(tmp_path))
+    assert committed == [1, 3, 4], "of the last step the save is made up for at the end"
+    assert committed_steps(Folder(str(tmp_path))) == [1, 3, 4, 6]
+    skipped = {event.step: event.reason for event in events if event.kind == "checkpoint_skipped"}
+    assert skipped.keys() == {2, 4, 5}
+    assert "still being written" in skipped[2] and "nothing was heard of its writer" in skipped[5]
+    assert [event.step for event in events if event.kind == "checkpoint"] == [1, 3, 4, 6]
+
+
 class Squares:
     """An objective over the engine's own output."""
 

@@ -3,8 +3,11 @@ answer. One launch trains them all."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,3 +272,70 @@ def test_the_number_of_hidden_tokens_is_known_from_the_shard(trained: dict[str, 
     for draw in range(5):
         labels = task.collate([[shards.row(index)] for index in range(len(shards))], 0, draw).labels
         assert (labels != -100).sum(1).tolist() == shards.targets.tolist()
+
+
+PLAIN = """
+import json, sys
+import torch, transformers
+assert not any(name.split(".")[0] in ("trainers", "orchestrator") for name in sys.modules)
+
+
+def opened(folder, auto):
+    model = getattr(transformers, auto).from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.AutoTokenizer.from_pretrained(folder), model
+
+
+def classes(folder, rows):
+    tokenizer, model = opened(folder, "AutoModelForSequenceClassification")
+    return [model.config.id2label[int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax())]
+            for row in rows]
+
+
+def scores(folder, rows):
+    tokenizer, model = opened(folder, "AutoModelForSequenceClassification")
+    return [float(model(**tokenizer(row["sentence1"], row["sentence2"], return_tensors="pt")).logits) for row in rows]
+
+
+def tags(folder, rows):
+    tokenizer, model = opened(folder, "AutoModelForTokenClassification")
+    right = []
+    for row in rows:
+        inputs = tokenizer(row["tokens"], is_split_into_words=True, return_tensors="pt")
+        guesses, words = model(**inputs).logits[0].argmax(-1).tolist(), inputs.word_ids()
+        named = [model.config.id2label[guesses[words.index(word)]] for word in range(len(row["tokens"]))]
+        right.append(sum(ours == true for ours, true in zip(named, row["tags"])))
+    return right
+
+
+def losses(folder, rows):
+    tokenizer, model = opened(folder, "AutoModelForCausalLM")
+    sums = []
+    for row in rows:
+        ids = torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]])
+        sums.append(float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1))
+    return sums
+
+
+with torch.no_grad():
+    print(json.dumps({name: globals()[how](folder, rows) for name, how, folder, rows in json.load(sys.stdin)}))
+"""
+
+
+def test_a_plain_process_gives_the_predictions_that_the_evaluation_recorded(trained: dict[str, Trained]) -> None:
+    """transformers alone, from the raw rows and the exported folder."""
+    ways = {"classify causal": "classes", "regression": "scores", "tag": "tags", "pretrain": "losses"}
+    asked = []
+    for name, how in ways.items():
+        job = trained[name].job
+        rows = [json.loads(line) for line in Path(job.data.eval[0]).read_text().splitlines()]
+        asked.append((name, how, str(Path(job.storage) / "runs" / "run" / "export"), rows))
+    done = subprocess.run([sys.executable, "-I", "-c", PLAIN], input=json.dumps(asked), capture_output=True, text=True,
+                          check=False, timeout=300, cwd="/")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain = json.loads(done.stdout.splitlines()[-1])
+    recorded = {name: trained[name].row_scores for name in ways}
+    causal, _ = held_out(trained["classify causal"].job)
+    assert plain["classify causal"] == [causal.labels[index] for index in recorded["classify causal"]["prediction"]]
+    assert plain["tag"] == recorded["tag"]["words_right"].tolist()
+    assert plain["pretrain"] == pytest.approx(recorded["pretrain"]["loss_sum"].tolist(), rel=1e-4)
+    assert plain["regression"] == pytest.approx(recorded["regression"]["said"].tolist(), abs=1e-4)
