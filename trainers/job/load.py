@@ -75,6 +75,8 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
     for entry in train_entries if isinstance(train_entries, list) else [train_entries]:
         if isinstance(entry, dict) and entry.get("weight") is not None and entry.get("tokens") is not None:
             problems.append(f"data.train: {entry.get('path')} has a weight and a number of tokens; give one of them")
+    if train.get("activation_offload") and train.get("activation_checkpointing", "none") == "none":
+        problems.append("train.activation_offload: needs train.activation_checkpointing, which is none")
     if (train.get("epochs") is None) == (train.get("steps") is None):
         problems.append("train: give either epochs or steps, one of them")
     if (

@@ -139,6 +139,11 @@ class TrainSection(TrainOptions):
     step; null rolls back only where loss or gradient are not finite."""
     deepspeed: Annotated[str, path_if(lambda value, base: value.endswith(".json"))] = "zero3"
     """A name in ds_configs/ or the path of a JSON file."""
+    activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
+    """Layers that keep their inputs alone and are computed again in the backward pass: all (full), or every N-th. Less
+    memory, up to a third more time, the same gradients."""
+    activation_offload: bool = False
+    """Hold what checkpointed layers keep in host memory; needs activation_checkpointing."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each layer learns at this factor of the rate of the layer above it."""
     neftune_alpha: Annotated[float, Field(ge=0), For("pretrain", "sft", "seq2seq")] = 0.0
@@ -147,6 +152,13 @@ class TrainSection(TrainOptions):
     """Learn from a teacher too."""
     verify: bool = True
     """Run the self-tests of `tuneyard verify` before the first launch of a model, task and attention backend."""
+
+    @property
+    def checkpoint_every_layers(self) -> int:
+        """Of so many layers one is checkpointed; 0: none."""
+        if isinstance(self.activation_checkpointing, int):
+            return self.activation_checkpointing
+        return int(self.activation_checkpointing == "full")
 
 
 class Elastic(Section):
@@ -266,7 +278,8 @@ class Job(Section):
     def identity(self) -> str:
         """Digest of all that changes the trained weights; where and how large the job runs does not."""
         parts = self.model_dump(mode="json", include={"task", "model", "data", "train"})
-        parts["train"].pop("verify")
+        for name in ("verify", "activation_checkpointing", "activation_offload"):
+            parts["train"].pop(name)
         scored_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize"}
         parts["evaluate"] = self.evaluate.model_dump(include=scored_by)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -6,6 +6,7 @@ from typing import Any
 
 from trainers.errors import JobError
 from trainers.job.schema import Job
+from trainers.model.activations import checkpoint_activations
 from trainers.model.lora import add_adapters
 from trainers.model.param_groups import parameter_groups
 from trainers.model.world import World
@@ -47,12 +48,14 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
 
 
 def prepare_model(model: Any, job: Job, task: Task) -> Any:
-    """What the job changes in a loaded model before it trains: frozen parts, adapters, noise."""
+    """What the job changes in a loaded model before it trains: frozen parts, adapters, noise, activations."""
     freeze(model, job.model.freeze)
     if job.model.lora is not None:
         model = add_adapters(model, job.model.lora, task)
     if job.train.neftune_alpha:
         add_embedding_noise(model, job.train.neftune_alpha)
+    if every := job.train.checkpoint_every_layers:
+        checkpoint_activations(model, every, job.train.activation_offload)
     model.train()
     return model
 

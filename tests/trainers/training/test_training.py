@@ -12,6 +12,7 @@ import pytest
 from tests.ranks import run_ranks
 from tests.tiny import chat_rows, film_rows, make_bert, make_llama, shard_locally, tiny_job
 from trainers.job.schema import Job
+from trainers.job.sections import LoraSection
 from trainers.records import Phase, StopReason
 from trainers.run.events import Event, StepEvent
 from trainers.storage import Folder
@@ -85,6 +86,8 @@ def two_ranks(film_job: Job, chat_job: Job) -> dict[str, dict[int, float]]:
         with_(chat_job, train={"deepspeed": "zero2"}),
         with_(chat_job, train={"deepspeed": "zero3-cpu-offload"}),
     )
+    again = with_(chat_job, train={"activation_checkpointing": "full"})
+    adapters = with_(chat_job, model={"lora": LoraSection(rank=2)})
     one_by_one = with_(chat_job, train={"micro_batch_size": 1})
     whole = {"steps": None, "epochs": 1.0, "global_batch_size": 64}  # one step, cut short, holds the whole set
     packed, unpacked = with_(chat_job, train=whole), with_(chat_job, train=whole, data={"packing": False})
@@ -107,11 +110,19 @@ def two_ranks(film_job: Job, chat_job: Job) -> dict[str, dict[int, float]]:
         "one by one": (one_by_one, "one-by-one", None),
         "unpacked": (unpacked, "unpacked", None),
         "packed": (packed, "packed", None),
+        "layers again": (again, "layers-again", None),
+        "adapters": (adapters, "adapters", None),
+        "adapters, layers again": (with_(adapters, train={"activation_checkpointing": "full"}), "adapters-again", None),
         "chunks": (chat_job, "chunks", None),
         "zero2 chunks": (zero2, "zero2-chunks", None),
     }
     losses = run_ranks(train_all, 2, list(plan.values()))[0]
     return dict(zip(plan, losses, strict=True))
+
+
+def test_layers_that_are_computed_again_train_alike(two_ranks: dict[str, dict[int, float]]) -> None:
+    assert two_ranks["layers again"] == two_ranks["chat"]
+    assert two_ranks["adapters, layers again"] == two_ranks["adapters"]
 
 
 @pytest.mark.parametrize("kind", ["chunks", "zero2 chunks"])
