@@ -15,7 +15,7 @@ from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps
 from trainers.checkpoint.records import CheckpointManifest
 from trainers.errors import TrainingError
-from trainers.run.events import CheckpointQuarantinedEvent, CheckpointSkippedEvent, Event
+from trainers.run.events import CheckpointQuarantinedEvent, Event
 from trainers.run.folder import step_name
 from trainers.storage import Folder
 
@@ -96,8 +96,8 @@ def choose_checkpoint(checkpoints: Folder, ranks: Ranks, emit: Emit, start_over:
 def _propose(checkpoints: Folder, emit: Emit, start_over: bool) -> Proposal:
     """Rank 0: the newest step with a manifest that its marker confirms."""
     try:
-        for step, reason in clean_leftovers(checkpoints):
-            emit(CheckpointSkippedEvent(step=step, reason=reason))
+        for event in clean_leftovers(checkpoints):
+            emit(event)
         for step in reversed(committed_steps(checkpoints)):
             try:
                 return Proposal(step, read_manifest(checkpoints / step_name(step)))

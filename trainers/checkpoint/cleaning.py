@@ -10,8 +10,9 @@ from pathlib import Path
 
 import xxhash
 
-from trainers.checkpoint.records import COMMITTED, MANIFEST, QUARANTINED
+from trainers.checkpoint.records import COMMITTED, MANIFEST, QUARANTINED, CheckpointManifest
 from trainers.patience import VIEW_POLL_S, retrying, view_delay_s
+from trainers.run.events import CheckpointEvent, CheckpointSkippedEvent
 from trainers.run.folder import parse_step, step_name
 from trainers.storage import TEMPORARY, Folder
 
@@ -66,17 +67,17 @@ def quarantined(checkpoints: Folder) -> list[str]:
     return here or [name for name in names if parse_step(name) and QUARANTINED in (checkpoints / name).list()]
 
 
-def clean_leftovers(checkpoints: Folder) -> list[tuple[int, str]]:
+def clean_leftovers(checkpoints: Folder) -> list[CheckpointEvent | CheckpointSkippedEvent]:
     """Remove step folders that were never committed, and temporary files everywhere.
 
     A folder with a manifest but no marker is committed again: the manifest is written when every file is whole, and
     who resumes from it compares the digests. So a marker that this host does not see yet costs nothing.
 
     Returns:
-        step and reason of each checkpoint that was none, oldest first.
+        what became of each checkpoint that was none, oldest first.
     """
     retrying(checkpoints.refresh, f"looking at {checkpoints}")
-    told = []
+    events: list[CheckpointEvent | CheckpointSkippedEvent] = []
     for name in retrying(checkpoints.list, f"listing {checkpoints}"):
         step, folder = parse_step(name), checkpoints / name
         if step is None or not name.startswith("step-"):
@@ -85,13 +86,22 @@ def clean_leftovers(checkpoints: Folder) -> list[tuple[int, str]]:
         if COMMITTED in names or QUARANTINED in names:
             continue
         if MANIFEST in names:
-            data = retrying(partial(folder.read_bytes, MANIFEST), f"reading {MANIFEST} of {folder}")
-            folder.write_bytes(COMMITTED, xxhash.xxh3_128_hexdigest(data).encode())
-            told.append((step, f"its {COMMITTED} was missing; every file had been written, so it is committed again"))
+            events.append(_commit_again(folder, step))
         elif _remove_uncommitted(folder):
-            told.append((step, "never committed: the run ended while it was being written; removed"))
+            reason = "never committed: the run ended while it was being written; removed"
+            events.append(CheckpointSkippedEvent(step=step, reason=reason))
     _clean_temporary(checkpoints)
-    return told
+    return events
+
+
+def _commit_again(folder: Folder, step: int) -> CheckpointEvent:
+    data = retrying(partial(folder.read_bytes, MANIFEST), f"reading {MANIFEST} of {folder}")
+    folder.write_bytes(COMMITTED, xxhash.xxh3_128_hexdigest(data).encode())
+    try:
+        num_bytes = sum(file.bytes for file in CheckpointManifest.model_validate_json(data).files.values())
+    except ValueError:  # who resumes from it finds the damage
+        num_bytes = 0
+    return CheckpointEvent(step=step, bytes=num_bytes)
 
 
 def _names(checkpoints: Folder, name: str) -> list[str]:

@@ -69,7 +69,8 @@ def _source(job: Job) -> Path:
 def _download(job: Job) -> Path:
     from huggingface_hub import snapshot_download
 
-    allowed = [job.model.gguf_file, "*.json"] if job.model.gguf_file else HUB_FILES
+    code = ["*.py"] if job.model.trust_remote_code else []
+    allowed = [job.model.gguf_file, "*.json"] if job.model.gguf_file else [*HUB_FILES, *code]
     try:
         return Path(snapshot_download(job.model.path, revision=job.model.revision, allow_patterns=allowed))
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean: not to be had

@@ -121,7 +121,7 @@ def test_a_removal_survives_what_an_earlier_one_left(steps: Folder) -> None:
 
 def test_a_checkpoint_that_shows_its_manifest_late_is_not_removed(steps: Folder) -> None:
     (steps.path / step_name(3) / COMMITTED).unlink()
-    assert clean_leftovers(steps)[0][0] == 3
+    assert [event.step for event in clean_leftovers(steps)] == [3]
     assert committed_steps(steps) == [1, 2, 3]
 
 

@@ -195,9 +195,8 @@ def test_a_start_removes_what_was_never_committed_and_files_without_a_name(check
     write_rank(checkpoints / step_name(3), save_of(0, save="killed"), WEIGHT, 0)
     partial = whole.path / f"{TEMPORARY}12345678-rank-00000-of-00002.safetensors"
     partial.write_bytes(b"half")
-    (step, reason), *others = clean_leftovers(checkpoints)
-    assert (step, others) == (3, [])
-    assert "never committed" in reason
+    (event,) = clean_leftovers(checkpoints)
+    assert event.step == 3 and event.kind == "checkpoint_skipped" and "never committed" in event.reason
     assert not partial.exists()
     assert [path.name for path in checkpoints.path.iterdir()] == [step_name(1)]
     assert find_damage(LocalCopies(whole)) is None
@@ -207,8 +206,8 @@ def test_a_commit_that_lost_its_marker_is_committed_again(checkpoints: Folder) -
     write_step(checkpoints, 1)
     folder = write_step(checkpoints, 2)
     folder.delete("COMMITTED")
-    ((step, reason),) = clean_leftovers(checkpoints)
-    assert step == 2 and "COMMITTED was missing" in reason
+    (event,) = clean_leftovers(checkpoints)
+    assert (event.kind, event.step) == ("checkpoint", 2)
     assert committed_steps(checkpoints) == [1, 2]
     assert find_damage(LocalCopies(folder)) is None
 
