@@ -117,16 +117,17 @@ def verify(
 @app.command()
 def shard(job_path: JobPath, overrides: Overrides = None, address: Address = None) -> None:
     """Run the data stage alone."""
-    from orchestrator.commands.ledger import ledger_table
     from orchestrator.planning.preflight import check_job
     from orchestrator.ray_session import ray_session
+    from orchestrator.report.tables import ledger_table
     from orchestrator.sharding.stage import write_shards
     from orchestrator.terminal.progress import Screen
+    from orchestrator.terminal.table import show_table
 
     checked, screen = check_job(_load(job_path, overrides)), Screen()
     with ray_session(address), screen.live():
         shards = write_shards(checked, screen.on_shards)
-    ledger_table([shards.train, shards.eval])
+    show_table(ledger_table([shards.train, shards.eval]))
 
 
 @app.command()

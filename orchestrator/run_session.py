@@ -13,6 +13,7 @@ from orchestrator.planning.plan import plan_job
 from orchestrator.planning.preflight import CheckedJob
 from orchestrator.ray_session import check_placement, ray_session
 from orchestrator.registry.lineage import lineage
+from orchestrator.report.details import gather
 from orchestrator.report.page import write_report
 from orchestrator.terminal.progress import Screen
 from trainers.errors import JobError, Preempted, TuneyardError
@@ -100,7 +101,7 @@ class RunSession:
         run = self.run
         run.folder.write_bytes(RESULT, result.model_dump_json(indent=1).encode())
         parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder))
-        write_report(run.folder, result, run.job, self.events(), run.shards, parents)
+        write_report(run.folder, result, run.job, self.events(), run.shards, parents, gather(run, result))
         return result
 
     def _summary(self, status: Literal["done", "failed", "preempted"], error: str | None) -> RunResult:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from orchestrator.terminal.table import STYLES, show
+from orchestrator.terminal.table import show
 from trainers.errors import JobError
 from trainers.records import Record
 from trainers.storage import Folder
@@ -236,4 +236,4 @@ def probe_ray(address: str | None) -> Finding:
 def checks_table(checks: Sequence[Check]) -> None:
     """One line a check."""
     rows = [(check.name, check.status, check.value, check.remedy) for check in checks]
-    show("doctor", ("check", "state", "value", "remedy"), rows, [STYLES[check.status] for check in checks])
+    show("doctor", ("check", "state", "value", "remedy"), rows, [check.status for check in checks])

@@ -5,7 +5,8 @@ from itertools import chain, islice
 from typing import Any
 
 from orchestrator.commands.past_run import shards_of
-from orchestrator.terminal.table import show
+from orchestrator.report.tables import ledger_table
+from orchestrator.terminal.table import show, show_table
 from trainers.batching.mixture import describe_mixture
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
@@ -72,7 +73,7 @@ def pieces_of(job: Job, shards: Shards, step: int) -> list[TracedPiece]:
 
 def print_ledger(report: dict[str, Any], shards_of: list[ShardManifest]) -> None:
     """The report as tables."""
-    ledger_table(shards_of)
+    show_table(ledger_table(shards_of))
     if report["contamination"]:
         print(f"{report['contamination']['rows']:,} training rows say what an evaluation row says")
     for name, title in TABLES.items():
@@ -98,23 +99,6 @@ def ledger_rows(splits: Sequence[ShardManifest]) -> list[dict[str, Any]]:
         }
         for split in splits
     ]
-
-
-def ledger_table(splits: Sequence[ShardManifest]) -> None:
-    """Rows by outcome."""
-    records = ledger_rows(splits)
-    rows = [
-        (record["split"], outcome, count, count / max(record["rows_in"], 1))
-        for record in records
-        for outcome, count in record["outcomes"].items()
-    ]
-    show("ledger: every input row", ("split", "outcome", "rows", "share"), rows)
-    for record in records:
-        print(
-            f"{record['split']}: {record['rows_in']:,} rows in, {record['sequences']:,} sequences of "
-            f"{record['tokens']:,} tokens, {record['targets']:,} targets, {record['tokens_lost']:,} tokens cut off; "
-            f"shards {record['key']}"
-        )
 
 
 def _beside(job: Job, shards: Shards) -> dict[str, Any]:

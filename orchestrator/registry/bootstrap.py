@@ -54,3 +54,16 @@ def compare(
     low, high = np.percentile(differences, [tail, 100 - tail])
     difference = task.metric_value(metric, first) - task.metric_value(metric, second)
     return Interval(difference, float(low), float(high))
+
+
+def metric_interval(
+    scores: RowScores, task: Task, metric: str, seed: int, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """Percentile interval of one model's metric over its evaluation rows."""
+    size = len(next(iter(scores.values())))
+    generator = np.random.default_rng(seed)
+    draws = (generator.integers(0, size, size) for _ in range(resamples))
+    values = [task.metric_value(metric, {name: numbers[rows] for name, numbers in scores.items()}) for rows in draws]
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)

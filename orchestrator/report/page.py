@@ -1,7 +1,7 @@
 """report.html: one page on a run that needs no network, no scripts and no other file.
 
-Gathers what the run left behind; every text that came from outside is escaped by the template. Curves are drawn by
-`report_plots.py`, tables made by `report_tables.py`, the page itself is templates/report.html.
+Every text that came from outside is escaped by the template, `report.html`. `plots.py` draws the curves, `tables.py`
+makes the tables, `details.py` reads the evaluation rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.registry.lineage import resolved_yaml
+from orchestrator.report.details import Details
 from orchestrator.report.plots import draw_curves
-from orchestrator.report.tables import class_tables, evaluation_table, ledger_table, number, stage_table
+from orchestrator.report.table import Table, text
+from orchestrator.report.tables import classes, evaluation_table, ledger_table, stage_table
 from trainers.credentials import hide_credentials
 from trainers.errors import EvaluationError
+from trainers.evaluation.row_views import RowView
 from trainers.job.schema import Job
 from trainers.run.events import Event
 from trainers.run.folder import RunResult
 from trainers.run.row_scores import read_labels, read_row_scores
 from trainers.shards.manifest import Shards
 from trainers.storage import Folder
+from trainers.tasks import choose_metric, load_task
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).parent / "report.html"
-NOT_SHOWN = ("job",)
-"""Lineage that stands elsewhere on the page."""
+SHOWN_AS_JOB = "job"
+"""The lineage entry that the page shows as the resolved job."""
+FOLDED = ("digest", "key", "identity", "version.")
+"""Parts of the names of lineage entries that only machines read; the page folds them."""
 
 
 def write_report(
@@ -33,6 +39,7 @@ def write_report(
     events: Sequence[Event],
     shards: Shards | None = None,
     lineage: Mapping[str, str] | None = None,
+    details: Details | None = None,
 ) -> None:
     """Write report.html into the run folder, over an earlier one.
 
@@ -43,8 +50,9 @@ def write_report(
         events: of the whole run, as `read_events` gives them.
         shards: for the data ledger and the names of classes.
         lineage: as `lineage.lineage` gives it.
+        details: as `details.gather` gives them.
     """
-    run.write_bytes(REPORT, render_report(run, result, job, events, shards, lineage).encode())
+    run.write_bytes(REPORT, render_report(run, result, job, events, shards, lineage, details).encode())
 
 
 def render_report(
@@ -54,37 +62,67 @@ def render_report(
     events: Sequence[Event],
     shards: Shards | None = None,
     lineage: Mapping[str, str] | None = None,
+    details: Details | None = None,
 ) -> str:
     """The page as text; the arguments are those of `write_report`."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    best = result.best or {}
-    step = best.get("step")
+    details, (metric, _) = details or Details(), choose_metric(job)
+    step = (result.best or {}).get("step")
     best_step = step if isinstance(step, int) else None
-    curves = draw_curves(events, result.evaluations, best_step)
+    curves = draw_curves(events, result.evaluations, best_step, metric, details)
+    origin = {name: hide_credentials(value) for name, value in (lineage or {}).items() if name != SHOWN_AS_JOB}
+    folded = {name for name in origin if any(part in name for part in FOLDED)}
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
     return page.render(
         job=job,
         result=result,
         run_name=run.name,
-        cards=_cards(result),
+        cards=_cards(result, details),
         plots=[Markup(svg) for svg in curves],  # ours; matplotlib escaped the names in it
-        evaluations=evaluation_table(result.evaluations, best_step),
+        evaluations=evaluation_table(result.evaluations, metric, best_step),
+        notes=sorted({name: note for one in result.evaluations for name, note in one.notes.items()}.items()),
         classes=_classes(run, job, best_step, shards),
-        ledger=ledger_table(shards) if shards else None,
+        best_step=best_step,
+        costliest=_row_table("costliest evaluation rows", details.costliest),
+        generated=_row_table("generated texts", details.generated),
+        loading=_loading(job, result),
+        ledger=ledger_table([shards.train, shards.eval]) if shards else None,
         stages=stage_table(result.seconds),
-        origin=[(name, hide_credentials(text)) for name, text in (lineage or {}).items() if name not in NOT_SHOWN],
+        origin=[(name, value) for name, value in origin.items() if name not in folded],
+        folded=[(name, value) for name, value in origin.items() if name in folded],
         job_yaml=resolved_yaml(job),
     )
 
 
-def _cards(result: RunResult) -> list[dict[str, str]]:
+def _row_table(title: str, views: Sequence[RowView]) -> Table:
+    rows = [
+        (one.text, one.label, one.prediction, one.loss, f"{one.file.rpartition('/')[2]}:{one.row}") for one in views
+    ]
+    return Table(title, ("text", "label", "prediction", "loss", "file:row"), rows)
+
+
+def _loading(job: Job, result: RunResult) -> str | None:
+    """Three lines of Python that load the registered folder."""
+    if result.registry is None:
+        return None
+    auto, folder = load_task(job.task).auto_class, result.registry.source
+    return (
+        f"from transformers import AutoTokenizer, {auto}\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})\n"
+        f"model = {auto}.from_pretrained({folder!r})"
+    )
+
+
+def _cards(result: RunResult, details: Details) -> list[dict[str, str]]:
     """The headline figures."""
-    best, registry = result.best or {}, result.registry
+    best, registry, step = result.best or {}, result.registry, (result.best or {}).get("step")
     cards = []
     if best:
-        cards.append(_card(str(best.get("metric")), number(best.get("value")), f"best, at step {best.get('step')}"))
+        interval = details.intervals.get(step) if isinstance(step, int) else None
+        likely = f"; 95 %: {text(interval[0])} to {text(interval[1])}" if interval else ""
+        cards.append(_card(str(best.get("metric")), text(best.get("value")), f"best, at step {step}{likely}"))
     if registry:
         cards.append(_card("registered as", f"{registry.model} v{registry.version}", registry.alias or "not promoted"))
     cards += [
@@ -124,4 +162,4 @@ def _classes(run: Folder, job: Job, best_step: int | None, shards: Shards | None
     if "label" not in row_scores:  # several labels a row: metrics by class stand in the table of evaluations
         return None
     names = tuple(shards.train.labels) if shards else tuple(read_labels(run, best_step))
-    return {"step": best_step, **class_tables(row_scores["label"], row_scores["prediction"], names)}
+    return classes(row_scores["label"], row_scores["prediction"], names)

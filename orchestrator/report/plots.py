@@ -7,8 +7,10 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
+from orchestrator.report.details import Details
 from trainers.run.events import Event, StartEvent, StepEvent, steps_of
 from trainers.run.folder import Evaluation
 
@@ -24,6 +26,7 @@ CSS = {INK: "currentColor", MUTED: "var(--muted)"} | {
 }
 UNBOUNDED = ("loss", "perplexity")
 """Metrics that do not share an axis with those between 0 and 1."""
+LINES = ("-", "--", ":", "-.")
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -48,16 +51,23 @@ STYLE = {
 Points = tuple[list[float], list[float]]
 
 
-def draw_curves(events: Sequence[Event], evaluations: Sequence[Evaluation], best_step: int | None) -> list[str]:
-    """All plots that there is data for, as SVG elements."""
+def draw_curves(
+    events: Sequence[Event], evaluations: Sequence[Evaluation], best_step: int | None, metric: str, details: Details
+) -> list[str]:
+    """All plots that there is data for, as SVG elements; the deciding metric first.
+
+    Args:
+        metric: the one that decides.
+        details: its intervals by step, and what it is measured against.
+    """
     import matplotlib as mpl
 
     steps, restarts = steps_of(events), _restarts(events)
     done = sorted((one for one in evaluations if one.status == "done"), key=lambda one: one.step)
     with mpl.rc_context(STYLE):
         drawn = [
+            _deciding(done, restarts, best_step, metric, details),
             _loss(steps, done, restarts, best_step),
-            _metrics(done, restarts, best_step),
             _single(steps, "learning_rate", "Learning rate", restarts, smooth=False),
             _single(steps, "grad_norm", "Gradient norm", restarts, smooth=True),
             _single(steps, "tokens_per_s", "Tokens per second", restarts, smooth=True),
@@ -97,20 +107,38 @@ def _loss(
     axes.plot(*held, color=SERIES[1], marker="o", markersize=4, linewidth=1.6, label="evaluation")
     _mark_best(axes, best_step)
     axes.legend(loc="best")
-    return _svg(figure, "Loss by step")
+    ends = "".join(f"; {name} from {line[1][0]:.4g} to {line[1][-1]:.4g}"
+                   for name, line in (("training", train), ("evaluation", held)) if line[1])  # fmt: skip
+    return _svg(figure, f"Loss by step{ends}")
 
 
-def _metrics(done: Sequence[Evaluation], restarts: list[float], best_step: int | None) -> str | None:
-    names = sorted({name for one in done for name in one.metrics if name not in UNBOUNDED and "/" not in name})
-    series = {name: points for name in names if (points := _metric_series(done, name))[0]}
-    if not series:
+def _deciding(
+    done: Sequence[Evaluation], restarts: list[float], best_step: int | None, metric: str, details: Details
+) -> str | None:
+    """The deciding metric thick, with its intervals and references; others of its scale thin and grey."""
+    points = _metric_series(done, metric)
+    if not points[0]:
         return None
-    figure, axes = _axes("Evaluation", restarts)
-    for number, (name, points) in enumerate(series.items()):
-        axes.plot(*points, color=SERIES[number % len(SERIES)], marker="o", markersize=4, linewidth=1.6, label=name)
+    figure, axes = _axes(metric, restarts)
+    bounded = metric not in UNBOUNDED
+    names = {name for one in done for name in one.metrics if "/" not in name and name not in (metric, *UNBOUNDED)}
+    for number, name in enumerate(sorted(names) if bounded else ()):
+        line = LINES[number % len(LINES)]
+        axes.plot(*_metric_series(done, name), color=MUTED, linewidth=1, linestyle=line, alpha=0.7, label=name)
+    for number, (name, value) in enumerate(details.references.items()):
+        colour = SERIES[(number + 2) % len(SERIES)]
+        axes.axhline(value, color=colour, linewidth=1.3, linestyle="-.", label=f"{name} {value:.3g}")
+    bars = [(step, value, *details.intervals[int(step)]) for step, value in zip(*points, strict=True)
+            if int(step) in details.intervals]  # fmt: skip
+    for step, _, low, high in bars:
+        axes.plot([step, step], [low, high], color=SERIES[0], linewidth=5, alpha=0.25, solid_capstyle="butt")
+    axes.plot(*points, color=SERIES[0], marker="o", markersize=5, linewidth=2.6, label=metric)
     _mark_best(axes, best_step)
-    axes.legend(loc="best", ncols=2)
-    return _svg(figure, "Evaluation metrics by step")
+    figure.legend(loc="outside lower center", ncols=2)
+    best = dict(zip(*points, strict=True)).get(float(best_step)) if best_step is not None else None
+    told = f", {best:.4g} at the best step {best_step}" if best is not None else ""
+    against = "".join(f"; {name} {value:.4g}" for name, value in details.references.items())
+    return _svg(figure, f"{metric} by step, from {points[1][0]:.4g} to {points[1][-1]:.4g}{told}{against}")
 
 
 def _single(steps: Sequence[StepEvent], name: str, title: str, restarts: list[float], smooth: bool) -> str | None:
@@ -120,7 +148,7 @@ def _single(steps: Sequence[StepEvent], name: str, title: str, restarts: list[fl
     figure, axes = _axes(title, restarts)
     _noisy(axes, points, SERIES[2], None, smooth)
     axes.set_ylim(bottom=0)
-    return _svg(figure, f"{title} by step")
+    return _svg(figure, f"{title} by step, from {points[1][0]:.4g} to {points[1][-1]:.4g}")
 
 
 def _axes(title: str, restarts: list[float]) -> tuple[Any, Any]:
@@ -172,4 +200,4 @@ def _svg(figure: Any, title: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for stand_in, colour in CSS.items():
         text = text.replace(stand_in, colour)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)

@@ -1,132 +1,102 @@
-"""The tables of the report as plain data. Pure: records and arrays in, texts and numbers out."""
+"""Evaluations, ledger and classes as tables, for terminal and report alike. Pure: records and arrays in, tables out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from orchestrator.report.table import Table
+from trainers.evaluation.confusion import count_pairs
+from trainers.evaluation.selection import why_not
 from trainers.records import Array
 from trainers.run.folder import Evaluation
-from trainers.shards.manifest import Shards
+from trainers.shards.manifest import ShardManifest
 
 MOST_CLASSES = 25
-"""A confusion matrix larger than this is no use on a page; the worst confusions are listed instead."""
+"""A larger confusion matrix cannot be read on a page; the most frequent confusions are listed instead."""
 MOST_CONFUSIONS = 25
 
-Table = dict[str, Any]
 
+def evaluation_table(
+    evaluations: Sequence[Evaluation], metric: str | None, best_step: int | None, most: int | None = None
+) -> Table:
+    """Metrics by step, the deciding one first; failures stand among them with their reason.
 
-def number(value: object) -> str:
-    """A figure with four decimals, or four digits where it is large or tiny; a dash where there is none."""
-    if not isinstance(value, int | float):
-        return "–"
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
-
-
-def evaluation_table(evaluations: Sequence[Evaluation], best_step: int | None) -> Table:
-    """Metrics by step; failures stand among them with their reason."""
-    names = sorted({name for one in evaluations for name in one.metrics if "/" not in name})
-    rows = []
+    Args:
+        metric: the one that decides.
+        best_step: marked.
+        most: number of metrics shown; default all but those by class.
+    """
+    names = {name for one in evaluations for name in one.metrics if "/" not in name or name == metric}
+    shown = sorted(names, key=lambda name: (name != metric, name))[:most]
+    rows, kinds = [], []
     for one in sorted(evaluations, key=lambda one: one.step):
-        failed = one.status == "failed"
-        kind = "failure" if failed else ("best" if one.step == best_step else "")
-        values = [number(one.metrics.get(name)) for name in names]
-        error = (one.error or "failed") if failed else None
-        rows.append(
-            {
-                "step": one.step,
-                "kind": kind,
-                "values": values,
-                "error": error,
-                "rows": f"{one.rows:,}",
-                "seconds": f"{one.seconds:.1f}",
-            }
-        )
-    notes = {name: note for one in evaluations for name, note in one.notes.items()}
-    return {"names": names, "rows": rows, "notes": sorted(notes.items())}
+        reason = why_not(one, metric) if metric else one.error
+        kind = "failure" if one.status == "failed" else "best" if one.step == best_step else ""
+        state = reason or kind or ("" if one.step else "pretrained baseline")
+        rows.append((one.step, *(one.metrics.get(name) for name in shown), one.rows, f"{one.seconds:.1f}", state))
+        kinds.append(kind)
+    return Table(f"evaluations, by {metric}", ("step", *shown, "rows", "seconds", ""), rows, kinds)
 
 
-def class_tables(label: Array, prediction: Array, names: Sequence[str]) -> Table:
-    """Precision, recall and F1 of each class, and what was taken for what.
+def ledger_table(splits: Sequence[ShardManifest]) -> Table:
+    """Every input row by what became of it; a column a split."""
+    outcomes = sorted({name for split in splits for name in split.outcomes})
+    rows: list[tuple[Any, ...]] = [("rows in", *(split.rows_in for split in splits))]
+    for name in outcomes:
+        counts = [(split.outcomes.get(name, 0), max(split.rows_in, 1)) for split in splits]
+        rows.append((name, *(f"{count:,} ({count / rows_in:.2%})" for count, rows_in in counts)))
+    totals = (("sequences", "rows"), ("tokens", "tokens"), ("target tokens", "targets"), ("tokens lost", "tokens_lost"))
+    rows += [(title, *(split.total(field) for split in splits)) for title, field in totals]
+    rows.append(("shards", *(split.key for split in splits)))
+    return Table("ledger: every input row", ("", *(split.split for split in splits)), rows)
+
+
+def class_table(counts: Array, names: Sequence[str]) -> Table:
+    """Precision, recall and F1 of each class; 0 where they are not defined.
+
+    Args:
+        counts: int [true, predicted].
+        names: of the classes.
+    """
+    hits, predicted, true = np.diag(counts), counts.sum(0), counts.sum(1)
+    scores = (hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(predicted + true, 1))
+    rows = [(name, *(f"{score[index]:.3f}" for score in scores), int(true[index])) for index, name in enumerate(names)]
+    return Table("classes", ("class", "precision", "recall", "F1", "rows"), rows)
+
+
+def confusion_table(counts: Array, names: Sequence[str]) -> Table:
+    """The most frequent confusions."""
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    pairs = [divmod(int(index), len(names)) for index in order]
+    rows = [(names[true], names[guess], int(wrong[true, guess])) for true, guess in pairs if wrong[true, guess]]
+    return Table("most frequent confusions", ("true", "predicted", "rows"), rows)
+
+
+def classes(label: Array, prediction: Array, names: Sequence[str]) -> dict[str, Any]:
+    """What the page shows of a classification: a table by class, and the confusion matrix or the worst of it.
 
     Args:
         label: int [rows], the true class.
         prediction: int [rows], the predicted one.
         names: of the classes; a class without a name shows its number.
     """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
     size = max(len(names), int(label.max()) + 1, int(prediction.max()) + 1)
-    called = [*names, *(str(index) for index in range(len(names), size))]
-    classes = range(size)
-    scores = precision_recall_fscore_support(label, prediction, labels=classes, zero_division=0)
-    rows = [
-        {"name": name, "precision": f"{p:.3f}", "recall": f"{r:.3f}", "f1": f"{f:.3f}", "support": f"{int(s):,}"}
-        for name, p, r, f, s in zip(called, *scores, strict=True)
-    ]
-    counts = confusion_matrix(label, prediction, labels=classes)
+    names = [*names, *map(str, range(len(names), size))]
+    counts = count_pairs(label, prediction, size)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     small = size <= MOST_CLASSES
     return {
-        "names": called,
-        "rows": rows,
-        "matrix": _matrix(counts, called) if small else None,
-        "confusions": [] if small else _confusions(counts, called),
+        "table": class_table(counts, names),
+        "names": names,
+        "counts": counts.tolist() if small else None,
+        "shares": shares.round(3).tolist(),
+        "confusions": None if small else confusion_table(counts, names),
     }
 
 
-def _matrix(counts: Array, names: Sequence[str]) -> list[Table]:
-    totals = np.maximum(counts.sum(axis=1), 1)
-    return [
-        {
-            "name": name,
-            "cells": [
-                {
-                    "count": int(count),
-                    "share": f"{count / totals[true]:.3f}",
-                    "kind": "right" if said == true else "wrong",
-                }
-                for said, count in enumerate(counts[true])
-            ],
-        }
-        for true, name in enumerate(names)
-    ]
-
-
-def _confusions(counts: Array, names: Sequence[str]) -> list[Table]:
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
-    pairs = [divmod(int(place), len(names)) for place in order]
-    return [
-        {"label": names[true], "prediction": names[said], "count": int(wrong[true, said])}
-        for true, said in pairs
-        if wrong[true, said]
-    ]
-
-
-def ledger_table(shards: Shards) -> Table:
-    """Every input row by what became of it."""
-    splits = {"train": shards.train, "eval": shards.eval}
-    outcomes = sorted({name for manifest in splits.values() for name in manifest.outcomes})
-    rows = [
-        {
-            "split": split,
-            "counts": [f"{manifest.outcomes.get(name, 0):,}" for name in outcomes],
-            "rows_in": f"{manifest.rows_in:,}",
-            "sequences": f"{manifest.total('rows'):,}",
-            "tokens": f"{manifest.total('tokens'):,}",
-            "targets": f"{manifest.total('targets'):,}",
-            "tokens_lost": f"{manifest.total('tokens_lost'):,}",
-        }
-        for split, manifest in splits.items()
-    ]
-    return {"outcomes": outcomes, "rows": rows}
-
-
-def stage_table(seconds: Mapping[str, float]) -> list[Table]:
-    """Wall time by stage, with its share of the longest."""
+def stage_table(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """Stage, wall time, and its share of the longest in percent."""
     longest = max(seconds.values(), default=0.0) or 1.0
-    return [
-        {"name": name, "seconds": f"{value:.1f} s", "percent": f"{100 * value / longest:.1f}"}
-        for name, value in seconds.items()
-    ]
+    return [(name, f"{value:.1f} s", round(100 * value / longest, 1)) for name, value in seconds.items()]

@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from orchestrator.report.details import Details
 from orchestrator.report.page import duration, render_report, write_report
+from trainers.evaluation.row_views import RowView
 from trainers.job.load import parse_job
 from trainers.run.events import StepEvent, parse_events, steps_of
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult
@@ -162,13 +164,14 @@ def test_the_headline_tells_best_version_and_state(page):
 
 def test_there_is_a_curve_for_each_series_with_the_best_marked(page):
     plots = re.findall(r'<svg role="img" aria-label="([^"]*)"', page)
-    assert plots == [
-        "Loss by step",
-        "Evaluation metrics by step",
-        "Learning rate by step",
-        "Gradient norm by step",
-        "Tokens per second by step",
+    assert [re.split(" by step", plot)[0] for plot in plots] == [
+        "accuracy",
+        "Loss",
+        "Learning rate",
+        "Gradient norm",
+        "Tokens per second",
     ]
+    assert "0.7667 at the best step 80" in plots[0] and "training from" in plots[1]
     assert page.count("best, step 80") == 2
     assert "#010203" not in page and "#0a0b01" not in page  # every stand-in colour became the page's
     ids = re.findall(r'<clipPath id="([^"]*)"', page)
@@ -176,11 +179,11 @@ def test_there_is_a_curve_for_each_series_with_the_best_marked(page):
 
 
 def test_evaluations_are_listed_with_the_best_marked_and_failures_explained(page):
-    rows = {row[0].split()[0]: row for row in Reader(page).rows if row and row[0]}
-    assert rows["80"][0].endswith("best")
-    assert rows["80"][1:4] == ["0.7667", "0.7167", "0.6167"]
-    assert "best" not in rows["100"][0]
-    assert "out of memory" in rows["101"][1]
+    rows = {row[0]: row for row in Reader(page).rows if row and row[0]}
+    assert rows["step"][1:4] == ["accuracy", "f1_macro", "loss"]
+    assert rows["80"][1:4] == ["0.7667", "0.7167", "0.6167"] and rows["80"][-1] == "best"
+    assert rows["100"][-1] == ""
+    assert "out of memory" in rows["101"][-1]
 
 
 def test_class_figures_equal_scikit_learn(tmp_path):
@@ -203,11 +206,24 @@ def test_many_classes_are_shown_as_the_worst_confusions(tmp_path):
 
 def test_every_input_row_is_in_the_ledger(page):
     rows = [row for row in Reader(page).rows if row]
-    (head,) = [row for row in rows if row[0] == "split"]
-    (train,) = [row for row in rows if row[0] == "train"]
-    told = dict(zip(head, train, strict=True))
-    assert told["kept"] == "5,997" and told["dropped:empty_text"] == "2" and told["rows in"] == "6,002"
-    assert told["tokens"] == "180,000" and told["tokens lost"] == "41"
+    assert ["", "train", "eval"] in rows
+    told = {row[0]: row[1] for row in rows}
+    assert told["kept"] == "5,997 (99.92%)" and told["dropped:empty_text"] == "2 (0.03%)"
+    assert (told["rows in"], told["tokens"], told["tokens lost"]) == ("6,002", "180,000", "41")
+
+
+def test_what_the_rows_tell_is_shown(tmp_path):
+    view = RowView(file="/d/dev.jsonl", row=70, text=EVIL, label="ai", prediction="coding", loss=3.25)
+    details = Details({80: (0.71, 0.81)}, {"the majority class": 0.4}, (view,), (view,))
+    run, result, *_ = finished_run(tmp_path)
+    page = render_report(run, result, job_of(), events_of(), shards_of(), LINEAGE, details)
+    assert EVIL not in page and page.count("dev.jsonl:70") == 2
+    assert "95 %: 0.7100 to 0.8100" in page and "the majority class 0.4" in page
+    assert "Where it is most wrong, at step 80" in page and "Generated texts, at step 80" in page
+    assert "model = AutoModelForSequenceClassification.from_pretrained(&#39;/x&#39;)" in page
+    digests = page[page.index("<summary>Digests and versions") :]
+    assert "version.torch" in digests and "version.torch" not in page[: page.index("<summary>Digests")]
+    assert "seed" not in digests.partition("</details>")[0]
 
 
 def test_a_step_that_was_run_again_is_drawn_once_as_it_ran_last(tmp_path):
