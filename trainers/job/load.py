@@ -71,10 +71,10 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
     problems = []
     if bool(data.get("eval")) == (data.get("eval_fraction") is not None):
         problems.append("data: give either eval (files) or eval_fraction (a share of the training rows), one of them")
-    train_entries = data.get("train")
-    for entry in train_entries if isinstance(train_entries, list) else [train_entries]:
-        if isinstance(entry, dict) and entry.get("weight") is not None and entry.get("tokens") is not None:
-            problems.append(f"data.train: {entry.get('path')} has a weight and a number of tokens; give one of them")
+    for key in ("train", "eval"):
+        entries = data[key] if isinstance(data.get(key), list) else [data.get(key)]
+        problems += [f"data.{key}: {problem}" for entry in entries if isinstance(entry, dict)
+                     for problem in _entry_problems(entry, key, task)]  # fmt: skip
     if train.get("activation_offload") and train.get("activation_checkpointing", "none") == "none":
         problems.append("train.activation_offload: needs train.activation_checkpointing, which is none")
     if (train.get("epochs") is None) == (train.get("steps") is None):
@@ -99,6 +99,19 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
             f"data.overlong: split cuts one row into several, which {task} cannot use; choose truncate, drop or error"
         )
     return problems
+
+
+def _entry_problems(entry: dict[str, Any], key: str, task: Any) -> Iterator[str]:
+    """What is wrong with an entry of the data that is more than a path."""
+    weight, tokens, given = entry.get("weight"), entry.get("tokens"), {"path", "source", "target"} & set(entry)
+    if given not in ({"path"}, {"source", "target"}):
+        yield f"an entry has {', '.join(sorted(given)) or 'no path'}; give a path, or source and target"
+    elif "source" in given and task != "seq2seq":
+        yield f"source and target are for seq2seq, not {task}; give a path"
+    if weight is not None and tokens is not None:
+        yield f"{entry.get('path')} has a weight and a number of tokens; give one of them"
+    elif key == "eval" and (weight is not None or tokens is not None):
+        yield f"{entry.get('path')} has a weight or a number of tokens, which are for data.train alone"
 
 
 def _misplaced(raw: dict[str, Any], task: str) -> list[str]:

@@ -25,7 +25,9 @@ from trainers.job.task_fields import PACKING_TASKS, SPLITTING_TASKS, TOKEN_TASKS
 
 TaskName = Literal["pretrain", "mlm", "sft", "classify", "tag", "extract", "seq2seq", "similarity"]
 Overlong = Literal["truncate", "split", "drop", "error"]
-FormatName = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text", "conll"]
+FormatName = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text", "conll", "parallel"]
+PAIR = " | "
+"""Stands between the two files of a parallel text where both are named in one word."""
 
 
 TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -68,10 +70,14 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
-    """One part of a mixture."""
+    """One part of a mixture, or two files whose lines belong together."""
 
-    path: AnyPath
+    path: AnyPath | None = None
     """A path, glob, folder or data set, as `data.train` takes it."""
+    source: AnyPath | None = None
+    """seq2seq: instead of a path, a text file with a source a line,"""
+    target: AnyPath | None = None
+    """and one with the target of each, line by line."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """How often each of its rows is shown an epoch: 2 shows all twice, 0.5 a half of them, drawn by the seed."""
     tokens: Annotated[int, Field(ge=1)] | None = None
@@ -82,8 +88,9 @@ class DataSection(DataOptions):
     """Which rows, and how they become sequences."""
 
     train: Annotated[tuple[AnyPath | SourceSection, ...], Field(strict=False), LISTED]
-    """Paths, globs or folders; local or s3://, gs://, hdfs://; hf:// data sets. Or {path, weight}, {path, tokens}."""
-    eval: Annotated[tuple[AnyPath, ...], Field(strict=False), LISTED] = ()
+    """Paths, globs or folders; local or s3://, gs://, hdfs://; hf:// data sets. Or {path, weight}, {path, tokens};
+    for seq2seq also {source, target}: two text files, line by line."""
+    eval: Annotated[tuple[AnyPath | SourceSection, ...], Field(strict=False), LISTED] = ()
     """The same for evaluation; or `eval_fraction`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the training rows held out for evaluation, chosen by a hash of each row's place."""
@@ -106,11 +113,19 @@ class DataSection(DataOptions):
 
     @property
     def train_paths(self) -> tuple[str, ...]:
-        return tuple(one if isinstance(one, str) else one.path for one in self.train)
+        return tuple(map(_pattern, self.train))
+
+    @property
+    def eval_paths(self) -> tuple[str, ...]:
+        return tuple(map(_pattern, self.eval))
 
     @property
     def is_mixture(self) -> bool:
         return any(not isinstance(one, str) and (one.weight or one.tokens) for one in self.train)
+
+
+def _pattern(entry: str | SourceSection) -> str:
+    return entry if isinstance(entry, str) else entry.path or f"{entry.source}{PAIR}{entry.target}"
 
 
 class TrainSection(TrainOptions):

@@ -80,7 +80,7 @@ def split_sources(job: Job) -> Sources:
     """The files of both splits, the content of each read once. Raises JobError with every path that names nothing."""
     sources: dict[SplitName, tuple[SourceFile, ...]] = {}
     problems: list[str] = []
-    patterns_of: dict[SplitName, Sequence[str]] = {"train": job.data.train_paths, "eval": job.data.eval}
+    patterns_of: dict[SplitName, Sequence[str]] = {"train": job.data.train_paths, "eval": job.data.eval_paths}
     for name, patterns in patterns_of.items():
         try:
             sources[name] = find_sources(patterns, job.data.format, f"data.{name}", task=job.task)

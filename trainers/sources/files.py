@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 import xxhash
 
 from trainers.errors import JobError
-from trainers.job.schema import FormatName
+from trainers.job.schema import PAIR, FormatName
 from trainers.sources.hub import SCHEME, arrow_files
 from trainers.storage import filesystem_of, is_remote
 
@@ -91,8 +91,12 @@ def find_sources(
     """
     problems: list[str] = []
     named: dict[str, tuple[_Named, FormatName, str | None]] = {}
+    pairs: dict[str, tuple[_Named, _Named]] = {}
     for pattern in patterns:
         try:
+            if PAIR in pattern:
+                pairs |= {PAIR.join(one.uri for one in pair): pair for pair in _resolve_pairs(pattern)}
+                continue
             for one in _resolve(pattern, format):
                 kind = None if pattern.startswith(SCHEME) else format
                 told, compression = _kind(one.uri, one.name, kind)
@@ -101,15 +105,18 @@ def find_sources(
             problems += error.problems
     if problems:
         raise JobError(problems, where)
-    return tuple(_source(*named[uri], where, digests) for uri in sorted(named))
+    sources = [_source(*named[uri], where, digests) for uri in named]
+    sources += [_parallel(uri, *pairs[uri], where, digests) for uri in pairs]
+    return tuple(sorted(sources, key=lambda source: source.uri))
 
 
 def entries_of(sources: Sequence[SourceFile], patterns: Sequence[str], format: FormatName | None) -> tuple[int, ...]:
     """For each source the first of the patterns that names it."""
     entry: dict[str, int] = {}
     for place, pattern in enumerate(patterns):
-        for named in _resolve(pattern, format):
-            entry.setdefault(named.uri, place)
+        found = _resolve_pairs(pattern) if PAIR in pattern else [(named,) for named in _resolve(pattern, format)]
+        for names in found:
+            entry.setdefault(PAIR.join(named.uri for named in names), place)
     return tuple(entry[source.uri] for source in sources)
 
 
@@ -151,6 +158,21 @@ def _source(named: _Named, format: FormatName, compression: str | None, where: s
     except (OSError, pa.ArrowException) as error:
         raise JobError(f"{named.uri} cannot be read: {error}", where) from error
     return SourceFile(named.uri, format, compression, int(named.info.size), digest)
+
+
+def _parallel(uri: str, first: _Named, second: _Named, where: str, digests: bool) -> SourceFile:
+    """Two text files as one source."""
+    parts = [_source(one, "text", compression_of(one.name), where, digests) for one in (first, second)]
+    digest = xxhash.xxh3_128_hexdigest(" ".join(f"{part.digest} {part.compression}" for part in parts).encode())
+    return SourceFile(uri, "parallel", None, sum(part.size for part in parts), digest if digests else "")
+
+
+def _resolve_pairs(pattern: str) -> list[tuple[_Named, _Named]]:
+    """The files of a parallel text: of two globs, each with the one at its place among the sorted. Raises JobError."""
+    sides = [sorted(_resolve(part, "text"), key=lambda named: named.uri) for part in pattern.split(PAIR)]
+    if len(sides) != 2 or len(sides[0]) != len(sides[1]):
+        raise JobError(f"{pattern}: {' and '.join(str(len(side)) for side in sides)} files; parallel texts are pairs")
+    return list(zip(*sides, strict=True))
 
 
 def _digest(named: _Named) -> str:

@@ -7,6 +7,7 @@ from trainers.sources.formats.conll import Conll
 from trainers.sources.formats.delimited import Delimited
 from trainers.sources.formats.document import Document
 from trainers.sources.formats.lines import Lines
+from trainers.sources.formats.parallel import Parallel
 
 FORMATS: dict[FormatName, Format] = {
     "jsonl": Lines(),
@@ -17,6 +18,7 @@ FORMATS: dict[FormatName, Format] = {
     "parquet": Parquet(),
     "arrow": ArrowIpc(),
     "conll": Conll(),
+    "parallel": Parallel(),
 }
 
 __all__ = ["FORMATS", "Format", "RawRow", "Span"]
