@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.ranks import free_port, rank_context
-from trainers.checkpoint.choosing import Alone, choose_checkpoint
+from tests.thread_ranks import Alone
+from trainers.checkpoint.choosing import choose_checkpoint
 from trainers.checkpoint.cleaning import remove_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.checkpoint.records import CheckpointState, Save, SaveRequest

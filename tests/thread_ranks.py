@@ -8,6 +8,20 @@ from typing import Any
 from trainers.errors import TuneyardError
 
 
+class Alone:
+    """A world of one rank, without a process group."""
+
+    rank, size = 0, 1
+
+    def broadcast(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value alone."""
+        return [value]
+
+
 class ThreadRanks:
     """One rank's end of a world of threads."""
 

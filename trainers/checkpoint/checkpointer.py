@@ -219,7 +219,6 @@ class _Writing:
 
 
 def state_record(engine: Any, progress: Progress, train_key: str, job: str) -> CheckpointState:
-    """What rank 0 writes down beside the numbers."""
     return CheckpointState(
         step=progress.step,
         world_size=engine.world_size,

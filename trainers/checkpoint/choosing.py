@@ -39,20 +39,6 @@ class Ranks(Protocol):
         """Every rank's value by rank, on every rank."""
 
 
-class Alone:
-    """A world of one rank, without a process group."""
-
-    rank, size = 0, 1
-
-    def broadcast(self, value: T) -> T:
-        """The value itself."""
-        return value
-
-    def gather(self, value: T) -> list[T]:
-        """The value alone."""
-        return [value]
-
-
 @dataclass(frozen=True)
 class Proposal:
     """What rank 0 tells the others: a step and its manifest, or why there is none."""

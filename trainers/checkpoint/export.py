@@ -165,16 +165,8 @@ def _weights(reader: CheckpointReader, job: Job, task: Task, config: Any, model_
         weights[name] = Weight(spec, load, parts)
     for name, buffer in reader.buffers():
         name = name.removeprefix(PREFIX)
-        weights[name] = Weight(spec_of(name, buffer), partial(_same, buffer), partial(_alone, buffer))
+        weights[name] = Weight(spec_of(name, buffer), partial(torch.Tensor.detach, buffer), partial(iter, (buffer,)))
     return weights
-
-
-def _same(tensor: Any) -> Any:
-    return tensor
-
-
-def _alone(tensor: Any) -> Iterator[Any]:
-    return iter((tensor,))
 
 
 def _frozen_weights(job: Job, task: Task, config: Any, model_path: str) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class SaveRequest(Record):
     settle_s: float = 0.0
     """How long to wait before writing, while other ranks of the machine copy: both need the memory's bandwidth."""
     rest: float = 0.0
-    """How long to rest after each piece, in times of what it took; nobody rests once the rank waits."""
+    """Sleep after each 32 MiB as a multiple of its write time; ignored once the rank blocks on the save."""
     refusal: str | None = None
     """Why this rank has nothing to write, which is then its vote."""
 
@@ -91,12 +91,10 @@ class SaveReport(Record):
 
 
 def rank_file(rank: int, world_size: int) -> str:
-    """Name of a rank's file."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def vote_file(rank: int, world_size: int) -> str:
-    """Name of a rank's vote."""
     return f"rank-{rank:05d}-of-{world_size:05d}.json"
 
 

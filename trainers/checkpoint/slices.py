@@ -50,7 +50,6 @@ class RankShare:
 
 
 def stage_of(engine: Any) -> int:
-    """ZeRO stage of an engine."""
     return int(engine.zero_optimization_stage())
 
 
@@ -101,7 +100,6 @@ def owned_spans(engine: Any) -> Iterator[Span]:
 
 
 def persistent_buffers(module: Any) -> list[tuple[str, Any]]:
-    """Buffers that belong to the model's state."""
     return [
         (f"{path}.{name}".lstrip("."), buffer)
         for path, part in module.named_modules()

@@ -31,7 +31,6 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the data."""
         return prod(self.shape) * WIDTHS[DTYPES[self.dtype]]
 
 
@@ -55,7 +54,6 @@ class FileDigest:
 
 
 def spec_of(name: str, tensor: Any) -> TensorSpec:
-    """The spec of a tensor at hand."""
     return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 

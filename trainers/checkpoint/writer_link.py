@@ -41,7 +41,6 @@ class WriterLink:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is in flight."""
         return self._pending is not None
 
     @property
