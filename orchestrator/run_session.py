@@ -56,7 +56,7 @@ class RunSession:
                 time.sleep(0.2)  # `tuneyard status` holds it for a moment when it looks
             if not _lock(lock):
                 raise JobError(f"another `tuneyard run` is at work on {folder}; wait for it or stop it first")
-            self.run, self.log = run, RunLog(folder, draw_confusion)
+            self.run, self.log = run, RunLog(folder, draw_confusion, job)
             try:
                 self.note_stage("shard", time.monotonic() - self._began)
                 folder.write_bytes("plan.json", plan_job(self.checked).model_dump_json(indent=1).encode())

@@ -40,7 +40,7 @@ class LocalHooks:
 
     def _open(self) -> RunLog:
         run = self._run
-        self._log = RunLog(run.folder)
+        self._log = RunLog(run.folder, job=run.job)
         self._kept = KeptCheckpoints(run.checkpoints, run.job.checkpoint.keep)
         best = find_best(read_evaluations(run.folder, run.shards.eval.key), *choose_metric(run.job))
         self._pinned = promoted_steps(run.folder) | ({best.step} if best else set())

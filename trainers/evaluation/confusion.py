@@ -40,7 +40,7 @@ def _figure(counts: Array, names: list[str]) -> Any:
 
     size = len(names)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure = Figure(figsize=(2.5 + 0.5 * size, 2 + 0.5 * size), layout="constrained")
+    figure = Figure(figsize=(3 + 0.6 * size, 2.5 + 0.6 * size), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(size), names, rotation=45, ha="right")

@@ -6,6 +6,7 @@ One process owns it: the controller under Ray, rank 0 without.
 from collections.abc import Callable
 from typing import Any
 
+from trainers.job.schema import Job
 from trainers.run.events import EVENTS, Event, HistoryEvent, StepEvent, read_events
 from trainers.run.tensorboard import Curves
 from trainers.storage import Folder
@@ -15,10 +16,12 @@ class RunLog:
     """Appends events to a run folder; both files are readable at any moment.
 
     Args:
-        picture: a matplotlib figure of an evaluation by its step, or None if there is nothing to draw.
+        picture, job: see `trainers.run.tensorboard.Curves`.
     """
 
-    def __init__(self, run: Folder, picture: Callable[[Folder, int], Any] | None = None) -> None:
+    def __init__(
+        self, run: Folder, picture: Callable[[Folder, int], Any] | None = None, job: Job | None = None
+    ) -> None:
         run.path.mkdir(parents=True, exist_ok=True)
         self._stream = (run.path / EVENTS).open("a+b")
         if self._stream.tell():  # end a line that a killed process left open
@@ -26,7 +29,7 @@ class RunLog:
             if self._stream.read(1) != b"\n":
                 self._stream.write(b"\n")
         self._steps = {event.step for event in read_events(run) if isinstance(event, StepEvent)}
-        self._curves = Curves(run, picture)
+        self._curves = Curves(run, picture, job)
 
     def append(self, event: Event) -> None:
         """Record one event; of a history, the steps that are not in the log."""

@@ -7,11 +7,11 @@ from trainers.run.log import RunLog
 from trainers.storage import Folder
 
 
-def curve(folder: Path, tag: str) -> dict[int, float]:
-    """What TensorBoard shows for a tag."""
+def curve(folder: Path, tag: str, writer: str = "") -> dict[int, float]:
+    """What TensorBoard shows for a tag of a writer."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=True)
+    accumulator = EventAccumulator(str(folder / "tensorboard" / writer), purge_orphaned_data=True)
     accumulator.Reload()
     steps = [event.step for event in accumulator.Scalars(tag)]
     assert steps == sorted(set(steps)), "a step is shown twice or out of order"
@@ -39,7 +39,7 @@ def test_evaluations_stand_on_the_same_axis(tmp_path: Path) -> None:
     log = RunLog(run)
     log.append(EvaluationEvent(step=4, metrics={"accuracy": 0.5}))
     log.close()
-    assert curve(tmp_path, "eval/accuracy") == {4: 0.5}
+    assert curve(tmp_path, "eval/accuracy", "eval") == {4: 0.5}
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out_and_not_joined_to_the_next(tmp_path: Path) -> None:
