@@ -10,6 +10,8 @@ import sys
 import traceback
 from typing import NoReturn
 
+import yaml
+
 from trainers.checkpoint.retention import KeptCheckpoints
 from trainers.errors import Preempted, TuneyardError
 from trainers.evaluation.selection import find_best
@@ -17,7 +19,7 @@ from trainers.job.load import load_job
 from trainers.records import Phase, StopReason
 from trainers.run.describe import describe
 from trainers.run.events import CheckpointEvent, Event, StepEvent
-from trainers.run.folder import promoted_steps, read_evaluations
+from trainers.run.folder import JOB_FILE, promoted_steps, read_evaluations
 from trainers.run.log import RunLog
 from trainers.run.record import Run, find_run
 from trainers.tasks import choose_metric
@@ -40,6 +42,9 @@ class LocalHooks:
 
     def _open(self) -> RunLog:
         run = self._run
+        if not run.folder.exists(JOB_FILE):  # what `tuneyard status` and other commands know the run by
+            job = yaml.safe_dump(run.job.model_dump(mode="json"), sort_keys=False)
+            run.folder.write_bytes(JOB_FILE, job.encode())
         self._log = RunLog(run.folder, job=run.job)
         self._kept = KeptCheckpoints(run.checkpoints, run.job.checkpoint.keep)
         best = find_best(read_evaluations(run.folder, run.shards.eval.key), *choose_metric(run.job))

@@ -101,16 +101,20 @@ def export(
 
 @app.command()
 def status(
-    run: Annotated[str | None, typer.Argument(help="Name of a run, or its folder; default: all.")] = None,
+    run: Annotated[str | None, typer.Argument(help="A job file, a run's name or its folder; default: all.")] = None,
     storage: Storage = "runs",
+    follow: Annotated[bool, typer.Option(help="Keep showing it until no run is running.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the state of runs."""
-    from orchestrator.commands.status import run_status, status_table
+    """Show the state of runs; in a pipe a tab-separated line a run."""
+    from orchestrator.commands.status import run_status
+    from orchestrator.commands.status_view import show_status
     from trainers.storage import Folder
 
-    found = run_status(Folder(storage), run)
-    print_json([one.model_dump(mode="json") for one in found]) if as_json else status_table(found)
+    if as_json:
+        print_json([status.model_dump(mode="json") for status in run_status(Folder(storage), run)])
+    else:
+        show_status(lambda: run_status(Folder(storage), run), follow)
 
 
 @app.command()

@@ -4,32 +4,48 @@ A driver holds an flock on `driver.lock` while it lives; where no lock can be se
 torchrun) the age of the last event tells whether a run still goes on.
 """
 
-import difflib
 import fcntl
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from orchestrator.terminal.table import show
+from orchestrator.commands.find_run import JOB_FILE, choose_names, find_folder, runs_folder
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import JobError
 from trainers.evaluation.selection import find_best
 from trainers.job.load import parse_job
 from trainers.job.schema import Job
 from trainers.records import Record
-from trainers.run.events import EVENTS, StartEvent, outer_events, steps_of
+from trainers.run.events import (
+    EVENTS,
+    DoneEvent,
+    Event,
+    RestartEvent,
+    RolledBackEvent,
+    StartEvent,
+    StepEvent,
+    outer_events,
+    steps_of,
+)
 from trainers.run.folder import RESULT, RunResult, checkpoints_folder, read_evaluations, read_result
-from trainers.storage import Folder
+from trainers.storage import Folder, is_remote
 from trainers.tasks import choose_metric
 
 LOCK = "driver.lock"
 QUIET_S = 180.0
 """Without a lock to look at, a run whose last event is older than this counts as interrupted."""
 
-State = Literal["running", "done", "failed", "preempted", "interrupted"]
+PACE_STEPS = 50
+"""Steps whose median pace gives the time left."""
+
+State = Literal["running", "trained", "done", "failed", "preempted", "interrupted"]
+"""trained: every step is done and committed, but the run is not evaluated and registered: `tuneyard run` goes on."""
 
 
 class RunStatus(Record):
@@ -55,6 +71,15 @@ class RunStatus(Record):
     """Seconds since the last event."""
     registered: str | None = None
     """Model and version, once registered."""
+    left_s: float | None = None
+    """Seconds to the last step at the present pace, while the run trains."""
+    restarts: int = 0
+    """Restarts and rollbacks among the events that were read: the first and the last of a long run."""
+    last_restart: str | None = None
+    """Its cause."""
+    last_restart_age_s: float | None = None
+    logs: str | None = None
+    """Folder with the output of each rank."""
 
 
 def run_status(storage: Folder, run: str | None = None) -> list[RunStatus]:
@@ -62,44 +87,17 @@ def run_status(storage: Folder, run: str | None = None) -> list[RunStatus]:
 
     Args:
         storage: as in the job file.
-        run: only this run: its folder's name, the start of it, or its path.
+        run: only this run: a job file, a run's name, the start of one, or its folder.
 
     Raises:
-        JobError: where no run has that name.
+        JobError: no such folder, job file or run.
     """
-    if run is not None and "/" in run and Folder(run).exists("job.yaml"):
-        return [_status(Folder(run.rstrip("/")))]
-    runs = storage / "runs"
-    names = runs.list()
-    chosen = names if run is None else _choose(names, run, runs)
-    found = [_status(runs / name) for name in chosen if (runs / name).list()]
-    return sorted(found, key=lambda one: math.inf if one.event_age_s is None else one.event_age_s)
-
-
-def headline(one: RunStatus) -> dict[str, str]:
-    """The fields worth a column on a terminal, as texts."""
-    age = "" if one.event_age_s is None else f"{one.event_age_s:,.0f} s ago"
-    best = "" if one.best_value is None else f"{one.metric} {one.best_value:.4f} at {one.best_step}"
-    return {
-        "run": one.run,
-        "state": one.state,
-        "step": f"{one.step} of {one.steps}" if one.steps else str(one.step),
-        "checkpoint": "" if one.last_checkpoint is None else str(one.last_checkpoint),
-        "best": best,
-        "loss": "" if one.loss is None else f"{one.loss:.4f}",
-        "tokens/s": "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}",
-        "last event": age,
-        "registered": one.registered or "",
-    }
-
-
-def _choose(names: list[str], wanted: str, runs: Folder) -> list[str]:
-    wanted = wanted.rstrip("/").rpartition("/")[2]
-    chosen = [name for name in names if name == wanted] or [name for name in names if name.startswith(wanted)]
-    if not chosen:
-        near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4) or names[:5]
-        raise JobError(f"no run {wanted!r} in {runs}; " + (f"there are: {', '.join(near)}" if near else "it is empty"))
-    return chosen
+    if run is not None and (Path(run).is_file() or is_remote(run) or "/" in run.rstrip("/")):
+        return [_status(find_folder(run))]
+    runs = runs_folder(str(storage))
+    names = runs.list() if run is None else choose_names(run.rstrip("/"), runs)
+    found = [_status(runs / name) for name in names if {JOB_FILE, EVENTS, LOCK} & set((runs / name).list())]
+    return sorted(found, key=lambda status: math.inf if status.event_age_s is None else status.event_age_s)
 
 
 def _status(run: Folder) -> RunStatus:
@@ -109,10 +107,12 @@ def _status(run: Folder) -> RunStatus:
     except ValueError as error:
         result, problem = None, f"{RESULT} is damaged: {str(error).splitlines()[0]}"
     age = max(0.0, time.time() - events[-1].time) if events else None
-    state = _state(run, result, age)
+    state = _state(run, result, age, events)
     last = next(iter(steps_of(events)[-1:]), None)
     planned = [event.steps for event in events if isinstance(event, StartEvent) and event.steps]
     committed = committed_steps(checkpoints_folder(job, run) if job else run / "checkpoints")
+    restarts = [event for event in events if isinstance(event, RestartEvent | RolledBackEvent)]
+    steps = planned[-1] if planned else job.train.steps if job else None
     metric = choose_metric(job) if job else None
     best = find_best(read_evaluations(run), *metric) if metric else None
     return RunStatus(
@@ -121,7 +121,7 @@ def _status(run: Folder) -> RunStatus:
         state=state,
         error=problem or (result.error if result and state == result.status else None),
         step=last.step if last else 0,
-        steps=planned[-1] if planned else job.train.steps if job else None,
+        steps=steps,
         last_checkpoint=committed[-1] if committed else None,
         metric=metric[0] if metric else None,
         best_step=best.step if best else None,
@@ -130,15 +130,42 @@ def _status(run: Folder) -> RunStatus:
         tokens_per_s=last.tokens_per_s if last else None,
         event_age_s=age,
         registered=f"{result.registry.model} version {result.registry.version}" if result and result.registry else None,
+        left_s=time_left_s(events, steps) if state == "running" else None,
+        restarts=len(restarts),
+        last_restart=_cause(restarts[-1]) if restarts else None,
+        last_restart_age_s=max(0.0, time.time() - restarts[-1].time) if restarts else None,
+        logs=str(run / "logs") if (run / "logs").exists() else None,
     )
 
 
-def _state(run: Folder, result: RunResult | None, age_s: float | None) -> State:
+def _cause(event: RestartEvent | RolledBackEvent) -> str:
+    return event.cause if isinstance(event, RestartEvent) else f"step {event.step} diverged: {event.reason}"
+
+
+def time_left_s(events: Sequence[Event], steps: int | None) -> float | None:
+    """Seconds to the last step, from the median time between the last steps of this launch, saves included."""
+    times: list[float] = []
+    last = 0
+    for event in events:
+        if isinstance(event, StartEvent):
+            times = []
+        elif isinstance(event, StepEvent):
+            times, last = [*times[-PACE_STEPS:], event.time], event.step
+    if steps is None or len(times) < 2:
+        return None
+    pace = statistics.median(after - before for before, after in itertools.pairwise(times))
+    return max(steps - last, 0) * max(pace, 0.0)
+
+
+def _state(run: Folder, result: RunResult | None, age_s: float | None, events: Sequence[Event]) -> State:
     held = lock_is_held(run)
     if held:
         return "running"
     if result is not None and (result.status == "done" or not _went_on(run)):
         return result.status
+    ends = [event for event in events if isinstance(event, StartEvent | StepEvent | DoneEvent)][-1:]
+    if ends and isinstance(ends[0], DoneEvent) and ends[0].stopped != "resize":
+        return "preempted" if ends[0].stopped == "preempted" else "trained"
     if held is None and age_s is not None and age_s < QUIET_S:
         return "running"
     return "interrupted"
@@ -167,16 +194,10 @@ def lock_is_held(run: Folder) -> bool | None:
 
 def _job(run: Folder) -> Job | None:
     """The resolved job, None where it is not written yet or of another version of this program."""
-    if not run.exists("job.yaml"):
+    if not run.exists(JOB_FILE):
         return None
     try:
-        raw = yaml.safe_load(run.read_bytes("job.yaml"))
+        raw = yaml.safe_load(run.read_bytes(JOB_FILE))
         return parse_job(raw) if isinstance(raw, dict) else None
     except (yaml.YAMLError, JobError):
         return None
-
-
-def status_table(found: Sequence[RunStatus]) -> None:
-    """One line a run."""
-    lines = [headline(one) for one in found]
-    show("runs", list(lines[0]) if lines else ("no runs yet",), [list(line.values()) for line in lines])

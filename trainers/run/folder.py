@@ -16,6 +16,7 @@ from trainers.storage import Folder
 
 STEP_NAME = re.compile(r"step-(\d{8})")
 RESULT = "result.json"
+JOB_FILE = "job.yaml"
 
 
 def checkpoints_folder(job: Job, run: Folder) -> Folder:

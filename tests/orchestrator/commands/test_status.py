@@ -1,14 +1,19 @@
 """Status: told from files alone, whatever state a run was left in."""
 
 import fcntl
+import io
 import json
 import os
 import time
 
 import pytest
 import yaml
+from rich.console import Console
+from typer.testing import CliRunner
 
-from orchestrator.commands.status import headline, run_status
+from orchestrator.cli import app
+from orchestrator.commands.status import RunStatus, run_status
+from orchestrator.commands.status_view import block, human, show_status
 from trainers.errors import JobError
 from trainers.job.load import parse_job
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult
@@ -74,8 +79,9 @@ def test_progress_is_told_from_events_checkpoints_and_evaluations(storage):
     assert (one.metric, one.best_step, one.best_value) == ("accuracy", 10, 0.7)
     assert (one.loss, one.tokens_per_s) == (1 / 20, 120.0)
     assert 9 <= one.event_age_s < 60
-    told = headline(one)
-    assert (told["step"], told["checkpoint"], told["best"]) == ("20 of 50", "20", "accuracy 0.7000 at 10")
+    lines = "\n".join(block(one))
+    assert "step 20 of 50, " in lines and "newest checkpoint: step 20" in lines
+    assert "best accuracy 0.7000 at step 10" in lines
 
 
 def test_the_steps_planned_are_those_the_ranks_named_at_their_start(storage):
@@ -157,7 +163,7 @@ def test_a_run_just_begun_has_a_state(storage):
     (storage / "runs" / "new-00000000").write_bytes("driver.lock", b"")
     assert only(storage).state == "interrupted"
     assert only(storage).best_step is None
-    assert headline(only(storage))["best"] == ""
+    assert block(only(storage)) == ["new-00000000  interrupted", "  step 0"]
 
 
 def test_a_long_run_is_read_from_its_end(storage):
@@ -176,3 +182,85 @@ def test_runs_are_chosen_by_name_start_or_path(storage):
         assert only(storage, wanted).run == "topics-0badcafe"
     with pytest.raises(JobError, match="topics-0badcafe"):
         run_status(storage, "topic-0badcafe")
+
+
+def append(run, *events):
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    run.write_bytes("events.jsonl", run.read_bytes("events.jsonl") + lines.encode())
+
+
+@pytest.mark.parametrize(
+    ("stopped", "state"), [(None, "trained"), ("early_stopping", "trained"), ("preempted", "preempted")]
+)
+@pytest.mark.parametrize("age_s", [5, 10_000])
+def test_a_run_of_torchrun_says_at_once_that_it_has_ended(storage, stopped, state, age_s):
+    run = make_run(storage, age_s=age_s)
+    append(run, {"kind": "done", "time": time.time() - age_s, "step": 20, "tokens": 1, "stopped": stopped})
+    assert only(storage).state == state
+    append(run, {"kind": "start", "time": time.time(), "step": 20, "steps": 50, "world_size": 2})
+    assert only(storage).state == "running", "it was started again"
+
+
+def test_a_folder_with_evaluations_alone_is_no_run(storage):
+    evaluate(storage / "runs" / "topics-11111111", 0, {"accuracy": 0.1})
+    assert run_status(storage) == []
+
+
+def test_the_time_left_the_last_restart_and_the_logs_are_told(storage):
+    run = make_run(storage, age_s=2)
+    append(run, {"kind": "restart", "time": time.time() - 1, "cause": "rank 1 on n1 was killed by SIGKILL"})
+    (run / "logs").write_bytes("rank-00000.log", b"x")
+    one = only(storage)
+    assert one.state == "running" and one.left_s == pytest.approx(30)
+    lines = "\n".join(block(one))
+    assert "30 s left" in lines and "1 restart, the last" in lines and "killed by SIGKILL" in lines
+    assert lines.splitlines()[-1].strip() == f"logs {run}/logs"
+
+
+def test_a_missing_folder_is_an_error_and_no_empty_list(storage):
+    asked = CliRunner().invoke(app, ["status", "--storage", f"{storage}/elsewhere"])
+    assert asked.exit_code != 0 and "no folder" in str(asked.exception)
+
+
+def test_a_job_file_names_its_run(storage, tmp_path):
+    run, path = make_run(storage), tmp_path / "job.yaml"
+    path.write_bytes(run.read_bytes("job.yaml"))
+    assert only(Folder("nowhere"), str(path)).run == "topics-0badcafe"
+
+
+def test_in_a_pipe_a_run_is_one_line_of_values(storage, capsys):
+    make_run(storage)
+    show_status(lambda: run_status(storage), follow=False, console=Console(file=io.StringIO()))
+    names, values = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert len(names) == len(values) and dict(zip(names, values, strict=True))["best_step"] == "10"
+
+
+def test_a_terminal_of_80_columns_shows_whole_lines(storage):
+    make_run(storage, age_s=7093)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    show_status(lambda: run_status(storage), follow=False, console=console)
+    shown = screen.getvalue()
+    assert "last event 1 h 58 min ago" in shown and "best accuracy 0.7000 at step 10" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_following_ends_with_the_run(storage, capsys, monkeypatch):
+    monkeypatch.setattr("orchestrator.commands.status_view.FOLLOW_S", 0.0)
+    states = iter(["running", "running", "done", "done"])
+    asked = []
+
+    def ask():
+        asked.append(RunStatus(run="r", folder="f", state=next(states), step=len(asked) // 2))
+        return asked[-1:]
+
+    show_status(ask, follow=True, console=Console(file=io.StringIO()))
+    assert [one.state for one in asked] == ["running", "running", "done"]
+    assert capsys.readouterr().out.count("running") == 1, "what has not changed is not said again"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (7200, "2 h"), (90_000, "1 d 1 h")]
+)
+def test_durations_are_said_as_people_say_them(seconds, text):
+    assert human(seconds) == text

@@ -49,6 +49,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Read]:
     del log  # the driver is killed; step 10 is evaluated while nobody listens
     record = Evaluation(step=10, status="done", metrics=evaluation(10).metrics, eval_key="e")
     (killed / "evals").write_bytes("step-00000010.json", record.model_dump_json().encode())
+    time.sleep(1.1)  # event files are ordered by the second in their name
     log = RunLog(killed, job=job)
     steps(log, 20, 40)
     for step in (40, 30):
