@@ -23,6 +23,7 @@ from orchestrator.terminal.progress import Screen
 from orchestrator.training import controller
 from trainers.evaluation.selection import select
 from trainers.job.load import load_job
+from trainers.run.describe import describe
 from trainers.run.events import Event, GoodputEvent, StepEvent
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, step_name
 from trainers.run.goodput import account, share
@@ -74,6 +75,7 @@ def train(session: RunSession) -> TrainOutcome:
         def show(event: Event) -> None:
             session.screen.on_event(event, session.steps(event))
 
+        session.screen.wait("starting the workers: self-tests and loading")
         with session.timed("train"), stop_asked_for() as asked:
             controller.train(run, pool, gpus, session.log, show, asked)
         events = session.events()
@@ -85,8 +87,9 @@ def train(session: RunSession) -> TrainOutcome:
     with session.timed("evaluate"):
         for done, record in enumerate(pool.finish(), 1):
             session.log.append(evaluation_event(record))
-            metrics = ", ".join(f"{name} {value:.4f}" for name, value in sorted(record.metrics.items())[:3])
-            session.screen.advance("evaluate", done, total, f"step {record.step}: {record.error or metrics}")
+            said = describe(evaluation_event(record), session.metric[0]) or ""
+            session.screen.advance("evaluate", done, total, said.removeprefix("evaluation of "))
+            pool.prune()
     return TrainOutcome(pool.records)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, TextIO
 
 import yaml
 
+from orchestrator.evaluation.room import check_room
 from orchestrator.planning.plan import plan_job
 from orchestrator.planning.preflight import CheckedJob
 from orchestrator.ray_session import check_placement, ray_session
@@ -138,8 +139,12 @@ def finished_run(checked: CheckedJob) -> tuple[Folder, RunResult] | None:
 @contextmanager
 def open_session(checked: CheckedJob, address: str | None, screen: Screen) -> Iterator[RunSession]:
     """Ray with room for the workers, a screen, and SIGTERM as an orderly end, for the length of the block."""
-    with _stopped_by_sigterm(), ray_session(address), screen.live():
-        check_placement(checked.job.scale)  # before hours of sharding, and again after them: nodes come and go
+    with _stopped_by_sigterm(), ray_session(address) as ray, screen.live():
+        gpus = check_placement(checked.job.scale)  # before hours of sharding, and again after them: nodes come and go
+        note = check_room(checked.job, gpus, ray.cluster_resources())
+        if note:
+            screen.say(f"note: {note}")
+        screen.metric = choose_metric(checked.job)[0]
         yield RunSession(checked, screen)
 
 

@@ -80,9 +80,14 @@ class EvaluationPool:
             yield from self.collect(wait_s=1.0)
 
     def prune(self) -> None:
-        """Delete checkpoints that are neither among the newest, nor the best, nor promoted, nor being evaluated."""
+        """Delete checkpoints that nothing needs: not the newest, best or promoted, not in evaluation.
+
+        Where they are evaluated while the training runs, those that are still to be evaluated stay too, as far as the
+        disk allows.
+        """
         best = find_best(self.records, *self._metric)
-        self.kept.prune({*self.running, *promoted_steps(self._run.folder), *((best.step,) if best else ())})
+        pinned = {*self.running, *promoted_steps(self._run.folder), *((best.step,) if best else ())}
+        self.kept.prune(pinned, self.waiting() if self._run.job.evaluate.while_training else ())
 
     def out_of_patience(self) -> bool:
         """Whether evaluate.early_stopping asks to stop now."""

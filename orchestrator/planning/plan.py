@@ -4,6 +4,7 @@ Exact where the shards are written; otherwise sequences are estimated from a sam
 """
 
 import json
+import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,9 @@ from itertools import islice
 from math import prod
 from pathlib import Path
 
+from orchestrator.evaluation.room import why_no_room
 from orchestrator.planning.preflight import CheckedJob
+from orchestrator.ray_session import usable_cpus
 from trainers.batching.batch_plan import BatchPlan, plan_batches
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
@@ -172,6 +175,10 @@ def count_adapters(shapes: Mapping[str, Sequence[int]], lora: LoraSection) -> in
 def notes(job: Job, batches: BatchPlan, steps: int) -> list[str]:
     """What a user would want to know before starting."""
     found = []
+    no_room = why_no_room(job, 0, {"CPU": usable_cpus()})
+    if no_room and "RAY_ADDRESS" not in os.environ and not _has_gpu():  # what a cluster has is known at the start only
+        refused = "; evaluate.early_stopping is refused there" if job.evaluate.early_stopping else ""
+        found.append(f"on this machine alone, {no_room}{refused}")
     if job.model.dtype == "bfloat16" and not cpu_has_bf16() and not _has_gpu():
         found.append("this CPU has no bf16 arithmetic: model.dtype float32 is faster here")
     if job.data.max_drop_fraction:

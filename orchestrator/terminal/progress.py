@@ -1,20 +1,42 @@
 """What the user sees of a run: progress bars on a terminal, lines with values elsewhere, a table at the end."""
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
+from orchestrator.report.page import duration
 from orchestrator.sharding.stage import ShardProgress
 from orchestrator.terminal.table import show_evaluations
 from trainers.run.describe import describe
-from trainers.run.events import CheckpointEvent, EvaluationEvent, Event, StartEvent, StepEvent, StragglerEvent
+from trainers.run.events import (
+    CheckpointEvent,
+    EvaluationEvent,
+    Event,
+    RestartEvent,
+    RolledBackEvent,
+    StartEvent,
+    StepEvent,
+    StragglerEvent,
+    VerificationEvent,
+)
 from trainers.run.folder import RunResult
 from trainers.storage import Folder
 
-LINES_PER_STAGE = 20
-"""Off a terminal, a stage prints about this many lines, however long it is."""
+WAIT = ""
+MINUTE_S = 60.0
+"""Off a terminal a stage prints a line as often, with the clock; and when it has ended."""
 
 
 class Screen:
@@ -22,11 +44,15 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True)
-        columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=32), MofNCompleteColumn(),
-                   TimeElapsedColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+        self.metric = ""
+        """The one that decides; it is told first."""
+        columns = (SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(bar_width=24),
+                   MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+                   TextColumn("{task.fields[note]}"))  # fmt: skip
         self._progress = Progress(*columns, console=self.console)
         self._bars: dict[str, TaskID] = {}
-        self._ticks: dict[str, int] = {}
+        self._said_at: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
         self._straggler: int | None = None
 
     @contextmanager
@@ -40,15 +66,32 @@ class Screen:
 
     def advance(self, stage: str, done: int, total: int, note: str = "") -> None:
         """A stage has come this far."""
+        self._wait_ends()
         if self.console.is_terminal:
             if stage not in self._bars:
                 self._bars[stage] = self._progress.add_task(stage, total=total, note=note)
             self._progress.update(self._bars[stage], completed=done, total=total, note=note)
             return
-        tick = done * LINES_PER_STAGE // max(total, 1)
-        if tick != self._ticks.get(stage) or done == total:
-            self._ticks[stage] = tick
-            self.say(f"{stage}: {done}/{total} {note}".rstrip())
+        now = time.monotonic()
+        began, first = self._began.setdefault(stage, (now, done))
+        if now - self._said_at.get(stage, -math.inf) < MINUTE_S and done != total:
+            return
+        self._said_at[stage] = now
+        pace = (now - began) / (done - first) if done > first else 0.0
+        left = f", {duration(pace * (total - done))} left" if pace and done < total else ""
+        self.say(f"{time.strftime('%H:%M:%S')} {stage}: {done:,}/{total:,}{left} {note}".rstrip())
+
+    def wait(self, what: str) -> None:
+        """Say what is waited for; on a terminal something moves until the next progress or event."""
+        self._wait_ends()
+        if self.console.is_terminal:
+            self._bars[WAIT] = self._progress.add_task(what, total=None, note="")
+        else:
+            self.say(f"{time.strftime('%H:%M:%S')} {what}")
+
+    def _wait_ends(self) -> None:
+        if WAIT in self._bars:
+            self._progress.remove_task(self._bars.pop(WAIT))
 
     def say(self, line: str) -> None:
         """One line of text."""
@@ -63,8 +106,11 @@ class Screen:
         """Show an event of the run's log; between the bars of a terminal, what does not come regularly."""
         if isinstance(event, StepEvent):
             self.advance("train", event.step, steps, f"loss {event.loss:.4f}  {event.tokens_per_s or 0:,.0f} tokens/s")
-        elif self._is_news(event) and (line := describe(event)):
+        elif self._is_news(event) and (line := describe(event, self.metric)):
+            self._wait_ends()
             self.say(line)
+        if isinstance(event, RestartEvent | RolledBackEvent | VerificationEvent):
+            self.wait("loading the model")
 
     def _is_news(self, event: Event) -> bool:
         """A straggler is told of once, though each step names it again."""
@@ -79,6 +125,7 @@ class Screen:
         """The final table (every metric by step, the best marked), the registered version and where to look."""
         best = result.best or {}
         step = best.get("step")
+        self._wait_ends()
         show_evaluations(
             result.evaluations, str(best.get("metric", "")), step if isinstance(step, int) else None, self.console
         )

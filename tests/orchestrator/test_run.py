@@ -413,6 +413,8 @@ def test_a_killed_worker_is_restarted_from_the_newest_checkpoint(finished: Path,
     (restart,) = [event for event in events if event.kind == "restart"]
     assert "rank 1" in restart.cause
     assert "was killed by SIGKILL" in restart.cause
+    assert f"training failed: {restart.cause}" in done.stdout, "the terminal tells what was healed"
+    assert "training on 2 workers, resumed after step 6" in done.stdout
     assert result_of(run)["restarts"] == 1
     assert losses(run) == losses(finished)
 

@@ -1,5 +1,6 @@
 """Which checkpoints may be deleted, and the one owner that deletes them: the controller, or rank 0 without one."""
 
+import shutil
 from collections.abc import Collection
 
 from trainers.checkpoint.cleaning import remove_checkpoint
@@ -26,16 +27,28 @@ class KeptCheckpoints:
     def __init__(self, folder: Folder, keep: int) -> None:
         self._folder, self._keep = folder, keep
         self.steps = set(committed_steps(folder))
+        self._bytes = 0
+        """Size of one checkpoint, once it is known."""
 
     def note(self, event: Event) -> None:
         """Follow a commit, or a checkpoint that was set aside."""
         if isinstance(event, CheckpointEvent):
             self.steps.add(event.step)
+            self._bytes = max(self._bytes, event.bytes)
         elif isinstance(event, CheckpointQuarantinedEvent):
             self.steps.discard(event.step)
 
-    def prune(self, pinned: Collection[int]) -> None:
-        """Delete what nothing needs any more; see `deletable`."""
+    def prune(self, pinned: Collection[int], unevaluated: Collection[int] = ()) -> None:
+        """Delete what nothing needs any more; see `deletable`.
+
+        Args:
+            unevaluated: stay as well while two more checkpoints have room on the disk; the oldest go first.
+        """
         for step in deletable(self.steps, self._keep, pinned):
+            if step in unevaluated and self._has_room():
+                continue
             remove_checkpoint(self._folder, step)
             self.steps.discard(step)
+
+    def _has_room(self) -> bool:
+        return not self._folder.is_local or shutil.disk_usage(self._folder.path).free > 2 * self._bytes
