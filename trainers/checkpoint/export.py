@@ -8,8 +8,9 @@ folder counts as written once `tuneyard.json` is there: the result was opened ag
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from inspect import signature
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
     config.architectures = [type(empty).__name__]
     _copy_side_files(Path(model_path), out, job.model.trust_remote_code)
     _write_settings(task.serving(encoder), config, Path(model_path), out)
+    if any(encoder.encode([("a", "b")])[0].type_ids) and "token_type_ids" in signature(empty.forward).parameters:
+        _name_token_types(out, encoder.tokenizer.model_input_names)
     out.write_bytes("config.json", str(config.to_json_string(use_diff=True)).encode())
     weights = _weights(reader, job, task, config, model_path)
     files = _write_weights(published_weights(empty, weights), out)
@@ -135,6 +138,13 @@ def _write_settings(serving: Serving, config: Any, source: Path, out: Folder) ->
         known = own if isinstance(own, list) else [] if own is None else [own]
         generation.eos_token_id = list(dict.fromkeys([*known, *serving.stop_ids]))
         out.write_bytes("generation_config.json", generation.to_json_string(use_diff=True).encode())
+
+
+def _name_token_types(out: Folder, names: Sequence[str]) -> None:
+    """Have the tokenizer tell the halves of a pair apart as training did; some classes do not by themselves."""
+    if "token_type_ids" not in names and "tokenizer_config.json" in out.list():
+        settings = out.read_json("tokenizer_config.json")
+        out.write_json("tokenizer_config.json", settings | {"model_input_names": [*names, "token_type_ids"]})
 
 
 def _weights(reader: CheckpointReader, job: Job, task: Task, config: Any, model_path: str) -> dict[str, Weight]:
