@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -120,12 +121,12 @@ def shard(job_path: JobPath, overrides: Overrides = None, address: Address = Non
     from orchestrator.planning.preflight import check_job
     from orchestrator.ray_session import ray_session
     from orchestrator.report.tables import ledger_table
-    from orchestrator.sharding.stage import write_shards
+    from orchestrator.sharding.stage import is_small, write_shards
     from orchestrator.terminal.progress import Screen
     from orchestrator.terminal.table import show_table
 
     checked, screen = check_job(_load(job_path, overrides)), Screen()
-    with ray_session(address), screen.live():
+    with nullcontext() if is_small(checked.splits) else ray_session(address), screen.live():
         shards = write_shards(checked, screen.on_shards)
     show_table(ledger_table([shards.train, shards.eval]))
 

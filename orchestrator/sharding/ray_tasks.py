@@ -52,33 +52,38 @@ def check_alone() -> None:
 
 
 def map_units(
-    function: Callable[[ShardWork, Sequence[Unit]], list[tuple[int, Result]]], work: ShardWork, units: Sequence[Unit]
+    function: Callable[[ShardWork, Sequence[Unit]], list[tuple[int, Result]]],
+    work: ShardWork,
+    units: Sequence[Unit],
+    here: bool = False,
 ) -> Iterator[tuple[int, Result]]:
     """Apply a function to groups of units over the cluster: results by unit, in any order. Raises what one raised.
 
     Groups are large at first, so that writing one unit overlaps with reading the next, and small at the end.
     """
-    cpus, groups, start = _cluster_cpus() if units else 1, [], 0
+    cpus, groups, start = _cluster_cpus() if units and not here else 1, [], 0
     while start < len(units):
         size = min(max((len(units) - start) // (cpus * SHARE), 1), UNITS_A_TASK)
         groups.append(units[start : start + size])
         start += size
-    for _, results in map_tasks(function, work, groups):
+    for _, results in map_tasks(function, work, groups, here):
         yield from results
 
 
 def map_tasks(
-    function: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part]
+    function: Callable[[Shared, Part], Result], shared: Shared, parts: Sequence[Part], here: bool = False
 ) -> Iterator[tuple[int, Result]]:
     """Apply a function to each part over the cluster: results with the part's index, in any order.
 
     Args:
         shared: its first argument, the same for all; sent once.
+        here: in this process, one part after another, without a cluster.
 
     Raises:
         TuneyardError, TokenizerDiffers: what one of the tasks raised; the others are ended.
     """
-    if not parts:
+    if here or not parts:
+        yield from ((index, run_task(function, shared, part)) for index, part in enumerate(parts))
         return
     import ray
 

@@ -36,6 +36,8 @@ from trainers.tokenizer.encoder import encoder_of, read_spec
 from trainers.tokenizer.gigatoken import TokenizerDiffers
 
 log = logging.getLogger(__name__)
+SMALL_BYTES, SMALL_UNITS = 16 * 2**20, 32
+"""Sources that one core shards in about a second, where a cluster takes 2 to 4 s to start and each worker 2 s more."""
 STALE_S = 3600
 """Temporary files older than this were left by a killed run; younger ones may be another run's."""
 FALLBACK, DEDUPED = "fallback.json", "duplicates.json"
@@ -72,14 +74,22 @@ def write_shards(checked: CheckedJob, on_progress: Report | None = None) -> Shar
     job, storage = checked.job, Folder(checked.job.storage)
     committed = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in checked.splits}
     missing = [plan for plan in checked.splits if committed[plan.name] is None]
-    if missing:
+    here = is_small(checked.splits)
+    if missing and not here:
         start_workers()
     for plan in reversed(missing) if job.data.decontaminate == "drop" else missing:
-        committed[plan.name] = SplitStage(job, plan, checked.model.path, on_progress).write()
+        committed[plan.name] = SplitStage(job, plan, checked.model.path, on_progress, here).write()
     shards = Shards(train=_there(committed["train"]), eval=_there(committed["eval"]))
-    check_contamination(storage, shards)
+    check_contamination(storage, shards, here)
     check_shards(job, shards)
     return shards
+
+
+def is_small(splits: Sequence[SplitPlan]) -> bool:
+    """Whether the data is shards before a cluster would have started: then it is written in this process."""
+    if sum(source.size for split in splits for source in split.sources) > SMALL_BYTES:
+        return False
+    return sum(len(plan_units(split.sources)) for split in splits) <= SMALL_UNITS
 
 
 def _there(manifest: ShardManifest | None) -> ShardManifest:
@@ -90,8 +100,8 @@ def _there(manifest: ShardManifest | None) -> ShardManifest:
 class SplitStage:
     """Writes the units of one split that are missing, then its manifest."""
 
-    def __init__(self, job: Job, plan: SplitPlan, model_path: str, on_progress: Report | None) -> None:
-        self._plan, self._report = plan, on_progress
+    def __init__(self, job: Job, plan: SplitPlan, model_path: str, on_progress: Report | None, here: bool) -> None:
+        self._plan, self._report, self._here = plan, on_progress, here
         self._storage = Folder(job.storage)
         self._folder = shards_folder(self._storage, plan.key)
         self._units = plan_units(plan.sources)
@@ -150,7 +160,7 @@ class SplitStage:
         records = finished_shards(self._folder, self._units)
         rows, tokens = (sum(getattr(record, name) for record in records.values()) for name in ("rows", "tokens"))
         todo = [unit for unit in self._units if unit.index not in records]
-        for number, record in map_units(write_group, work, todo):
+        for number, record in map_units(write_group, work, todo, self._here):
             records[number] = record
             rows, tokens = rows + record.rows, tokens + record.tokens
             if self._report:
@@ -159,10 +169,10 @@ class SplitStage:
 
     def _find_duplicates(self, mode: DedupMode) -> None:
         """Fingerprint the units, then settle hash range by hash range; the rows found are left out by the writers."""
-        prints = sum(count for _, count in map_units(print_group, self._work, self._units))
+        prints = sum(count for _, count in map_units(print_group, self._work, self._units, self._here))
         parts = max(prints // PRINTS_A_PART, 1)
         search = DuplicateSearch(self._folder, tuple(unit.index for unit in self._units), parts, mode)
-        found = sum(count for _, count in map_tasks(find_duplicates, search, range(parts)))
+        found = sum(count for _, count in map_tasks(find_duplicates, search, range(parts), self._here))
         self._folder.write_json(DEDUPED, {"mode": mode, "removed": found})
         for name in self._folder.list():
             if name.startswith(("prints-", "signatures-")):
@@ -185,7 +195,7 @@ def print_group(work: ShardWork, units: Sequence[Unit]) -> list[tuple[int, int]]
     return counts
 
 
-def check_contamination(storage: Folder, shards: Shards) -> Contamination:
+def check_contamination(storage: Folder, shards: Shards, here: bool = False) -> Contamination:
     """Count the training rows that the evaluation set holds too, once for a pair of splits, and warn of them."""
     train = shards.train
     folder, eval_folder = shards_folder(storage, train.key), shards_folder(storage, shards.eval.key)
@@ -193,7 +203,7 @@ def check_contamination(storage: Folder, shards: Shards) -> Contamination:
     if folder.exists(name):
         return Contamination.model_validate(folder.read_json(name))
     groups = [train.shards[start : start + SCAN_SHARDS] for start in range(0, len(train.shards), SCAN_SHARDS)]
-    found = dict(map_tasks(find_contamination, (folder, eval_folder, train.sources), groups))
+    found = dict(map_tasks(find_contamination, (folder, eval_folder, train.sources), groups, here))
     examples = [example for index in sorted(found) for example in found[index].examples][:EXAMPLES]
     total = Contamination(rows=sum(part.rows for part in found.values()), examples=tuple(examples))
     folder.write_json(name, total.model_dump(mode="json"))

@@ -27,8 +27,10 @@ LABELS = ("good", "bad")
 DRIVER = """
 import json, sys, ray
 from tests.tiny import checked
+from orchestrator.sharding import stage
 from orchestrator.sharding.stage import write_shards
 from trainers.job.load import parse_job
+stage.SMALL_BYTES = -1
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
 job = parse_job(json.loads(sys.argv[1]))
 write_shards(checked(job))
@@ -157,8 +159,10 @@ def test_a_driver_killed_at_one_worker_is_finished_at_two_with_the_same_bytes(
 WORKERS = """
 import json, sys, ray
 from tests.tiny import checked
+from orchestrator.sharding import stage
 from orchestrator.sharding.stage import write_shards
 from trainers.job.load import parse_job
+stage.SMALL_BYTES = -1
 for cpus, plain in json.loads(sys.argv[1]):
     ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
     job = parse_job(plain)
