@@ -4,8 +4,11 @@ A `TuneyardError` is shown as one message without a traceback; any other excepti
 processes an error travels as a record of plain JSON values: `to_record`, `from_record`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+PASSING = re.compile(r"out of memory|\(os error (?!2\))", re.IGNORECASE)
 
 
 class TuneyardError(Exception):
@@ -90,10 +93,17 @@ def from_record(record: Mapping[str, Any]) -> TuneyardError:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether a later try may go well: storage or memory failed somewhere behind the error, not a check of ours."""
+    """Whether a later try may go well: storage or memory failed somewhere behind the error, not a check of ours.
+
+    A file that is not there is an answer. So is an OSError without a number: transformers raises it for models that it
+    does not find. The tokenizers library names the number in its text alone.
+    """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError | MemoryError) or "out of memory" in str(cause).lower():
+        lasting = isinstance(cause, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError)
+        if isinstance(cause, OSError) and cause.errno is not None and not lasting:
+            return True
+        if isinstance(cause, MemoryError | ConnectionError | TimeoutError) or PASSING.search(str(cause)):
             return True
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return False

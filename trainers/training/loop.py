@@ -3,6 +3,7 @@
 It knows steps, not files or launchers: data comes from `StepSource`, progress leaves through `Hooks`.
 """
 
+import errno
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -104,7 +105,7 @@ def train(
         saver.save(Progress(step, tokens, tuple(history)))
     saver.finish()
     if world.rank == 0 and step > start.step and saver.committed != step:
-        raise OSError(f"step {step} is the last of this launch, and its checkpoint was not committed (see above)")
+        raise OSError(errno.EIO, f"the checkpoint of step {step}, the last, was not committed")
     return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
 
 
