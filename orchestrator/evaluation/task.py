@@ -9,13 +9,15 @@ from typing import Any
 from trainers.checkpoint.export import export_checkpoint
 from trainers.errors import describe, to_record
 from trainers.evaluation.evaluate import RowScores, combine, score_share
+from trainers.patience import LASTING
 from trainers.run.folder import Evaluation, step_name
 from trainers.run.record import Run
 from trainers.run.row_scores import write_row_scores
 from trainers.storage import Folder
 
 RETRIES = 2
-"""Times Ray starts a task again whose process died."""
+"""Times a task is done again whose process died, or that could not read or write its storage."""
+RETRY_PAUSE_S = 20.0
 
 
 def evaluation_task(run: Run, gpus: int) -> Any:
@@ -39,14 +41,21 @@ def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:
     A checkpoint that cannot be evaluated gives a record that says why; it is never chosen.
     """
     began, key = time.perf_counter(), run.shards.eval.key
-    try:
-        metrics, notes, rows = _measure(run, step, gpus)
-        seconds = time.perf_counter() - began
-        record = Evaluation(
-            step=step, status="done", metrics=metrics, notes=notes, eval_key=key, rows=rows, seconds=seconds
-        )
-    except Exception as error:  # whatever the model or its metrics raise belongs into the record
-        record = failed_evaluation(step, key, getattr(error, "cause", None) or error)  # Ray wraps that of a share
+    for attempt in range(1 + RETRIES):
+        try:
+            metrics, notes, rows = _measure(run, step, gpus)
+            seconds = time.perf_counter() - began
+            record = Evaluation(
+                step=step, status="done", metrics=metrics, notes=notes, eval_key=key, rows=rows, seconds=seconds
+            )
+            break
+        except Exception as error:  # whatever the model or its metrics raise belongs into the record
+            cause = getattr(error, "cause", None) or error  # Ray wraps that of a share
+            record = failed_evaluation(step, key, cause)
+            may_pass = isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, LASTING)
+            if attempt == RETRIES or not may_pass:
+                break
+            time.sleep(RETRY_PAUSE_S * attempt)
     write_evaluation(run.folder, record)
     return record
 

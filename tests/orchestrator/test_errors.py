@@ -1,5 +1,6 @@
 """What went wrong in another process is raised here as what it was: type, exit code and message."""
 
+import errno
 import io
 import json
 from pathlib import Path
@@ -91,3 +92,23 @@ def test_an_evaluation_that_fails_says_of_which_type_and_exit_code(tmp_path: Pat
     back = from_record(kept.cause)
     assert isinstance(back, EvaluationError) and back.exit_code == 6
     assert kept.error == f"EvaluationError: {back}"
+
+
+@pytest.mark.parametrize(("times", "status"), [(2, "done"), (3, "failed")])
+def test_a_storage_in_trouble_is_no_verdict_on_a_checkpoint(
+    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, times: int, status: str
+) -> None:
+    job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(20))
+    shard_locally(job)
+    tries: list[int] = []
+
+    def measure(*_: Any) -> Any:
+        tries.append(1)
+        if len(tries) <= times:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return {"f1_macro": 1.0}, {}, 4
+
+    monkeypatch.setattr(evaluation, "_measure", measure)
+    monkeypatch.setattr(evaluation, "RETRY_PAUSE_S", 0.0)
+    assert evaluation.evaluate_step(find_run(job), 7).status == status
+    assert len(tries) == 3
