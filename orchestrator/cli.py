@@ -107,7 +107,8 @@ def verify(
     """Run numerical self-tests on this model, task and attention backend, with the job's own rows."""
     from orchestrator.commands.verify import verification_table
     from orchestrator.planning.preflight import check_job
-    from trainers.verification.verify import require_passed, verify_job
+    from trainers.verification.verdict import require_passed
+    from trainers.verification.verify import verify_job
 
     checked = check_job(_load(job_path, overrides))
     found = verify_job(checked.job, checked.model, again)

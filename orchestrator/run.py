@@ -58,7 +58,7 @@ def run_job(path: Path, overrides: Sequence[str], address: str | None, screen: S
         return finished
     with open_session(checked, address, screen) as session:
         shards = write_shards(checked, screen.on_shards)
-        with session.hold(run_of(job, checked.model, shards)):
+        with session.hold(run_of(checked.job, checked.model, shards)):
             outcome = train(session)
             best = select(outcome.evaluations, *session.metric)
             version = register(session, best)

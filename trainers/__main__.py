@@ -16,6 +16,7 @@ from trainers.checkpoint.retention import KeptCheckpoints
 from trainers.errors import Preempted, TuneyardError
 from trainers.evaluation.selection import find_best
 from trainers.job.load import load_job
+from trainers.model.source import find_model
 from trainers.records import Phase, StopReason
 from trainers.run.describe import describe
 from trainers.run.events import CheckpointEvent, Event, StepEvent
@@ -24,6 +25,7 @@ from trainers.run.log import RunLog
 from trainers.run.record import Run, find_run
 from trainers.tasks import choose_metric
 from trainers.training.loop import LoopOutcome
+from trainers.verification.packing import decide_packing, with_packing
 from trainers.worker.rank import run_rank
 from trainers.worker.stop_signal import StopSignal
 
@@ -88,7 +90,9 @@ def _main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a value")
     arguments = parser.parse_args()
     try:
-        run = find_run(load_job(arguments.job, arguments.set))
+        job = load_job(arguments.job, arguments.set)
+        model = find_model(job)
+        run = find_run(with_packing(job, decide_packing(job, model)) if model else job, model)
         _finish(run_rank(run, LocalHooks(run)))
     except TuneyardError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,7 +26,7 @@ def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Scre
         JobError: where the step is not committed.
     """
     checked = check_job(job)
-    run = find_run(job, checked.model, checked.splits)
+    run = find_run(checked.job, checked.model, checked.splits)
     committed = committed_steps(run.checkpoints)
     if step not in (None, 0, *committed):
         raise JobError(f"--step {step} is not committed in {run.folder}; there are {committed}")
@@ -45,7 +45,7 @@ def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Scre
 def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:
     """Evaluate any Hugging Face folder on the job's evaluation data, in this process. Nothing is written."""
     checked = check_job(job)
-    run = find_run(job, checked.model, checked.splits)
+    run = find_run(checked.job, checked.model, checked.splits)
     task = job_task(job, run.shards.train, str(model))
     rows, row_scores = evaluate_model(job, task, str(model), run.open_shards("eval", task))
     key = run.shards.eval.key

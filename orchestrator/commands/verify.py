@@ -1,7 +1,7 @@
 """`tuneyard verify`, for people: numerical self-tests of a checked job."""
 
 from orchestrator.terminal.table import show
-from trainers.verification.verify import Verification
+from trainers.verification.verdict import Verification
 
 
 def verification_table(found: Verification) -> None:

@@ -20,6 +20,7 @@ from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
+from trainers.model.families import tested_families
 from trainers.model.lora import ALL_LINEAR
 from trainers.records import Record
 from trainers.run.folder import run_folder
@@ -104,7 +105,7 @@ def plan_job(checked: CheckedJob) -> Plan:
         checkpoint_gib=saved * CHECKPOINT_BYTES_PER_PARAMETER / 2**30,
         host_gib_per_worker=saved * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / 2**30,
         checkpoints=-(-steps // job.checkpoint.every_steps),
-        notes=tuple(notes(job, batches, steps)),
+        notes=(*architecture_notes(checked), *notes(job, batches, steps)),
         job=job.model_dump(mode="json"),
     )
 
@@ -170,6 +171,22 @@ def count_adapters(shapes: Mapping[str, Sequence[int]], lora: LoraSection) -> in
         )
     ]
     return sum(lora.rank * sum(shape) for shape in adapted)
+
+
+def architecture_notes(checked: CheckedJob) -> list[str]:
+    """Whether the model's family is among those that are trained in the tests, and why a job does not pack."""
+    config = json.loads((Path(checked.model.path) / "config.json").read_text(encoding="utf-8"))
+    family, known = str(config.get("model_type")), tested_families()
+    tasks = known.get(family)
+    if tasks is None:
+        found = [f"{family} is not among the {len(known)} families of docs/models.md: `tuneyard verify` tests it"]
+    elif checked.job.task not in tasks:
+        found = [f"{family} is in docs/models.md, but not with task {checked.job.task}: `tuneyard verify` tests it"]
+    else:
+        found = [f"{family} is in docs/models.md with task {checked.job.task}"]
+    if checked.packing is not None and not checked.packing.apart:
+        found.append(f"packing is off, for documents of a pack would see each other here: {checked.packing.reason}")
+    return found
 
 
 def notes(job: Job, batches: BatchPlan, steps: int) -> list[str]:

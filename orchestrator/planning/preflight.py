@@ -14,6 +14,7 @@ from trainers.shards.keys import Sources, SplitName, Splits, plan_splits, split_
 from trainers.sources.readers import check_columns, needed_fields, task_columns
 from trainers.storage import Folder
 from trainers.tasks import choose_metric
+from trainers.verification.packing import PackingDecision, decide_packing, with_packing
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,13 @@ class CheckedJob:
     job: Job
     model: ModelFolder
     splits: Splits
+    packing: PackingDecision | None = None
+    """Found out where the job leaves it open whether to pack."""
 
 
 def check_job(job: Job) -> CheckedJob:
-    """Check storage, model, data, batch arithmetic, DeepSpeed file, metric and registry.
+    """Check storage, model, data, batch arithmetic, DeepSpeed file, metric and registry; decide whether to pack where
+    the job leaves that open.
 
     Raises:
         JobError: with every problem found.
@@ -52,7 +56,8 @@ def check_job(job: Job) -> CheckedJob:
     splits = check(lambda: plan_splits(job, model.path, sources)) if model and sources else None
     if problems or model is None or splits is None:
         raise JobError(problems)
-    return CheckedJob(job, model, splits)
+    packing = decide_packing(job, model)
+    return CheckedJob(with_packing(job, packing), model, splits, packing)
 
 
 def check_run_storage(job: Job) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from trainers.architecture import token_types, transposed_weights
 from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.published import Weight, in_parts, published_weights
@@ -83,10 +84,11 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
     config.architectures = [type(empty).__name__]
     _copy_side_files(Path(model_path), out, job.model.trust_remote_code)
     _write_settings(task.serving(encoder), config, Path(model_path), out)
-    if any(encoder.encode([("a", "b")])[0].type_ids) and "token_type_ids" in signature(empty.forward).parameters:
+    takes_types = token_types(config) > 1 and "token_type_ids" in signature(empty.forward).parameters
+    if takes_types and any(encoder.encode([("a", "b")])[0].type_ids):
         _name_token_types(out, encoder.tokenizer.model_input_names)
     out.write_bytes("config.json", str(config.to_json_string(use_diff=True)).encode())
-    weights = _weights(reader, job, task, config, model_path)
+    weights = _weights(reader, job, task, config, model_path, transposed_weights(empty))
     files = _write_weights(published_weights(empty, weights), out)
     _reopen(out, task.head_class(config), weights, job.model.trust_remote_code)
     files |= {name: _record(out, name) for name in out.list() if name not in files}
@@ -147,7 +149,9 @@ def _name_token_types(out: Folder, names: Sequence[str]) -> None:
         out.write_json("tokenizer_config.json", settings | {"model_input_names": [*names, "token_type_ids"]})
 
 
-def _weights(reader: CheckpointReader, job: Job, task: Task, config: Any, model_path: str) -> dict[str, Weight]:
+def _weights(
+    reader: CheckpointReader, job: Job, task: Task, config: Any, model_path: str, transposed: frozenset[str]
+) -> dict[str, Weight]:
     """The weights as the model in memory has them, adapters merged, and its persistent buffers; by name."""
     import torch
 
@@ -159,7 +163,7 @@ def _weights(reader: CheckpointReader, job: Job, task: Task, config: Any, model_
             return base[plain_name(name)].float()
         return reader.read("weight", name, 0, prod(shapes[name])).view(shapes[name])
 
-    merged = merged_reader(shapes, read, lora) if lora else read
+    merged = merged_reader(shapes, read, lora, transposed) if lora else read
     weights: dict[str, Weight] = {}
     for name, shape in (merged_shapes(shapes) if lora else shapes).items():
         spec = TensorSpec(name, job.model.dtype, tuple(shape))

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from trainers.architecture import makes_weights, other_modalities
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.activations import checkpoint_activations
+from trainers.model.layer_drop import share_layer_drop
 from trainers.model.lora import add_adapters
 from trainers.model.param_groups import parameter_groups
 from trainers.model.world import World
@@ -17,7 +19,8 @@ ADAM_EPS = 1e-8
 
 
 def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dict[str, Any], world: World) -> Any:
-    """The DeepSpeed engine of this rank; no rank ever holds the whole model under ZeRO-3.
+    """The DeepSpeed engine of this rank. Under ZeRO-3 no rank ever holds the whole model, but for families that make
+    weights while they load, which they cannot do from a part.
 
     Args:
         model_path: folder with config.json and safetensors.
@@ -31,7 +34,10 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)  # finds the process group that join_world made
     unset_hf_deepspeed_config()
-    partition_on_load = HfDeepSpeedConfig(config) if config["zero_optimization"]["stage"] == 3 else None
+    whole = config["zero_optimization"]["stage"] < 3 or makes_weights(
+        task.model_class(model_path, pad_id, job.model.trust_remote_code)
+    )
+    partition_on_load = None if whole else HfDeepSpeedConfig(config)
     torch.manual_seed(job.train.seed)  # a new head is initialized alike at any world size
     model = task.load_model(model_path, pad_id=pad_id, **load_options(job))
     model = prepare_model(model, job, task)
@@ -48,8 +54,16 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
 
 
 def prepare_model(model: Any, job: Job, task: Task) -> Any:
-    """What the job changes in a loaded model before it trains: frozen parts, adapters, noise, activations."""
+    """What the job changes in a loaded model before it trains: frozen parts, adapters, noise, activations.
+
+    What text does not pass through has no gradient, but would decay: vision and audio are frozen.
+    """
     freeze(model, job.model.freeze)
+    unused = set(other_modalities(model))
+    for name, parameter in model.named_parameters():
+        if name in unused:
+            parameter.requires_grad_(False)
+    share_layer_drop(model)
     if job.model.lora is not None:
         model = add_adapters(model, job.model.lora, task)
     if job.train.neftune_alpha:
@@ -85,7 +99,8 @@ def freeze(model: Any, patterns: Sequence[str]) -> None:
     if idle:
         raise JobError(f"model.freeze: {idle} match no parameter; names look like {names[:3]} ... {names[-2:]}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in patterns))
+        if any(fnmatchcase(name, pattern) for pattern in patterns):  # sinusoids are frozen by their class
+            parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise JobError(f"model.freeze: {list(patterns)} freeze every parameter, so there is nothing to train")
 

@@ -5,8 +5,10 @@ checkpoint's tensors, so an export never builds the adapted model.
 """
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
+from trainers.architecture import linear_layers
 from trainers.errors import JobError
 from trainers.job.sections import LoraSection
 from trainers.tasks import Task
@@ -24,34 +26,22 @@ def add_adapters(model: Any, lora: LoraSection, task: Task) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    head = _head_modules(model) if task.new_head else []
-    targets = _linear_layers(model, head) if lora.target_modules == ALL_LINEAR else list(lora.target_modules)
+    head = [name for name, _ in model.named_children() if name != model.base_model_prefix] if task.new_head else []
+    linear = [name for name in linear_layers(model) if name.split(".")[0] not in head]
+    targets = linear if lora.target_modules == ALL_LINEAR else list(lora.target_modules)
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     try:
         adapted = get_peft_model(model, settings)
     except ValueError as error:
-        raise JobError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from error
+        known = ", ".join(sorted({name.split(".")[-1] for name in linear})) or "none"
+        raise JobError(
+            f"model.lora.target_modules: {str(error).splitlines()[0]} This model's linear layers are named {known}; "
+            "all-linear takes every one"
+        ) from error
     for name, parameter in adapted.named_parameters():
         if any(name.startswith(f"{PREFIX}{module}.") for module in head):
             parameter.requires_grad_(True)
     return adapted
-
-
-def _head_modules(model: Any) -> list[str]:
-    """Direct parts of the model beside its backbone."""
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
-
-
-def _linear_layers(model: Any, head: list[str]) -> list[str]:
-    """Full names of the linear layers, without the head and what makes logits of states."""
-    import torch
-
-    output = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not output and name.split(".")[0] not in head
-    ]
 
 
 def merged_shapes(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
@@ -60,7 +50,10 @@ def merged_shapes(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
 
 
 def merged_reader(
-    shapes: Mapping[str, list[int]], read: Callable[[str], Any], lora: LoraSection
+    shapes: Mapping[str, list[int]],
+    read: Callable[[str], Any],
+    lora: LoraSection,
+    transposed: AbstractSet[str] = frozenset(),
 ) -> Callable[[str], Any]:
     """A function that gives any merged weight in fp32.
 
@@ -68,6 +61,7 @@ def merged_reader(
         shapes: of the adapted model.
         read: gives a tensor of the adapted model by name.
         lora: whose alpha / rank scales the product.
+        transposed: merged weights that lie as [in, out]; see `trainers.architecture.transposed_weights`.
     """
     sources = {plain_name(name): name for name in shapes if not name.endswith(FACTORS)}
 
@@ -78,7 +72,8 @@ def merged_reader(
             return weight
         stem = source[: source.index(BASE)]
         down, up = (read(stem + factor) for factor in FACTORS)
-        return weight + (lora.alpha / lora.rank) * (up @ down)
+        product = (lora.alpha / lora.rank) * (up @ down)
+        return weight + (product.T if name in transposed else product)
 
     return load
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from trainers.architecture import (
+    cut_layers,
+    plain_model,
+    read_last_tokens,
+    router_loss,
+    router_loss_weight,
+    set_dropout,
+    set_pad,
+    token_types,
+)
 from trainers.errors import JobError
 from trainers.job.schema import Job, Overlong
 from trainers.records import Array
+from trainers.tasks.batch import Batch as Batch
+from trainers.tasks.batch import Example as Example
 from trainers.tasks.losses import IGNORE as IGNORE
 from trainers.tasks.losses import cross_entropy_sum
 from trainers.tasks.options import DEFAULTS, TaskOptions, task_options
@@ -37,17 +48,6 @@ class EncodeRules:
 
 def encode_rules(job: Job) -> EncodeRules:
     return EncodeRules(job.data.max_length, job.overlong, task_options(job))
-
-
-@dataclass(frozen=True)
-class Example:
-    """One sequence as read back from a shard."""
-
-    index: int
-    """Its place in the whole split."""
-    input_ids: Array
-    """int32 [length]."""
-    extra: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -128,20 +128,45 @@ class Task(ABC):
 
     def forward(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run a model, or an engine around one, and give what the loss is computed from."""
-        logits: torch.Tensor = model(**inputs, **self.forward_options).logits
+        return self.read(self.outputs(model, inputs), inputs)
+
+    def outputs(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """What the model class returns. Token types go to models alone that have embeddings for them."""
+        given = dict(inputs)
+        if token_types(plain_model(model).config) < 2:
+            given.pop("token_type_ids", None)
+        return model(**given, **self.forward_options)
+
+    def read(self, outputs: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the loss is computed from, out of what the model class returned."""
+        logits: torch.Tensor = outputs.logits
         return logits
 
     def step_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """The training loss of a micro-batch, summed over targets."""
-        if self.over_vocabulary:
-            from trainers.tasks.losses.chunked import head_loss, head_of
+        """The training loss of a micro-batch, summed over targets.
 
-            head = head_of(model)
-            if head is not None:
-                loss = head_loss(lambda: self.forward(model, inputs), head, labels, self.options.label_smoothing)
-                if loss is not None:
-                    return loss
-        return self.loss_sum(self.forward(model, inputs), labels)
+        A mixture's balancing loss counts where the model's configuration says so (`output_router_logits`). It is a mean
+        over a micro-batch, so it alone depends on how a step is cut up.
+        """
+        passed: list[Any] = []
+
+        def forward() -> torch.Tensor:
+            passed.append(self.outputs(model, inputs))
+            return self.read(passed[-1], inputs)
+
+        loss = None
+        if self.over_vocabulary:
+            from trainers.tasks.losses.chunked import loss_in_place
+
+            loss = loss_in_place(model, forward, labels, self.options.label_smoothing)
+        loss = self.loss_sum(forward(), labels) if loss is None else loss
+        if not router_loss_weight(plain_model(model).config) or getattr(passed[-1], "router_logits", None) is None:
+            return loss
+        return loss + router_loss(model, passed[-1], self.real_tokens(inputs)) * (labels != IGNORE).sum()
+
+    def real_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[batch, seq], 0 where there is padding."""
+        return inputs["attention_mask"]
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss summed over targets, fp32 scalar; logits [..., classes] of labels [...]."""
@@ -190,8 +215,7 @@ class Task(ABC):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **changes)
         if self.options.dropout is not None:
             set_dropout(config, self.options.dropout)
-        if config.pad_token_id is None:  # causal models with a classification head find a row's last token by it
-            config.pad_token_id = pad_id
+        set_pad(config, pad_id)
         return config
 
     def load_model(
@@ -209,10 +233,27 @@ class Task(ABC):
         if layers is not None:
             cut_layers(config, layers)
         auto: Any = getattr(transformers, self.head_class(config))
+        if type(config) not in auto._model_mapping and not trust_remote_code:
+            raise JobError(
+                f"model.path: transformers has no {self.head_class(config).removeprefix('AutoModelFor')} head for a "
+                f"{config.model_type} model; choose another model or task"
+            )
         model: torch.nn.Module = auto.from_pretrained(
             path, config=config, trust_remote_code=trust_remote_code, **options
         )
+        if self.head_class(config) == "AutoModelForSequenceClassification":
+            read_last_tokens(model)
         return model
+
+    def model_class(self, path: str, pad_id: int, trust_remote_code: bool) -> type:
+        """transformers' class that `load_model` gives an instance of; object where it is the model's own code."""
+        import transformers
+
+        config = self.load_config(path, pad_id, trust_remote_code)
+        classes = getattr(transformers, self.head_class(config))._model_mapping
+        known: Any = classes.get(type(config), object)
+        first: type = known[0] if isinstance(known, tuple | list) else known
+        return first
 
     def head_class(self, config: Any) -> str:
         return self.auto_class
@@ -241,60 +282,3 @@ def encode_rows(
     if len(usable) == len(rows):
         return task.encode(rows, encoder, rules)
     return insert_rows(task.encode([rows[index] for index in usable], encoder, rules), usable, outcomes)
-
-
-DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-
-
-def cut_layers(config: Any, layers: int) -> None:
-    for name in DEPTHS:
-        if isinstance(depth := getattr(config, name, None), int):
-            setattr(config, name, min(depth, layers))
-    if isinstance(kinds := getattr(config, "layer_types", None), list):
-        config.layer_types = kinds[:layers]
-
-
-DROPOUT_RATE = re.compile(r"(dropout(_rate|_prob)?|_pdrop)$")
-
-
-def set_dropout(config: Any, rate: float) -> None:
-    """Set every dropout rate of a configuration. Raises JobError where it has none."""
-    names = [
-        name
-        for name, value in config.to_dict().items()
-        if DROPOUT_RATE.search(name) and (isinstance(value, float | int) or value is None)
-    ]
-    if not names:
-        raise JobError(f"model.dropout: a {config.model_type} configuration has no dropout rate; leave it out")
-    for name in names:
-        setattr(config, name, rate)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch, as numpy arrays."""
-
-    inputs: dict[str, Array]
-    """Arguments of the model's forward."""
-    labels: Array
-    """What the loss compares with; IGNORE where there is no target."""
-    rows: Array
-    """int64 [documents]: places in the split of the documents in this batch."""
-    documents: tuple[Example, ...] = ()
-    """The rows themselves, in the order of `rows`, for tasks whose metrics need more than labels."""
-    segments: Array | None = None
-    """int64 [batch, seq], for packed batches: the document of a position, as an index into `rows`; -1 is padding."""
-
-    def to(self, device: torch.device | str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Inputs and labels as tensors on a device."""
-        import torch
-
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in self.inputs.items()}
-        return inputs, torch.from_numpy(np.ascontiguousarray(self.labels)).to(device)
-
-    @property
-    def tokens(self) -> int:
-        """Positions that are not padding."""
-        if self.segments is not None:
-            return int((self.segments >= 0).sum())
-        return int(self.inputs["attention_mask"].sum())

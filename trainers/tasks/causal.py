@@ -6,10 +6,11 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainers.architecture import document_bounds, packs_as_one_row
 from trainers.records import Array
 from trainers.tasks.base import IGNORE, Batch, Example, Task
 from trainers.tasks.losses import score_tokens
@@ -54,8 +55,23 @@ class CausalTask(Task):
                 rows.append(row)
                 start = end
             positions[line, start:] = np.arange(longest - start)
-        inputs = {"input_ids": ids, "position_ids": positions}
+        inputs = {"input_ids": ids, "position_ids": positions, "documents": segments}
         return Batch(inputs, labels, places(rows), tuple(rows), segments)
+
+    def outputs(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """What the model class returns; packs go as one row where documents are told apart in a row alone."""
+        given = {name: tensor for name, tensor in inputs.items() if name != "documents"}
+        if not (self.options.packing and packs_as_one_row(model)):
+            return model(**given, **self.forward_options)
+        row = {name: tensor.reshape(1, -1) for name, tensor in given.items()}
+        outputs = model(**row, **document_bounds(model, row["position_ids"]), **self.forward_options)
+        if outputs.logits.numel() > 1:  # else the output layer gave the loss in their place
+            outputs.logits = outputs.logits.view(*inputs["input_ids"].shape, -1)
+        return outputs
+
+    def real_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[batch, seq], 0 where there is padding."""
+        return inputs["documents"] >= 0
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         assert batch.segments is not None

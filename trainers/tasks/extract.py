@@ -64,12 +64,11 @@ class Extract(Task):
         labels = np.array([row.extra["answer_tokens"] for row in rows], dtype=np.int64)
         return Batch(as_inputs(rows, pad_id), labels, places(rows), tuple(rows))
 
-    def forward(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def read(self, outputs: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Start and end scores, [windows, 2, seq]; padding is never chosen."""
         import torch
 
-        found = model(**inputs)
-        scores = torch.stack([found.start_logits, found.end_logits], dim=1).float()
+        scores = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float()
         return scores.masked_fill(inputs["attention_mask"][:, None] == 0, torch.finfo(scores.dtype).min)
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

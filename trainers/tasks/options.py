@@ -10,6 +10,8 @@ from trainers.job.sections import DataOptions, EvaluateOptions, TrainOptions
 class TaskOptions(DataOptions, TrainOptions, EvaluateOptions):
     """Choices of a job that change what a task computes; each is declared in `trainers.job.sections`."""
 
+    packing: bool = False
+    """Whether several documents share a sequence."""
     dropout: float | None = None
     label_counts: dict[str, int] = {}
     """Training rows by label."""
@@ -23,7 +25,7 @@ def task_options(job: Job, label_counts: dict[str, int] | None = None) -> TaskOp
     sections = ((DataOptions, job.data), (TrainOptions, job.train), (EvaluateOptions, job.evaluate))
     values = {name: getattr(section, name) for options, section in sections for name in options.model_fields}
     values["chat_template"] = read_template(job.data.chat_template)
-    return TaskOptions(dropout=job.model.dropout, label_counts=label_counts or {}, **values)
+    return TaskOptions(packing=job.packing, dropout=job.model.dropout, label_counts=label_counts or {}, **values)
 
 
 def read_template(template: str | None) -> str | None:

@@ -9,12 +9,14 @@ languages "translate {source_language} to {target_language}: {source}", or ">>{t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from trainers.architecture import plain_model, shift_right
 from trainers.job.sections import GenerateSection
 from trainers.job.task_fields import PLACE
 from trainers.records import Array
@@ -49,6 +51,7 @@ class Seq2Seq(Task):
     metric = "loss"
     over_vocabulary = True
     auto_class = "AutoModelForSeq2SeqLM"
+    forward_options = MappingProxyType({"use_cache": False})
     metrics_known = ("loss", "perplexity", "token_accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL",
                      "rougeLsum", "exact_match")  # fmt: skip
 
@@ -94,16 +97,12 @@ class Seq2Seq(Task):
                  for row, target in zip(rows, targets, strict=True)]  # fmt: skip
         return Batch(as_inputs(whole, pad_id), pad_right(lines, IGNORE), places(rows))
 
-    def forward(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Scores of each target token; the decoder reads the target shifted by its start token."""
+    def outputs(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """What the model class returns; the decoder reads the target shifted as the class itself shifts labels."""
         given = dict(inputs)
         if "target_ids" in given:
-            target = given.pop("target_ids")
-            start = getattr(model, "module", model).config.decoder_start_token_id
-            given["decoder_input_ids"] = target.roll(1, dims=1)
-            given["decoder_input_ids"][:, 0] = start
-        logits: torch.Tensor = model(**given, use_cache=False).logits
-        return logits
+            given["decoder_input_ids"] = shift_right(plain_model(model), given.pop("target_ids"))
+        return super().outputs(model, given)
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         return score_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))

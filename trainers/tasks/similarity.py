@@ -84,13 +84,13 @@ class Similarity(Task):
         scores = np.array([row.extra["score"] for row in rows], dtype=np.float32)
         return Batch(as_inputs(shown, pad_id), scores, places(rows))
 
-    def forward(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def read(self, outputs: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The head's score, or the cosine of the two embeddings; [rows]."""
         if not self.embeds:
-            return super().forward(model, inputs).squeeze(-1)
+            return super().read(outputs, inputs).squeeze(-1)
         from torch.nn.functional import cosine_similarity
 
-        states = model(**inputs).last_hidden_state.float()
+        states = outputs.last_hidden_state.float()
         mask = inputs["attention_mask"].unsqueeze(-1).float()
         first, second = ((states * mask).sum(1) / mask.sum(1)).chunk(2)
         return cosine_similarity(first, second)

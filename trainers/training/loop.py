@@ -13,6 +13,7 @@ from typing import Any
 
 from trainers.batching.batches import StepBatch, StepSource
 from trainers.checkpoint.records import Progress
+from trainers.model.layer_drop import seed_layer_drop
 from trainers.model.world import World
 from trainers.records import STOPS, StopReason
 from trainers.run.events import StepEvent, StragglerEvent
@@ -82,6 +83,7 @@ def train(
                 step += 1
                 continue
             seed_step(settings.seed, step, world.rank)
+            seed_layer_drop(engine, settings.seed, step)
             set_learning_rate(engine, schedule.rate(step))
             batch = source.next(step)
             loss_sum = run_micro_batches(engine, objective, batch, world, saver.before_update)

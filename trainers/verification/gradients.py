@@ -1,11 +1,10 @@
 """Losses and gradients of a sample, document by document and step by step, and how far two of them lie apart."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainers.batching.batch_plan import BatchPlan
 from trainers.batching.batches import StepSource
@@ -13,6 +12,7 @@ from trainers.batching.order import Order
 from trainers.records import Array
 from trainers.tasks.base import IGNORE, Batch, Example
 from trainers.training import loop
+from trainers.verification import isolation
 from trainers.verification.sample import CheckContext
 
 DRAW = 1
@@ -29,27 +29,16 @@ def collate(context: CheckContext, packs: Sequence[Sequence[Example]]) -> Batch:
     return context.task.collate(packs, context.pad_id, DRAW)
 
 
-def logits_of(context: CheckContext, batch: Batch) -> Any:
-    """Without a gradient."""
-    import torch
-
-    with torch.no_grad():
-        return context.task.forward(context.model, as_tensors(context, batch.inputs)).float().cpu()
+def logits_of(context: CheckContext, batch: Batch) -> torch.Tensor:
+    """What the loss is computed from, under no_grad, on the host."""
+    return isolation.logits_of(context.model, context.task, batch, context.device)
 
 
-def as_tensors(context: CheckContext, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs for the model, where it is."""
-    import torch
-
-    return {name: torch.from_numpy(np.ascontiguousarray(array)).to(context.device) for name, array in inputs.items()}
-
-
-def loss_of(context: CheckContext, batch: Batch) -> Any:
-    """The loss summed over targets, with its gradient to come."""
-    import torch
-
-    labels = torch.from_numpy(batch.labels).to(context.device)
-    return context.task.step_loss(context.model, as_tensors(context, batch.inputs), labels)
+def loss_of(context: CheckContext, batch: Batch) -> torch.Tensor:
+    """The loss summed over targets, ready for backward. A router's balancing loss is left out: it is a mean over the
+    micro-batch, so it does depend on the cut of a step."""
+    inputs, labels = batch.to(context.device)
+    return context.task.loss_sum(context.task.forward(context.model, inputs), labels)
 
 
 def count_targets(batch: Batch) -> int:
@@ -60,7 +49,7 @@ def count_targets(batch: Batch) -> int:
     return len(batch.labels) if one_each else int((batch.labels != IGNORE).sum())
 
 
-def reference_gradient(context: CheckContext, packs: Sequence[int], scale: float) -> tuple[float, Any]:
+def reference_gradient(context: CheckContext, packs: Sequence[int], scale: float) -> tuple[float, torch.Tensor]:
     """Loss and gradient of the documents of some packs, each alone in a batch of its own, times `scale`."""
     context.model.zero_grad(set_to_none=True)
     total = 0.0
@@ -72,7 +61,7 @@ def reference_gradient(context: CheckContext, packs: Sequence[int], scale: float
     return total, take_gradient(context.model)
 
 
-def gradient_of_step(context: CheckContext, order: Order, plan: BatchPlan) -> tuple[float, Any]:
+def gradient_of_step(context: CheckContext, order: Order, plan: BatchPlan) -> tuple[float, torch.Tensor]:
     """Loss and gradient of the first step, cut up by `plan` and put together as the trainers' loop and DeepSpeed do."""
     context.model.zero_grad(set_to_none=True)
     total = 0.0
@@ -86,14 +75,11 @@ def gradient_of_step(context: CheckContext, order: Order, plan: BatchPlan) -> tu
 
 
 def source_of(context: CheckContext, order: Order, plan: BatchPlan, rank: int) -> StepSource:
-    """A rank's batches."""
     return StepSource(context.shards, context.packs, order, plan, rank, context.task, context.pad_id)
 
 
-def take_gradient(model: Any) -> Any:
-    """All gradients end to end, fp32; zeros where there is none."""
-    import torch
-
+def take_gradient(model: Any) -> torch.Tensor:
+    """All gradients end to end, fp32; zeros where a parameter has none."""
     parts = [
         torch.zeros(p.numel(), device=p.device) if p.grad is None else p.grad.detach().flatten().float()
         for p in model.parameters()
@@ -101,9 +87,13 @@ def take_gradient(model: Any) -> Any:
     return torch.cat(parts)
 
 
-def relative_error(found: Any, wanted: Any) -> float:
-    """Length of the difference over the length of `wanted`."""
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """Length of the difference over the length of `reference`."""
+    return float((result - reference).norm() / reference.norm().clamp(min=1e-30))
+
+
+def relative_difference(result: float, reference: float, least: float = 1e-30) -> float:
+    return abs(result - reference) / max(abs(reference), least)
 
 
 def padded(batch: Batch) -> Array | None:

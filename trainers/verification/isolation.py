@@ -1,19 +1,21 @@
-"""Whether documents that share a sequence can see each other: asked of the model itself, once, before the first step.
+"""Whether documents that share a sequence or a batch can see each other: asked of the model itself.
 
-Several short documents are packed, one of them is changed, and no logit of another may move. What masks them depends on
-the architecture, the attention backend and the library's version, so no list of safe combinations is kept.
+One document is changed, and no logit of another may move. What masks them depends on the architecture, the attention
+backend and the library's version, so no list of safe combinations is kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainers.errors import TrainingError
 from trainers.shards.dataset import ShardSet
 from trainers.tasks import Example, Task
+from trainers.tasks.base import IGNORE, Batch
 
 DOCUMENTS = 3
 TOLERANCE = 1e-5
@@ -31,35 +33,76 @@ def check_isolation(model: Any, task: Task, shards: ShardSet, pad_id: int, backe
         TrainingError: where a document sees another.
     """
     rows = _short_rows(shards)
+    changed, moved = worst_leak(model, task, rows, pad_id, device)
+    if moved > TOLERANCE:
+        raise TrainingError(
+            f"packed documents see each other: changing document {changed + 1} of {len(rows)} moved logits of "
+            f"the others by {moved:.3g} of the largest. The attention backend (model.attention: {backend}) "
+            "does not keep them apart in this model: choose another, such as sdpa, or set data.packing: false"
+        )
+
+
+def worst_leak(model: Any, task: Task, rows: list[Example], pad_id: int, device: Any) -> tuple[int, float]:
+    """The document of a pack whose change moves the others most, and by how much: of the first, which those after it
+    must not see, and of the last."""
+    found = []
     with _evaluating(model):
-        for changed in (0, len(rows) - 1):  # what follows must not see it, nor what stands before
-            moved = logit_change(lambda inputs: _logits(model, task, inputs, device), task, rows, changed, pad_id)
-            if moved > TOLERANCE:
-                raise TrainingError(
-                    f"packed documents see each other: changing document {changed + 1} of {len(rows)} moved logits of "
-                    f"the others by {moved:.3g} of the largest. The attention backend (model.attention: {backend}) "
-                    "does not keep them apart in this model: choose another, such as sdpa, or set data.packing: false"
-                )
+        for changed in (0, len(rows) - 1):
+            moved, _ = logit_change(lambda batch: logits_of(model, task, batch, device), task, [rows], changed, pad_id)
+            found.append((changed, moved))
+    return max(found, key=lambda pair: pair[1])
+
+
+def logits_of(model: Any, task: Task, batch: Batch, device: Any) -> torch.Tensor:
+    """What the loss is computed from, fp32 on the host."""
+    inputs, _ = batch.to(device)
+    with torch.no_grad():
+        return task.forward(model, inputs).float().cpu()
 
 
 def logit_change(
-    forward: Callable[[Mapping[str, Any]], Any], task: Task, rows: list[Example], changed: int, pad_id: int
-) -> float:
-    """How far the logits of the other documents move when one is changed, as a share of the largest logit.
+    forward: Callable[[Batch], torch.Tensor],
+    task: Task,
+    packs: Sequence[Sequence[Example]],
+    changed: int,
+    pad_id: int,
+    draw: int = 0,
+) -> tuple[float, int]:
+    """How far the logits of all other documents move when one of the first pack is changed.
 
     Args:
-        forward: from a batch's inputs to logits, float [1, seq, ...].
-        rows: the documents of one sequence.
-        changed: which of them is changed.
+        forward: from a batch to its logits.
+        changed: which document of the first pack is changed: each of its tokens but the ends becomes its neighbour in
+            the vocabulary.
+        draw: as `Task.collate` has it.
+
+    Returns:
+        The largest change as a share of the largest logit, and the number of other documents.
     """
-    ids = rows[changed].input_ids
-    other = replace(rows[changed], input_ids=np.where(ids > 0, ids - 1, ids + 1))
-    plain, altered = (task.collate([pack], pad_id) for pack in (rows, [*rows[:changed], other, *rows[changed + 1 :]]))
-    assert plain.segments is not None, f"{type(task).__name__} packs but does not say where documents end"
-    watched = (plain.segments[0] >= 0) & (plain.segments[0] != changed)
-    before, after = (np.asarray(forward(batch.inputs))[0][watched] for batch in (plain, altered))
-    largest = float(np.abs(before).max())
-    return float(np.abs(before - after).max()) / max(largest, 1e-30)
+    first = list(packs[0])
+    ids = np.array(first[changed].input_ids)
+    inner = slice(1, max(len(ids) - 1, 2))
+    ids[inner] = np.where(ids[inner] > 0, ids[inner] - 1, ids[inner] + 1)
+    other = [*first[:changed], replace(first[changed], input_ids=ids), *first[changed + 1 :]]
+    plain, altered = (task.collate([pack, *packs[1:]], pad_id, draw) for pack in (first, other))
+    before, after = (_by_document(batch, forward(batch)) for batch in (plain, altered))
+    pairs = enumerate(zip(before, after, strict=True))
+    moved = [float((one - two).abs().max()) for index, (one, two) in pairs if index != changed]
+    largest = max(float(logits.abs().max()) for logits in before)
+    return max(moved, default=0.0) / max(largest, 1e-30), len(moved)
+
+
+def _by_document(batch: Batch, logits: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of each document of a batch, padding left out."""
+    count = len(batch.rows)
+    if batch.segments is not None:
+        segments = torch.from_numpy(batch.segments)
+        return [logits[segments == index] for index in range(count)]
+    if batch.labels.ndim < 2 or logits.dim() != 3 or logits.shape[1] != batch.labels.shape[1]:
+        return [logits[index] for index in range(count)]
+    real = batch.labels != IGNORE if "target_ids" in batch.inputs else batch.inputs["attention_mask"]
+    lengths = real.sum(1)
+    return [logits[index, : int(lengths[index])] for index in range(count)]
 
 
 def _short_rows(shards: ShardSet) -> list[Example]:
@@ -68,14 +111,6 @@ def _short_rows(shards: ShardSet) -> list[Example]:
     chosen = np.argpartition(shards.lengths, count - 1)[:count]
     rows = [shards.row(int(index)) for index in sorted(chosen)]
     return rows * 2 if len(rows) == 1 else rows
-
-
-def _logits(model: Any, task: Task, inputs: Mapping[str, Any], device: Any) -> Any:
-    import torch
-
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-    with torch.no_grad():
-        return model(**tensors, **task.forward_options).logits.float().cpu().numpy()
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Does the first step in bf16 go where that in fp32 goes?"""
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import replace
 from typing import Any
 
-from trainers.verification import gradients as g
+import torch
+
+from trainers.verification import gradients
 from trainers.verification.sample import CheckContext
 
 OFF = 0.05
@@ -23,11 +23,9 @@ def bf16_follows(context: CheckContext) -> tuple[bool, str]:
     Later losses say less: a first update of AdamW is smaller than what bf16 tells apart in most weights, so the working
     weights follow their fp32 masters only after some steps.
     """
-    import torch
-
     if context.is_half:
         return True, "the attention backend computes in bf16 alone, so there is nothing to compare"
-    packs = g.rows_of(context, range(min(len(context.packs), 2)))
+    packs = gradients.rows_of(context, range(min(len(context.packs), 2)))
     half = replace(context, model=copy.deepcopy(context.model).to(torch.bfloat16))
     (loss, gradient), (half_loss, half_gradient) = (_first_step(one, packs) for one in (context, half))
     off = abs(loss - half_loss) / max(abs(loss), 1e-2)
@@ -44,13 +42,10 @@ def _dot(first: Any, second: Any) -> float:
 
 
 def _first_step(context: CheckContext, packs: Any) -> tuple[float, Any]:
-    """Loss of one batch, and its gradient over all parameters, flat, in fp32."""
-    import torch
-
-    batch = g.collate(context, packs)
+    batch = gradients.collate(context, packs)
     context.model.zero_grad(set_to_none=True)
-    loss = g.loss_of(context, batch) / max(g.count_targets(batch), 1)
+    loss = gradients.loss_of(context, batch) / max(gradients.count_targets(batch), 1)
     loss.backward()
-    gradients = [p.grad.detach().float().flatten() for p in context.model.parameters() if p.grad is not None]
+    gradient = gradients.take_gradient(context.model)
     context.model.zero_grad(set_to_none=True)
-    return float(loss.detach()), torch.cat(gradients)
+    return float(loss.detach()), gradient

@@ -1,12 +1,13 @@
 """A few of a job's own rows as shards in a temporary folder, and the model that is tested on them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trainers.batching.packing import PackIndex, one_row_each, pack_rows
 from trainers.errors import DataError
@@ -98,9 +99,6 @@ def weight_bytes(model_path: str) -> int:
 
 def _load(job: Job, task: Task, path: str, pad_id: int, layers: int | None, device: Any) -> Any:
     """The model unpartitioned, its new parts the same each time; in fp32 unless its attention backend cannot."""
-    import torch
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     unset_hf_deepspeed_config()  # of an engine in this process: it would partition the model
     torch.manual_seed(job.train.seed)
     half = job.model.attention.startswith("flash")

@@ -21,7 +21,8 @@ from trainers.training.hooks import Hooks
 from trainers.training.loop import LoopOutcome, LoopSettings, train
 from trainers.training.schedule import Schedule
 from trainers.verification.isolation import check_isolation
-from trainers.verification.verify import read_verification, require_passed, verify_job
+from trainers.verification.verdict import read_verification, require_passed
+from trainers.verification.verify import verify_job
 
 
 def run_rank(run: Run, hooks: Hooks) -> LoopOutcome:

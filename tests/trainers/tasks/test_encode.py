@@ -182,7 +182,7 @@ def packed_logits(model: Any, first: list[int], second: list[int], task: Any) ->
     batch = task.collate([rows, rows[:1]], pad_id=0)
     inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
     with torch.no_grad():
-        return model(**inputs, **task.forward_options).logits[0, len(first) : len(first) + len(second)]
+        return task.forward(model, inputs)[0, len(first) : len(first) + len(second)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -14,13 +14,13 @@ from tests.tiny import shard_locally, tiny_job
 from tests.trainers.tasks import small
 from tests.trainers.tasks.test_every_task import export, held_out
 from tests.trainers.training.test_training import train_all
+from trainers.architecture import set_dropout
 from trainers.errors import JobError
 from trainers.job.load import parse_job
 from trainers.job.sections import LoraSection
 from trainers.model.engine import add_embedding_noise, freeze
 from trainers.model.param_groups import layer_depths, parameter_groups
 from trainers.tasks import TaskOptions, load_task
-from trainers.tasks.base import set_dropout
 from trainers.tasks.classify import class_weights
 from trainers.tasks.losses import cross_entropy_sum
 from trainers.training.distill import Distilled, divergence_sum

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import make_bert, make_llama
@@ -37,7 +38,7 @@ class Cached(Pretrain):
 class Masked(Pretrain):
     """Also hands over the usual mask of ones."""
 
-    def collate(self, packs: Any, pad_id: int) -> Batch:
+    def collate(self, packs: Any, pad_id: int, draw: int = 0) -> Batch:
         batch = super().collate(packs, pad_id)
         batch.inputs["attention_mask"] = np.ones_like(batch.inputs["input_ids"])
         return batch
@@ -48,7 +49,7 @@ class EncodedRow(Pretrain):
 
     forward_options = MappingProxyType({})
 
-    def collate(self, packs: Any, pad_id: int) -> Batch:
+    def collate(self, packs: Any, pad_id: int, draw: int = 0) -> Batch:
         batch = super().collate(packs, pad_id)
         assert batch.segments is not None
         batch.inputs["attention_mask"] = batch.segments[:, None, :, None] == batch.segments[:, None, None, :]
@@ -56,8 +57,6 @@ class EncodedRow(Pretrain):
 
 
 def check(model: Any, task: Any) -> None:
-    import torch
-
     model.train()
     check_isolation(model, task, FewRows(), 0, "sdpa", torch.device("cpu"))  # type: ignore[arg-type]
     assert model.training
@@ -99,21 +98,21 @@ def test_an_encoder_is_apart_under_sdpa_and_caught_where_it_leaks(bert: Path) ->
 
 
 def test_the_change_is_measured_on_the_other_documents_alone() -> None:
-    def seen_by_all(inputs: Any) -> Any:
-        return np.broadcast_to(inputs["input_ids"].sum(), (*inputs["input_ids"].shape, 2)).astype(float)
+    def seen_by_all(batch: Batch) -> torch.Tensor:
+        ids = torch.from_numpy(batch.inputs["input_ids"])
+        return ids.sum().expand(*ids.shape, 2).float()
 
-    def seen_by_itself(inputs: Any) -> Any:
-        return np.stack([inputs["input_ids"]] * 2, axis=-1).astype(float)
+    def seen_by_itself(batch: Batch) -> torch.Tensor:
+        return torch.from_numpy(batch.inputs["input_ids"])[..., None].expand(-1, -1, 2).float()
 
     task = load_task("pretrain")
-    assert logit_change(seen_by_itself, task, list(ROWS), 0, 0) == 0
-    assert logit_change(seen_by_all, task, list(ROWS), 0, 0) > 0
+    for packs in ([ROWS], [[row] for row in ROWS]):  # in one sequence, and in one batch
+        assert logit_change(seen_by_itself, task, packs, 0, 0) == (0, 3)
+        assert logit_change(seen_by_all, task, packs, 0, 0)[0] > 0
 
 
 def _under_zero3(model_path: str) -> list[str]:
     """Both verdicts from inside a partitioned engine."""
-    import torch
-
     from trainers.batching.batch_plan import plan_batches
     from trainers.job.load import parse_job
     from trainers.model.deepspeed_config import derive_config

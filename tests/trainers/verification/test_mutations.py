@@ -174,13 +174,13 @@ def rounded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def lost_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    right = CausalTask.forward
+    right = CausalTask.read
 
-    def forward(self: Any, model: Any, inputs: Any) -> Any:
-        logits = right(self, model, inputs)
+    def read(self: Any, outputs: Any, inputs: Any) -> Any:
+        logits = right(self, outputs, inputs)
         return logits * 30 if logits.dtype == torch.bfloat16 else logits
 
-    monkeypatch.setattr(CausalTask, "forward", forward)
+    monkeypatch.setattr(CausalTask, "read", read)
 
 
 MUTATIONS: dict[str, tuple[str, Patch, str]] = {

@@ -10,7 +10,8 @@ from trainers.errors import TrainingError
 from trainers.verification import checks
 from trainers.verification.checks import Finding
 from trainers.verification.sample import CheckContext, make_context
-from trainers.verification.verify import CheckResult, Verification, require_passed, run_checks
+from trainers.verification.verdict import CheckResult, Verification, require_passed
+from trainers.verification.verify import run_checks
 
 
 def verdict(*results: CheckResult, packing: bool = True) -> str:

@@ -180,6 +180,14 @@ def head_loss(
     return given.reshape(()) if _untouched(head, given, inside[0]) else None
 
 
+def loss_in_place(
+    model: Any, forward: Callable[[], torch.Tensor], labels: torch.Tensor, smoothing: float
+) -> torch.Tensor | None:
+    """`head_loss` by a model's own output layer; None also where that is not a plain one over a large vocabulary."""
+    head = head_of(model)
+    return None if head is None else head_loss(forward, head, labels, smoothing)
+
+
 def _untouched(head: Any, given: torch.Tensor, inside: torch.Tensor) -> bool:
     """Whether what comes out of the model is what its output layer gave; asked of a model once, for it waits."""
     known: bool | None = getattr(head, "gives_logits", None)

@@ -1,0 +1,163 @@
+"""One family in one process, no engine: its losses against plain transformers', and the self-tests on it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.architectures.families import DECODERS, ENCODERS, PAIRS, write_model
+from tests.peer import as_transformers, span_loss
+from tests.tiny import tiny_job
+from tests.trainers.tasks import small
+from trainers.architecture import token_types
+from trainers.errors import JobError
+from trainers.tokenizer.encoder import load_encoder
+from trainers.verification import gradients
+from trainers.verification.checks import CHECKS
+from trainers.verification.pack_probe import ask
+from trainers.verification.sample import CheckContext, make_context
+
+OF_DECODERS = ("pretrain", "sft", "classify", "tag", "extract", "seq2seq", "cosine")
+OF_ENCODERS = ("mlm", "classify", "tag", "extract", "regression", "cosine")
+OF_PAIRS = ("seq2seq",)
+PACKED = ("pretrain", "sft")
+ASKED = ("isolation", "padding", "packed_as_separate", "model_agrees", "reload")
+"""Self-tests that look at the model."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What became of a family in a task."""
+
+    family: str
+    task: str
+    packed: bool
+    loss_error: float | None = None
+    """Relative, of the first step's loss against plain transformers'; None where the model class computes none."""
+    failed: tuple[str, ...] = ()
+    refused: str = ""
+
+
+def kind_of(family: str) -> str:
+    return "pair" if family in PAIRS else "encoder" if family in ENCODERS else "decoder"
+
+
+def tasks_of(family: str) -> tuple[str, ...]:
+    return {"pair": OF_PAIRS, "encoder": OF_ENCODERS, "decoder": OF_DECODERS}[kind_of(family)]
+
+
+def tokenizers(folder: Path) -> dict[str, Path]:
+    """A tokenizer's folder for each kind of model; that of encoders gives token types to pairs."""
+    return {
+        "decoder": small.chat_tokenizer(folder / "decoder"),
+        "encoder": small.word_tokenizer(folder / "encoder"),
+        "pair": small.target_tokenizer(folder / "pair"),
+    }
+
+
+def rows_of(task: str) -> list[dict[str, Any]]:
+    """Rows of unequal length, so that there is padding."""
+    echo, more = small.echo_rows(40), [index % 4 for index in range(40)]
+    if task in ("pretrain", "mlm"):
+        return [{"text": row["text"] + " ." * count} for row, count in zip(small.plain_rows(40), more, strict=True)]
+    if task == "classify":
+        return [
+            {"text": row["source"] + " ." * count, "label": row["source"][:3]}
+            for row, count in zip(echo, more, strict=True)
+        ]
+    if task == "tag":
+        return [{name: values + [values[-1]] * count for name, values in row.items()}
+                for row, count in zip(small.tag_rows(40), more, strict=True)]  # fmt: skip
+    if task == "seq2seq":
+        return [{"source": row["source"] + " ." * count, "target": row["target"] + " ?" * (3 - count)}
+                for row, count in zip(echo, more, strict=True)]  # fmt: skip
+    if task in ("regression", "cosine"):
+        pairs = small.graded_rows(40) if task == "regression" else small.pair_rows(40)
+        return [{**row, "sentence1": row["sentence1"] + " ." * count} for row, count in zip(pairs, more, strict=True)]
+    return small.verdict_rows(40) if task == "sft" else small.question_rows(40)
+
+
+def job_of(task: str, folder: Path, model: Path, packed: bool = False, **model_options: Any) -> Any:
+    """A tiny job of a task; cosine and regression are two of similarity."""
+    rows = rows_of(task)
+    train = {"objective": task} if task in ("regression", "cosine") else {}
+    data = {"packing": packed} if task in PACKED else {"score_range": [0, 5]} if train else {}
+    name = "similarity" if train else task
+    job = tiny_job(folder, model, name, rows, data={"max_length": 32, **data}, train=train)
+    return job.model_copy(update={"model": job.model.model_copy(update=model_options)})
+
+
+class Samples:
+    """A sample of every task by kind of tokenizer, made once: rows do not depend on the model."""
+
+    def __init__(self, folder: Path, own: str) -> None:
+        self.folder, self.own = folder, own
+        self._made: dict[tuple[str, str, bool], CheckContext] = {}
+        self.words = tokenizers(folder / own / "words")
+        for name, family in (("decoder", "llama"), ("encoder", "bert"), ("pair", "bart")):
+            write_model(family, folder / own / name, self.words[name])
+
+    def get(self, kind: str, task: str, packed: bool) -> CheckContext:
+        key = (kind, task, packed)
+        if key not in self._made:
+            place = self.folder / self.own / f"{kind} {task} {packed}"
+            (place / "sample").mkdir(parents=True)
+            job = job_of(task, place, self.folder / self.own / kind, packed)
+            self._made[key] = make_context(job, job.model.path, place / "sample")
+        return self._made[key]
+
+
+def keeps_apart(family: str, samples: Samples) -> str:
+    """Why packed documents of a decoder see each other; empty where they do not."""
+    path = samples.folder / "models" / family
+    decision = ask(job_of("pretrain", samples.folder / samples.own / "ask", path), str(path))
+    return "" if decision.apart else decision.reason
+
+
+def look_at(family: str, samples: Samples, tasks: tuple[str, ...] | None = None) -> list[Cell]:
+    """Every task of a family, packed where it keeps documents apart."""
+    kind = kind_of(family)
+    path = samples.folder / "models" / family
+    if not path.exists():
+        write_model(family, path, samples.words[kind])
+    apart = family in DECODERS and not keeps_apart(family, samples)
+    cells = []
+    for task in tasks or tasks_of(family):
+        for packed in (True, False) if task in PACKED and apart else (False,):
+            cells.append(_look(family, str(path), task, packed, samples.get(kind, task, packed)))
+    return cells
+
+
+def _look(family: str, path: str, task: str, packed: bool, sample: CheckContext) -> Cell:
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    try:
+        model = sample.task.load_model(path, pad_id=sample.pad_id, trust_remote_code=False, dtype=torch.float32).eval()
+    except JobError as error:
+        return Cell(family, task, packed, refused=str(error))
+    context = replace(sample, model=model)
+    error = first_loss_error(context, path)
+    failed = [f"{name}: {detail}" for name in ASKED for passed, detail in [CHECKS[name](context)] if not passed]
+    return Cell(family, task, packed, error, tuple(failed))
+
+
+def first_loss_error(context: CheckContext, path: str) -> float | None:
+    """The loss of some packs as training computes it, against the model class's own, one row to a line."""
+    task, encoder = context.task, load_encoder(path)
+    packs = gradients.rows_of(context, range(min(len(context.packs), 3)))
+    rows = [row for pack in packs for row in pack]
+    batch = gradients.collate(context, packs)
+    ours = float(task.step_loss(context.model, *batch.to("cpu")).detach())
+    plain = {
+        name: torch.from_numpy(array) for name, array in as_transformers(task, rows, encoder, gradients.DRAW).items()
+    }
+    if token_types(context.model.config) < 2:
+        plain.pop("token_type_ids", None)
+    if getattr(task, "embeds", False):
+        return None
+    with torch.no_grad():
+        loss = span_loss(context.model, **plain) if "start_positions" in plain else context.model(**plain).loss
+    theirs = float(loss) * gradients.count_targets(batch)
+    return gradients.relative_difference(ours, theirs)

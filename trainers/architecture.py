@@ -1,0 +1,270 @@
+"""What makes model families differ, asked of a configuration or a model: one function a property, no family by name.
+
+transformers' models agree on what a text is and on little else: sizes may stand in a nested configuration, a head may
+read a row's last token, layers may be dropped at random. Whoever needs to know asks here. `describe` puts what a
+configuration alone tells into one record.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trainers.errors import JobError
+
+DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+DROPOUT_RATE = re.compile(r"(dropout(_rate|_prob)?|_pdrop)$")
+KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
+"""Lists of a configuration with an entry a layer."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a configuration tells of a model."""
+
+    family: str
+    layers: int
+    vocabulary: int
+    positions: int | None
+    """Longest sequence that the configuration names; None where it names none."""
+    kinds_of_layers: tuple[str, ...]
+    """Such as full_attention, sliding_attention, linear_attention; empty where all are alike."""
+    token_types: int
+    layer_drop: float
+    router_loss: float
+    tied: bool
+    is_nested: bool
+    """Whether the text model stands inside another, beside vision or audio."""
+
+
+def describe(config: Any) -> Architecture:
+    """The record of a configuration."""
+    text = text_config(config)
+    return Architecture(
+        family=str(config.model_type),
+        layers=num_layers(config),
+        vocabulary=vocabulary(config),
+        positions=getattr(text, "max_position_embeddings", None),
+        kinds_of_layers=tuple(dict.fromkeys(map(str, _layer_kinds(text)))),
+        token_types=token_types(config),
+        layer_drop=max(layer_drop(config)),
+        router_loss=router_loss_weight(config),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        is_nested=text is not config,
+    )
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of the part that reads and writes text: a nested one in multimodal models, else itself."""
+    return config.get_text_config()
+
+
+def configs(config: Any) -> Iterator[Any]:
+    """A configuration and that of its text part, each once."""
+    yield config
+    if text_config(config) is not config:
+        yield text_config(config)
+
+
+def plain_model(model: Any) -> Any:
+    """transformers' own model inside an engine or under adapters."""
+    inner = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def vocabulary(config: Any) -> int:
+    """Token ids that the model has embeddings for."""
+    return int(text_config(config).vocab_size)
+
+
+def num_layers(config: Any) -> int:
+    """Layers of the longest stack."""
+    depths = [getattr(text_config(config), name, None) for name in DEPTHS]
+    return max((depth for depth in depths if isinstance(depth, int)), default=0)
+
+
+def distinct_layers(config: Any) -> int:
+    """How many of a model's first layers hold every kind of layer it has; 2 where all are alike."""
+    kinds = _layer_kinds(text_config(config))
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    return max(firsts, default=1) + 1 if len(firsts) > 1 else 2
+
+
+def _layer_kinds(text: Any) -> list[Any]:
+    return next((kinds for name in KINDS if isinstance(kinds := getattr(text, name, None), list) and kinds), [])
+
+
+def token_types(config: Any) -> int:
+    """Token types that the model has embeddings for; below 2 it cannot tell a pair's texts apart by them."""
+    return int(getattr(text_config(config), "type_vocab_size", 0) or 0)
+
+
+def layer_drop(config: Any) -> tuple[float, ...]:
+    """Rates at which whole layers are left out while training, the encoder's and the decoder's or one for all."""
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    return tuple(float(getattr(text_config(config), name, 0.0) or 0.0) for name in names)
+
+
+def router_loss_weight(config: Any) -> float:
+    """Factor of the loss that balances a mixture's experts; 0 unless the configuration asks for router logits."""
+    text = text_config(config)
+    asked = getattr(text, "output_router_logits", False) or getattr(config, "output_router_logits", False)
+    return float(getattr(text, "router_aux_loss_coef", 0.0) or 0.0) if asked else 0.0
+
+
+def router_loss(model: Any, outputs: Any, real: Any) -> Any:
+    """The balancing loss of a forward pass, times its weight, as the model's own module computes it.
+
+    Args:
+        real: [batch, seq], 0 where there is padding, which no expert is charged for.
+    """
+    inner = plain_model(model)
+    text = text_config(inner.config)
+    experts = getattr(text, "num_experts", None) or text.num_local_experts
+    balance = sys.modules[type(inner).__module__].load_balancing_loss_func
+    return router_loss_weight(inner.config) * balance(outputs.router_logits, experts, text.num_experts_per_tok, real)
+
+
+def set_pad(config: Any, pad_id: int) -> None:
+    """Give a configuration the tokenizer's padding id where it has none: heads and embeddings ask for it."""
+    for part in configs(config):
+        if getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = pad_id
+
+
+def cut_layers(config: Any, layers: int) -> None:
+    """Make a configuration that of the first layers alone."""
+    for part in configs(config):
+        for name in DEPTHS:
+            if isinstance(depth := getattr(part, name, None), int):
+                setattr(part, name, min(depth, layers))
+        for name in KINDS:
+            if name in vars(part) and isinstance(kinds := getattr(part, name), list):  # elsewhere it is worked out
+                setattr(part, name, kinds[:layers])
+
+
+def set_dropout(config: Any, rate: float) -> None:
+    """Set every dropout rate of a configuration. Raises JobError where it has none."""
+    places = [
+        (part, name)
+        for part in configs(config)
+        for name, value in part.to_dict().items()
+        if DROPOUT_RATE.search(name) and (isinstance(value, float | int) or value is None)
+    ]
+    if not places:
+        raise JobError(f"model.dropout: a {config.model_type} configuration has no dropout rate; leave it out")
+    for part, name in places:
+        setattr(part, name, rate)
+
+
+def shift_right(model: Any, target: Any) -> Any:
+    """What a decoder reads in order to write `target` [batch, seq], padded with the padding id: most begin with the
+    configuration's start token, those of many languages with the target's last token, which names its language."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=target)
+    shifted = target.roll(1, dims=1)
+    shifted[:, 0] = model.config.decoder_start_token_id
+    return shifted
+
+
+def read_last_tokens(model: Any) -> None:
+    """Make a head that picks a row's last token pick it by the attention mask.
+
+    The classification heads of decoders compute logits at every position and pick those of the last token that is not
+    the padding id, which is another where a text ends with that id. Here the logits of the row's last token are put at
+    every position, so that it does not matter which one is picked. A head that reads one state a row is left alone.
+    """
+    backbone = getattr(model, model.base_model_prefix, None)
+    if backbone is None or backbone is model:
+        return
+    last: list[Any] = [None]
+
+    def note_mask(module: Any, args: Any, kwargs: Any) -> None:
+        mask = kwargs.get("attention_mask")
+        last[0] = None if mask is None or mask.dim() != 2 else mask.long().cumsum(-1).argmax(-1)
+
+    def spread(module: Any, args: Any, logits: Any) -> Any:
+        rows = last[0]
+        if rows is None or logits.dim() != 3 or len(logits) != len(rows):
+            return logits
+        picked = logits.gather(1, rows[:, None, None].expand(-1, 1, logits.shape[-1]))
+        return picked.expand_as(logits)
+
+    backbone.register_forward_pre_hook(note_mask, with_kwargs=True)
+    for name, part in model.named_children():
+        if name != model.base_model_prefix:
+            part.register_forward_hook(spread)
+
+
+def other_modalities(model: Any) -> list[str]:
+    """Parameters of a multimodal model that its text part does not use: towers of vision and audio, projectors."""
+    config = model.config
+    text = text_config(config)
+    if text is config:
+        return []
+    bodies = [name for name, part in model.named_modules() if type(getattr(part, "config", None)) is type(text)]
+    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    used = tuple(f"{name}." for name in (*bodies, *heads) if name)
+    return [name for name, _ in model.named_parameters() if not name.startswith(used)] if bodies else []
+
+
+def makes_weights(model_class: type) -> bool:
+    """Whether a model computes some of its weights while it loads (sinusoids) from the shape that they have."""
+    return any(hasattr(part, "create_weight") for part in vars(sys.modules[model_class.__module__]).values())
+
+
+def transposed_weights(model: Any) -> frozenset[str]:
+    """Names of weights that lie as [in, out], the other way round than torch's linear layers have them."""
+    from transformers.pytorch_utils import Conv1D
+
+    return frozenset(f"{name}.weight" for name, part in model.named_modules() if isinstance(part, Conv1D))
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Full names of the linear layers that train, without what makes logits of states."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    output = model.get_output_embeddings()
+    return [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.Linear | Conv1D) and part is not output and part.weight.requires_grad
+    ]
+
+
+def convolves(model: Any) -> bool:
+    """Whether states pass from token to token outside attention, as in hybrid and state-space models."""
+    import torch
+
+    return any(isinstance(part, torch.nn.Conv1d) for part in plain_model(model).modules())
+
+
+def packs_as_one_row(model: Any) -> bool:
+    """Whether documents are told apart within one row alone: by attention kernels for sequences of varying length, and
+    by the kernels of layers that carry a state along."""
+    attention = str(text_config(plain_model(model).config)._attn_implementation)
+    return attention.startswith("flash") or convolves(model)
+
+
+def document_bounds(model: Any, positions: Any) -> dict[str, Any]:
+    """Where documents begin, as layers that carry a state along want it: transformers raises where it has no kernel
+    that respects it.
+
+    Args:
+        positions: int64 [1, tokens], 0 where a document begins.
+    """
+    if not convolves(model):
+        return {}
+    import torch
+
+    begins = positions[0] == 0
+    bounds = torch.cat([begins.nonzero()[:, 0], torch.tensor([positions.shape[1]], device=positions.device)]).int()
+    return {
+        "seq_idx": (begins.cumsum(0)[None] - 1).int(),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": int(positions.max()) + 1,
+        "max_length_k": int(positions.max()) + 1,
+    }

@@ -1,0 +1,10 @@
+"""The model families that are trained in the tests: families.json beside this file, written by tests/architectures."""
+
+import json
+from importlib.resources import files
+
+
+def tested_families() -> dict[str, list[str]]:
+    """Tasks that a family passed, by its `model_type`."""
+    families: dict[str, list[str]] = json.loads((files("trainers.model") / "families.json").read_text(encoding="utf-8"))
+    return families

@@ -1,0 +1,55 @@
+"""Sequences as read back from shards, and micro-batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainers.records import Array
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence as read back from a shard."""
+
+    index: int
+    """Its place in the whole split."""
+    input_ids: Array
+    """int32 [length]."""
+    extra: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, as numpy arrays."""
+
+    inputs: dict[str, Array]
+    """Arguments of the model's forward."""
+    labels: Array
+    """What the loss compares with; IGNORE where there is no target."""
+    rows: Array
+    """int64 [documents]: places in the split of the documents in this batch."""
+    documents: tuple[Example, ...] = ()
+    """The rows themselves, in the order of `rows`, for tasks whose metrics need more than labels."""
+    segments: Array | None = None
+    """int64 [batch, seq], for packed batches: the document of a position, as an index into `rows`; -1 is padding."""
+
+    def to(self, device: torch.device | str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Inputs and labels as tensors on a device."""
+        import torch
+
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in self.inputs.items()}
+        return inputs, torch.from_numpy(np.ascontiguousarray(self.labels)).to(device)
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are not padding."""
+        if self.segments is not None:
+            return int((self.segments >= 0).sum())
+        return int(self.inputs["attention_mask"].sum())
