@@ -15,6 +15,7 @@ from orchestrator.planning.preflight import CheckedJob
 from orchestrator.ray_session import check_placement, ray_session
 from orchestrator.registry.lineage import lineage
 from orchestrator.report.details import gather
+from orchestrator.report.index import write_index
 from orchestrator.report.page import write_report
 from orchestrator.terminal.progress import Screen
 from trainers.errors import JobError, Preempted, TuneyardError
@@ -103,6 +104,7 @@ class RunSession:
         run.folder.write_bytes(RESULT, result.model_dump_json(indent=1).encode())
         parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder))
         write_report(run.folder, result, run.job, self.events(), run.shards, parents, gather(run, result))
+        write_index(run.folder.parent)
         return result
 
     def _summary(self, status: Literal["done", "failed", "preempted"], error: str | None) -> RunResult:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from orchestrator.report.index import INDEX
 from trainers.errors import JobError
 from trainers.job.load import load_job, parse_job
 from trainers.job.schema import Job
@@ -52,9 +53,14 @@ def runs_folder(storage: str) -> Folder:
     return Folder(storage) / "runs"
 
 
+def run_names(runs: Folder) -> list[str]:
+    """Names of run folders; the page that lists them lies beside them."""
+    return [name for name in runs.list() if name != INDEX]
+
+
 def choose_names(name: str, runs: Folder) -> list[str]:
     """Names of runs that a name or the start of one means. Raises JobError where there are none."""
-    names = runs.list()
+    names = [known for known in run_names(runs) if (runs / known).list()]
     chosen = [known for known in names if known == name] or [known for known in names if known.startswith(name)]
     if not chosen:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:5]
@@ -71,7 +77,7 @@ def _folder_of_name(name: str, runs: Folder) -> Folder:
 
 def _folder_of_job(job: Job, where: str) -> Folder:
     runs = Folder(job.storage) / "runs"
-    names = [name for name in runs.list() if name.rpartition("-")[0] == job.name and (runs / name).exists(JOB_FILE)]
+    names = [name for name in run_names(runs) if name.rpartition("-")[0] == job.name and (runs / name).exists(JOB_FILE)]
     same = [name for name in names if _identity(runs / name) == job.identity()]
     if len(same) == 1:
         return runs / same[0]

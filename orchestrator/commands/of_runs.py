@@ -22,19 +22,28 @@ def evaluate(
     model: Annotated[Path | None, typer.Option(help="A model folder instead of checkpoints.")] = None,
     overrides: Overrides = None,
     storage: Storage = "runs",
+    worst: Annotated[
+        int | None,
+        typer.Option(min=1, help="Show so many of the costliest rows of the best or given step."),
+    ] = None,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate committed checkpoints again, or a model folder."""
+    """Evaluate committed checkpoints again, or a model folder; or show where a checkpoint is most wrong."""
     from rich.console import Console
 
-    from orchestrator.commands.past_run import evaluate_folder, evaluate_steps
+    from orchestrator.commands.past_run import evaluate_folder, evaluate_steps, worst_rows
     from orchestrator.terminal.progress import Screen
-    from orchestrator.terminal.table import show_evaluations
+    from orchestrator.terminal.table import show_evaluations, show_rows
     from trainers.tasks import choose_metric
 
     job = _job_of(run, storage, overrides)
     screen = Screen(Console(stderr=True, soft_wrap=True))  # stdout is the result's alone
+    if worst:
+        chosen, views = worst_rows(job, step, worst, address, screen)
+        rows = [view.model_dump() for view in views]
+        print_json(rows) if as_json else show_rows(f"costliest evaluation rows of step {chosen}", rows)
+        return
     records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, screen)
     if as_json:
         print_json([record.model_dump(mode="json") for record in records])
@@ -141,17 +150,35 @@ def ledger(
 
 @app.command()
 def goodput(
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes that train together.")],
     node_mtbf_hours: Annotated[float, typer.Option(min=0.01, help="Mean time between failures of one node, hours.")],
-    save_s: Annotated[float, typer.Option(min=0.001, help="Seconds that a save holds up the steps.")] = 1.0,
-    restart_s: Annotated[float, typer.Option(min=0.0, help="Seconds from a failure to the next step.")] = 60.0,
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run that the other figures are taken from, where not given.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes that train together; the ranks of RUN.")] = None,
+    save_s: Annotated[float | None, typer.Option(min=0.001, help="Seconds a save holds up the steps.")] = None,
+    restart_s: Annotated[float | None, typer.Option(min=0.0, help="Seconds from a failure to the next step.")] = None,
+    storage: Storage = "runs",
     as_json: AsJson = False,
 ) -> None:
     """What failures will cost on a cluster, and how often to save."""
-    from orchestrator.terminal.table import show
-    from trainers.run.goodput import Cluster, forecast
+    from orchestrator.commands.find_run import find_folder
+    from orchestrator.terminal.table import show_rows
+    from trainers.run.events import read_events
+    from trainers.run.goodput import Cluster, best_interval_s, forecast, measure
 
-    found = forecast(Cluster(nodes, node_mtbf_hours, save_s, restart_s))
-    print_json(found) if as_json else show(
-        "share of useful time, by the seconds between saves", list(found[0]), [list(row.values()) for row in found]
+    measured = measure(read_events(find_folder(run, storage))) if run else None
+    if nodes is None and measured is None:
+        raise JobError("goodput needs --nodes, or a RUN that tells them")
+    cluster = Cluster(
+        nodes or (measured.world_size if measured else 1),
+        node_mtbf_hours,
+        save_s or (measured.save_s if measured else 1.0),
+        (measured.restart_s if measured else 60.0) if restart_s is None else restart_s,
     )
+    rows, interval = forecast(cluster), best_interval_s(cluster)
+    if as_json:
+        print_json(rows)
+        return
+    show_rows("share of useful time, by the seconds between saves", rows)
+    steps = f": set checkpoint.every_steps to {max(round(interval / measured.step_s), 1):,}" if measured else ""
+    print(f"recommended: a save every {interval:,.0f} s{steps}")

@@ -10,13 +10,17 @@ from trainers.checkpoint.export import export_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import JobError
 from trainers.evaluation.evaluate import evaluate_model
+from trainers.evaluation.row_views import RowView, costliest_rows
+from trainers.evaluation.selection import find_best
 from trainers.job.schema import Job
 from trainers.model.source import find_model, prepare_model
-from trainers.run.folder import Evaluation, RunResult, checkpoints_folder, step_name
+from trainers.run.folder import Evaluation, RunResult, checkpoints_folder, read_evaluations, step_name
 from trainers.run.record import find_run, job_task
+from trainers.run.row_scores import row_scores_name
 from trainers.shards.keys import load_shards, plan_splits
 from trainers.shards.manifest import Shards
 from trainers.storage import Folder
+from trainers.tasks import choose_metric
 
 
 def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Screen) -> list[Evaluation]:
@@ -40,6 +44,17 @@ def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Scre
             records.append(ray.get(reference))
             screen.advance("evaluate", done, len(waiting), f"step {records[-1].step}")
     return records
+
+
+def worst_rows(job: Job, step: int | None, most: int, address: str | None, screen: Screen) -> tuple[int, list[RowView]]:
+    """The costliest rows of a step, by default the best; it is evaluated where its rows are not kept."""
+    run = find_run(job)
+    if step is None:
+        best = find_best(read_evaluations(run.folder, run.shards.eval.key), *choose_metric(job))
+        step = best.step if best else best_step(run.folder, run.checkpoints)
+    if not run.folder.exists(row_scores_name(step)):
+        evaluate_steps(job, step, address, screen)
+    return step, costliest_rows(run, step, most)
 
 
 def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:

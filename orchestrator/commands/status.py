@@ -15,7 +15,7 @@ from typing import Literal
 
 import yaml
 
-from orchestrator.commands.find_run import JOB_FILE, choose_names, find_folder, runs_folder
+from orchestrator.commands.find_run import JOB_FILE, choose_names, find_folder, run_names, runs_folder
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import JobError
 from trainers.evaluation.selection import find_best
@@ -95,7 +95,7 @@ def run_status(storage: Folder, run: str | None = None) -> list[RunStatus]:
     if run is not None and (Path(run).is_file() or is_remote(run) or "/" in run.rstrip("/")):
         return [_status(find_folder(run))]
     runs = runs_folder(str(storage))
-    names = runs.list() if run is None else choose_names(run.rstrip("/"), runs)
+    names = run_names(runs) if run is None else choose_names(run.rstrip("/"), runs)
     found = [_status(runs / name) for name in names if {JOB_FILE, EVENTS, LOCK} & set((runs / name).list())]
     return sorted(found, key=lambda status: math.inf if status.event_age_s is None else status.event_age_s)
 

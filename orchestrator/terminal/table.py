@@ -35,3 +35,8 @@ def show_table(table: Table, console: Console | None = None) -> None:
 def show_evaluations(evaluations: Sequence[Evaluation], metric: str, best_step: int | None, console: Console) -> None:
     """Metrics by step, the deciding one first, the best step marked."""
     show_table(evaluation_table(evaluations, metric, best_step, COLUMNS), console)
+
+
+def show_rows(title: str, records: Sequence[dict[str, Any]]) -> None:
+    """Print records with the same keys, one a row."""
+    show(title, list(records[0]) if records else ("none",), [list(record.values()) for record in records])

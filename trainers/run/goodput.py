@@ -6,10 +6,21 @@ a training with failures at random times; what it says is checked against publis
 
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainers.run.events import Event, RestartEvent, RolledBackEvent, StageEvent, StageStartEvent, StartEvent, StepEvent
+from trainers.errors import JobError
+from trainers.run.events import (
+    CheckpointEvent,
+    Event,
+    RestartEvent,
+    RolledBackEvent,
+    StageEvent,
+    StageStartEvent,
+    StartEvent,
+    StepEvent,
+)
 
 KINDS = ("shard", "startup", "productive", "data_wait", "checkpoint", "recomputed", "restart", "evaluation", "register")
 """startup: from the begin of the training to its first step. restart: from a rank's last step before a failure to the
@@ -79,6 +90,35 @@ def share(spent: dict[str, float]) -> float:
     """Goodput: the share of the training's time that went into steps that count."""
     training = sum(seconds for kind, seconds in spent.items() if kind not in STAGES.values())
     return spent["productive"] / training if training else 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run tells of itself."""
+
+    world_size: int
+    step_s: float
+    """Median seconds of a step."""
+    save_s: float
+    """Mean seconds that a save held up the steps."""
+    restart_s: float
+    """Mean seconds from a failure to the next step; where none failed, from the launch to the first."""
+
+
+def measure(events: Sequence[Event]) -> Measured:
+    """The figures that a forecast needs. Raises JobError where the run took no step yet."""
+    steps = [event.step_s for event in events if isinstance(event, StepEvent)]
+    starts = [event for event in events if isinstance(event, StartEvent)]
+    saves = [event.blocked_s + event.wait_s for event in events if isinstance(event, CheckpointEvent)]
+    if not steps or not starts:
+        raise JobError("the run took no step yet, so nothing is known of its speed")
+    spent, restarts = account(events), len(starts) - 1
+    return Measured(
+        world_size=starts[-1].world_size,
+        step_s=max(statistics.median(steps), 1e-6),
+        save_s=max(statistics.fmean(saves), 0.001) if saves else 1.0,
+        restart_s=spent["restart"] / restarts if restarts else spent["startup"],
+    )
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,14 @@ def test_every_json_is_json_alone_on_stdout(job: Job, run: Folder) -> None:
     assert parsed("goodput", "--nodes", "8", "--node-mtbf-hours", "1000", "--json")
 
 
+def test_status_takes_what_every_command_takes_and_names_a_storage_that_is_not_there(job: Job, run: Folder) -> None:
+    job_file = str(run.path.parents[2] / "job.yaml")
+    for words in ((job_file,), (str(run),), (run.name, "--storage", job.storage)):
+        assert [one["run"] for one in parsed("status", *words, "--json")] == [run.name]
+    done = CliRunner().invoke(app, ["status", "--storage", f"{job.storage}-gone"])
+    assert "no folder" in str(done.exception)
+
+
 def test_plan_prints_its_table_and_the_whole_job_on_request(run: Folder) -> None:
     job_file = str(run.path.parents[2] / "job.yaml")
     short, full = (CliRunner().invoke(app, ["plan", job_file, *words]).stdout for words in ((), ("--full",)))

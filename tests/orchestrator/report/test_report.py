@@ -6,8 +6,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
 
+from orchestrator.commands.status import run_status
 from orchestrator.report.details import Details
+from orchestrator.report.index import write_index
 from orchestrator.report.page import duration, render_report, write_report
 from trainers.evaluation.row_views import RowView
 from trainers.job.load import parse_job
@@ -265,3 +268,18 @@ def test_a_long_run_gives_a_page_of_bearable_size(tmp_path):
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")])
 def test_durations_are_said_as_people_say_them(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_index_lists_every_run_that_ended_with_a_link_to_its_report(tmp_path):
+    run, result, *_ = finished_run(tmp_path)
+    run.write_bytes("job.yaml", yaml.safe_dump(job_of().model_dump(mode="json")).encode())
+    run.write_bytes("result.json", result.model_dump_json().encode())
+    (run.parent / "other-11111111").write_bytes("job.yaml", b"torn: [")
+    for _ in range(2):  # the page itself is no run
+        write_index(run.parent)
+    assert [one.run for one in run_status(Folder(str(tmp_path)))] == ["other-11111111", "topics-0badcafe"]
+    page = (run.parent.path / "index.html").read_text()
+    assert 'href="topics-0badcafe/report.html"' in page and "other-" not in page
+    (row,) = [row for row in Reader(page).rows if row and row[0] == "topics-0badcafe"]
+    assert row[1:] == ["done", "classify", "model", "accuracy", "0.7667", "80", "100", "topics v4 champion"]
+    assert "no run" not in page and "verysecret" not in page

@@ -11,7 +11,10 @@ import pytest
 from tests.trainers.tasks.small import small_jobs
 from trainers.evaluation.evaluate import evaluate_model
 from trainers.evaluation.predict import predict
+from trainers.evaluation.row_views import costliest_rows, generations
 from trainers.run.record import Run, find_run
+from trainers.run.row_scores import write_row_scores
+from trainers.storage import Folder
 from trainers.tasks import load_task
 from trainers.tasks.options import task_options
 
@@ -76,6 +79,27 @@ def test_predictions_are_what_the_evaluation_scored(jobs: dict[str, Any], tmp_pa
         assert told == known["said"].tolist()
     else:
         np.testing.assert_allclose([one["loss"] * one["targets"] for one in said], known["loss_sum"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["classify causal", "several", "tag", "extract", "regression", "T5", "sft", "pretrain"]
+)
+def test_the_costliest_rows_are_told_as_they_stand_in_the_data(jobs: dict[str, Any], tmp_path: Path, name: str) -> None:
+    run = find_run(jobs[name]).model_copy(update={"folder": Folder(str(tmp_path / "run"))})
+    model, task = str(with_head(run, tmp_path / "model")), run.load_task()
+    rows, known = evaluate_model(run.job, task, model, run.open_shards("eval", task))
+    write_row_scores(run.folder, 3, rows, known, task.labels)
+    views = costliest_rows(run, 3, 5)
+    losses = known["loss_sum"] / np.maximum(known.get("targets", 1), 1)
+    np.testing.assert_allclose([view.loss for view in views], sorted(losses, reverse=True)[:5])
+    data = Path(run.job.data.eval[0]).read_bytes()
+    for view in views:
+        raw = json.loads(data[view.row :].split(b"\n")[0])
+        said = " ".join(str(value) for value in raw.values())
+        assert view.text and view.file == run.job.data.eval[0]
+        assert not view.label or view.label.split()[0].strip(".,") in said or name == "regression"
+    told = [view.prediction for view in generations(run, 3, 4)]
+    assert told == (known["said"][:4].tolist() if name in ("T5", "sft") else [])
 
 
 def test_a_row_that_cannot_be_used_says_why_in_its_place(jobs: dict[str, Any], tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ import random
 
 import pytest
 
+from trainers.errors import JobError
 from trainers.run import goodput
-from trainers.run.events import parse_events
-from trainers.run.goodput import Cluster, allowed_goodput, best_interval_s, share, simulate
+from trainers.run.events import CheckpointEvent, StartEvent, StepEvent, parse_events
+from trainers.run.goodput import Cluster, allowed_goodput, best_interval_s, measure, share, simulate
 
 
 def account(events):
@@ -117,3 +118,15 @@ def test_megascale_on_12288_gpus():
     """Over 100 repairs in some weeks, back at the lost step within 15 minutes, over 90 % (arXiv:2402.15627)."""
     cluster = Cluster(nodes=1536, node_mtbf_h=30 * 24 * 1536 / 100, save_s=5.0, restart_s=900.0)
     assert simulate(cluster, 1800.0, useful_s=30 * 86400.0) > 0.90
+
+
+def test_a_run_tells_what_the_forecast_needs():
+    events = [
+        StartEvent(time=10.0, step=0, world_size=8),
+        *(StepEvent(time=12.0 + step, step=step, loss=1.0, step_s=1.0) for step in range(1, 5)),
+        CheckpointEvent(time=17.0, step=4, blocked_s=0.25, wait_s=0.25),
+    ]
+    told = measure(events)
+    assert (told.world_size, told.step_s, told.save_s) == (8, 1.0, 0.5)
+    with pytest.raises(JobError, match="no step yet"):
+        measure(events[:1])

@@ -1,0 +1,44 @@
+"""runs/index.html: every run of a storage on one page, each with a link to its report. Rewritten as runs end."""
+
+from pathlib import Path
+
+import yaml
+
+from orchestrator.report.table import Table
+from trainers.errors import TuneyardError
+from trainers.job.load import parse_job
+from trainers.run.folder import read_result
+from trainers.storage import Folder
+
+INDEX = "index.html"
+TEMPLATE = Path(__file__).parent / "index.html"
+COLUMNS = ("run", "state", "task", "model", "metric", "best", "at step", "steps", "registered")
+
+
+def write_index(runs: Folder) -> None:
+    """Write the page into the folder that holds the runs, over an earlier one."""
+    from jinja2 import Environment, StrictUndefined
+
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    runs.write_bytes(INDEX, page.render(table=index_table(runs)).encode())
+
+
+def index_table(runs: Folder) -> Table:
+    """A line a run that has ended, by task and metric; others have no result yet."""
+    rows = [row for name in runs.list() if name != INDEX and (row := _row(runs / name))]
+    rows.sort(key=lambda row: (row[2], str(row[4]), row[0]))
+    return Table("runs", COLUMNS, rows)
+
+
+def _row(run: Folder) -> tuple[str, str, str, str, object, object, object, int, object] | None:
+    try:
+        result, job = read_result(run), parse_job(yaml.safe_load(run.read_bytes("job.yaml")))
+    except (TuneyardError, ValueError, OSError, yaml.YAMLError):
+        return None
+    if result is None:
+        return None
+    best, version = result.best or {}, result.registry
+    registered = f"{version.model} v{version.version}{' champion' if version.alias else ''}" if version else None
+    model = Path(job.model.path).name
+    return (run.name, result.status, job.task, model, best.get("metric"), best.get("value"), best.get("step"),
+            result.steps, registered)  # fmt: skip
