@@ -1,6 +1,6 @@
 """What a job will do, worked out before it takes a worker: batches, steps, memory, disk.
 
-Exact where the shards are written; otherwise sequences are estimated from a sample and said to be so.
+Exact where the shards are written or the data is small; else sequences are estimated from a sample and said to be so.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from orchestrator.evaluation.room import why_no_room
 from orchestrator.planning.preflight import CheckedJob
+from orchestrator.planning.small_data import count_small
 from orchestrator.ray_session import usable_cpus
 from trainers.batching.batch_plan import BatchPlan, plan_batches
 from trainers.batching.order import job_order
@@ -79,7 +80,8 @@ def plan_job(checked: CheckedJob) -> Plan:
         job.train.global_batch_size, job.train.micro_batch_size, job.scale.max_workers, job.data.max_length
     )
     shards = load_shards(job, checked.splits)
-    rows, tokens, sequences = count_sequences(job, shards) if shards else estimate_sequences(checked)
+    counted = count_sequences(job, shards) if shards else count_small(checked)
+    rows, tokens, sequences = counted or estimate_sequences(checked)
     steps = job_order(job, max(sequences, 1)).steps
     shapes = tensor_shapes(Path(model.path))
     parameters = sum(prod(shape) for shape in shapes.values())
@@ -88,7 +90,7 @@ def plan_job(checked: CheckedJob) -> Plan:
     metric, mode = choose_metric(job)
     return Plan(
         run=str(run_folder(job, model.digest, shards)) if shards else None,
-        exact=shards is not None,
+        exact=counted is not None,
         train_rows=rows,
         train_tokens=tokens,
         sequences=sequences,

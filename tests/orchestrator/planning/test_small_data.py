@@ -1,0 +1,41 @@
+"""Small data is counted before it is sharded: the plan says the same before and after."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.planning import small_data
+from orchestrator.planning.plan import plan_job
+from tests.tiny import chat_rows, checked, film_rows, make_bert, make_llama, shard_locally, tiny_job
+
+COUNTS = ("exact", "train_rows", "train_tokens", "sequences", "steps")
+
+
+def counts(job: Any) -> dict[str, Any]:
+    plan = plan_job(checked(job)).model_dump()
+    return {name: plan[name] for name in COUNTS}
+
+
+@pytest.mark.parametrize("kind", ["rows", "packed", "fraction"])
+def test_the_plan_of_small_data_is_exact_before_the_shards_are_written(
+    kind: str, tmp_path: Path, tiny_tokenizer: Path, tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*film_rows(57), {"text": "no label"}]
+    job = tiny_job(
+        tmp_path, make_bert(tmp_path / "m", tiny_tokenizer), "classify", rows, data={"max_drop_fraction": 0.5}
+    )
+    if kind == "packed":
+        job = tiny_job(tmp_path, make_llama(tmp_path / "c", tiny_chat_tokenizer), "sft", chat_rows(40),
+                       data={"max_length": 256})  # fmt: skip
+    if kind == "fraction":
+        data = job.data.model_copy(update={"eval": (), "eval_fraction": 0.3})
+        job = job.model_copy(update={"data": data})
+    job = job.model_copy(update={"train": job.train.model_copy(update={"steps": None, "epochs": 2.0})})
+    before = counts(job)
+    assert before["exact"]
+    shard_locally(job)
+    assert counts(job) == before and json.dumps(before)
+    monkeypatch.setattr(small_data, "MOST_BYTES", 10)
+    assert small_data.count_small(checked(job)) is None
