@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import yaml
 
+from trainers.checkpoint.cleaning import finish_removals
 from trainers.checkpoint.retention import KeptCheckpoints
 from trainers.errors import Preempted, TuneyardError
 from trainers.evaluation.selection import find_best
@@ -79,6 +80,7 @@ def main() -> NoReturn:
     one process in twenty while it takes itself apart ("terminate called without an active exception").
     """
     code = _main()
+    finish_removals()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -16,11 +16,11 @@ from trainers.run.events import CheckpointEvent, CheckpointSkippedEvent
 from trainers.run.folder import parse_step, step_name
 from trainers.storage import TEMPORARY, Folder
 
-ASIDE = "damaged-"
+ASIDE, REMOVAL = "damaged-", "remove-checkpoint"
 
 
-def remove_checkpoint(checkpoints: Folder, step: int) -> threading.Thread:
-    """Take a checkpoint out of sight at once and delete it in a thread, which is returned.
+def remove_checkpoint(checkpoints: Folder, step: int) -> None:
+    """Take a checkpoint out of sight at once and delete it in a thread.
 
     Killed in the middle, it leaves nothing that looks like a checkpoint. One that is gone already is no error.
     """
@@ -29,13 +29,19 @@ def remove_checkpoint(checkpoints: Folder, step: int) -> threading.Thread:
         doomed = _unique(folder.path)
         with contextlib.suppress(FileNotFoundError):
             folder.path.rename(doomed)
-        work = threading.Thread(target=_delete_tree, args=(doomed,))
+        work = threading.Thread(target=_delete_tree, args=(doomed,), name=REMOVAL)
     else:
         folder.delete(COMMITTED)
         folder.delete(MANIFEST)
-        work = threading.Thread(target=folder.delete)
+        work = threading.Thread(target=folder.delete, name=REMOVAL)
     work.start()
-    return work
+
+
+def finish_removals() -> None:
+    """For a process that ends without the interpreter's own end, which waits for threads."""
+    for thread in threading.enumerate():
+        if thread.name == REMOVAL:
+            thread.join()
 
 
 def _unique(path: Path) -> Path:
