@@ -98,6 +98,27 @@ def plan(
 
 
 @app.command()
+def show(
+    job_path: JobPath,
+    row: Annotated[int | None, typer.Option("--row", min=0, help="This row of the split, counted from 0.")] = None,
+    number: Annotated[int | None, typer.Option("--random", min=1, help="So many rows, drawn by the seed.")] = None,
+    reason: Annotated[
+        str | None, typer.Option(help="First rows with this outcome: kept, truncated, dropped, missing_text, ...")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train or eval.")] = "train",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows as the model gets them: token by token, targets marked."""
+    from orchestrator.commands.show import examples, print_examples
+
+    if split not in ("train", "eval"):
+        raise JobError(f"--split {split}: there are train and eval")
+    rows = examples(_load(job_path, overrides), split, row, number, reason)  # type: ignore[arg-type]
+    print_json([shown.model_dump(mode="json") for shown in rows]) if as_json else print_examples(rows)
+
+
+@app.command()
 def verify(
     job_path: JobPath,
     again: Annotated[bool, typer.Option(help="Test anew where a result is kept.")] = False,

@@ -106,6 +106,10 @@ class Task(ABC):
                 counted from 1; 0 in evaluation, which therefore draws the same each time.
         """
 
+    def target_tokens(self, row: Example) -> tuple[Array, Array]:
+        """For people: the ids of a sequence as the model gets them, and which of them are targets, bool [length]."""
+        return row.input_ids, np.zeros(len(row.input_ids), dtype=bool)
+
     def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
         """The labels that a sequence shows; the training rows' make up `labels`."""
         return (extra["label"],) if "label" in extra else ()

@@ -37,6 +37,9 @@ class CausalTask(Task):
     def target_mask(self, row: Example) -> Array:
         """bool [length]: which tokens of the document are predicted. The first never can be."""
 
+    def target_tokens(self, row: Example) -> tuple[Array, Array]:
+        return row.input_ids, self.target_mask(row) & (np.arange(len(row.input_ids)) > 0)
+
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Packs as rows padded on the right; labels are already shifted to the position that predicts them."""
         longest = max(sum(len(row.input_ids) for row in pack) for pack in packs)

@@ -58,6 +58,10 @@ class Extract(Task):
         """Cut each context into windows and find the answer in each."""
         return batch_rows((_encode(row, encoder, rules) for row in rows), self.extra_schema)
 
+    def target_tokens(self, row: Example) -> tuple[Array, Array]:
+        places, (first, last) = np.arange(len(row.input_ids)), row.extra["answer_tokens"]
+        return row.input_ids, (places >= first) & (places <= last)
+
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Windows padded on the right; labels [windows, 2] are the answer's first and last token."""
         rows = [row for pack in packs for row in pack]

@@ -71,6 +71,11 @@ class Mlm(Task):
         self._mask_id, self._vocabulary = encoder.mask_id, len(encoder.tokenizer)
         self._bytes = token_bytes(encoder)
 
+    def target_tokens(self, row: Example) -> tuple[Array, Array]:
+        """As evaluation hides them; training hides others in each epoch."""
+        ids, labels = self._hide(row, 0)
+        return ids, labels != IGNORE
+
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         rows = [row for pack in packs for row in pack]
         inputs = as_inputs(rows, pad_id)

@@ -81,6 +81,12 @@ class Seq2Seq(Task):
         targets: Array = pc.list_value_length(table["target"]).to_numpy().astype(np.int64)
         return targets
 
+    def target_tokens(self, row: Example) -> tuple[Array, Array]:
+        target = np.asarray(row.extra["target"], dtype=np.int64)
+        return np.concatenate([row.input_ids, target]), np.arange(len(row.input_ids) + len(target)) >= len(
+            row.input_ids
+        )
+
     def prepare(self, encoder: Encoder) -> None:
         self._tokenizer = encoder.tokenizer
 

@@ -96,6 +96,9 @@ class Tag(Task):
     def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
         return set(extra["tags"])
 
+    def target_tokens(self, row: Example) -> tuple[Array, Array]:
+        return row.input_ids, np.isin(np.arange(len(row.input_ids)), row.extra["starts"])
+
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Rows padded on the right; only the first token of a word has a label."""
         rows = [row for pack in packs for row in pack]

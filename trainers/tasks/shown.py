@@ -1,0 +1,94 @@
+"""One row as the model gets it, for people: each token with its text and whether it is a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from trainers.records import Array, Record
+from trainers.tasks.base import EncodeRules, Example, Task, encode_rows
+from trainers.tokenizer.encoder import Encoder
+
+
+class ShownToken(Record):
+    """One token of a sequence."""
+
+    id: int
+    text: str
+    target: bool
+    """Whether the loss asks for it."""
+    begins: bool = False
+    """Whether it is the first of a sequence: a row that is split has several, and none sees another."""
+
+
+class ShownRow(Record):
+    """What became of one row."""
+
+    row: int
+    """Its place in the split, from 0."""
+    file: str
+    position: int
+    """Byte offset of its line for jsonl and text, row number for the others."""
+    outcome: str
+    tokens: tuple[ShownToken, ...]
+    tokens_lost: int
+    cut: str
+    """The text of the tokens that were cut off its end, where it is there that they were cut."""
+    values: Mapping[str, Any]
+    """What a sequence holds beside its tokens: a label, tags, a score."""
+
+
+def show_rows(
+    rows: Sequence[tuple[int, str, int, Mapping[str, Any] | None]], task: Task, encoder: Encoder, rules: EncodeRules
+) -> list[ShownRow]:
+    """Encode rows, each (place, file, position, fields), and spell them out."""
+    shown = []
+    for place, file, position, fields in rows:
+        settled = ["dropped:malformed" if fields is None else None]
+        batch = encode_rows(task, [fields or {}], encoder, rules, settled)
+        examples = [
+            Example(place, batch.tokens[index], {name: column[index].as_py() for name, column in batch.extra.items()})
+            for index in range(len(batch.tokens))
+        ]
+        outcome, lost = batch.outcomes[batch.codes[0]], int(batch.tokens_lost[0])
+        tokens = [token for example in examples for token in _tokens(task, example, encoder)]
+        cut = _cut(fields or {}, task, encoder, rules, examples[0].input_ids) if lost and examples else ""
+        values = {name: value for name, value in (examples[0].extra if examples else {}).items() if value is not None}
+        shown.append(
+            ShownRow(
+                row=place,
+                file=file,
+                position=position,
+                outcome=outcome,
+                tokens=tuple(tokens),
+                tokens_lost=lost,
+                cut=cut,
+                values={name: value for name, value in values.items() if name in ("label", "several", "tags", "score")},
+            )
+        )
+    return shown
+
+
+def _tokens(task: Task, example: Example, encoder: Encoder) -> list[ShownToken]:
+    ids, targets = task.target_tokens(example)
+    return [
+        ShownToken(id=int(number), text=_text(encoder, int(number)), target=bool(target), begins=place == 0)
+        for place, (number, target) in enumerate(zip(ids, targets, strict=True))
+    ]
+
+
+def _text(encoder: Encoder, number: int) -> str:
+    """A token's text, its leading blank included."""
+    text = str(encoder.tokenizer.decode([number], clean_up_tokenization_spaces=False))
+    name = encoder.tokenizer.convert_ids_to_tokens(number)
+    return f" {text}" if str(name).startswith("\u2581") and not text.startswith(" ") else text
+
+
+def _cut(fields: Mapping[str, Any], task: Task, encoder: Encoder, rules: EncodeRules, kept: Array) -> str:
+    whole = encode_rows(task, [fields], encoder, replace(rules, max_length=2**30)).tokens
+    if not len(whole) or not np.array_equal(whole[0][: len(kept)], kept):
+        return ""
+    return str(encoder.tokenizer.decode(whole[0][len(kept) :].tolist(), clean_up_tokenization_spaces=False))
