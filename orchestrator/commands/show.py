@@ -13,9 +13,9 @@ from trainers.job.schema import Job
 from trainers.model.source import prepare_model
 from trainers.shards.keys import split_sources
 from trainers.shards.ledger import matches
+from trainers.shards.shown import ShownRow, ShownToken, show_rows
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.tasks import encode_rules, load_task
-from trainers.tasks.shown import ShownRow, ShownToken, show_rows
 from trainers.tokenizer.encoder import load_encoder
 
 SHOWN = 5

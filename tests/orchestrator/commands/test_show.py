@@ -16,9 +16,9 @@ from trainers.errors import JobError
 from trainers.run.record import job_task
 from trainers.shards.dataset import ShardSet
 from trainers.shards.manifest import shards_folder
+from trainers.shards.shown import ShownToken
 from trainers.storage import Folder
 from trainers.tasks.losses import IGNORE
-from trainers.tasks.shown import ShownToken
 
 
 def chat(*turns: str) -> dict[str, Any]:
