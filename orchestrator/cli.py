@@ -110,7 +110,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show rows as the model gets them: token by token, targets marked."""
-    from orchestrator.commands.show import examples, print_examples
+    from orchestrator.planning.show import examples, print_examples
 
     if split not in ("train", "eval"):
         raise JobError(f"--split {split}: there are train and eval")

@@ -212,7 +212,6 @@ class Task(ABC):
         return {"num_labels": len(id2label), "id2label": id2label, "label2id": label2id}
 
     def load_config(self, path: str, pad_id: int, trust_remote_code: bool) -> Any:
-        """The model's configuration with this task's changes."""
         from transformers import AutoConfig
 
         changes = self.config_changes()
@@ -273,11 +272,7 @@ def encode_rows(
     rules: EncodeRules,
     settled: Sequence[str | None] | None = None,
 ) -> EncodedBatch:
-    """Encode rows, one outcome each; those that the task refuses are dropped with its reason.
-
-    Args:
-        settled: [rows], the outcome of each row that must not reach the task, None for the others.
-    """
+    """Encode rows, one outcome each: the one settled before, the task's refusal, or what encoding makes of them."""
     outcomes = list(settled or [None] * len(rows))
     for index, row in enumerate(rows):
         if outcomes[index] is None and (reason := task.refusal(row, rules.options)):

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.commands.show import examples, spelled
+from orchestrator.planning.show import examples, spelled
 from tests.tiny import make_llama, shard_locally, tiny_job, write_rows
 from tests.trainers.tasks.small import small_jobs
 from trainers.errors import JobError
