@@ -2,9 +2,11 @@
 
 import logging
 import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from orchestrator.reaper import guarded
@@ -25,7 +27,7 @@ def ray_session(address: str | None = None) -> Iterator[Any]:
         address: of a running cluster; by default RAY_ADDRESS, and without that a private one is started.
 
     Raises:
-        PlacementError: where no cluster answers at the address.
+        PlacementError: where no cluster answers at the address, or Ray does not start here.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -45,21 +47,35 @@ def ray_session(address: str | None = None) -> Iterator[Any]:
 def _start(ray: Any, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
-        ray.init(
-            address="local",
-            num_cpus=usable_cpus(),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        _start_here(ray, quiet)
         return
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise PlacementError(
             f"no Ray cluster answers at {address!r}: {error}. Check the address and, on clusters of several nodes, "
             "RAY_AUTH_MODE and the token; or leave the address out to run on this machine"
         ) from error
+
+
+def _start_here(ray: Any, options: dict[str, Any]) -> None:
+    """Start a private Ray; on a loaded machine it may miss its own deadline, so it is tried once more."""
+    sizes = {"num_cpus": usable_cpus(), "object_store_memory": OBJECT_STORE_BYTES}
+    for tries_left in (1, 0):
+        try:
+            ray.init(address="local", include_dashboard=False, **sizes, **options)
+            return
+        except Exception as error:  # of a raylet that does not come up Ray says no more than Exception
+            ray.shutdown()
+            if tries_left:
+                continue
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logs = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "session_latest", "logs")
+            files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            raise PlacementError(
+                f"Ray did not start on this machine, twice: {cause}. A busy machine or little memory is the usual "
+                f"reason, or too few open files (ulimit -n is {files}); its log: {logs}"
+            ) from error
 
 
 def usable_cpus() -> int:

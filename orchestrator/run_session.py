@@ -1,11 +1,10 @@
 """What the stages of one `tuneyard run` share: Ray, signals, and the run folder with its lock, log and result."""
 
-import fcntl
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import yaml
 
@@ -18,19 +17,18 @@ from orchestrator.report.details import gather
 from orchestrator.report.index import write_index
 from orchestrator.report.page import write_report
 from orchestrator.terminal.progress import Screen
-from trainers.errors import JobError, Preempted, TuneyardError
+from trainers.errors import Preempted, TuneyardError
 from trainers.evaluation.confusion import draw_confusion
 from trainers.run.events import Event, StageEvent, StageStartEvent, StartEvent, read_events, steps_of
 from trainers.run.folder import RESULT, Evaluation, RegisteredVersion, RunResult, read_result, run_folder
 from trainers.run.goodput import account, share
+from trainers.run.lock import own_folder
 from trainers.run.log import RunLog
 from trainers.run.record import Run
 from trainers.shards.keys import load_shards
 from trainers.storage import Folder
 from trainers.tasks import choose_metric
 from trainers.training.divergence import read_skipped
-
-LOCK = "driver.lock"
 
 
 class RunSession:
@@ -49,15 +47,11 @@ class RunSession:
         """Own the run folder for the length of the block; result.json says how the block ended, also where badly.
 
         Raises:
-            JobError: where another controller is at work on it.
+            JobError: where another process is at work on it, or it cannot be locked.
         """
         folder, job = run.folder, run.job
         folder.write_bytes("job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
-        with (folder.path / LOCK).open("w") as lock:
-            if not _lock(lock):
-                time.sleep(0.2)  # `tuneyard status` holds it for a moment when it looks
-            if not _lock(lock):
-                raise JobError(f"another `tuneyard run` is at work on {folder}; wait for it or stop it first")
+        with own_folder(folder):
             self.run, self.log = run, RunLog(folder, draw_confusion, job)
             try:
                 self.note_stage("shard", time.monotonic() - self._began)
@@ -129,13 +123,15 @@ class RunSession:
 
 
 def finished_run(checked: CheckedJob) -> tuple[Folder, RunResult] | None:
-    """Folder and result of a job whose run is done, or None."""
+    """Folder and result of a job whose run is done and registered under the job's name for it, or None."""
     shards = load_shards(checked.job, checked.splits)
     if shards is None:
         return None
     folder = run_folder(checked.job, checked.model.digest, shards)
     result = read_result(folder)
-    return (folder, result) if result and result.status == "done" else None
+    if result is None or result.status != "done" or result.registry is None:
+        return None
+    return (folder, result) if result.registry.model == (checked.job.registry.model or checked.job.name) else None
 
 
 @contextmanager
@@ -148,14 +144,6 @@ def open_session(checked: CheckedJob, address: str | None, screen: Screen) -> It
             screen.say(f"note: {note}")
         screen.metric = choose_metric(checked.job)[0]
         yield RunSession(checked, screen)
-
-
-def _lock(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextmanager

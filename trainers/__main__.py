@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from typing import NoReturn
 
 import yaml
@@ -22,11 +23,13 @@ from trainers.records import Phase, StopReason
 from trainers.run.describe import describe
 from trainers.run.events import CheckpointEvent, Event, StepEvent
 from trainers.run.folder import JOB_FILE, promoted_steps, read_evaluations
+from trainers.run.lock import own_folder
 from trainers.run.log import RunLog
 from trainers.run.record import Run, find_run
 from trainers.tasks import choose_metric
 from trainers.training.loop import LoopOutcome
 from trainers.verification.packing import decide_packing, with_packing
+from trainers.worker.launcher import check_launcher
 from trainers.worker.rank import run_rank
 from trainers.worker.stop_signal import StopSignal
 
@@ -93,9 +96,13 @@ def _main() -> int:
     arguments = parser.parse_args()
     try:
         job = load_job(arguments.job, arguments.set)
-        model = find_model(job)
+        notes, model = check_launcher(job, os.environ), find_model(job)
         run = find_run(with_packing(job, decide_packing(job, model)) if model else job, model)
-        _finish(run_rank(run, LocalHooks(run)))
+        is_first = os.environ.get("RANK", "0") == "0"
+        with own_folder(run.folder) if is_first else nullcontext():
+            for note in notes if is_first else ():
+                print(f"note: {note}", flush=True)
+            _finish(run_rank(run, LocalHooks(run)))
     except TuneyardError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

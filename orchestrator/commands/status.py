@@ -34,10 +34,10 @@ from trainers.run.events import (
     steps_of,
 )
 from trainers.run.folder import RESULT, RunResult, checkpoints_folder, read_evaluations, read_result
+from trainers.run.lock import LOCK, UNKNOWN
 from trainers.storage import Folder, is_remote
 from trainers.tasks import choose_metric
 
-LOCK = "driver.lock"
 QUIET_S = 180.0
 """Without a lock to look at, a run whose last event is older than this counts as interrupted."""
 
@@ -189,6 +189,10 @@ def lock_is_held(run: Folder) -> bool | None:
         return None
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in UNKNOWN:
+            raise
+        return None
     return False
 
 

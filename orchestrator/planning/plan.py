@@ -6,7 +6,6 @@ Exact where the shards are written or the data is small; else sequences are esti
 import json
 import os
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from math import prod
@@ -22,6 +21,7 @@ from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
 from trainers.model.families import tested_families
+from trainers.model.fit import tensor_shapes
 from trainers.model.lora import ALL_LINEAR
 from trainers.records import Record
 from trainers.run.folder import run_folder
@@ -107,7 +107,7 @@ def plan_job(checked: CheckedJob) -> Plan:
         checkpoint_gib=saved * CHECKPOINT_BYTES_PER_PARAMETER / 2**30,
         host_gib_per_worker=saved * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / 2**30,
         checkpoints=-(-steps // job.checkpoint.every_steps),
-        notes=(*architecture_notes(checked), *notes(job, batches, steps)),
+        notes=(*checked.notes, *architecture_notes(checked), *notes(job, batches, steps)),
         job=job.model_dump(mode="json"),
     )
 
@@ -145,17 +145,6 @@ def _sample(job: Job, split: SplitPlan, units: tuple) -> tuple[list, float]:  # 
     whole = len(rows) < SAMPLE_ROWS and len(units) == 1
     size = sum(len(json.dumps(row, ensure_ascii=False).encode()) for row in rows if row)
     return [row for row in rows if row], float(source.size if whole else size)
-
-
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all tensors in a folder's safetensors, from their headers alone."""
-    shapes: dict[str, list[int]] = {}
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return shapes
 
 
 NOT_ADAPTED = re.compile(r"embed|wte|wpe|shared|lm_head")

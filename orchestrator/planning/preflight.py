@@ -9,6 +9,7 @@ from trainers.batching.batch_plan import plan_batches
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.deepspeed_config import derive_config
+from trainers.model.fit import check_fit
 from trainers.model.source import ModelFolder, prepare_model
 from trainers.shards.keys import Sources, SplitName, Splits, plan_splits, split_sources
 from trainers.sources.readers import check_columns, needed_fields, task_columns
@@ -26,11 +27,17 @@ class CheckedJob:
     splits: Splits
     packing: PackingDecision | None = None
     """Found out where the job leaves it open whether to pack."""
+    notes: tuple[str, ...] = ()
+    """What the user should know although it is no error."""
 
 
-def check_job(job: Job) -> CheckedJob:
+def check_job(job: Job, trains: bool = True) -> CheckedJob:
     """Check storage, model, data, batch arithmetic, DeepSpeed file, metric and registry; decide whether to pack where
     the job leaves that open.
+
+    Args:
+        job: the job.
+        trains: whether the model is used too; shards are written without.
 
     Raises:
         JobError: with every problem found.
@@ -49,15 +56,16 @@ def check_job(job: Job) -> CheckedJob:
     if job.checkpoint.storage is not None:
         check(Folder(job.checkpoint.storage).check_writable)
     check(lambda: choose_metric(job))
-    check(lambda: registry_uri(job.storage, job.registry.uri))
+    check(lambda: check_registry(job))
     check(lambda: check_batches(job))
     sources: Sources | None = check(lambda: find_data(job))
     model: ModelFolder | None = check(lambda: prepare_model(job))
+    notes: list[str] | None = check(lambda: check_fit(job, model.path)) if model and trains else []
     splits = check(lambda: plan_splits(job, model.path, sources)) if model and sources else None
     if problems or model is None or splits is None:
         raise JobError(problems)
     packing = decide_packing(job, model)
-    return CheckedJob(with_packing(job, packing), model, splits, packing)
+    return CheckedJob(with_packing(job, packing), model, splits, packing, tuple(notes or ()))
 
 
 def check_run_storage(job: Job) -> None:
@@ -67,6 +75,16 @@ def check_run_storage(job: Job) -> None:
             f"storage: {job.storage} can hold data and shards, but not a run, whose log is appended to and whose "
             "folder is locked; name a folder that all nodes share, and put the checkpoints there: checkpoint.storage: "
             f"{job.storage}"
+        )
+
+
+def check_registry(job: Job) -> None:
+    """A registry is named, or storage can hold one. Raises JobError."""
+    uri = registry_uri(job.storage, job.registry.uri)
+    if job.registry.uri is None and (wrong := sorted({"?", "#"} & set(job.storage))):
+        raise JobError(
+            f"storage: {job.storage} holds {' and '.join(map(repr, wrong))}, which the address of the registry in it, "
+            f"{uri}, cannot; name another folder"
         )
 
 

@@ -17,6 +17,7 @@ from trainers.job.sections import (
     DistillSection,
     EvaluateOptions,
     LoraSection,
+    RegistrySection,
     Section,
     Strings,
     TrainOptions,
@@ -244,17 +245,6 @@ class EvaluateSection(EvaluateOptions):
     workers: Annotated[int, Field(ge=1)] = 1
     """Processes that share an evaluation, each with the whole model and a part of the rows; metrics stay the same."""
     early_stopping: EarlyStopping | None = None
-
-
-class RegistrySection(Section):
-    """Where the best model is registered."""
-
-    model: str | None = None
-    """Name in the registry; null means the job's name."""
-    uri: str | None = None
-    """An MLflow tracking server; null means SQLite under storage."""
-    promote: Literal["if_better", "always", "never"] = "if_better"
-    """When the new version takes the alias champion."""
 
 
 class Job(Section):

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from trainers.job.task_fields import TOKEN_TASKS, For, ModelPath, path_if
 
@@ -122,3 +123,20 @@ class EvaluateOptions(Section):
     """extract: how far the no-answer score must exceed the best span's for the answer to be none."""
     bleu_tokenize: Annotated[Literal["13a", "intl", "zh", "char", "none"], For("seq2seq")] = "13a"
     """seq2seq: sacreBLEU's tokenizer."""
+
+
+def _registry_name(name: str | None) -> str | None:
+    if name is not None and (name.strip() in ("", ".", "..") or {"/", ":"} & set(name)):
+        raise PydanticCustomError("registry_name", "must be a name without / and :, which registries refuse")
+    return name
+
+
+class RegistrySection(Section):
+    """Where the best model is registered."""
+
+    model: Annotated[str | None, AfterValidator(_registry_name)] = None
+    """Name in the registry, without / and :; null means the job's name."""
+    uri: str | None = None
+    """An MLflow tracking server; null means SQLite under storage."""
+    promote: Literal["if_better", "always", "never"] = "if_better"
+    """When the new version takes the alias champion."""

@@ -23,9 +23,20 @@ OVERLONG = "dropped:overlong"
 def check_shards(job: Job, shards: Shards) -> None:
     """Refuse shards that this job may not train on, with every reason. Raises DataError."""
     refusals = [refusal for manifest in (shards.train, shards.eval) if (refusal := _refusal(job, manifest))]
+    refusals += [single] if (single := _single_class(job, shards.train)) else []
     if refusals:
         raise DataError("\n".join(refusals))
     check_labels(shards)
+
+
+def _single_class(job: Job, train: ShardManifest) -> str | None:
+    if job.task != "classify" or job.data.multi_label or len(train.labels) != 1:
+        return None
+    ((label, rows),) = train.labels.items()
+    return (
+        f"data.train: all {rows:,} rows have the label {label!r}, so there is nothing to tell apart; "
+        "add rows with other labels, or name the right column for label in data.columns"
+    )
 
 
 def _refusal(job: Job, manifest: ShardManifest) -> str | None:

@@ -1,0 +1,51 @@
+"""What is known before launch is refused before launch, all of it at once."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.planning.preflight import check_job
+from orchestrator.run_session import finished_run
+from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
+from trainers.errors import DataError, JobError
+from trainers.job.load import parse_job
+from trainers.run.folder import RegisteredVersion, RunResult
+from trainers.run.record import find_run
+
+
+def test_what_the_model_cannot_take_is_told_with_the_rest(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    model = make_bert(tmp_path / "model", tiny_tokenizer)
+    job = tiny_job(tmp_path, model, "classify", film_rows(20), storage=str(tmp_path / "a?b"))
+    job = job.model_copy(update={"data": job.data.model_copy(update={"max_length": 80})})
+    with pytest.raises(JobError) as refused:
+        check_job(job)
+    assert len(refused.value.problems) == 2
+    assert "'?'" in refused.value.problems[0] and "64 positions" in refused.value.problems[1]
+    check_job(job.model_copy(update={"storage": str(tmp_path / "b")}), trains=False)
+
+
+@pytest.mark.parametrize("name", ["a/b:c", "", " ", ".."])
+def test_a_name_that_registries_refuse_is_refused_with_the_job(tmp_path: Path, name: str) -> None:
+    job = tiny_job(tmp_path, tmp_path, "classify", film_rows(20))
+    with pytest.raises(JobError, match=r"registry.model: must be a name without / and :, .* got"):
+        parse_job({**job.model_dump(mode="json"), "registry": {"model": name}})
+
+
+def test_one_class_is_refused_once_the_rows_are_counted(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    rows = [{**row, "label": "good"} for row in film_rows(20)]
+    job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", rows)
+    shard_locally(job)
+    with pytest.raises(DataError, match="all 16 rows have the label 'good', so there is nothing to tell apart"):
+        find_run(job)
+
+
+def test_a_run_is_done_only_where_it_is_registered_under_the_jobs_name(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(20))
+    shard_locally(job)
+    version = RegisteredVersion(model=job.name, version=1, alias=None, step=2, source="x", decision="first")
+    run = find_run(job)
+    run.folder.write_bytes("result.json", RunResult(status="done", registry=version).model_dump_json().encode())
+    checked = check_job(job)
+    assert finished_run(checked) is not None
+    other = job.model_copy(update={"registry": job.registry.model_copy(update={"model": "other"})})
+    assert finished_run(check_job(other)) is None

@@ -1,0 +1,115 @@
+"""Whether a model can take what a job gives it: so many positions, every id of its tokenizer. Read from headers.
+
+Torch-free, so that `plan` asks before anything is launched. Begin at `check_fit`.
+"""
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from trainers.errors import JobError
+from trainers.job.schema import Job
+from trainers.tokenizer.encoder import Encoder, load_encoder
+
+POSITIONS = re.compile(r"(?:^|\.)(?:position_embeddings|embed_positions|wpe|position_embedding)\.weight$")
+"""Names of tables of learned (or stored) positions: a sequence longer than the table is an error in the model."""
+EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|tok_embeddings|wte|embed_in|shared)\.weight$")
+OTHER_SENSES = re.compile("vision|visual|image|audio")
+FROM_PADDING = ("roberta", "camembert", "longformer", "mpnet", "xmod", "data2vec-text", "luke", "layoutlmv3")
+"""Model types (or parts of them) that number positions from the padding id + 1 on."""
+OFFSET_TWO = ("opt", "bart", "mbart", "plbart", "biogpt")
+"""Model types whose table has two rows more than positions."""
+
+
+def check_fit(job: Job, folder: str) -> list[str]:
+    """Compare a prepared model with its tokenizer and with the lengths of the job.
+
+    Returns:
+        What the user should know although it is no error.
+
+    Raises:
+        JobError: with every way in which training would fail.
+    """
+    config, shapes = json.loads((Path(folder) / "config.json").read_text()), tensor_shapes(Path(folder))
+    text = config.get("text_config") or config
+    problems, notes = _positions(job, config, text, shapes)
+    rows = [shape[0] for name, shape in shapes.items() if EMBEDDINGS.search(name) and len(shape) == 2]
+    if rows or text.get("vocab_size"):
+        encoder = load_encoder(folder, job.model.trust_remote_code)
+        more_problems, more_notes = _vocabulary(encoder, max(rows, default=int(text.get("vocab_size", 0))))
+        problems, notes = problems + more_problems, notes + more_notes
+    if problems:
+        raise JobError(problems)
+    return notes
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shape by name of every tensor in a folder's safetensors, from their headers alone."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def _positions(
+    job: Job, config: dict[str, Any], text: dict[str, Any], shapes: dict[str, list[int]]
+) -> tuple[list[str], list[str]]:
+    """Problems and notes about the longest sequence."""
+    tables = [shape[0] for name, shape in shapes.items() if POSITIONS.search(name) and not OTHER_SENSES.search(name)]
+    longest = job.data.max_length
+    if job.task == "seq2seq" and config.get("is_encoder_decoder"):
+        longest = max(longest, job.data.max_target_length)
+    if tables and text.get("position_embedding_type") != "rotary":
+        kind, limit = str(text.get("model_type", "")), min(tables)
+        if any(part in kind for part in FROM_PADDING):
+            limit -= int(text.get("pad_token_id") or 0) + 1
+        elif kind in OFFSET_TWO:
+            limit -= 2
+        if longest > limit:
+            key = "data.max_length" if job.data.max_length > limit else "data.max_target_length"
+            return [
+                f"{key}: {longest} tokens are more than the {limit} positions that {job.model.path} has learned; "
+                f"set it to {limit} or less, or take a model for longer texts"
+            ], []
+        return [], []
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rotary = bool(rope) or any("rope" in name or "rotary" in name for name in text)
+    trained = text.get("max_position_embeddings")
+    if not rotary or not isinstance(trained, int):
+        return [], []
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    before = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+    if longest > trained:
+        return [], [
+            f"data.max_length {longest} is past the {trained} positions of the model: rotary positions go on, but it "
+            "was never trained there; set rope scaling (e.g. yarn) in its config.json, or expect to teach it"
+        ]
+    if kind != "default" and isinstance(before, int) and longest > before:
+        factor = f" by {rope['factor']:g}" if isinstance(rope.get("factor"), int | float) else ""
+        return [], [f"positions past {before} come from the model's rope scaling ({kind}{factor})"]
+    return [], []
+
+
+def _vocabulary(encoder: Encoder, rows: int) -> tuple[list[str], list[str]]:
+    """Problems and notes about ids that have no embedding."""
+    tokenizer = encoder.tokenizer
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+    added = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    used = {token: index for token, index in beyond.items() if token not in added}
+    if used or encoder.pad_id >= rows:
+        first = ", ".join(f"{token!r} ({used[token]})" for token in sorted(used, key=lambda token: used[token])[:5])
+        highest = max([*used.values(), encoder.pad_id])
+        return [
+            f"model.path: the tokenizer gives ids up to {highest}, but the model has only {rows} embeddings; without "
+            f"one: {first or f'the padding id {encoder.pad_id}'}. Take the tokenizer that belongs to the model, or "
+            "resize its embeddings (resize_token_embeddings) and save it"
+        ], []
+    if beyond:
+        listed = ", ".join(map(repr, sorted(beyond)[:5]))
+        return [], [f"rows that hold {listed} would fail: the model has no embedding for it"]
+    return [], []

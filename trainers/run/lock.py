@@ -1,0 +1,46 @@
+"""One writer a run folder: an flock on `driver.lock` that ends with the process, under every launcher."""
+
+import errno
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from trainers.errors import JobError
+from trainers.storage import Folder
+
+LOCK = "driver.lock"
+UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems answer that know no locks, or whose lock server is gone."""
+
+
+@contextmanager
+def own_folder(folder: Folder) -> Iterator[None]:
+    """Own a run folder for the length of the block.
+
+    Raises:
+        JobError: another process is at work on it, or its file system knows no locks.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (folder.path / LOCK).open("w") as lock:
+        if not _lock(lock, folder):
+            time.sleep(0.2)  # `tuneyard status` holds it for a moment when it looks
+        if not _lock(lock, folder):
+            raise JobError(f"another process is at work on {folder}; wait for it or stop it first")
+        yield
+
+
+def _lock(file: TextIO, folder: Folder) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in UNKNOWN:
+            raise
+        raise JobError(
+            f"storage: {folder} cannot be locked ({error.strerror}), so that two commands could write to one run; "
+            "mount it with locks (NFS: without nolock, lockd running; Lustre: -o flock), or name another storage"
+        ) from error
+    return True
