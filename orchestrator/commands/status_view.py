@@ -8,19 +8,11 @@ from rich.live import Live
 from rich.text import Text
 
 from orchestrator.commands.status import RunStatus
+from trainers.run.describe import duration
 
 STYLES = {"running": "bold cyan", "done": "green", "trained": "green", "failed": "bold red"}
 FOLLOW_S = 2.0
 CAUSE_CHARS = 300
-
-
-def human(seconds: float) -> str:
-    """A duration in the two units that matter."""
-    for unit, next_unit, size in (("d", "h", 86400), ("h", "min", 3600), ("min", "s", 60)):
-        if seconds >= size:
-            rest = int(seconds % size // {"h": 3600, "min": 60, "s": 1}[next_unit])
-            return f"{int(seconds // size)} {unit}" + (f" {rest} {next_unit}" if rest else "")
-    return f"{int(seconds)} s"
 
 
 def block(status: RunStatus) -> list[str]:
@@ -31,7 +23,7 @@ def block(status: RunStatus) -> list[str]:
     done = f"step {status.step:,}" + (f" of {status.steps:,}" if status.steps else "")
     facts = [
         done,
-        status.left_s is not None and f"{human(status.left_s)} left",
+        status.left_s is not None and f"{duration(status.left_s)} left",
         status.loss is not None and f"loss {status.loss:.4f}",
         status.tokens_per_s is not None and f"{status.tokens_per_s:,.0f} tokens/s",
     ]
@@ -41,11 +33,11 @@ def block(status: RunStatus) -> list[str]:
     lines += [", ".join(filter(None, (best, newest)))] if best or newest else []
     lines += [f"registered as {status.registered}"] if status.registered else []
     if status.event_age_s is not None:
-        lines.append(f"last event {human(status.event_age_s)} ago")
+        lines.append(f"last event {duration(status.event_age_s)} ago")
     if status.last_restart and status.last_restart_age_s is not None:
         count = f"{status.restarts} restart{'s' * (status.restarts > 1)}"
         cause = status.last_restart.splitlines()[0][:CAUSE_CHARS]
-        lines.append(f"{count}, the last {human(status.last_restart_age_s)} ago: {cause}")
+        lines.append(f"{count}, the last {duration(status.last_restart_age_s)} ago: {cause}")
     lines += [f"logs {status.logs}"] if status.logs else []
     return [lines[0], *(f"  {line}" for line in lines[1:])]
 

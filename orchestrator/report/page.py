@@ -17,6 +17,7 @@ from trainers.credentials import hide_credentials
 from trainers.errors import EvaluationError
 from trainers.evaluation.row_views import RowView
 from trainers.job.schema import Job
+from trainers.run.describe import duration
 from trainers.run.events import Event
 from trainers.run.folder import RunResult
 from trainers.run.row_scores import read_labels, read_row_scores
@@ -139,16 +140,6 @@ def _cards(result: RunResult, details: Details) -> list[dict[str, str]]:
 
 def _card(name: str, value: str, note: str) -> dict[str, str]:
     return {"name": name, "value": value, "note": note}
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 5 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.0f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _classes(run: Folder, job: Job, best_step: int | None, shards: Shards | None) -> dict[str, Any] | None:

@@ -16,10 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from orchestrator.report.page import duration
 from orchestrator.sharding.stage import ShardProgress
 from orchestrator.terminal.table import show_evaluations
-from trainers.run.describe import describe
+from trainers.run.describe import describe, duration
 from trainers.run.events import (
     CheckpointEvent,
     EvaluationEvent,

@@ -88,7 +88,7 @@ def _position(one: Standing) -> tuple[int, int]:
 
 
 def _odd_one(standings: list[Standing]) -> Standing:
-    """The one whose place fewest share; of equals the one furthest ahead."""
+    """The rank in the smallest (step, phase, line) group; ties: the rank furthest ahead."""
     places = [(one.beat.step, one.beat.phase, str(one.line)) for one in standings]
     order = sorted(
         zip(standings, places, strict=True), key=lambda pair: (places.count(pair[1]), *(-n for n in _position(pair[0])))

@@ -71,7 +71,7 @@ class _Server:
 
 
 class NodeAgent:
-    """The actor's state."""
+    """Lives as long as the job, holds the node's CPUs and GPUs, and survives the restarts of its ranks."""
 
     def __init__(self, cpus_per_worker: int) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="tuneyard-agent-"))

@@ -76,3 +76,13 @@ def _describe_trouble(event: Event) -> str | None:
             count = f" (failure {event.failures} in a row without a new checkpoint)" if event.failures > 1 else ""
             return f"training failed{count}: {event.cause}"
     return None
+
+
+def duration(seconds: float) -> str:
+    """A duration in the two units that matter: 42 s, 3 min 5 s, 2 h 10 min, 1 d 4 h."""
+    whole = round(seconds)
+    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit}" + (f" {rest} {smaller_unit}" if rest else "")
+    return f"{whole} s"

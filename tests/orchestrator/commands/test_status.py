@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.commands.status import RunStatus, run_status
-from orchestrator.commands.status_view import block, human, show_status
+from orchestrator.commands.status_view import block, show_status
 from trainers.errors import JobError
 from trainers.job.load import parse_job
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult
@@ -257,10 +257,3 @@ def test_following_ends_with_the_run(storage, capsys, monkeypatch):
     show_status(ask, follow=True, console=Console(file=io.StringIO()))
     assert [one.state for one in asked] == ["running", "running", "done"]
     assert capsys.readouterr().out.count("running") == 1, "what has not changed is not said again"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (7200, "2 h"), (90_000, "1 d 1 h")]
-)
-def test_durations_are_said_as_people_say_them(seconds, text):
-    assert human(seconds) == text

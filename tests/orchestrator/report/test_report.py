@@ -11,9 +11,10 @@ import yaml
 from orchestrator.commands.status import run_status
 from orchestrator.report.details import Details
 from orchestrator.report.index import write_index
-from orchestrator.report.page import duration, render_report, write_report
+from orchestrator.report.page import render_report, write_report
 from trainers.evaluation.row_views import RowView
 from trainers.job.load import parse_job
+from trainers.run.describe import duration
 from trainers.run.events import StepEvent, parse_events, steps_of
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult
 from trainers.run.row_scores import write_row_scores
@@ -265,7 +266,10 @@ def test_a_long_run_gives_a_page_of_bearable_size(tmp_path):
     assert len(render_report(run, result, job_of(), events_of(20_000))) < 3_000_000
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7200, "2 h"), (7260, "2 h 1 min"), (90_000, "1 d 1 h")],
+)
 def test_durations_are_said_as_people_say_them(seconds, text):
     assert duration(seconds) == text
 
