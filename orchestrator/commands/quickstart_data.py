@@ -17,6 +17,8 @@ LEFT_OUT = ("tech_support", "conversations")
 """Ten exchanges repeated a thousand times, and small talk about every topic."""
 FEWEST_GROUPS = 20
 """Independent groups of exchanges a topic needs, so that both sides of the split show it in several."""
+MOST_WORDS = 40
+"""Longer exchanges (39 of 792: answers with code, encyclopedia entries) are left out: others are padded to them."""
 EVAL_SHARE = 0.2
 SHARED_WORDS = 3
 """Shorter answers ("Yes.") tell nothing of the question, so sharing them joins nothing."""
@@ -38,7 +40,8 @@ def read_topics(folder: Path) -> list[TopicRow]:
     rows: dict[str, TopicRow] = {}
     for (label, sentences), group in zip(exchanges, groups, strict=True):
         text = " ".join(sentences)
-        rows.setdefault(_plain(text), TopicRow(text, label, group))
+        if len(text.split()) <= MOST_WORDS:
+            rows.setdefault(_plain(text), TopicRow(text, label, group))
     by_label: dict[str, set[str]] = defaultdict(set)
     for row in rows.values():
         by_label[row.label].add(row.group)
