@@ -31,6 +31,7 @@ from trainers.shards.manifest import Shards, shards_folder
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.storage import Folder
 from trainers.tasks import choose_metric, encode_rows, encode_rules, load_task
+from trainers.tasks.chat.render import renderer_of
 from trainers.tokenizer.encoder import load_encoder
 
 SAMPLE_ROWS = 500
@@ -107,7 +108,7 @@ def plan_job(checked: CheckedJob) -> Plan:
         checkpoint_gib=saved * CHECKPOINT_BYTES_PER_PARAMETER / 2**30,
         host_gib_per_worker=saved * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / 2**30,
         checkpoints=-(-steps // job.checkpoint.every_steps),
-        notes=(*checked.notes, *architecture_notes(checked), *notes(job, batches, steps)),
+        notes=(*checked.notes, *architecture_notes(checked), *chat_notes(job, model.path), *notes(job, batches, steps)),
         job=job.model_dump(mode="json"),
     )
 
@@ -178,6 +179,16 @@ def architecture_notes(checked: CheckedJob) -> list[str]:
     if checked.packing is not None and not checked.packing.apart:
         found.append(f"packing is off, for documents of a pack would see each other here: {checked.packing.reason}")
     return found
+
+
+def chat_notes(job: Job, model_path: str) -> list[str]:
+    """Whether a chat template ends the assistant's turns."""
+    if job.task != "sft":
+        return []
+    encoder = load_encoder(model_path, job.model.trust_remote_code)
+    if renderer_of(encoder, encoder.fast, encode_rules(job).options.chat_template).ending():
+        return []
+    return ["the chat template writes nothing behind the assistant's last turn: the model does not learn to stop"]
 
 
 def notes(job: Job, batches: BatchPlan, steps: int) -> list[str]:

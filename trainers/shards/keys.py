@@ -26,7 +26,7 @@ from trainers.storage import Folder
 from trainers.tasks.options import task_options
 from trainers.tokenizer.encoder import TOKENIZER_FILES
 
-ENCODER_VERSION = 5
+ENCODER_VERSION = 6
 """Raised whenever the same inputs would give other shards."""
 SplitName = Literal["train", "eval"]
 Sources = Mapping[SplitName, tuple[SourceFile, ...]]

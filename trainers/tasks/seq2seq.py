@@ -140,15 +140,17 @@ def _fit(
     said = list(target.ids)
     if encoder.eos_id is not None and (causal or said[-1] != encoder.eos_id):
         said.append(encoder.eos_id)
-    read, most = list(source.ids), rules.options.max_target_length
+    begin = encoder.affixes[0] if causal and encoder.affixes else []
+    read, most = [*begin, *source.ids], rules.options.max_target_length
     room = rules.max_length - min(len(said), most) if causal else rules.max_length
     lost = max(len(said) - most, 0) + max(len(read) - room, 0)
-    if lost and (rules.overlong != "truncate" or room < 1):
+    if lost and (rules.overlong != "truncate" or room <= len(begin)):
         return EncodedRow.dropped("overlong")
-    if not read:
+    if not source.ids:
         return EncodedRow.dropped("empty_source")
     if len(said) > most:
         said = [*said[: most - 1], said[-1]]
     if len(read) > room:
-        read = read[-room:] if causal else [*read[: room - 1], read[-1]]
+        kept = room - len(begin)
+        read = [*begin, *read[len(read) - kept :]] if causal else [*read[: room - 1], read[-1]]
     return EncodedRow.whole(TokenSequence(read, {"target": said, "reference": row["target"], "causal": causal}), lost)

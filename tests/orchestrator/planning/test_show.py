@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.planning.plan import chat_notes
 from orchestrator.planning.show import examples, spelled
 from tests.tiny import make_llama, shard_locally, tiny_job, write_rows
 from tests.trainers.tasks.small import small_jobs
@@ -86,3 +87,11 @@ def test_every_task_shows_the_targets_of_its_batches(tmp_path: Path) -> None:
         if job.task in ("sft", "pretrain"):
             labels = job_task(job, shards.train).collate([[first]], 0).labels[0]
             assert [place - 1 for place in targets] == [place for place, one in enumerate(labels) if one != IGNORE]
+
+
+def test_a_template_without_an_end_of_turn_is_told(job: Any) -> None:
+    assert chat_notes(job, job.model.path) == []
+    endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    changed = job.model_copy(update={"data": job.data.model_copy(update={"chat_template": endless})})
+    (note,) = chat_notes(changed, job.model.path)
+    assert "does not learn to stop" in note

@@ -228,3 +228,17 @@ def test_whole_words_are_hidden_together(tmp_path: Path) -> None:
         hidden, targets = choose(words, options, np.random.default_rng(seed))
         assert sorted(hidden) == np.flatnonzero(np.isin(words, words[hidden])).tolist()
         assert len(targets) == round(14 * 0.3) and set(targets) <= set(hidden)
+
+
+@pytest.mark.parametrize("longest", [64, 9])
+def test_a_causal_source_begins_as_a_document_of_pretraining_does(tiny_tokenizer: Path, longest: int) -> None:
+    encoder = Encoder(read_spec(tiny_tokenizer))
+    encoder.__dict__["affixes"] = ([1], [])
+    row = {"source": "the film is good and the plot is bad", "target": "good"}
+    encoded = encode_one(row, encoder, EncodeRules(longest, "truncate"), "seq2seq")
+    (sequence,) = encoded.sequences
+    whole = encoder.encode([row["source"] + "\n"], special=False)[0].ids
+    kept = len(sequence.input_ids) - 1
+    assert list(sequence.input_ids) == [1, *whole[len(whole) - kept :]]
+    assert (kept == len(whole)) == (longest == 64)
+    assert len(sequence.input_ids) + len(sequence.extra["target"]) <= longest
