@@ -31,29 +31,13 @@ PAIR = " | "
 """Stands between the two files of a parallel text where both are named in one word."""
 
 
+CHAT_FIELDS = ("prompt", "completion", "conversations", "instruction", "input", "output", "system", "history", "tools")
 TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrain": (("text",), ()),
     "mlm": (("text",), ()),
     "sft": (
         ("messages",),
-        (
-            "prompt",
-            "completion",
-            "conversations",
-            "instruction",
-            "input",
-            "output",
-            "system",
-            "history",
-            "tools",
-            "chosen",
-            "rejected",
-            "images",
-            "image",
-            "videos",
-            "audios",
-            "kto_tag",
-        ),  # read to say what the row is
+        (*CHAT_FIELDS, "chosen", "rejected", "images", "image", "videos", "audios", "kto_tag"),  # to say what a row is
     ),
     "classify": (("text", "label"), ("text_pair",)),
     "tag": (("tokens", "tags"), ()),
