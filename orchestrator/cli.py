@@ -1,5 +1,6 @@
 """The command line. Every command imports what it needs when it runs, so that --help answers at once."""
 
+import ctypes
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,6 +14,8 @@ from orchestrator.commands.options import TEMPLATES, Address, AsJson, JobPath, O
 from orchestrator.commands.registry import app as registry_app
 from trainers.errors import JobError, TuneyardError
 
+PR_SET_NAME = 15
+
 app = typer.Typer(
     name="tuneyard",
     no_args_is_help=True,
@@ -24,6 +27,8 @@ app.add_typer(registry_app, name="registry")
 
 def main() -> None:
     """Run the program; a known failure is one message and its exit code."""
+    if sys.platform == "linux":  # also `python -m orchestrator`, as `submit` starts it, is found by its name
+        ctypes.CDLL(None).prctl(PR_SET_NAME, b"tuneyard")
     try:
         app()
     except TuneyardError as error:

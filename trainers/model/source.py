@@ -4,6 +4,7 @@ A hub id is downloaded once into the hub's cache; a GGUF file is dequantized onc
 not partitioned while it loads under ZeRO-3. Weights in pickle files are refused.
 """
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -19,7 +20,7 @@ from trainers.job.task_fields import names_folder
 from trainers.storage import Folder
 from trainers.tokenizer.encoder import TOKENIZER_FILES
 
-EDGE_BYTES = 1 << 20
+EDGE_BYTES, BLOCK_BYTES = 1 << 20, 16 << 20
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -29,7 +30,7 @@ class ModelFolder:
 
     path: str
     digest: str
-    """Of config, tokenizer and weights (names, sizes, first and last MiB): part of the run's identity."""
+    """Of config, tokenizer, every byte of the weights, and of code that is trusted: part of the run's identity."""
 
 
 def prepare_model(job: Job) -> ModelFolder:
@@ -93,9 +94,25 @@ def _checked(path: Path, job: Job) -> ModelFolder:
     for name in ("config.json", *TOKENIZER_FILES):
         if (path / name).is_file():
             digest.update(name.encode() + (path / name).read_bytes())
-    for file in weights:
-        digest.update(file.name.encode() + _edges(file))
+    cache = Folder(job.storage) / "models" / "digests"
+    for file in [*weights, *(sorted(path.glob("*.py")) if job.model.trust_remote_code else ())]:
+        digest.update(file.name.encode() + _digest(file, cache).encode())
     return ModelFolder(str(path), digest.hexdigest())
+
+
+def _digest(path: Path, cache: Folder) -> str:
+    """Digest of every byte of a file, read once for each size and time of change: 140 GB take minutes."""
+    stat = path.stat()
+    name = xxhash.xxh3_128_hexdigest(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+    with contextlib.suppress(OSError):
+        return cache.read_bytes(name).decode()
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            hasher.update(block)
+    with contextlib.suppress(OSError):  # without a cache it is read again the next time
+        cache.write_bytes(name, hasher.hexdigest().encode())
+    return str(hasher.hexdigest())
 
 
 def _edges(path: Path) -> bytes:
