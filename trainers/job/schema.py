@@ -282,7 +282,8 @@ class Job(Section):
         return self.data.columns.get(field, field)
 
     def identity(self) -> str:
-        """Digest of all that changes the trained weights; where and how large the job runs does not."""
+        """Digest of all that changes the trained weights or how they are scored, `evaluate.metric` included: another
+        metric is another run. Where and how large the job runs does not count."""
         parts = self.model_dump(mode="json", include={"task", "model", "data", "train"})
         for name in ("verify", "activation_checkpointing", "activation_offload"):
             parts["train"].pop(name)
