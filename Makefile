@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := orchestrator trainers tests
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/demo.stamp
 	test -e demo/job.yaml || $(BIN)/tuneyard init quickstart demo
@@ -23,6 +23,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
+
+gpu: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python tests/benchmarks/bench_gpu.py --write docs/gpu.md
 
 bench:
 	@ls tests/benchmarks/*.py

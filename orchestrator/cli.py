@@ -89,6 +89,7 @@ def schema() -> None:
 @app.command()
 def plan(
     job_path: JobPath,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of a worker's GPU; default: this machine's.")] = None,
     overrides: Overrides = None,
     full: Annotated[bool, typer.Option("--full", help="Print the job with every default written out, too.")] = False,
     as_json: AsJson = False,
@@ -98,7 +99,7 @@ def plan(
     from orchestrator.planning.plan import plan_job
     from orchestrator.planning.preflight import check_job
 
-    found = plan_job(check_job(_load(job_path, overrides)))
+    found = plan_job(check_job(_load(job_path, overrides)), None if gpu_memory is None else int(gpu_memory * 2**30))
     print_json(found.model_dump(mode="json")) if as_json else plan_table(found, full)
 
 

@@ -68,6 +68,11 @@ def make_tokenizer(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with a decoder's tokenizer: byte-level BPE, lossless on any text, with a chat template."""
+    return make_chat_tokenizer(tmp_path_factory.mktemp("tiny_chat_tokenizer"))
+
+
+def make_chat_tokenizer(folder: Path) -> Path:
+    """What `tiny_chat_tokenizer` gives, in a folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,7 +92,6 @@ def tiny_chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         additional_special_tokens=special[1:],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    folder = tmp_path_factory.mktemp("tiny_chat_tokenizer")
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-START_S = 240
+START_S = 540
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, patience_s: float = START_S) -> list[Any]:

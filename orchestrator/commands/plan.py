@@ -2,7 +2,7 @@
 
 import yaml
 
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import Plan, WayMemory
 from orchestrator.terminal.table import show
 
 LABELS = 20
@@ -23,6 +23,8 @@ def plan_table(plan: Plan, full: bool) -> None:
         *([("labels", labels)] if known else []),
         ("chosen by", f"{plan.mode} {plan.metric}"),
         ("model", f"{plan.parameters:,} parameters"),
+        ("deepspeed", f"{plan.deepspeed}: {plan.deepspeed_reason}"),
+        *((f"  {each.way}", _memory(each)) for each in plan.ways),
         ("memory", f"{plan.state_gib_per_worker:.2f} GiB of state a worker, activations on top"),
         ("host memory", f"{plan.host_gib_per_worker:.2f} GiB a worker for copies of the state"),
         ("run folder", plan.run or "named once the shards are written"),
@@ -31,3 +33,9 @@ def plan_table(plan: Plan, full: bool) -> None:
     show("plan", ("what", "value"), rows)
     if full:
         print(yaml.safe_dump(plan.job, sort_keys=False))
+
+
+def _memory(way: WayMemory) -> str:
+    """What a way would need, in words."""
+    host = f" and {way.host_gib:.1f} GiB of host memory" if way.host_gib else ""
+    return f"would need {way.device_gib:.1f} GiB a device{host}"

@@ -6,6 +6,7 @@ Exact where the shards are written or the data is small; else sequences are esti
 import json
 import os
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from math import prod
@@ -20,9 +21,11 @@ from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
+from trainers.model.choice import choose
 from trainers.model.families import tested_families
 from trainers.model.fit import tensor_shapes
 from trainers.model.lora import ALL_LINEAR
+from trainers.model.memory import GIB, ModelSize, measure_size, needs
 from trainers.records import Record
 from trainers.run.folder import run_folder
 from trainers.run.record import job_task
@@ -35,10 +38,18 @@ from trainers.tasks.chat.render import renderer_of
 from trainers.tokenizer.encoder import load_encoder
 
 SAMPLE_ROWS = 500
-BYTES_PER_PARAMETER = {"float32": 4 + 4 + 8, "bfloat16": 2 + 2 + 4 + 8}
-"""Weights, gradients, (fp32 master,) and two Adam moments; partitioned over the workers by ZeRO-3."""
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """fp32 weight and two moments."""
+
+
+class WayMemory(Record):
+    """What one way to keep the state would need."""
+
+    way: str
+    device_gib: float
+    """Of a worker's device, activations and a margin included."""
+    host_gib: float
+    """Of a worker's host memory, beside copies for checkpoints."""
 
 
 class Plan(Record):
@@ -62,8 +73,13 @@ class Plan(Record):
     metric: str
     mode: str
     parameters: int
+    deepspeed: str
+    """How the state is kept: a template's name or path."""
+    deepspeed_reason: str
+    ways: tuple[WayMemory, ...]
+    """What each way would need; empty where no device's memory is known."""
     state_gib_per_worker: float
-    """Weights, gradients and optimizer state; activations come on top."""
+    """Weights, gradients and optimizer state on the device; activations come on top."""
     checkpoint_gib: float
     host_gib_per_worker: float
     """Host memory that a worker's checkpoints are copied to, held from its start to its end."""
@@ -74,11 +90,21 @@ class Plan(Record):
     """The resolved job."""
 
 
-def plan_job(checked: CheckedJob) -> Plan:
-    """Work out a checked job. Raises DataError where its shards are there and refused."""
+def plan_job(checked: CheckedJob, device_bytes: int | None = None) -> Plan:
+    """Work out a checked job.
+
+    Args:
+        device_bytes: memory of a worker's device; by default of this machine's smallest GPU, if workers get any.
+
+    Raises:
+        DataError: where its shards are there and refused.
+    """
     job, model = checked.job, checked.model
+    if device_bytes is None and job.scale.gpus_per_worker != 0:
+        device_bytes = gpu_memory()
+    choice = choose(job, job.scale.max_workers, device_bytes, lambda: measure_size(job, model.path))
     batches = plan_batches(
-        job.train.global_batch_size, job.train.micro_batch_size, job.scale.max_workers, job.data.max_length
+        job.train.global_batch_size, choice.micro_batch_size, job.scale.max_workers, job.data.max_length
     )
     shards = load_shards(job, checked.splits)
     counted = count_sequences(job, shards) if shards else count_small(checked)
@@ -87,7 +113,8 @@ def plan_job(checked: CheckedJob) -> Plan:
     shapes = tensor_shapes(Path(model.path))
     parameters = sum(prod(shape) for shape in shapes.values())
     saved = count_adapters(shapes, job.model.lora) if job.model.lora else parameters
-    stage_share = job.scale.max_workers if job.train.deepspeed.startswith("zero3") else 1
+    size = ModelSize(parameters, saved, 2 if job.model.dtype == "bfloat16" else 4, 0)
+    states = {need.way: need.state for need in choice.needs or needs(size, job.scale.max_workers, 1)}
     metric, mode = choose_metric(job)
     return Plan(
         run=str(run_folder(job, model.digest, shards)) if shards else None,
@@ -104,9 +131,12 @@ def plan_job(checked: CheckedJob) -> Plan:
         metric=metric,
         mode=mode,
         parameters=parameters,
-        state_gib_per_worker=parameters * BYTES_PER_PARAMETER[job.model.dtype] / stage_share / 2**30,
-        checkpoint_gib=saved * CHECKPOINT_BYTES_PER_PARAMETER / 2**30,
-        host_gib_per_worker=saved * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / 2**30,
+        deepspeed=choice.way,
+        deepspeed_reason=choice.reason,
+        ways=tuple(WayMemory(way=n.way, device_gib=n.device / GIB, host_gib=n.host / GIB) for n in choice.needs),
+        state_gib_per_worker=states.get(choice.way, states["zero0"]) / GIB,
+        checkpoint_gib=saved * CHECKPOINT_BYTES_PER_PARAMETER / GIB,
+        host_gib_per_worker=saved * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / GIB,
         checkpoints=-(-steps // job.checkpoint.every_steps),
         notes=(*checked.notes, *architecture_notes(checked), *chat_notes(job, model.path), *notes(job, batches, steps)),
         job=job.model_dump(mode="json"),
@@ -216,6 +246,16 @@ def cpu_has_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def gpu_memory() -> int | None:
+    """Bytes of memory of this machine's smallest GPU; None without one."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return min(int(line) for line in answer.split()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def _has_gpu() -> bool:

@@ -8,8 +8,10 @@ from orchestrator.registry.mlflow_client import registry_uri
 from trainers.batching.batch_plan import plan_batches
 from trainers.errors import JobError
 from trainers.job.schema import Job
+from trainers.model.choice import choose, settle
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.fit import check_fit
+from trainers.model.memory import ModelSize
 from trainers.model.source import ModelFolder, prepare_model
 from trainers.shards.keys import Sources, SplitName, Splits, plan_splits, split_sources
 from trainers.sources.readers import check_columns, needed_fields, task_columns
@@ -101,7 +103,7 @@ def check_batches(job: Job) -> None:
             batches = plan_batches(
                 job.train.global_batch_size, job.train.micro_batch_size, workers, job.data.max_length
             )
-            derive_config(job, batches)
+            derive_config(settle(job, choose(job, workers, None, lambda: ModelSize(0, 0, 0, 0))), batches)
         except JobError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:

@@ -17,6 +17,10 @@ _setup_privateuseone_for_python_backend("far")
 FAR = torch.device("far", 0)
 MAY_MIX = {"copy_", "_to_copy", "_copy_from", "index", "index_put", "index_put_", "_index_put_impl_"}
 """Operators of aten that take tensors of both devices on CUDA as well."""
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"}
+"""Operators whose result the host cannot know before the device has come so far."""
+waits: list[str] = []
+"""What the host has waited for until now: such operators, copies to the host, lists."""
 
 
 class FarTensor(torch.Tensor):
@@ -48,6 +52,7 @@ class FarTensor(torch.Tensor):
 
     def tolist(self) -> Any:
         """Allowed on CUDA too, where it copies."""
+        waits.append("tolist")
         return self.values.tolist()
 
     def __repr__(self, **_: Any) -> str:
@@ -68,6 +73,8 @@ def execute(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         raise RuntimeError(f"Expected all tensors to be on the same device: {name} got far:0 and cpu {near}")
     device = kwargs.get("device")
     stays = bool(far) or not tensors if device is None else torch.device(device).type == "far"
+    if far and (name in WAITING or (name == "_to_copy" and not stays)):
+        waits.append(name)
     result = operator(*pytree.tree_map(_to_host, args), **pytree.tree_map(_to_host, kwargs))
     changed = _written_argument(operator, args, kwargs)
     if changed is not None:

@@ -56,6 +56,7 @@ def look(folder: str) -> dict[str, dict[str, Any]]:
         "self-tests": {name: guarded(self_tests, jobs[name], Path(folder) / f"checks {name}", FAR) for name in CHECKED},
         "losses": {name: guarded(losses, job, FAR) for name, job in {**jobs, **more}.items()},
         "evaluations": {name: guarded(evaluations, job, FAR) for name, job in jobs.items()},
+        "waits": {"micro-batches": guarded(waits_of_a_step, FAR)},
         "saves": {"copy and export": guarded(save, jobs["pretrain"], Path(folder) / "save", FAR)},
     }
 
@@ -164,6 +165,40 @@ def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
         torch.manual_seed(0)  # of new heads
         _, scores = evaluate.evaluate_model(job, task, job.model.path, held_out)
         found.append(task.metrics(scores))
+    return found
+
+
+def waits_of_a_step(far: Any) -> dict[int, list[str]]:
+    """What the host waits for in a step of one micro-batch and of four, without the loss and the engine themselves."""
+    import numpy as np
+    import torch
+
+    from tests.device.far import waits
+    from trainers.batching.batches import StepBatch
+    from trainers.model.world import World
+    from trainers.tasks.batch import Batch
+    from trainers.training.loop import run_micro_batches
+
+    class Objective:
+        def step_loss(self, model: Any, inputs: Any, labels: Any) -> Any:
+            return (model(inputs["x"]) - labels).square().sum()
+
+    class Engine(torch.nn.Linear):
+        def backward(self, loss: Any, scale_wrt_gas: bool) -> None:
+            loss.backward()
+
+        def step(self) -> None:
+            """Nothing is updated."""
+
+    engine, found = Engine(3, 1).to(far), {}
+    for count in (1, 4):
+        micro = Batch({"x": np.ones((2, 3), np.float32)}, np.zeros((2, 1), np.float32), (), ())  # type: ignore[arg-type]
+        before = len(waits)
+        total = run_micro_batches(
+            engine, Objective(), StepBatch((micro,) * count, 2, 2), World(0, 1, far), lambda: None
+        )
+        found[count] = waits[before:]
+        assert float(total) > 0 and len(waits) > before  # looking at the sum is what waits
     return found
 
 

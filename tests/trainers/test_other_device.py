@@ -44,3 +44,7 @@ def test_every_evaluation_gives_the_host_s_metrics(seen: dict[str, dict[str, Any
 
 def test_weights_are_copied_and_exported_as_they_are(seen: dict[str, dict[str, Any]]) -> None:
     assert seen["saves"]["copy and export"] == {"changed": [], "moved": 0.0, "tied": "true"}
+
+
+def test_the_host_waits_for_no_micro_batch(seen: dict[str, dict[str, Any]]) -> None:
+    assert seen["waits"]["micro-batches"] == {1: [], 4: []}

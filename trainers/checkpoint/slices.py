@@ -85,7 +85,10 @@ def owned_spans(engine: Any) -> Iterator[Span]:
         trainable = bool(parameter.requires_grad)
         if not trainable and not saves_frozen(engine):
             continue
-        if hasattr(parameter, "ds_id"):
+        if stage_of(engine) == 0:  # every rank has all of it and writes an equal part
+            part = -(-parameter.numel() // engine.world_size)
+            start, end = part * engine.global_rank, min(part * (engine.global_rank + 1), parameter.numel())
+        elif hasattr(parameter, "ds_id"):
             part = parameter.ds_tensor.numel()
             start, end = part * engine.global_rank, min(part * (engine.global_rank + 1), parameter.ds_numel)
         elif not trainable:
@@ -113,6 +116,8 @@ def _local(engine: Any, parameter: Any, kind: str, span: Span) -> Any:
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     length = span.end - span.start
+    if stage_of(engine) == 0:
+        return _replicated(engine, parameter, kind).flatten().narrow(0, span.start, length)
     if hasattr(parameter, "ds_id"):
         if not span.trainable:
             return parameter.ds_tensor.data.narrow(0, 0, length)
@@ -125,6 +130,12 @@ def _local(engine: Any, parameter: Any, kind: str, span: Span) -> Any:
     if not span.trainable:
         return parameter.data.flatten()
     return _fragment(engine, parameter._hp_mapping, kind)
+
+
+def _replicated(engine: Any, parameter: Any, kind: str) -> Any:
+    """PlainEngine: a parameter's master, or a moment of it."""
+    master = engine.masters.get(parameter, parameter)
+    return master.detach() if kind == "weight" else engine.optimizer.state[master][kind]
 
 
 def _fragment(engine: Any, mapping: Any, kind: str) -> Any:
@@ -142,10 +153,8 @@ def _fragment(engine: Any, mapping: Any, kind: str) -> Any:
 def restore_state(engine: Any, read: Read, optimizer_steps: int) -> None:
     """Set weights, moments and step count of this rank from spans of a checkpoint, whatever world size wrote it."""
     _create_moments(engine, optimizer_steps)
-    if stage_of(engine) == 3:
-        _restore_partitioned(engine, read)
-    else:
-        _restore_fragments(engine, read)
+    restore = {0: _restore_replicated, 3: _restore_partitioned}.get(stage_of(engine), _restore_fragments)
+    restore(engine, read)
 
 
 def _restored(engine: Any) -> Iterator[tuple[str, Any]]:
@@ -157,9 +166,13 @@ def _create_moments(engine: Any, optimizer_steps: int) -> None:
     """AdamW makes its state at the first update; before it can be set it must be there."""
     import torch
 
-    zero, adamw = engine.optimizer, engine.optimizer.optimizer
-    flat = zero.fp32_partitioned_groups_flat if stage_of(engine) == 3 else zero.single_partition_of_fp32_groups
-    for tensor in flat:
+    stage, optimizer = stage_of(engine), engine.optimizer
+    if stage == 0:
+        adamw, tensors = optimizer, engine.masters.values()
+    else:
+        adamw = optimizer.optimizer
+        tensors = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+    for tensor in tensors:
         state = adamw.state[tensor]
         state["step"] = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=tensor.device)
         for kind in KINDS[1:]:
@@ -192,6 +205,15 @@ def _padded(values: Any, length: int) -> Any:
     from torch.nn.functional import pad
 
     return values if len(values) == length else pad(values, (0, length - len(values)))
+
+
+def _restore_replicated(engine: Any, read: Read) -> None:
+    """PlainEngine: every rank holds everything."""
+    for name, parameter in _restored(engine):
+        parameter.data.copy_(read("weight", name, 0, parameter.numel()).view(parameter.shape))
+        for kind in KINDS if parameter.requires_grad else ():
+            values = read(kind, name, 0, parameter.numel()).view(parameter.shape)
+            _replicated(engine, parameter, kind).copy_(values)
 
 
 def _restore_fragments(engine: Any, read: Read) -> None:

@@ -154,8 +154,8 @@ class TrainSection(TrainOptions):
     spike_factor: Annotated[float, Field(gt=1)] | None = 3.0
     """A loss over this many times the largest of the last 1,000 steps rolls back to the last checkpoint and skips that
     step; null rolls back only where loss or gradient are not finite."""
-    deepspeed: Annotated[str, path_if(lambda value, base: value.endswith(".json"))] = "zero3"
-    """A name in ds_configs/ or the path of a JSON file."""
+    deepspeed: Annotated[str, path_if(lambda value, base: value.endswith(".json"))] = "auto"
+    """A name in ds_configs/ or the path of a JSON file; auto takes the cheapest that fits the GPUs, zero3 on CPUs."""
     activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
     """Layers that keep their inputs alone and are computed again in the backward pass: all (full), or every N-th. Less
     memory, up to a third more time, the same gradients."""
@@ -285,7 +285,7 @@ class Job(Section):
         """Digest of all that changes the trained weights or how they are scored, `evaluate.metric` included: another
         metric is another run. Where and how large the job runs does not count."""
         parts = self.model_dump(mode="json", include={"task", "model", "data", "train"})
-        for name in ("verify", "activation_checkpointing", "activation_offload"):
+        for name in ("verify", "deepspeed", "micro_batch_size", "activation_checkpointing", "activation_offload"):
             parts["train"].pop(name)
         scored_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize"}
         parts["evaluate"] = self.evaluate.model_dump(include=scored_by)

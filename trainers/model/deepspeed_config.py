@@ -13,7 +13,7 @@ from trainers.batching.batch_plan import BatchPlan
 from trainers.errors import JobError
 from trainers.job.schema import Job
 
-SUPPORTED_STAGES = (1, 2, 3)
+SUPPORTED_STAGES = (0, 1, 2, 3)
 UNSUPPORTED = {
     "mics_shard_size": "shards within groups of ranks (MiCS), which checkpoints do not lay out",
     "zero_quantized_weights": "keeps working weights quantized, from which checkpoints cannot be restored exactly",
@@ -45,7 +45,12 @@ def read_template(name: str) -> dict[str, Any]:
         raise JobError(f"train.deepspeed: {source} is not valid JSON: {error}") from None
     stage = template.get("zero_optimization", {}).get("stage") if isinstance(template, dict) else None
     if stage not in SUPPORTED_STAGES:
-        raise JobError(f"train.deepspeed: {source} must set zero_optimization.stage to 1, 2 or 3, not {stage!r}")
+        raise JobError(f"train.deepspeed: {source} must set zero_optimization.stage to 0, 1, 2 or 3, not {stage!r}")
+    if stage == 0 and template != {"zero_optimization": {"stage": 0}}:
+        raise JobError(
+            f"train.deepspeed: {source} sets zero_optimization.stage to 0, which trains without DeepSpeed and knows "
+            "no other setting: take the others out, or name a stage from 1 to 3"
+        )
     return dict(template)
 
 

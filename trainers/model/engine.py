@@ -19,38 +19,46 @@ ADAM_EPS = 1e-8
 
 
 def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dict[str, Any], world: World) -> Any:
-    """The DeepSpeed engine of this rank. Under ZeRO-3 no rank ever holds the whole model, but for families that make
-    weights while they load, which they cannot do from a part.
+    """The engine of this rank: DeepSpeed's, or a plain one at stage 0. Under ZeRO-3 no rank ever holds the whole model,
+    but for families that make weights while they load, which they cannot do from a part.
 
     Args:
         model_path: folder with config.json and safetensors.
         config: what `derive_config` made.
     """
-    import deepspeed
     import torch
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    stage = config["zero_optimization"]["stage"]
+    unset_hf_deepspeed_config()
+    if stage:
+        _init_deepspeed()
+    whole = stage < 3 or makes_weights(task.model_class(model_path, pad_id, job.model.trust_remote_code))
+    partition_on_load = None if whole else HfDeepSpeedConfig(config)
+    torch.manual_seed(job.train.seed)  # a new head is initialized alike at any world size
+    model = prepare_model(task.load_model(model_path, pad_id=pad_id, **load_options(job)), job, task)
+    if not stage:
+        model.to(world.device)
+    groups = parameter_groups(model, job.train.weight_decay, job.train.layer_decay)
+    settings = {"lr": job.train.learning_rate, "betas": ADAM_BETAS, "eps": ADAM_EPS, "fused": True}
+    if not stage:
+        from trainers.model.plain_engine import PlainEngine
+
+        return PlainEngine(model, groups, settings, config)
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(groups, **settings)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.partition_on_load = partition_on_load  # transformers keeps only a weak reference
+    return engine
+
+
+def _init_deepspeed() -> None:
+    import deepspeed
 
     # DeepSpeed's all-reduce over shared memory is compiled at first use and waits for ever on a peer that died
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)  # finds the process group that join_world made
-    unset_hf_deepspeed_config()
-    whole = config["zero_optimization"]["stage"] < 3 or makes_weights(
-        task.model_class(model_path, pad_id, job.model.trust_remote_code)
-    )
-    partition_on_load = None if whole else HfDeepSpeedConfig(config)
-    torch.manual_seed(job.train.seed)  # a new head is initialized alike at any world size
-    model = task.load_model(model_path, pad_id=pad_id, **load_options(job))
-    model = prepare_model(model, job, task)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, job.train.weight_decay, job.train.layer_decay),
-        lr=job.train.learning_rate,
-        betas=ADAM_BETAS,
-        eps=ADAM_EPS,
-        fused=True,
-    )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    engine.partition_on_load = partition_on_load  # transformers keeps only a weak reference
-    return engine
 
 
 def prepare_model(model: Any, job: Job, task: Task) -> Any:

@@ -79,3 +79,15 @@ def join_world(threads: int) -> World:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     return World(rank, size, device)
+
+
+def smallest_device(world: World) -> int | None:
+    """Bytes of memory of the smallest rank's GPU; None where ranks compute on CPUs."""
+    if world.device.type != "cuda":
+        return None
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(torch.cuda.get_device_properties(world.device).total_memory, device=world.device)
+    dist.all_reduce(total, op=dist.ReduceOp.MIN)
+    return int(total)

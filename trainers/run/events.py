@@ -69,6 +69,9 @@ class StartEvent(BaseEvent):
     """Steps of the whole run."""
     world_size: int = 1
     checkpoint_bytes: int = 0
+    deepspeed: str | None = None
+    """How the state is kept: a template's name or path."""
+    micro_batch_size: int | None = None
 
 
 class StepEvent(BaseEvent):

@@ -41,11 +41,16 @@ class Batch:
     """int64 [batch, seq], for packed batches: the document of a position, as an index into `rows`; -1 is padding."""
 
     def to(self, device: torch.device | str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Inputs and labels as tensors on a device."""
+        """Inputs and labels as tensors on a device; to a GPU from page-locked memory, so that nobody waits."""
         import torch
 
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in self.inputs.items()}
-        return inputs, torch.from_numpy(np.ascontiguousarray(self.labels)).to(device)
+        card = torch.device(device).type == "cuda"
+
+        def moved(array: Array) -> torch.Tensor:
+            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            return (tensor.pin_memory() if card else tensor).to(device, non_blocking=card)
+
+        return {name: moved(array) for name, array in self.inputs.items()}, moved(self.labels)
 
     @property
     def tokens(self) -> int:

@@ -136,21 +136,22 @@ def set_learning_rate(engine: Any, rate: float) -> None:
 def run_micro_batches(
     engine: Any, objective: Objective, batch: StepBatch, world: World, before_update: Callable[[], None]
 ) -> Any:
-    """Forward and backward over the accumulation, then the update. Returns this rank's loss sum, a detached scalar.
+    """Forward and backward over the accumulation, then the update. Returns this rank's loss sum, on its device: nothing
+    here waits for a GPU, so the host goes on launching.
 
     DeepSpeed averages gradients over ranks, so a loss of sum x world / targets gives the gradient of
     (sum over the whole step) / (targets of the whole step), however the step is cut up.
     """
     import torch
 
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
     for place, micro in enumerate(batch.micro_batches, 1):
         loss_sum = objective.step_loss(engine, *micro.to(world.device))
         engine.backward(share_of_step(loss_sum, batch.targets, world.size), scale_wrt_gas=False)
         if place == len(batch.micro_batches):
             before_update()
         engine.step()
-        total += loss_sum.detach().double().cpu()
+        total += loss_sum.detach()
     return total
 
 
@@ -175,7 +176,7 @@ def _settle(loss: Any, busy_s: float, world: World) -> tuple[float, Sequence[flo
     import torch.distributed as dist
 
     shared = torch.zeros(1 + world.size, dtype=torch.float64, device=world.device)
-    shared[0], shared[1 + world.rank] = float(loss), busy_s
+    shared[0], shared[1 + world.rank] = loss, busy_s
     dist.all_reduce(shared)
     total, *busy = shared.tolist()
     return total, busy

@@ -8,9 +8,11 @@ from trainers.batching.batches import StepSource
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
+from trainers.model.choice import choose, settle
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine
-from trainers.model.world import World, join_world
+from trainers.model.memory import measure_size
+from trainers.model.world import World, join_world, smallest_device
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run
 from trainers.storage import Folder
@@ -65,7 +67,9 @@ def _verify(run: Run, world: World, hooks: Hooks) -> None:
 
 def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     """Build everything, resume, and train until the end, a stop or a divergence."""
-    job, task = run.job, run.load_task()
+    task = run.load_task()
+    choice = choose(run.job, world.size, smallest_device(world), lambda: measure_size(run.job, run.model.path))
+    job = settle(run.job, choice)
     plan = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world.size, job.data.max_length)
     encoder = load_encoder(run.model.path, job.model.trust_remote_code)
     task.prepare(encoder)
@@ -86,7 +90,7 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
         world,
         new_attempt(world),
         run.shards.train.key,
-        job.identity(),
+        run.job.identity(),
         hooks.emit,
         skipped.numbers,
         job.checkpoint.start_over,
@@ -95,7 +99,15 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     host_bytes = checkpointer.prepare()
     if world.rank == 0:
         hooks.emit(HistoryEvent(events=start.history))
-        hooks.emit(StartEvent(step=start.step, steps=order.steps, world_size=world.size, checkpoint_bytes=host_bytes))
+        started = StartEvent(
+            step=start.step,
+            steps=order.steps,
+            world_size=world.size,
+            checkpoint_bytes=host_bytes,
+            deepspeed=choice.way,
+            micro_batch_size=choice.micro_batch_size,
+        )
+        hooks.emit(started)
     settings = LoopSettings(
         order.steps, job.checkpoint.every_steps, job.train.seed, job.train.spike_factor, skipped.numbers
     )

@@ -27,7 +27,7 @@ def derive(job: Job) -> dict[str, Any]:
 
 
 def test_the_documented_templates_are_there() -> None:
-    assert {"zero3", "zero3-cpu-offload", "zero3-nvme-offload", "zero2"} <= set(TEMPLATES)
+    assert {"zero0", "zero1", "zero3", "zero3-cpu-offload", "zero3-nvme-offload", "zero2"} <= set(TEMPLATES)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -97,9 +97,9 @@ def test_auto_and_agreeing_values_are_fine(tmp_path: Path) -> None:
     assert derive(job_with(path))["train_batch_size"] == 32
 
 
-@pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 0}}, {"zero_optimization": {}}])
-def test_a_stage_without_partitioning_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
-    with pytest.raises(JobError, match=r"must set zero_optimization\.stage to 1, 2 or 3"):
+@pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 4}}, {"zero_optimization": {}}])
+def test_a_stage_that_is_none_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(JobError, match=r"must set zero_optimization\.stage to 0, 1, 2 or 3"):
         read_template(write(tmp_path, config))
 
 
@@ -115,7 +115,7 @@ def test_what_a_checkpoint_would_get_wrong_is_refused(tmp_path: Path, option: di
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(JobError, match="'zero4' is neither a file nor one of zero2, zero3"):
+    with pytest.raises(JobError, match="'zero4' is neither a file nor one of zero0, zero1, zero2, zero3"):
         read_template("zero4")
 
 

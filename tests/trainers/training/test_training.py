@@ -88,6 +88,8 @@ def two_ranks(film_job: Job, chat_job: Job) -> dict[str, dict[int, float]]:
     )
     again = with_(chat_job, train={"activation_checkpointing": "full"})
     adapters = with_(chat_job, model={"lora": LoraSection(rank=2)})
+    zero0 = with_(chat_job, train={"deepspeed": "zero0", "micro_batch_size": 1})
+    half_zero0, frozen_zero0 = (with_(job, train={"deepspeed": "zero0"}) for job in (bf16, frozen))
     one_by_one = with_(chat_job, train={"micro_batch_size": 1})
     whole = {"steps": None, "epochs": 1.0, "global_batch_size": 64}  # one step, cut short, holds the whole set
     packed, unpacked = with_(chat_job, train=whole), with_(chat_job, train=whole, data={"packing": False})
@@ -105,6 +107,18 @@ def two_ranks(film_job: Job, chat_job: Job) -> dict[str, dict[int, float]]:
         "zero2": (zero2, "zero2", None),
         "zero2 stopped": (zero2, "zero2-again", 3),
         "zero2 resumed": (zero2, "zero2-again", None),
+        "zero0": (zero0, "zero0", None),
+        "zero0 stopped": (zero0, "zero0-again", 3),
+        "zero0 resumed": (zero0, "zero0-again", None),
+        "zero3 then zero0 a": (chat_job, "to-zero0", 3),
+        "zero3 then zero0 b": (zero0, "to-zero0", None),
+        "zero0 then zero2 a": (zero0, "to-zero2", 3),
+        "zero0 then zero2 b": (zero2, "to-zero2", None),
+        "zero0 bf16": (half_zero0, "zero0-bf16", None),
+        "zero0 bf16 stopped": (half_zero0, "zero0-bf16-again", 2),
+        "zero0 bf16 resumed": (half_zero0, "zero0-bf16-again", None),
+        "zero0 frozen stopped": (frozen_zero0, "zero0-frozen", 2),
+        "zero0 frozen resumed": (frozen_zero0, "zero0-frozen", None),
         "offload stopped": (offload, "offload", 3),
         "offload resumed": (offload, "offload", None),
         "one by one": (one_by_one, "one-by-one", None),
@@ -147,6 +161,24 @@ def test_bf16_resumes_bit_for_bit(two_ranks: dict[str, dict[int, float]]) -> Non
 def test_zero2_resumes_bit_for_bit_and_trains_as_zero3(two_ranks: dict[str, dict[int, float]]) -> None:
     assert two_ranks["zero2 stopped"] | two_ranks["zero2 resumed"] == two_ranks["zero2"]
     assert two_ranks["zero2"] == pytest.approx(two_ranks["chat"], abs=1e-5)
+
+
+def test_without_deepspeed_the_steps_are_those_of_zero3(two_ranks: dict[str, dict[int, float]]) -> None:
+    assert two_ranks["zero0"] == pytest.approx(two_ranks["chat"], abs=1e-5)
+    assert two_ranks["zero0 bf16"] == pytest.approx(two_ranks["bf16"], abs=5e-3)
+    frozen = two_ranks["zero0 frozen stopped"] | two_ranks["zero0 frozen resumed"]
+    assert frozen == pytest.approx(two_ranks["frozen stopped"] | two_ranks["frozen resumed"], abs=1e-5)
+
+
+def test_without_deepspeed_a_run_goes_on_bit_for_bit(two_ranks: dict[str, dict[int, float]]) -> None:
+    assert two_ranks["zero0 stopped"] | two_ranks["zero0 resumed"] == two_ranks["zero0"]
+    assert two_ranks["zero0 bf16 stopped"] | two_ranks["zero0 bf16 resumed"] == two_ranks["zero0 bf16"]
+
+
+def test_a_run_goes_on_at_another_stage_with_the_same_losses(two_ranks: dict[str, dict[int, float]]) -> None:
+    for first, then in (("zero3 then zero0 a", "zero3 then zero0 b"), ("zero0 then zero2 a", "zero0 then zero2 b")):
+        assert list(two_ranks[then]) == [4, 5, 6]
+        assert two_ranks[first] | two_ranks[then] == pytest.approx(two_ranks["chat"], abs=1e-5)
 
 
 def test_cpu_offload_trains_and_resumes_as_zero3(two_ranks: dict[str, dict[int, float]]) -> None:

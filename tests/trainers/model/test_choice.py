@@ -1,0 +1,92 @@
+"""`auto`: the cheapest way whose memory fits, and the largest micro-batch beside it. Devices are numbers here."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainers.job.test_job import changed
+from trainers.job.load import parse_job
+from trainers.job.schema import Job
+from trainers.model.choice import WAYS, choose, settle
+from trainers.model.memory import GIB, ModelSize, needs
+
+BILLION = ModelSize(1_240_000_000, 1_240_000_000, 2, int(6.6 * GIB))
+"""A Llama of 1.24 billion parameters in bf16 at 2,048 tokens."""
+EIGHT = ModelSize(8_000_000_000, 8_000_000_000, 2, 9 * GIB)
+
+
+def job_of(**train: Any) -> Job:
+    return parse_job(changed(train={"global_batch_size": 16, **train}, data={"max_length": 2048}))
+
+
+def choice_of(size: ModelSize, workers: int, gib: float | None, **train: Any) -> tuple[str, int]:
+    found = choose(job_of(**train), workers, None if gib is None else int(gib * GIB), lambda: size)
+    return found.way, found.micro_batch_size
+
+
+def test_each_way_needs_less_of_the_device_than_the_one_before() -> None:
+    for size in (BILLION, EIGHT):
+        states = [need.state for need in needs(size, 8, 1)]
+        assert states == sorted(states, reverse=True)
+        assert needs(size, 8, 1)[-1].host > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "workers", "gib", "way"),
+    [
+        (BILLION, 1, 80, "zero0"),
+        (BILLION, 8, 80, "zero0"),
+        (BILLION, 8, 24, "zero1"),
+        (BILLION, 8, 23, "zero2"),
+        (BILLION, 8, 22, "zero3"),
+        (EIGHT, 8, 80, "zero1"),
+        (EIGHT, 8, 60, "zero2"),
+        (EIGHT, 8, 42, "zero3"),
+        (EIGHT, 1, 80, "zero3-cpu-offload"),
+    ],
+)
+def test_the_cheapest_way_that_fits_is_taken(size: ModelSize, workers: int, gib: float, way: str) -> None:
+    assert choice_of(size, workers, gib)[0] == way
+
+
+def test_the_largest_micro_batch_that_fits_is_taken() -> None:
+    by_memory = {gib: choice_of(BILLION, 1, gib) for gib in (36, 45, 60, 100, 144)}
+    assert by_memory == {36: ("zero0", 1), 45: ("zero0", 2), 60: ("zero0", 4), 100: ("zero0", 8), 144: ("zero0", 16)}
+    assert needs(BILLION, 1, 4)[0].device <= 60 * GIB < needs(BILLION, 1, 8)[0].device
+
+
+def test_what_the_job_names_is_kept() -> None:
+    assert choice_of(BILLION, 1, 80, deepspeed="zero3", micro_batch_size=4) == ("zero3", 4)
+    assert choice_of(BILLION, 1, 80, micro_batch_size=1) == ("zero0", 1)
+    assert choice_of(BILLION, 1, 80, deepspeed="/my/own.json") == ("/my/own.json", 2)
+
+
+def test_without_devices_auto_means_zero3_and_no_model_is_looked_at() -> None:
+    def measured() -> ModelSize:
+        raise AssertionError("nothing depends on it")
+
+    found = choose(job_of(), 2, None, measured)
+    assert (found.way, found.micro_batch_size, found.needs) == ("zero3", 2, ())
+
+
+def test_nothing_that_fits_is_said_with_both_figures() -> None:
+    found = choose(job_of(), 1, 4 * GIB, lambda: EIGHT)
+    assert found.way == WAYS[-1] and found.micro_batch_size == 1
+    assert "may not fit" in found.reason and "4.0" in found.reason
+
+
+def test_the_choice_is_no_part_of_what_is_trained() -> None:
+    job = job_of()
+    settled = settle(job, choose(job, 1, 80 * GIB, lambda: BILLION))
+    assert (settled.train.deepspeed, settled.train.micro_batch_size) == ("zero0", 4)
+    assert settled.identity() == job.identity()
+
+
+def test_a_template_of_stage_0_knows_no_other_setting(tmp_path: Path) -> None:
+    from trainers.errors import JobError
+    from trainers.model.deepspeed_config import read_template
+
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 0, "overlap_comm": true}}')
+    with pytest.raises(JobError, match="trains without DeepSpeed"):
+        read_template(str(tmp_path / "mine.json"))
