@@ -29,7 +29,7 @@ from trainers.sources.readers import plan_units, read_unit
 from trainers.storage import Folder
 from trainers.tasks import load_task
 
-ROWS = [{"text": f"a good film {index}", "label": "good"} for index in range(200)]
+ROWS = [{"text": f"a good film {index}", "label": ("good", "bad")[index % 2]} for index in range(200)]
 
 
 def lines(rows: list[dict[str, Any]]) -> bytes:
@@ -83,7 +83,7 @@ def test_shards_are_written_to_a_bucket_and_read_from_a_local_copy(
     folder = shards_folder(Folder(job.storage), shards.train.key)
     assert read_manifest(folder) == shards.train and "manifest.json" in folder.list()
     held = ShardSet(folder, shards.train, load_task("classify"))
-    assert len(held) == 200 and held.origin(199)[0] == bucket("data/t.jsonl")
+    assert len(held) == 200 and held.origin(199)[0] == job.data.train_paths[0]
     assert held.row(7).input_ids.tolist() == held.row(7).input_ids.tolist() and held.lengths.sum() > 0
     copies = list(tmp_path.rglob("shard-*.arrow"))
     assert [copy.stat().st_size for copy in copies] == [shards.train.shards[0].bytes]
@@ -156,7 +156,7 @@ def test_a_place_that_cannot_be_reached_is_told_before_anything_starts(
     for name in ("map_units", "map_tasks", "start_workers"):
         monkeypatch.setattr(stage, name, no_task)
     job = parse_job(plain_job(tiny_tokenizer, str(tmp_path), train=[uri], eval=[uri]))
-    with pytest.raises(JobError, match=f"data.train: .*{re.escape(uri)}") as caught:
+    with pytest.raises(JobError, match=f"data.train: .*{re.escape(job.data.train_paths[0])}") as caught:
         stage.write_shards(checked(job, tiny_tokenizer))
     assert says in str(caught.value)
 
