@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := orchestrator trainers tests
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu clean models matrix
 
 demo: $(VENV)/demo.stamp
 	test -e demo/job.yaml || $(BIN)/tuneyard init quickstart demo
@@ -27,6 +27,13 @@ lint: $(VENV)/dev.stamp
 gpu: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python tests/benchmarks/bench_gpu.py --write docs/gpu.md
+
+# docs/models.md from what the tests of architectures see; the same families through `tuneyard run`, half a minute each.
+models: $(VENV)/dev.stamp
+	DS_ACCELERATOR=cpu $(BIN)/python -m tests.architectures.document
+
+matrix: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.architectures.by_command
 
 bench:
 	@ls tests/benchmarks/*.py

@@ -307,3 +307,39 @@ def test_no_file_names_a_path_of_somebodys_machine() -> None:
     machine = re.compile(r"(?<![\w.}~-])/(?:work|root|Users)/\w+")
     found = [f"{name}: {match.group()}" for name, text in tracked_texts() for match in machine.finditer(text)]
     assert found == []
+
+
+FAMILY = re.compile(
+    r"(?i)^(llama|qwen|mi[sx]tral|gemma|phi|(ro|de|al|distil|modern)?berta?|electra|gpt|opt|falcon|bloom|mamba|bart|marian|pegasus|t5|m2m)"
+)
+
+
+def names_of_families(path: Path) -> list[str]:
+    """Comparisons with a class's name or a family's, and imports of one family's code."""
+    found = []
+    for node in nodes(path):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.models."):
+            found.append(f"{name_of(path)}:{node.lineno} imports from a family")
+        if isinstance(node, ast.Compare):
+            words = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            is_family = any(isinstance(word, str) and FAMILY.match(word) for word in words)
+            if is_family or "(model).__name__" in ast.unparse(node) or ".model_type" in ast.unparse(node):
+                found.append(f"{name_of(path)}:{node.lineno} compares with a family's name")
+    return found
+
+
+def test_what_a_model_can_is_asked_of_it_and_not_of_its_name() -> None:
+    """A tokenizer's file names its parts by their types, which are no models."""
+    found = [line for path in modules(*PACKAGES) for line in names_of_families(path) if "/tokenizer/" not in line]
+    assert found == []
+
+
+def test_a_family_s_name_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    for index, (source, count) in enumerate((
+        ("if 'Llama' in type(model).__name__: pass", 1), ("if config.model_type == 'gpt2': pass", 1),
+        ("from transformers.models.qwen2 import x", 1), ("if kind == 'text': pass", 0), ("print('Llama')", 0),
+    )):  # fmt: skip
+        path = tmp_path / f"{index}.py"
+        path.write_text(source)
+        assert len(names_of_families(path)) == count, source

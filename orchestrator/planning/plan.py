@@ -196,7 +196,7 @@ def count_adapters(shapes: Mapping[str, Sequence[int]], lora: LoraSection) -> in
 
 
 def architecture_notes(checked: CheckedJob) -> list[str]:
-    """Whether the model's family is among those that are trained in the tests, and why a job does not pack."""
+    """Whether the family is among those that the tests compare with plain transformers, and why a job does not pack."""
     config = json.loads((Path(checked.model.path) / "config.json").read_text(encoding="utf-8"))
     family, known = str(config.get("model_type")), tested_families()
     tasks = known.get(family)

@@ -1,4 +1,4 @@
-"""All families: alone in a process first, then as ranks of ZeRO-3. Begin at `run_matrix`."""
+"""All families, each in every task it has a head for, in two processes. Begin at `run_matrix`."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tests.architectures.families import FAMILIES, write_model
 from tests.architectures.single import Cell, Samples, keeps_apart, kind_of, look_at
-from tests.architectures.trained import Outcome, choose_trials, run_trials
 from tests.ranks import run_ranks
 
 
@@ -15,25 +14,14 @@ class Matrix:
     """What was seen."""
 
     cells: tuple[Cell, ...]
-    outcomes: tuple[Outcome, ...]
     apart: dict[str, str]
-    """Why packed documents are kept apart or not, by decoder; empty where they are."""
+    """Why packed documents of a decoder see each other; empty where they do not."""
 
 
 def run_matrix(folder: Path, families: tuple[str, ...] = tuple(FAMILIES)) -> Matrix:
-    """Three launches: two ranks look at half of the families each; two ranks start every other trial; one finishes
-    those and starts the others; two finish the others."""
+    """Each of two processes looks at half of the families; they have no process group."""
     seen = run_ranks(_look, 2, str(folder), families, patience_s=1800)
-    apart = {**seen[0][1], **seen[1][1]}
-    trials = [
-        trial for trial in choose_trials({family: not why for family, why in apart.items()}) if trial.family in families
-    ]
-    first, second = ([trial for trial in trials if trial.start_size == size] for size in (2, 1))
-    started = run_ranks(run_trials, 2, str(folder), ("start", first), patience_s=1800)
-    alone = run_ranks(run_trials, 1, str(folder), ("finish", first), ("start", second), patience_s=1800)
-    ended = run_ranks(run_trials, 2, str(folder), ("finish", second), patience_s=1800)
-    outcomes = [outcome for of_rank in (*started, *alone, *ended) for outcome in of_rank]
-    return Matrix(tuple(seen[0][0] + seen[1][0]), tuple(outcomes), apart)
+    return Matrix(tuple(seen[0][0] + seen[1][0]), {**seen[0][1], **seen[1][1]})
 
 
 def _look(folder: str, families: tuple[str, ...]) -> tuple[list[Cell], dict[str, str]]:

@@ -105,7 +105,8 @@ class DataSection(DataOptions):
     overlong: Overlong | None = None
     """What happens to longer ones; null means split for pretrain and truncate for the others."""
     packing: bool | None = None
-    """Several documents a sequence, none seeing another; null means yes for pretrain and sft."""
+    """Several documents a sequence, none seeing another; null means for pretrain and sft, where
+    the model keeps them apart."""
     max_drop_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of rows that may be dropped before the data is refused."""
     dedup: Literal["exact", "near"] | None = None

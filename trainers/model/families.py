@@ -1,4 +1,4 @@
-"""The model families that are trained in the tests: families.json beside this file, written by tests/architectures."""
+"""The families that the tests compare with plain transformers: families.json here, written by tests/architectures."""
 
 import json
 from importlib.resources import files
