@@ -1,4 +1,4 @@
-"""Whether a new version becomes the champion. Pure: arrays in, a decision with its reason out.
+"""Whether a new version becomes the champion. Begin at `decide`, which is pure.
 
 By rule `if_better` a version is promoted only where it beats the present champion beyond the 95 % interval of a paired
 bootstrap over the same evaluation rows; what cannot be compared is never promoted. Before that it must beat what
@@ -13,8 +13,10 @@ import numpy as np
 
 from orchestrator.registry.bootstrap import CONFIDENCE, RESAMPLES, compare
 from trainers.errors import EvaluationError
+from trainers.evaluation.selection import BASELINE
 from trainers.records import Array, Record
-from trainers.run.row_scores import ROW
+from trainers.run.row_scores import ROW, read_row_scores
+from trainers.storage import Folder
 from trainers.tasks import Task
 
 Rule = Literal["if_better", "always", "never"]
@@ -92,6 +94,16 @@ def chance_baselines(candidate: RowScores, seed: int) -> list[RowScores]:
         RowScores(name, candidate.eval_key, {**candidate.numbers, **known, "prediction": prediction})
         for name, prediction in predictions.items()
     ]
+
+
+def pretrained_baseline(run: Folder, candidate: RowScores) -> list[RowScores]:
+    """What the pretrained model scores; empty where it was not evaluated on the same rows, or has no head yet."""
+    try:
+        numbers = read_row_scores(run, BASELINE)
+    except EvaluationError:
+        return []
+    alike = np.array_equal(numbers[ROW], candidate.numbers[ROW]) and numbers.keys() == candidate.numbers.keys()
+    return [RowScores("the pretrained model", candidate.eval_key, numbers)] if alike else []
 
 
 def _obstacle(candidate: RowScores, champion: RowScores) -> str | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.registry.bootstrap import compare
-from orchestrator.registry.promotion import RowScores, chance_baselines, decide
+from orchestrator.registry.promotion import RowScores, chance_baselines, decide, pretrained_baseline
 from trainers.errors import EvaluationError
 from trainers.run.row_scores import read_row_scores, write_row_scores
 from trainers.storage import Folder
@@ -54,6 +54,24 @@ def test_a_model_no_better_than_chance_is_not_promoted_though_there_is_no_champi
 
 def test_chance_is_only_known_of_rows_with_one_label():
     assert chance_baselines(RowScores("step 1", "k", {"row": np.arange(3), "loss_sum": np.ones(3)}), 0) == []
+
+
+def test_a_model_no_better_than_the_pretrained_one_is_not_promoted(tmp_path):
+    run, task = Folder(str(tmp_path)), load_task("pretrain")
+    random = np.random.default_rng(0)
+    before = {"loss_sum": random.random(50) + 2, "targets": np.full(50, 10), "correct": np.full(50, 3),
+              "bytes": np.full(50, 40)}  # fmt: skip
+
+    def scores(change):
+        return RowScores("step 5", "k", {"row": np.arange(50), **before, "loss_sum": before["loss_sum"] + change})
+
+    assert pretrained_baseline(run, scores(0)) == []  # it was not evaluated
+    write_row_scores(run, 0, np.arange(50), before)
+    for change, promoted in ((0.0, False), (0.5, False), (-0.5, True)):
+        candidate = scores(change)
+        decision = decide("if_better", candidate, None, task, "loss", "min", 0, pretrained_baseline(run, candidate))
+        assert decision.promote is promoted
+        assert "of the pretrained model" in decision.reason
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "mcc"])
