@@ -103,7 +103,8 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
 
 def _entry_problems(entry: dict[str, Any], key: str, task: Any) -> Iterator[str]:
     """What is wrong with an entry of the data that is more than a path."""
-    weight, tokens, given = entry.get("weight"), entry.get("tokens"), {"path", "source", "target"} & set(entry)
+    weight, tokens = entry.get("weight"), entry.get("tokens")
+    given = {name for name in ("path", "source", "target") if entry.get(name) is not None}
     if given not in ({"path"}, {"source", "target"}):
         yield f"an entry has {', '.join(sorted(given)) or 'no path'}; give a path, or source and target"
     elif "source" in given and task != "seq2seq":

@@ -88,7 +88,9 @@ def test_the_ledger_shows_what_a_mixture_takes_of_each_part(tmp_path: Path, tiny
     packs = index_packs(job, held)
     assert sum(one["rows_drawn"] for one in parts) == len(packs.rows)
     assert sum(one["tokens_drawn"] for one in parts) == int(packs.sums(held.lengths).sum())
-    shown = CliRunner().invoke(app, ["ledger", str(run)]).stdout
+    result = CliRunner().invoke(app, ["ledger", str(run)])
+    shown = result.stdout
+    assert result.exit_code == 0, result.output
     assert "mixture: what an epoch shows" in shown and str(parts[2]["tokens_drawn"]) in shown
 
 

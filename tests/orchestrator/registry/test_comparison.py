@@ -78,7 +78,7 @@ def test_a_run_without_rows_or_evaluations_is_named(runs):
     told = json.loads(call(*runs[:2], "--json"))
     assert told["notes"][0].startswith("the evaluation rows of topics-bbbbbbbb are gone")
     (runs[1].path / "evals" / "step-00000010.json").unlink()
-    with pytest.raises(JobError, match="no checkpoint was evaluated"):
+    with pytest.raises(JobError, match="none was evaluated"):
         call(*runs[:2])
     with pytest.raises(JobError, match="two runs or more"):
         call(runs[0])

@@ -278,8 +278,9 @@ def test_columns_missing_in_both_splits_are_told_at_once(tmp_path: Path, tiny_to
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_label_that_training_never_saw_is_refused(tmp_path: Path, tiny_tokenizer: Path) -> None:
-    for name, label in (("t", "good"), ("e", "other")):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "a film", "label": label}) + "\n")
+    for name, labels in (("t", ("good", "bad")), ("e", ("good", "other"))):
+        rows = [json.dumps({"text": "a film", "label": label}) + "\n" for label in labels]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
     job = make_job(tmp_path, tiny_tokenizer, train=[str(tmp_path / "t.jsonl")], eval=[str(tmp_path / "e.jsonl")])
     with pytest.raises(DataError, match="'other'"):
         write_shards(checked(job, tiny_tokenizer))
