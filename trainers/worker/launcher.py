@@ -8,6 +8,8 @@ from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.deepspeed_config import derive_config
 
+AUTO = "auto"
+
 
 def check_launcher(job: Job, environment: Mapping[str, str]) -> list[str]:
     """Compare what `accelerate launch` or `torchrun` was told with what the job asks for.
@@ -20,7 +22,8 @@ def check_launcher(job: Job, environment: Mapping[str, str]) -> list[str]:
     """
     world = int(environment.get("WORLD_SIZE", "1"))
     batches = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world, job.data.max_length)
-    config = derive_config(job, batches)
+    is_open = job.train.deepspeed == AUTO  # settled once the devices are known, so no stage contradicts it
+    config = {} if is_open else derive_config(job, batches)
     zero: dict[str, Any] = config.get("zero_optimization") or {}
     offload = {part: str((zero.get(f"offload_{part}") or {}).get("device", "none")) for part in ("optimizer", "param")}
     ours = {
@@ -30,6 +33,8 @@ def check_launcher(job: Job, environment: Mapping[str, str]) -> list[str]:
         "MIXED_PRECISION": ("mixed_precision", {"bfloat16": "bf16", "float32": "no"}[job.model.dtype]),
         "GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", str(batches.accumulation)),
     }
+    if is_open:
+        ours = {name: value for name, value in ours.items() if not name.startswith("DEEPSPEED_")}
     silent = {"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "1"}  # what accelerate says when it was not told
     problems = []
     for name, (key, value) in ours.items():
@@ -41,6 +46,9 @@ def check_launcher(job: Job, environment: Mapping[str, str]) -> list[str]:
             [f"{problem}; the job file decides: change one of them (train.deepspeed, model.dtype, "
              "train.micro_batch_size)" for problem in problems]
         )  # fmt: skip
+    notes = []
+    if is_open and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"):
+        notes.append("train.deepspeed is auto: it decides, not the accelerate configuration's ZeRO stage and offload")
     if job.scale.max_workers not in (1, world):
-        return [f"scale.workers is {job.scale.max_workers}, but the launcher started {world} ranks, which count"]
-    return []
+        notes.append(f"scale.workers is {job.scale.max_workers}, but the launcher started {world} ranks, which count")
+    return notes

@@ -19,8 +19,9 @@ AGREEING = {
 }
 
 
-def job(tmp_path: Path, workers: int = 1) -> Any:
-    return tiny_job(tmp_path, tmp_path, "classify", film_rows(10), scale={"workers": workers})
+def job(tmp_path: Path, workers: int = 1, deepspeed: str = "zero3") -> Any:
+    changes: dict[str, Any] = {"scale": {"workers": workers}, "train": {"deepspeed": deepspeed}}
+    return tiny_job(tmp_path, tmp_path, "classify", film_rows(10), **changes)
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,10 @@ def test_torchrun_says_nothing_and_its_number_of_ranks_counts(tmp_path: Path) ->
     assert check_launcher(job(tmp_path), {"WORLD_SIZE": "2"}) == []
     (note,) = check_launcher(job(tmp_path, workers=4), {"WORLD_SIZE": "2"})
     assert note == "scale.workers is 4, but the launcher started 2 ranks, which count"
+
+
+def test_auto_decides_whatever_the_launcher_says_and_that_is_told(tmp_path: Path) -> None:
+    auto = job(tmp_path, deepspeed="auto")
+    assert check_launcher(auto, {"WORLD_SIZE": "2"}) == []
+    (note,) = check_launcher(auto, {**AGREEING, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
+    assert "train.deepspeed is auto: it decides" in note
