@@ -163,7 +163,7 @@ def test_a_lost_node_costs_a_moment_and_no_step(
         driver.kill()
         driver.wait()
     starts = events_of(run, "start")
-    assert [start["world_size"] for start in starts] == [2, 1, 2]
+    assert [start.world_size for start in starts] == [2, 1, 2]
     assert starts[1].step >= 10
     resized = [event for event in events_of(run, "done") if event.stopped == "resize"]
     assert [event.step for event in resized] == [starts[2].step]

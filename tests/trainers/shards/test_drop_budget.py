@@ -77,7 +77,7 @@ def test_a_split_without_one_usable_row_is_refused_whatever_the_budget(
 
 
 def test_labels_that_training_never_saw_are_refused(tmp_path: Path, make_job: Any, shard_here: Any) -> None:
-    train = jsonl(tmp_path / "t.jsonl", [GOOD, GOOD])
+    train = jsonl(tmp_path / "t.jsonl", [GOOD, {**GOOD, "label": "fine"}])
     job = make_job(train=[train], eval=[jsonl(tmp_path / "e.jsonl", [GOOD, BAD])])
     with pytest.raises(DataError, match=r"'bad' \(1 rows\)"):
         check_shards(job, shard_here(job))
