@@ -126,7 +126,7 @@ def test_a_slow_rank_is_no_hang_but_a_straggler(job: Job, undisturbed: dict[int,
     found = events_of(run, "straggler")
     assert found
     assert {event.rank for event in found} == {1}
-    assert found[-1].lag_s == pytest.approx(0.2, abs=0.1)
+    assert found[-1].lag_s > 0.1  # half of what it sleeps; a busy machine only adds to it
 
 
 def test_a_loss_that_is_not_finite_rolls_back_and_leaves_that_step_out(job: Job, undisturbed: dict[int, float]) -> None:
