@@ -18,6 +18,10 @@ def missing_for_mounts() -> str | None:
         return "mounting needs root and /dev/fuse"
     if not shutil.which("bindfs") or not shutil.which("fusermount3"):
         return "bindfs and fuse3 are not installed"
+    try:
+        import fuse  # noqa: F401
+    except (ImportError, OSError) as error:  # the package, or libfuse2 that it loads
+        return f"fusepy cannot be used: {error}"
     return None
 
 
