@@ -119,7 +119,7 @@ def _under_zero3(model_path: str) -> list[str]:
     from trainers.model.engine import build_engine
     from trainers.model.world import join_world
 
-    plain = {"global_batch_size": 2, "steps": 1, "learning_rate": 1e-4}
+    plain = {"global_batch_size": 2, "steps": 1, "learning_rate": 1e-4, "deepspeed": "zero3"}
     data = {"train": ["x.txt"], "eval": ["x.txt"]}
     model = {"path": model_path, "dtype": "float32"}
     job = parse_job({"name": "t", "task": "pretrain", "model": model, "data": data, "train": plain})
