@@ -53,7 +53,7 @@ class Launched:
     def join(self) -> list[int | None]:
         """Wait for the ranks; their exit codes."""
         for rank in self.ranks:
-            rank.join(timeout=120)
+            rank.join(timeout=400)
         return [rank.exitcode for rank in self.ranks]
 
     def kill(self) -> None:

@@ -53,7 +53,7 @@ class Host:
             f"--temp-dir={self.folder}", "--object-store-memory=100000000", "--disable-usage-stats",
         ]  # fmt: skip
         done = subprocess.run(
-            self.command(*words), env=self.environment(), capture_output=True, text=True, timeout=120, check=False
+            self.command(*words), env=self.environment(), capture_output=True, text=True, timeout=400, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -63,7 +63,7 @@ class Host:
             self.command("ray", "drain-node", f"--address={head.address}:{PORT}", f"--node-id={self._node_id(head)}",
                          "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test",
                          "--deadline-remaining-seconds=60"),
-            env=self.environment(), capture_output=True, text=True, timeout=60, check=False,
+            env=self.environment(), capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         assert said.returncode == 0, said.stdout + said.stderr
 
@@ -76,7 +76,7 @@ class Host:
         )
         found = subprocess.run(
             head.command(sys.executable, "-c", program), env=head.environment(), capture_output=True, text=True,
-            timeout=60, check=True,
+            timeout=400, check=True,
         )  # fmt: skip
         return found.stdout.split()[-1]
 

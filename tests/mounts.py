@@ -50,7 +50,7 @@ def failing_view(folder: Path, real: Path) -> Iterator[tuple[Path, Path]]:
     command = [sys.executable, "-m", "tests.failing_mount", str(real), str(view), str(control)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as process:
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while not view.is_mount():
                 assert process.poll() is None and time.monotonic() < deadline, "the failing mount did not come up"
                 time.sleep(0.02)

@@ -38,7 +38,7 @@ def ray_head() -> Iterator[str]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 400
         while not answers(f"{address}/api/version"):
             assert process.poll() is None and time.monotonic() < deadline, Path(folder, "log").read_text()
             time.sleep(0.2)

@@ -142,7 +142,7 @@ def test_torchrun_without_shards_names_the_command(good: Path) -> None:
     path = good / "unsharded.yaml"
     path.write_text(yaml.safe_dump(job(data={"max_length": 31})), encoding="utf-8")
     words = [sys.executable, "-m", "trainers", str(path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
     refused(done, 2, "run `tuneyard shard JOB`")
 
 

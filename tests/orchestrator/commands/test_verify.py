@@ -51,7 +51,7 @@ def test_a_first_launch_runs_the_tests_and_refuses_what_fails(job_file: Path) ->
         contract = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         sets = [word for value in (f"name={name}", *words) for word in ("--set", value)]
         return subprocess.run(
-            [sys.executable, "-m", "trainers", str(job_file), *sets], capture_output=True, text=True, timeout=200,
+            [sys.executable, "-m", "trainers", str(job_file), *sets], capture_output=True, text=True, timeout=400,
             env=os.environ | contract | {"MASTER_PORT": str(port)}, check=False,
         )  # fmt: skip
 

@@ -174,6 +174,6 @@ with registry_lock(uri_of(storage)):
     for process in racing:
         process.stdin.write("go\n")
         process.stdin.flush()
-    assert [process.wait(timeout=120) for process in racing] == [0, 0]
+    assert [process.wait(timeout=400) for process in racing] == [0, 0]
     versions = find_model(uri_of(storage), "topics").ours()
     assert sorted((one.decision, one.champion) for one in versions) == [("first", True), ("second", False)]

@@ -25,7 +25,7 @@ def test_ranks_that_are_no_forks_run_and_leave_a_spare(
     first = [server.process.pid for server in kept._servers]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.free_port())}
     kept.launch(run, {0: {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}}, None)
-    events, ranks, deadline = [], set(), time.monotonic() + 120
+    events, ranks, deadline = [], set(), time.monotonic() + 400
     while not (seen := kept.report()).exits:
         assert time.monotonic() < deadline
         events += seen.events

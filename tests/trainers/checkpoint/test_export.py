@@ -79,7 +79,7 @@ def run_within(group: Path, code: str, *arguments: str) -> subprocess.CompletedP
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(
         [sys.executable, "-c", enter + code, *arguments],
-        capture_output=True, text=True, timeout=200, check=False, env=environment,
+        capture_output=True, text=True, timeout=400, check=False, env=environment,
     )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def plain_logits(folder: Path, auto: str, *more: str) -> Any:
     import torch
 
     done = subprocess.run([sys.executable, "-I", "-c", PLAIN, str(folder), auto, *more],
-                          capture_output=True, text=True, timeout=200, check=False, cwd=folder)  # fmt: skip
+                          capture_output=True, text=True, timeout=400, check=False, cwd=folder)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.tensor(json.loads(done.stdout.splitlines()[-1]))
 

@@ -65,7 +65,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Read]:
             with urllib.request.urlopen(url, timeout=30) as reply:
                 return json.load(reply)
 
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while len(ask("scalars/tags")) < 4:
             assert time.monotonic() < deadline
             time.sleep(0.5)
@@ -77,7 +77,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Read]:
 
 def curve(read: Read, run: str, tag: str, last: int) -> list[tuple[int, float]]:
     """What is shown once everything up to the last step is loaded, which takes the server some seconds."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 400
     while True:
         shown = [(step, round(value, 6)) for _, step, value in read("scalars/scalars", run=run, tag=tag)]
         if (shown and shown[-1][0] == last) or time.monotonic() > deadline:

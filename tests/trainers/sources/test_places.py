@@ -107,7 +107,7 @@ def gs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     port = free_port()
     log = (tmp_path_factory.mktemp("gs") / "log").open("wb")
     server = subprocess.Popen([sys.executable, "-c", GS_SERVER, str(port)], stdout=log, stderr=log)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 400
     while not answers(f"http://127.0.0.1:{port}/"):
         assert server.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
