@@ -15,7 +15,7 @@ from orchestrator.ray_session import check_placement, ray_session
 from orchestrator.registry.lineage import lineage
 from orchestrator.report.details import gather
 from orchestrator.report.index import write_index
-from orchestrator.report.page import write_report
+from orchestrator.report.page import REPORT, render_report
 from orchestrator.terminal.progress import Screen
 from trainers.errors import Preempted, TuneyardError
 from trainers.evaluation.confusion import draw_confusion
@@ -97,7 +97,9 @@ class RunSession:
         run = self.run
         run.folder.write_bytes(RESULT, result.model_dump_json(indent=1).encode())
         parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder))
-        write_report(run.folder, result, run.job, self.events(), run.shards, parents, gather(run, result))
+        details = gather(run, result)
+        page = render_report(run.folder, result, run.job, self.events(), run.shards, parents, details)
+        run.folder.write_bytes(REPORT, page.encode())
         write_index(run.folder.parent)
         return result
 

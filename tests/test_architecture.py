@@ -20,9 +20,6 @@ LAYERS = (
     *("tasks", "sources", "job", "tokenizer"),
 )
 MAIN, BESIDE = "__main__", "modules beside the folders"
-# Known and to be removed, not to be added to: (importing folder, imported folder).
-KNOWN_UPWARD: set[tuple[str, str]] = set()
-KNOWN_CIRCLE: set[str] = set()
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -90,16 +87,16 @@ def folder_imports(package: str) -> dict[tuple[str, str], list[str]]:
     return edges
 
 
-def upward_imports(layers: tuple[str, ...], known: set[tuple[str, str]]) -> dict[tuple[str, str], list[str]]:
+def upward_imports(layers: tuple[str, ...]) -> dict[tuple[str, str], list[str]]:
     """Imports in trainers that do not run down the list of layers."""
     height = {layer: index for index, layer in enumerate((MAIN, *layers, BESIDE))}
     edges = folder_imports("trainers").items()
-    return {edge: lines for edge, lines in edges if height[edge[0]] > height[edge[1]] and edge not in known}
+    return {edge: lines for edge, lines in edges if height[edge[0]] > height[edge[1]]}
 
 
-def circle(package: str, known: set[str]) -> list[str]:
+def circle(package: str) -> list[str]:
     """Folders that import each other in a circle, and what lies between two circles; empty if there is none."""
-    left = {edge for edge in folder_imports(package) if not known.issuperset(edge)}
+    left = set(folder_imports(package))
     while ends := {folder for _, folder in left} - {importing for importing, _ in left}:
         left = {edge for edge in left if edge[1] not in ends}
     while heads := {importing for importing, _ in left} - {folder for _, folder in left}:
@@ -159,12 +156,12 @@ def test_forbidden_imports_would_be_found(source: str, tmp_path: Path, monkeypat
 
 def test_a_folder_of_trainers_imports_only_folders_below_it() -> None:
     assert {path.name for path in (ROOT / "trainers").iterdir() if (path / "__init__.py").exists()} == set(LAYERS)
-    assert upward_imports(LAYERS, KNOWN_UPWARD) == {}
+    assert upward_imports(LAYERS) == {}
 
 
 def test_no_folders_import_each_other_in_a_circle() -> None:
-    assert circle("trainers", {folder for edge in KNOWN_UPWARD for folder in edge}) == []
-    assert circle("orchestrator", KNOWN_CIRCLE) == []
+    assert circle("trainers") == []
+    assert circle("orchestrator") == []
 
 
 def test_no_folder_holds_too_many_files() -> None:
@@ -194,8 +191,7 @@ def test_imports_that_run_up_would_be_found(
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     write_modules(tmp_path, {"trainers/run/folder.py": "", "trainers/job/load.py": "", name: source})
-    assert set(upward_imports(("run", "job"), set())) == found
-    assert upward_imports(("run", "job"), found) == {}
+    assert set(upward_imports(("run", "job"))) == found
 
 
 def test_a_circle_of_folders_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +206,7 @@ def test_a_circle_of_folders_would_be_found(tmp_path: Path, monkeypatch: pytest.
             "trainers/main.py": "import trainers.a.x",
         },
     )
-    assert circle("trainers", set()) == ["a", "b", "c"]
-    assert circle("trainers", {"b", "c"}) == []
+    assert circle("trainers") == ["a", "b", "c"]
 
 
 def test_a_full_folder_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ FOLDED = ("digest", "key", "identity", "version.")
 """Parts of the names of lineage entries that only machines read; the page folds them."""
 
 
-def write_report(
+def render_report(
     run: Folder,
     result: RunResult,
     job: Job,
@@ -41,8 +41,8 @@ def write_report(
     shards: Shards | None = None,
     lineage: Mapping[str, str] | None = None,
     details: Details | None = None,
-) -> None:
-    """Write report.html into the run folder, over an earlier one.
+) -> str:
+    """The page as text.
 
     Args:
         run: the run folder; the best checkpoint's evaluation rows are read from it.
@@ -53,19 +53,6 @@ def write_report(
         lineage: as `lineage.lineage` gives it.
         details: as `details.gather` gives them.
     """
-    run.write_bytes(REPORT, render_report(run, result, job, events, shards, lineage, details).encode())
-
-
-def render_report(
-    run: Folder,
-    result: RunResult,
-    job: Job,
-    events: Sequence[Event],
-    shards: Shards | None = None,
-    lineage: Mapping[str, str] | None = None,
-    details: Details | None = None,
-) -> str:
-    """The page as text; the arguments are those of `write_report`."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 

@@ -11,7 +11,7 @@ import yaml
 from orchestrator.commands.status import run_status
 from orchestrator.report.details import Details
 from orchestrator.report.index import write_index
-from orchestrator.report.page import render_report, write_report
+from orchestrator.report.page import render_report
 from trainers.evaluation.row_views import RowView
 from trainers.job.load import parse_job
 from trainers.run.describe import duration
@@ -238,8 +238,7 @@ def test_a_step_that_was_run_again_is_drawn_once_as_it_ran_last(tmp_path):
 
 def test_a_run_that_failed_at_once_has_a_report_with_its_error(tmp_path):
     run, result = Folder(str(tmp_path)) / "r", RunResult(status="failed", error=f"no space left {EVIL}")
-    write_report(run, result, job_of(), [])
-    page = run.read_bytes("report.html").decode()
+    page = render_report(run, result, job_of(), [])
     assert "no space left &lt;script&gt;" in page
     assert "<svg" not in page
 
