@@ -25,7 +25,7 @@ def evaluation_table(
     Args:
         metric: the one that decides.
         best_step: marked.
-        most: number of metrics shown; default all but those by class.
+        most: number of metrics shown, without rows and seconds; default all but those by class, with both.
     """
     names = {name for one in evaluations for name in one.metrics if "/" not in name or name == metric}
     shown = sorted(names, key=lambda name: (name != metric, name))[:most]
@@ -34,9 +34,10 @@ def evaluation_table(
         reason = why_not(one, metric) if metric else one.error
         kind = "failure" if one.status == "failed" else "best" if one.step == best_step else ""
         state = reason or kind or ("" if one.step else "pretrained baseline")
-        rows.append((one.step, *(one.metrics.get(name) for name in shown), one.rows, f"{one.seconds:.1f}", state))
+        effort = () if most else (one.rows, f"{one.seconds:.1f}")
+        rows.append((one.step, *(one.metrics.get(name) for name in shown), *effort, state))
         kinds.append(kind)
-    return Table(f"evaluations, by {metric}", ("step", *shown, "rows", "seconds", ""), rows, kinds)
+    return Table(f"evaluations, by {metric}", ("step", *shown, *(() if most else ("rows", "seconds")), ""), rows, kinds)
 
 
 def ledger_table(splits: Sequence[ShardManifest]) -> Table:

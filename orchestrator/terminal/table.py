@@ -33,8 +33,15 @@ def show_table(table: Table, console: Console | None = None) -> None:
 
 
 def show_evaluations(evaluations: Sequence[Evaluation], metric: str, best_step: int | None, console: Console) -> None:
-    """Metrics by step, the deciding one first, the best step marked."""
-    show_table(evaluation_table(evaluations, metric, best_step, COLUMNS), console)
+    """Metrics by step, the deciding one first, the best step marked; as many as the terminal has room for."""
+    tables = [evaluation_table(evaluations, metric, best_step, most) for most in range(COLUMNS, 0, -1)]
+    show_table(next((table for table in tables if _width(table) <= console.width), tables[-1]), console)
+
+
+def _width(table: Table) -> int:
+    """Characters of a line, but for the last column, whose reasons fold."""
+    columns = list(zip(table.columns, *table.texts(), strict=True))[:-1]
+    return sum(max(map(len, cells)) + len(" │ ") for cells in columns) + len("│ best │")
 
 
 def show_rows(title: str, records: Sequence[dict[str, Any]]) -> None:
