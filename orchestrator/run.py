@@ -15,7 +15,7 @@ from orchestrator.registry import register as registry
 from orchestrator.registry.lineage import lineage
 from orchestrator.registry.manage import registry_lock
 from orchestrator.registry.mlflow_client import registry_uri
-from orchestrator.registry.promotion import Promotion, RowScores, chance_baselines, decide, pretrained_baseline
+from orchestrator.registry.promotion import Promotion, RowScores, baselines_of, decide
 from orchestrator.registry.read import champion, row_scores_of
 from orchestrator.run_session import RunSession, finished_run, open_session, stop_asked_for
 from orchestrator.sharding.stage import write_shards
@@ -113,5 +113,5 @@ def weigh(session: RunSession, best: Evaluation) -> Promotion:
     candidate = RowScores(f"step {best.step}", best.eval_key, read_row_scores(run.folder, best.step))
     standing = champion(registry_uri(job.storage, job.registry.uri), job.registry.model or job.name)
     before = row_scores_of(standing) if standing else None
-    baselines = [*chance_baselines(candidate, job.train.seed), *pretrained_baseline(run.folder, candidate)]
+    baselines = baselines_of(run.folder, candidate, job.train.seed)
     return decide(job.registry.promote, candidate, before, run.load_task(), *session.metric, job.train.seed, baselines)

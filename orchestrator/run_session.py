@@ -1,5 +1,6 @@
 """What the stages of one `tuneyard run` share: Ray, signals, and the run folder with its lock, log and result."""
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -96,12 +97,21 @@ class RunSession:
     def _end(self, result: RunResult) -> RunResult:
         run = self.run
         run.folder.write_bytes(RESULT, result.model_dump_json(indent=1).encode())
+        try:
+            self._write_pages(result)
+        except Exception as error:  # how the run ended is on storage; a page that cannot be drawn does not undo it
+            logging.getLogger(__name__).exception("the pages could not be written")
+            self.screen.say(f"{run.folder}: its report could not be written: {type(error).__name__}: {error}")
+        return result
+
+    def _write_pages(self, result: RunResult) -> None:
+        """The report of this run, and the index of all."""
+        run = self.run
         parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder))
         details = gather(run, result)
         page = render_report(run.folder, result, run.job, self.events(), run.shards, parents, details)
         run.folder.write_bytes(REPORT, page.encode())
         write_index(run.folder.parent)
-        return result
 
     def _summary(self, status: Literal["done", "failed", "preempted"], error: str | None) -> RunResult:
         """What the log says of the run, over all attempts."""

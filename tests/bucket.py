@@ -23,6 +23,8 @@ class Bucket:
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, key and query of each request, in order."""
     answered: int = 0
+    read_only: bool = False
+    """Whether what would change it is answered 403, as after the right to write has been withdrawn."""
 
     def uri(self, key: str) -> str:
         """Where a key is, as job files name places."""
@@ -64,6 +66,9 @@ def serve_bucket() -> Iterator[Bucket]:
     def noting(environ: Any, start: Any) -> Any:
         bucket.asked.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]))
         try:
+            if bucket.read_only and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+                start("403 Forbidden", [("Content-Length", "0")])
+                return [b""]
             return serve(environ, start)
         finally:
             bucket.answered += 1

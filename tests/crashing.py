@@ -76,20 +76,20 @@ def is_alive(process: int) -> bool:
 
 
 def start_light(
-    folder: Path, checkpoints: Path | str | list[Path], steps: int, values: int, first: int = 0, keep: int = 3
+    folder: Path, checkpoints: Path | Folder | list[Path], steps: int, values: int, first: int = 0, keep: int = 3
 ) -> Launched:
     """A job of two ranks that saves steps first+1 ... steps, each rank `values` numbers of each kind.
 
     Args:
         checkpoints: where to; or a view of that folder for each rank.
     """
-    views = checkpoints if isinstance(checkpoints, list) else [checkpoints] * WORLD
+    places = [_folder(each) for each in (checkpoints if isinstance(checkpoints, list) else [checkpoints] * WORLD)]
     context = rank_context()
     folder.mkdir(parents=True, exist_ok=True)
     barrier = context.Barrier(WORLD)
     ranks = [
         context.Process(
-            target=_light_rank, args=(folder, views[rank], rank, first, steps, values, keep, barrier), daemon=True
+            target=_light_rank, args=(folder, places[rank], rank, first, steps, values, keep, barrier), daemon=True
         )
         for rank in range(WORLD)
     ]
@@ -98,8 +98,13 @@ def start_light(
     return Launched(folder, ranks, barrier)
 
 
+def _folder(place: Path | Folder) -> Folder:
+    """What a rank is given: a fork of an older process, to which only a `Folder` brings a bucket's credentials."""
+    return place if isinstance(place, Folder) else Folder(str(place))
+
+
 def _light_rank(
-    folder: Path, checkpoints: Path | str, rank: int, first: int, steps: int, values: int, keep: int, barrier: Any
+    folder: Path, checkpoints: Folder, rank: int, first: int, steps: int, values: int, keep: int, barrier: Any
 ) -> None:
     from trainers.checkpoint.host_buffer import HostBuffer
     from trainers.checkpoint.slices import Piece, RankShare
@@ -120,16 +125,16 @@ def _light_rank(
         buffer.copy_beside(lambda _: None).wait()
         state = _state(step, values) if rank == 0 else None
         save = Save(id=f"{folder.name}-{step}", rank=rank, world_size=WORLD)
-        place = str(Folder(str(checkpoints)) / step_name(step))
-        link.send(SaveRequest(save=save, step=step, folder=place, total_bytes=2 * buffer.num_bytes, state=state))
+        place = checkpoints / step_name(step)
+        link.send(SaveRequest(save=save, step=step, folder=place.uri, total_bytes=2 * buffer.num_bytes, state=state))
         report = link.hear(60)
         _note_writer(folder, rank, link.process.pid)
         if rank == 0:
             assert report is not None
             with (folder / "said.jsonl").open("a") as stream:
                 stream.write(report.model_dump_json() + "\n")
-            for old in deletable(committed_steps(Folder(str(checkpoints))), keep, ()):
-                remove_checkpoint(Folder(str(checkpoints)), old)
+            for old in deletable(committed_steps(checkpoints), keep, ()):
+                remove_checkpoint(checkpoints, old)
     link.close()
 
 
@@ -161,10 +166,10 @@ class Found:
     told: list[Any] = field(default_factory=list)
 
 
-def next_start(checkpoints: Path | str, values: int) -> Found:
+def next_start(checkpoints: Path | Folder, values: int) -> Found:
     """What a light job's next start loads. Raises AssertionError where a single value of it is wrong."""
-    place, found = Folder(str(checkpoints)), Found(0)
-    reader = choose_checkpoint(place, Alone(), found.told.append)
+    found = Found(0)
+    reader = choose_checkpoint(_folder(checkpoints), Alone(), found.told.append)
     if reader is None:
         return found
     found.step = reader.state.step

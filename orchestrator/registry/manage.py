@@ -14,7 +14,7 @@ import yaml
 from orchestrator.registry import mlflow_client
 from orchestrator.registry.digests import digest_file
 from orchestrator.registry.mlflow_client import explain_failures, sqlite_path
-from orchestrator.registry.promotion import Promotion, chance_baselines, decide, pretrained_baseline
+from orchestrator.registry.promotion import Promotion, baselines_of, decide
 from orchestrator.registry.read import (
     CHAMPION,
     ModelVersion,
@@ -136,7 +136,7 @@ def weigh_versions(uri: str, candidate: ModelVersion) -> Promotion:
     )
     task.labels = tuple(read_labels(Folder(candidate.run), candidate.step))
     metric, mode = choose_metric(job)
-    baselines = [*chance_baselines(rows, job.train.seed), *pretrained_baseline(Folder(candidate.run), rows)]
+    baselines = baselines_of(Folder(candidate.run), rows, job.train.seed)
     before = row_scores_of(standing) if standing else None
     return decide("if_better", rows, before, task, metric, mode, job.train.seed, baselines)
 

@@ -106,6 +106,11 @@ def pretrained_baseline(run: Folder, candidate: RowScores) -> list[RowScores]:
     return [RowScores("the pretrained model", candidate.eval_key, numbers)] if alike else []
 
 
+def baselines_of(run: Folder, candidate: RowScores, seed: int) -> list[RowScores]:
+    """What needs no training, over the candidate's rows."""
+    return [*chance_baselines(candidate, seed), *pretrained_baseline(run, candidate)]
+
+
 def _obstacle(candidate: RowScores, champion: RowScores) -> str | None:
     """Why the two cannot be compared row by row, or None."""
     remedy = "evaluate both on the same data, or set registry.promote: always"

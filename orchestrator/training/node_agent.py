@@ -112,7 +112,7 @@ class NodeAgent:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment["OMP_NUM_THREADS"] = str(self._cpus)
         if self._mode == "fork":
-            environment["DS_ACCELERATOR"] = "cpu"
+            environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # forks are ranks without a GPU
         process = subprocess.Popen(
             [sys.executable, "-m", "trainers.worker.rank_server", self._mode],
             stdin=subprocess.PIPE,

@@ -319,7 +319,9 @@ def table(asked: argparse.Namespace, job: Any, results: dict[str, list[dict[str,
     from trainers.model.memory import GIB, measure_size, needs
 
     size = measure_size(job, job.model.path)
-    said = {f"ours {n.way}": n.state + n.working + n.activations for n in needs(size, 1, asked.micro)}
+    said = {
+        f"ours {n.way}": n.state + n.working + n.activations for n in needs(size, 1, asked.micro, asked.accumulation)
+    }
     tokens = asked.micro * asked.accumulation * asked.length
     shape = SIZES[asked.size]
     attention = 6 * shape["num_hidden_layers"] * shape["hidden_size"] * asked.length  # causal: half of the square

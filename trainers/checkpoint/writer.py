@@ -38,9 +38,17 @@ def carry_out(request: SaveRequest, data: memoryview, hurry: threading.Event, si
         done = commit(folder, vote, save.world_size, request.state, request.history, sign)
         return SaveReport(step=request.step, bytes=done, at=time.monotonic())
     except OSError as error:
-        if save.rank == 0 and COMMITTED not in retrying(folder.list, f"listing {folder}"):
+        return SaveReport(step=request.step, error=f"{error}{_remove(folder) if save.rank == 0 else ''}")
+
+
+def _remove(folder: Folder) -> str:
+    """Remove a checkpoint that could not be committed; what is to be said where that is refused too."""
+    try:
+        if COMMITTED not in retrying(folder.list, f"listing {folder}"):
             folder.delete()
-        return SaveReport(step=request.step, error=str(error))
+    except OSError as error:
+        return f"; what is left of it stays: {error}"
+    return ""
 
 
 def _vote(

@@ -44,21 +44,22 @@ def choose(job: Job, world_size: int, device_bytes: int | None, measure: Callabl
         reason = "named by the job" if named else "ranks compute on CPUs"
         return Choice(named or WITHOUT_DEVICES, batches.micro_batch_size, reason)
     size = measure()
-    sizes = _micro_batches(job, batches)
+    sizes, per_rank = _micro_batches(job, batches), batches.micro_batch_size * batches.accumulation
     on_device = [each for each in WAYS if each != OFFLOAD]
     # steps too small to fill a GPU cost more than partitioning, and less than state that is fetched from the host
     order = [(least, way) for least in (batches.micro_batch_size, min(sizes)) for way in on_device]
     for least, way in [(min(sizes), named)] if named else [*order, (min(sizes), OFFLOAD)]:
-        need = {micro: _need(size, world_size, micro, way) for micro in sizes if micro >= least}
+        need = {micro: _need(size, world_size, micro, per_rank // micro, way) for micro in sizes if micro >= least}
         fitting = [micro for micro in need if need[micro].device <= device_bytes]
         if fitting:
             micro = max(fitting)
             figure = f"{need[micro].device / GIB:.1f} of {device_bytes / GIB:.1f} GiB"
             reason = f"named by the job: needs {figure}" if named else f"the cheapest way that fits: {figure}"
-            return Choice(way, micro, reason, needs(size, world_size, micro))
+            return Choice(way, micro, reason, needs(size, world_size, micro, per_rank // micro))
     way, micro = named or OFFLOAD, min(sizes)
-    figure = f"{_need(size, world_size, micro, way).device / GIB:.1f} GiB, a device has {device_bytes / GIB:.1f}"
-    return Choice(way, micro, f"may not fit: needs {figure}", needs(size, world_size, micro))
+    least_need = _need(size, world_size, micro, per_rank // micro, way).device
+    figure = f"{least_need / GIB:.1f} GiB, a device has {device_bytes / GIB:.1f}"
+    return Choice(way, micro, f"may not fit: needs {figure}", needs(size, world_size, micro, per_rank // micro))
 
 
 def _micro_batches(job: Job, batches: BatchPlan) -> list[int]:
@@ -69,8 +70,8 @@ def _micro_batches(job: Job, batches: BatchPlan) -> list[int]:
     return [size for size in range(1, per_rank + 1) if per_rank % size == 0]
 
 
-def _need(size: ModelSize, world_size: int, micro_batch_size: int, way: str) -> Need:
-    return next(need for need in needs(size, world_size, micro_batch_size) if need.way == way)
+def _need(size: ModelSize, world_size: int, micro_batch_size: int, accumulation: int, way: str) -> Need:
+    return next(need for need in needs(size, world_size, micro_batch_size, accumulation) if need.way == way)
 
 
 def settle(job: Job, choice: Choice) -> Job:

@@ -52,10 +52,15 @@ class Need:
         return int((self.state + self.working + self.activations) * (1 + MARGIN)) + RESERVE_BYTES
 
 
-def needs(size: ModelSize, world_size: int, micro_batch_size: int) -> tuple[Need, ...]:
-    """What each way needs, the cheapest way first."""
+def needs(size: ModelSize, world_size: int, micro_batch_size: int, accumulation: int = 1) -> tuple[Need, ...]:
+    """What each way needs, the cheapest way first.
+
+    Args:
+        accumulation: micro-batches a step; stages 2 and 3 sum the gradients of several in fp32 (`derive_config`).
+    """
     total, trainable, width = size.parameters, size.trainable, size.weight_bytes
     weights, gradients = total * width, trainable * width
+    summed = trainable * (4 if accumulation > 1 else width) // world_size
     masters = 0 if width == 4 else 4 * trainable
     adam = masters + 8 * trainable
     mine = adam // world_size
@@ -65,9 +70,9 @@ def needs(size: ModelSize, world_size: int, micro_batch_size: int) -> tuple[Need
     memory = {
         "zero0": (weights + gradients + adam, masters, 0),
         "zero1": (weights + gradients + mine, update + bucket, 0),
-        "zero2": (weights + gradients // world_size + mine, update + 2 * bucket, 0),
-        "zero3": ((weights + gradients) // world_size + mine, update + live + bucket, 0),
-        "zero3-cpu-offload": (gradients // world_size, live + bucket, weights // world_size + mine + update),
+        "zero2": (weights + summed + mine, update + 2 * bucket, 0),
+        "zero3": (weights // world_size + summed + mine, update + live + bucket, 0),
+        "zero3-cpu-offload": (summed, live + bucket, weights // world_size + mine + update),
     }
     activations = size.sequence_bytes * micro_batch_size
     return tuple(

@@ -50,6 +50,11 @@ class World:
         dist.all_reduce(torch.zeros(1, device=self.device))
 
 
+def hide_gpus() -> None:
+    """This process computes on the CPU whatever the machine has; call it before anything asks for a GPU."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
 def join_world(threads: int) -> World:
     """Become a rank: pick the device, set the thread count, and join the process group unless the launcher has.
 

@@ -60,12 +60,10 @@ class Sft(CausalTask):
         return mask
 
     def serving(self, encoder: Encoder) -> Serving:
-        """The template of the job, and the special token that it puts behind an assistant's turn."""
-        template, turns = self.options.chat_template, [("user", "Question"), ("assistant", "Answer")]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        text = encoder.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
-        after = text.rpartition("Answer")[2].lstrip()
-        ends = [number for token, number in encoder.tokenizer.get_added_vocab().items() if after.startswith(token)]
+        """The template of the job, and the added token that it puts behind an assistant's turn."""
+        template = self.options.chat_template
+        ending = renderer_of(encoder, encoder.fast, template).ending()
+        ends = [number for token, number in encoder.tokenizer.get_added_vocab().items() if ending.startswith(token)]
         return Serving(template, tuple(ends))
 
     def prepare(self, encoder: Encoder) -> None:

@@ -85,6 +85,13 @@ def test_a_plain_engine_holds_what_was_said() -> None:
     assert found == pytest.approx(expected, rel=0.01)
 
 
+def test_stages_that_partition_gradients_sum_those_of_several_micro_batches_in_fp32() -> None:
+    bf16 = ModelSize(1000, 1000, 2, 0)
+    once, summed = ({need.way: need.state for need in needs(bf16, 2, 1, many)} for many in (1, 4))
+    more = {way: summed[way] - once[way] for way in once}
+    assert more == {"zero0": 0, "zero1": 0, "zero2": 1000, "zero3": 1000, "zero3-cpu-offload": 1000}
+
+
 def test_peaks_that_were_measured_on_an_h100_are_met(tmp_path: Path, tiny_chat_tokenizer: Path) -> None:
     """A Llama of 1.24 billion parameters, bf16, micro-batches of 4 x 2,048 tokens: ZeRO-3 allocated 47.5 GiB at its
     peak, a hand-written loop that keeps weights, gradients and moments in bf16 34.4."""
