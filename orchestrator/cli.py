@@ -111,15 +111,22 @@ def show(
     reason: Annotated[
         str | None, typer.Option(help="First rows with this outcome: kept, truncated, dropped, missing_text, ...")
     ] = None,
+    pack: Annotated[
+        int | None, typer.Option("--pack", min=0, help="This pack of an epoch, as its shards give it, counted from 0.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train or eval.")] = "train",
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show rows as the model gets them: token by token, targets marked."""
-    from orchestrator.planning.show import examples, print_examples
+    """Show rows as the model gets them: token by token, targets marked, with the borders of packs."""
+    from orchestrator.planning.show import examples, print_examples, print_pack, view
 
     if split not in ("train", "eval"):
         raise JobError(f"--split {split}: there are train and eval")
+    if pack is not None:
+        shown_pack = view(_load(job_path, overrides)).packs().show(pack)
+        print_json(shown_pack.model_dump(mode="json")) if as_json else print_pack(shown_pack)
+        return
     rows = examples(_load(job_path, overrides), split, row, number, reason)  # type: ignore[arg-type]
     print_json([shown.model_dump(mode="json") for shown in rows]) if as_json else print_examples(rows)
 

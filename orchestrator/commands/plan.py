@@ -28,6 +28,7 @@ def plan_table(plan: Plan, full: bool) -> None:
         ("memory", f"{plan.state_gib_per_worker:.2f} GiB of state a worker, activations on top"),
         ("host memory", f"{plan.host_gib_per_worker:.2f} GiB a worker for copies of the state"),
         ("run folder", plan.run or "named once the shards are written"),
+        *([("first example", plan.example)] if plan.example else []),
         *(("note", note) for note in plan.notes),
     ]
     show("plan", ("what", "value"), rows)

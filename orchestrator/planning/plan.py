@@ -14,6 +14,7 @@ from pathlib import Path
 
 from orchestrator.evaluation.room import why_no_room
 from orchestrator.planning.preflight import CheckedJob
+from orchestrator.planning.show import first_example, in_short, view
 from orchestrator.planning.small_data import count_small
 from orchestrator.ray_session import usable_cpus
 from trainers.batching.batch_plan import BatchPlan, plan_batches
@@ -86,6 +87,8 @@ class Plan(Record):
     checkpoints: int
     """Checkpoints written over the run; `checkpoint.keep` of them stay."""
     notes: tuple[str, ...]
+    example: str | None
+    """The first training row as the model gets it, in short; what is trained stands in ⟦ ⟧."""
     job: dict[str, object]
     """The resolved job."""
 
@@ -116,6 +119,7 @@ def plan_job(checked: CheckedJob, device_bytes: int | None = None) -> Plan:
     size = ModelSize(parameters, saved, 2 if job.model.dtype == "bfloat16" else 4, 0)
     states = {need.way: need.state for need in choice.needs or needs(size, job.scale.max_workers, 1)}
     metric, mode = choose_metric(job)
+    first = first_example(view(job, model, checked.splits))
     return Plan(
         run=str(run_folder(job, model.digest, shards)) if shards else None,
         exact=counted is not None,
@@ -139,6 +143,7 @@ def plan_job(checked: CheckedJob, device_bytes: int | None = None) -> Plan:
         host_gib_per_worker=saved * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / GIB,
         checkpoints=-(-steps // job.checkpoint.every_steps),
         notes=(*checked.notes, *architecture_notes(checked), *chat_notes(job, model.path), *notes(job, batches, steps)),
+        example=in_short(first) if first else None,
         job=job.model_dump(mode="json"),
     )
 

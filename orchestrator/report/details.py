@@ -17,7 +17,9 @@ from trainers.records import Array
 from trainers.run.folder import RunResult
 from trainers.run.record import Run
 from trainers.run.row_scores import ROW, read_row_scores
+from trainers.shards.shown import ShownSequence, show_sequence
 from trainers.tasks import Task, choose_metric
+from trainers.tokenizer.encoder import load_encoder
 
 MOST_INTERVALS = 20
 """Evaluated steps that get an interval: the last ones and the best."""
@@ -35,13 +37,15 @@ class Details:
     """The deciding metric of what the run is measured against."""
     costliest: tuple[RowView, ...] = ()
     generated: tuple[RowView, ...] = ()
+    example: ShownSequence | None = None
+    """The first training sequence."""
 
 
 def gather(run: Run, result: RunResult) -> Details:
     """Read what there is."""
-    best = (result.best or {}).get("step")
+    best, example = (result.best or {}).get("step"), _first_sequence(run)
     if not isinstance(best, int):
-        return Details()
+        return Details(example=example)
     metric, _ = choose_metric(run.job)
     task, seed = run.load_task(), run.job.train.seed
     done = [one.step for one in result.evaluations if one.status == "done" and metric in one.metrics]
@@ -54,7 +58,16 @@ def gather(run: Run, result: RunResult) -> Details:
         costliest, generated = costliest_rows(run, best, MOST_ROWS), generations(run, best, MOST_ROWS)
     except (TuneyardError, OSError, KeyError):
         costliest, generated = [], []
-    return Details(intervals, references, tuple(costliest), tuple(generated))
+    return Details(intervals, references, tuple(costliest), tuple(generated), example)
+
+
+def _first_sequence(run: Run) -> ShownSequence | None:
+    try:
+        task, encoder = run.load_task(), load_encoder(run.model.path, run.job.model.trust_remote_code)
+        task.prepare(encoder)
+        return show_sequence(run.open_shards("train", task), 0, task, encoder)
+    except (TuneyardError, OSError, IndexError):
+        return None
 
 
 def _numbers(run: Run, step: int) -> dict[str, Array]:

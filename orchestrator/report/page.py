@@ -22,6 +22,7 @@ from trainers.run.events import Event
 from trainers.run.folder import RunResult
 from trainers.run.row_scores import read_labels, read_row_scores
 from trainers.shards.manifest import Shards
+from trainers.shards.shown import ShownSequence, stretches
 from trainers.storage import Folder
 from trainers.tasks import choose_metric, load_task
 
@@ -29,6 +30,8 @@ REPORT = "report.html"
 TEMPLATE = Path(__file__).parent / "report.html"
 SHOWN_AS_JOB = "job"
 """The lineage entry that the page shows as the resolved job."""
+MOST_TOKENS = 2000
+"""Tokens of the training example that are shown."""
 FOLDED = ("digest", "key", "identity", "version.")
 """Parts of the names of lineage entries that only machines read; the page folds them."""
 
@@ -75,6 +78,7 @@ def render_report(
         best_step=best_step,
         costliest=_row_table("costliest evaluation rows", details.costliest),
         generated=_row_table("generated texts", details.generated),
+        example=_example(details.example),
         loading=_loading(job, result),
         ledger=ledger_table([shards.train, shards.eval]) if shards else None,
         stages=stage_table(result.seconds),
@@ -89,6 +93,20 @@ def _row_table(title: str, views: Sequence[RowView]) -> Table:
         (one.text, one.label, one.prediction, one.loss, f"{one.file.rpartition('/')[2]}:{one.row}") for one in views
     ]
     return Table(title, ("text", "label", "prediction", "loss", "file:row"), rows)
+
+
+def _example(sequence: ShownSequence | None) -> dict[str, Any] | None:
+    """The first training sequence in stretches of text, each a target or none; a long one loses its end."""
+    if sequence is None:
+        return None
+    return {
+        "where": f"{sequence.file}, {sequence.position}",
+        "tokens": len(sequence.tokens),
+        "targets": sum(token.target for token in sequence.tokens),
+        "values": dict(sequence.values),
+        "stretches": list(stretches(sequence.tokens[:MOST_TOKENS])),
+        "left_out": max(len(sequence.tokens) - MOST_TOKENS, 0),
+    }
 
 
 def _loading(job: Job, result: RunResult) -> str | None:

@@ -83,6 +83,14 @@ class ShardSet:
         file, row, part = (batch.batch.column(name)[inner].as_py() for name, _ in ORIGIN)
         return self.manifest.sources[file], row, part
 
+    def places(self, file: str, row: int) -> list[int]:
+        """The places of the sequences that an input row became."""
+        found: list[int] = []
+        for number, record in enumerate(self.manifest.shards):
+            if self.manifest.sources[record.source] == file:
+                found += (self._starts[number] + self._shard(number).of_row(row)).tolist()
+        return found
+
     def _find(self, index: int) -> tuple[_OpenShard, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -122,6 +130,11 @@ class _OpenShard:
             problem = f"{sum(rows)} rows of {reader.schema.names}, not {record.rows} as committed"
             raise _damaged(folder, record.file, problem)
         self._starts = np.cumsum([0, *rows])
+
+    def of_row(self, row: int) -> Array:
+        """Places in this shard of an input row's sequences, int64."""
+        rows = [batch.batch.column("row").to_numpy() for batch in self.batches]
+        return np.flatnonzero(np.concatenate([np.zeros(0, np.int64), *rows]) == row)
 
     def locate(self, place: int) -> tuple[_Batch, int]:
         """The record batch that holds a row of this shard, and the row's place in it."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from trainers.records import Array, Record
+from trainers.shards.dataset import ShardSet
 from trainers.tasks.base import EncodeRules, Example, Task, encode_rows
 from trainers.tokenizer.encoder import Encoder
+
+VALUES = ("label", "several", "tags", "score")
+"""What a sequence holds beside its tokens that people want to see."""
 
 
 class ShownToken(Record):
@@ -39,6 +44,20 @@ class ShownRow(Record):
     """The text of the tokens that were cut off its end, where it is there that they were cut."""
     values: Mapping[str, Any]
     """What a sequence holds beside its tokens: a label, tags, a score."""
+    packs: tuple[int, ...] = ()
+    """The packs of an epoch that it stands in, where the job packs and its shards are written."""
+
+
+class ShownSequence(Record):
+    """One sequence of the shards."""
+
+    file: str
+    position: int
+    """As the ledger names the row it came from."""
+    part: int
+    """Its place among the sequences of that row."""
+    tokens: tuple[ShownToken, ...]
+    values: Mapping[str, Any]
 
 
 def show_rows(
@@ -56,7 +75,6 @@ def show_rows(
         outcome, lost = batch.outcomes[batch.codes[0]], int(batch.tokens_lost[0])
         tokens = [token for example in examples for token in _tokens(task, example, encoder)]
         cut = _cut(fields or {}, task, encoder, rules, examples[0].input_ids) if lost and examples else ""
-        values = {name: value for name, value in (examples[0].extra if examples else {}).items() if value is not None}
         shown.append(
             ShownRow(
                 row=place,
@@ -66,10 +84,27 @@ def show_rows(
                 tokens=tuple(tokens),
                 tokens_lost=lost,
                 cut=cut,
-                values={name: value for name, value in values.items() if name in ("label", "several", "tags", "score")},
+                values=_values(examples[0]) if examples else {},
             )
         )
     return shown
+
+
+def show_sequence(held: ShardSet, index: int, task: Task, encoder: Encoder) -> ShownSequence:
+    """A sequence of the shards by its place. Raises IndexError."""
+    example, (file, position, part) = held.row(index), held.origin(index)
+    tokens = tuple(_tokens(task, example, encoder))
+    return ShownSequence(file=file, position=position, part=part, tokens=tokens, values=_values(example))
+
+
+def stretches(tokens: Sequence[ShownToken]) -> Iterator[tuple[str, bool]]:
+    """The text of tokens in stretches: (text, whether they are targets)."""
+    for target, some in groupby(tokens, key=lambda token: token.target):
+        yield "".join(token.text for token in some), target
+
+
+def _values(example: Example) -> dict[str, Any]:
+    return {name: example.extra[name] for name in VALUES if example.extra.get(name) is not None}
 
 
 def _tokens(task: Task, example: Example, encoder: Encoder) -> list[ShownToken]:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.planning.plan import chat_notes
-from orchestrator.planning.show import examples, spelled
+from orchestrator.planning.show import SHORT, STRETCH, examples, first_example, in_short, spelled, view
 from tests.tiny import make_llama, shard_locally, tiny_job, write_rows
 from tests.trainers.tasks.small import small_jobs
 from trainers.errors import JobError
@@ -61,6 +61,55 @@ def test_what_was_cut_and_what_was_dropped_are_shown(job: Any) -> None:
     for asked in ({"row": 4}, {"reason": "malformed"}):
         with pytest.raises(JobError, match=r"no such row|has that outcome"):
             examples(job, **asked)
+
+
+def test_the_documents_of_a_pack_are_those_of_the_epoch(job: Any, tmp_path: Path) -> None:
+    rows = [
+        chat("is it good?", "the film is good"),
+        chat("a", "b"),
+        chat("so?", "the plot is bad " * 40),
+        chat("b", "c"),
+    ]
+    train, data = str(write_rows(tmp_path / "t.jsonl", rows)), {"train": (), "packing": True}
+    packed = job.model_copy(
+        update={"storage": str(tmp_path), "data": job.data.model_copy(update=data | {"train": (train,)})}
+    )
+    with pytest.raises(JobError, match="once the shards are written"):
+        view(packed).packs()
+    assert examples(packed)[0].packs == ()
+    shards = shard_locally(packed)
+    packs, held = view(packed).packs(), ShardSet(shards_folder(Folder(packed.storage), shards.train.key), shards.train,
+                                                 job_task(packed, shards.train))  # fmt: skip
+    shown = [packs.show(number) for number in range(len(packs.index))]
+    assert len(shown) < len(held) == sum(len(pack.documents) for pack in shown)
+    for pack in shown:
+        members = [held.row(place).input_ids.tolist() for place in packs.index.pack(pack.pack)]
+        assert [[token.id for token in document.tokens] for document in pack.documents] == members
+    for number, (row,) in enumerate(examples(packed, row=number) for number in range(4)):
+        (pack,) = row.packs
+        (own,) = [one for one in shown[pack].documents if one.position == row.position]
+        assert [token.id for token in own.tokens] == [token.id for token in row.tokens], number
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(packed.model_dump(mode="json")))
+    pack = next(pack for pack in shown if len(pack.documents) > 1)
+    plain = CliRunner().invoke(app, ["show", str(file), "--pack", str(pack.pack)]).stdout
+    assert plain.count("┃") == len(pack.documents) and "⟦" in plain
+    told = json.loads(CliRunner().invoke(app, ["show", str(file), "--pack", str(pack.pack), "--json"]).stdout)
+    assert told == pack.model_dump(mode="json")
+    for wrong, reason in ((packed, "an epoch has"), (job.model_copy(update={"data": job.data.model_copy(
+        update={"packing": False})}), "does not pack")):  # fmt: skip
+        with pytest.raises(JobError, match=reason):
+            view(wrong).packs().show(99)
+
+
+def test_the_first_example_is_told_in_short(job: Any) -> None:
+    first = first_example(view(job))
+    assert first and first.row == 0 and "⟦the film is good<|im_end|>⟧" in in_short(first)
+    assert first_example(view(job)) is not None and "\n" not in in_short(first)
+    rows = [chat("a"), chat("b", "the plot is bad " * 40)]
+    train = write_rows(Path(job.storage).parent / "late.jsonl", rows)
+    later = first_example(view(job.model_copy(update={"data": job.data.model_copy(update={"train": (str(train),)})})))
+    assert later and later.row == 1 and " … " in in_short(later) and len(in_short(later)) < SHORT + STRETCH + 10
 
 
 def test_marks_close_at_borders_and_at_the_end() -> None:

@@ -9,14 +9,17 @@ import pytest
 import yaml
 
 from orchestrator.commands.status import run_status
-from orchestrator.report.details import Details
+from orchestrator.report.details import Details, gather
 from orchestrator.report.index import write_index
 from orchestrator.report.page import render_report
+from tests.tiny import make_llama, shard_locally, tiny_job
 from trainers.evaluation.row_views import RowView
 from trainers.job.load import parse_job
+from trainers.model.source import ModelFolder
 from trainers.run.describe import duration
 from trainers.run.events import StepEvent, parse_events, steps_of
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult
+from trainers.run.record import run_of
 from trainers.run.row_scores import write_row_scores
 from trainers.shards.manifest import ShardManifest, ShardRecord, Shards
 from trainers.storage import Folder
@@ -142,6 +145,17 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         if "tr" in self.open and self.rows and self.rows[-1]:
             self.rows[-1][-1] += data
+
+
+def test_the_first_training_sequence_is_shown_with_its_targets(tmp_path, tiny_chat_tokenizer):
+    talk = [{"role": "user", "content": "<b>good?"}, {"role": "assistant", "content": "the <i>film"}]
+    model = make_llama(tmp_path / "model", tiny_chat_tokenizer)
+    job = tiny_job(tmp_path, model, "sft", [{"messages": talk}] * 5)
+    run = run_of(job, ModelFolder(str(model), ""), shard_locally(job))
+    _, result, *_ = finished_run(tmp_path)
+    details = gather(run, result.model_copy(update={"best": None}))
+    page = render_report(run.folder, result, job, events_of(), run.shards, details=details)
+    assert "<mark>the &lt;i&gt;film&lt;|im_end|&gt;</mark>" in page and "<b>good" not in page
 
 
 def test_the_page_stands_alone(page):
