@@ -4,11 +4,14 @@ Where a job asks for several evaluation workers, the task of a step shares its r
 """
 
 import time
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from trainers.checkpoint.export import export_checkpoint
 from trainers.errors import describe, to_record
 from trainers.evaluation.evaluate import RowScores, combine, score_share
+from trainers.model.world import hide_gpus
 from trainers.patience import LASTING
 from trainers.run.folder import Evaluation, step_name
 from trainers.run.record import Run
@@ -26,13 +29,20 @@ def evaluation_task(run: Run, gpus: int) -> Any:
 
     if run.job.evaluate.workers > 1:
         return ray.remote(num_cpus=1, max_retries=RETRIES)(evaluate_step)
-    return _with_resources(run, gpus)(evaluate_step)
+    return _with_resources(run, gpus, evaluate_step)
 
 
-def _with_resources(run: Run, gpus: int) -> Any:
+def _with_resources(run: Run, gpus: int, function: Callable[..., Any]) -> Any:
+    """A function as a Ray task that sees the GPUs it gets and no others: of none Ray leaves all to be seen."""
     import ray
 
-    return ray.remote(num_cpus=run.job.scale.cpus_per_worker, num_gpus=gpus, max_retries=RETRIES)
+    @wraps(function)
+    def task(*arguments: Any) -> Any:
+        if gpus == 0:
+            hide_gpus()
+        return function(*arguments)
+
+    return ray.remote(num_cpus=run.job.scale.cpus_per_worker, num_gpus=gpus, max_retries=RETRIES)(task)
 
 
 def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:
@@ -93,7 +103,7 @@ def _score_all(run: Run, path: str, gpus: int) -> list[RowScores]:
         return [score(run, path, 0)]
     import ray
 
-    task = _with_resources(run, gpus)(score)
+    task = _with_resources(run, gpus, score)
     shares: list[RowScores] = ray.get([task.remote(run, path, share) for share in range(workers)])
     return shares
 

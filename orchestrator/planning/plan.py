@@ -229,11 +229,12 @@ def chat_notes(job: Job, model_path: str) -> list[str]:
 def notes(job: Job, batches: BatchPlan, steps: int) -> list[str]:
     """What a user would want to know before starting."""
     found = []
+    on_cpu = job.scale.gpus_per_worker == 0 or not _has_gpu()
     no_room = why_no_room(job, 0, {"CPU": usable_cpus()})
-    if no_room and "RAY_ADDRESS" not in os.environ and not _has_gpu():  # what a cluster has is known at the start only
+    if no_room and "RAY_ADDRESS" not in os.environ and on_cpu:  # what a cluster has is known at the start only
         refused = "; evaluate.early_stopping is refused there" if job.evaluate.early_stopping else ""
         found.append(f"on this machine alone, {no_room}{refused}")
-    if job.model.dtype == "bfloat16" and not cpu_has_bf16() and not _has_gpu():
+    if job.model.dtype == "bfloat16" and not cpu_has_bf16() and on_cpu:
         found.append("this CPU has no bf16 arithmetic: model.dtype float32 is faster here")
     if job.data.max_drop_fraction:
         found.append(f"up to {job.data.max_drop_fraction:.2%} of the rows may be dropped without a refusal")

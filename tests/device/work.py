@@ -161,7 +161,7 @@ def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
     held_out = ShardSet(shards_folder(Folder(job.storage), shards.eval.key), shards.eval, task)
     found = []
     for device in (torch.device("cpu"), far):
-        evaluate._device = lambda _, device=device: device
+        evaluate.pick_device = lambda *_, device=device: device
         torch.manual_seed(0)  # of new heads
         _, scores = evaluate.evaluate_model(job, task, job.model.path, held_out)
         found.append(task.metrics(scores))

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,3 +113,17 @@ def test_a_storage_in_trouble_is_no_verdict_on_a_checkpoint(
     monkeypatch.setattr(evaluation, "RETRY_PAUSE_S", 0.0)
     assert evaluation.evaluate_step(find_run(job), 7).status == status
     assert len(tries) == 3
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_session")
+def test_an_evaluation_task_that_takes_no_gpu_sees_none(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    import ray
+
+    job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(20))
+    shard_locally(job)
+
+    def seen() -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    assert ray.get(evaluation._with_resources(find_run(job), 0, seen).remote()) == ""

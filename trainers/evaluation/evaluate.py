@@ -1,6 +1,5 @@
 """Evaluates one model folder on the evaluation shards, every row exactly once. No Ray, no process group."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from trainers.batching.packing import PackIndex, index_packs
 from trainers.errors import EvaluationError
 from trainers.job.schema import Job
 from trainers.model.engine import load_options
+from trainers.model.world import pick_device
 from trainers.records import Array
 from trainers.shards.dataset import ShardSet
 from trainers.tasks import Task
@@ -58,7 +58,7 @@ def score_share(
     Batches are the same whatever the number of shares, so that any number of processes gives the same numbers.
     """
 
-    device = device_of(job.scale.cpus_per_worker)
+    device = pick_device(job.scale.gpus_per_worker, job.scale.cpus_per_worker)
     encoder = load_encoder(model_path, job.model.trust_remote_code)
     task.prepare(encoder)
     pad_id = encoder.pad_id
@@ -97,15 +97,6 @@ def combine(task: Task, shares: Sequence[RowScores], expected: int) -> tuple[Arr
     """
     rows = [one for share in shares for one in share.rows]
     return task.merge(*_in_order(rows, [one for share in shares for one in share.numbers], expected))
-
-
-def device_of(threads: int) -> Any:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    torch.set_num_threads(threads)
-    return torch.device("cpu")
 
 
 def _groups(packs: PackIndex, shards: ShardSet, job: Job) -> Iterator[list[list[Example]]]:

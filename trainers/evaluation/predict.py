@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainers.batching.batch_plan import AUTO_MICRO_BATCH_TOKENS
-from trainers.evaluation.evaluate import device_of
 from trainers.job.schema import Job
 from trainers.job.sections import GenerateSection
 from trainers.model.engine import load_options
+from trainers.model.world import pick_device
 from trainers.tasks import Task, encode_rows, encode_rules
 from trainers.tasks.base import Batch, Example
 from trainers.tasks.generation import generate_texts
@@ -45,7 +45,8 @@ def predict(job: Job, task: Task, model_path: str, rows: Iterable[Fields | None]
         model_path: a Hugging Face folder with this task's head.
         rows: the task's fields of each; None for a malformed row.
     """
-    encoder, device = load_encoder(model_path, job.model.trust_remote_code), device_of(job.scale.cpus_per_worker)
+    encoder = load_encoder(model_path, job.model.trust_remote_code)
+    device = pick_device(job.scale.gpus_per_worker, job.scale.cpus_per_worker)
     if task.has_labels:
         task.labels = _labels(model_path, job.model.trust_remote_code)
     task.prepare(encoder)

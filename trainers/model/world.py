@@ -8,7 +8,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from trainers.errors import JobError
 
@@ -55,7 +55,24 @@ def hide_gpus() -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
-def join_world(threads: int) -> World:
+def pick_device(gpus_per_worker: int | Literal["auto"], threads: int | None = None) -> Any:
+    """The torch.device this process computes on: where a worker takes no GPU the CPU, whatever the machine has; else
+    the GPU of its local rank, if there is any.
+
+    Args:
+        gpus_per_worker: as the job says.
+        threads: to compute with on the CPU; None leaves them.
+    """
+    import torch
+
+    if gpus_per_worker != 0 and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.device("cpu")
+
+
+def join_world(threads: int, gpus_per_worker: int | Literal["auto"] = "auto") -> World:
     """Become a rank: pick the device, set the thread count, and join the process group unless the launcher has.
 
     Raises:
@@ -72,14 +89,14 @@ def join_world(threads: int) -> World:
 
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates, some hundred times a step
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    if gpus_per_worker == 0:
+        hide_gpus()
+    device = pick_device(gpus_per_worker, threads)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, at DeepSpeed's import
-        device = torch.device("cpu")
-        torch.set_num_threads(threads)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)

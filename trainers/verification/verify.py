@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from trainers.architecture import text_config
 from trainers.job.schema import Job
 from trainers.model.source import ModelFolder
+from trainers.model.world import pick_device
 from trainers.verification.checks import CHECKS, Check
 from trainers.verification.precision import bf16_follows
 from trainers.verification.sample import CheckContext, make_context, weight_bytes
@@ -42,22 +42,18 @@ def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verificatio
         return kept
     key = verification_key(job, model)
     with _quick_threads(model.path), tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
-        context = make_context(job, model.path, Path(scratch), _device())
+        device = pick_device(job.scale.gpus_per_worker)
+        context = make_context(job, model.path, Path(scratch), device)
         attention = str(text_config(context.model.config)._attn_implementation)
         result = Verification(key=key, task=job.task, attention=attention, packing=job.packing,
                              checks=run_checks(context), layers=context.layers)  # fmt: skip
         del context
-    if torch.cuda.is_available():  # the training's own peak is what counts
+    if device.type == "cuda":  # the training's own peak is what counts
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if not any(check.error for check in result.checks):  # what could not be looked at is looked at again
         verify_folder(job).write_bytes(f"{key}.json", result.model_dump_json(indent=1).encode())
     return result
-
-
-def _device() -> Any:
-    """This process's GPU, where there is one."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from trainers.model.choice import choose, settle
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine
 from trainers.model.memory import measure_size
-from trainers.model.world import World, hide_gpus, join_world, smallest_device
+from trainers.model.world import World, join_world, smallest_device
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run
 from trainers.storage import Folder
@@ -35,9 +35,7 @@ def run_rank(run: Run, hooks: Hooks) -> LoopOutcome:
         TrainingError: the checkpoints belong to something else, or the loss diverged too often.
     """
     hooks.at("load", 0)
-    if run.job.scale.gpus_per_worker == 0:
-        hide_gpus()
-    world = join_world(run.job.scale.cpus_per_worker)
+    world = join_world(run.job.scale.cpus_per_worker, run.job.scale.gpus_per_worker)
     if run.job.train.verify:
         _verify(run, world, hooks)
     while True:

@@ -4,6 +4,7 @@ follow."""
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.training import node_agent as agent
@@ -39,3 +40,14 @@ def test_ranks_that_are_no_forks_run_and_leave_a_spare(
     assert spare.process.pid not in first
     assert kept.wait_warm(60)
     kept.close()
+
+
+def test_ranks_without_a_gpu_see_none_of_the_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as Ray leaves it for actors that take no GPU
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    kept = agent.NodeAgent(1)
+    try:
+        seen = psutil.Process(kept._servers[0].process.pid).environ()
+    finally:
+        kept.close()
+    assert (seen["CUDA_VISIBLE_DEVICES"], seen["DS_ACCELERATOR"]) == ("", "cpu")
