@@ -30,40 +30,51 @@ class Interval:
     high: float
 
 
+def resample(scores: RowScores, task: Task, metric: str, seed: int, resamples: int = RESAMPLES) -> Array:
+    """A metric over rows drawn again with replacement, [resamples]. One seed draws the same rows of every model.
+
+    Args:
+        scores: per-row numbers of `Task.score`, each [rows], in the order of the rows.
+    """
+    size = len(next(iter(scores.values())))
+    generator = np.random.default_rng(seed)
+    draws = (generator.integers(0, size, size) for _ in range(resamples))
+    values = (task.metric_value(metric, {name: numbers[rows] for name, numbers in scores.items()}) for rows in draws)
+    return np.fromiter(values, np.float64, resamples)
+
+
+def percentiles(draws: Array) -> tuple[float, float]:
+    """The interval that holds the middle `CONFIDENCE` of some draws."""
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return float(low), float(high)
+
+
 def compare(
-    first: RowScores, second: RowScores, task: Task, metric: str, seed: int, resamples: int = RESAMPLES
+    first: RowScores,
+    second: RowScores,
+    task: Task,
+    metric: str,
+    seed: int,
+    resamples: int = RESAMPLES,
+    first_draws: Array | None = None,
 ) -> Interval:
     """Percentile interval of metric(first) - metric(second).
 
     Args:
         first: per-row numbers of `Task.score`, each [rows].
         second: the same over the same rows in the same order.
-        task: whose `metrics` are meant.
-        metric: the one compared.
         seed: of the draws.
         resamples: number of draws.
+        first_draws: `resample` of the first with the same seed and number, where it is at hand.
     """
-    size = len(next(iter(first.values())))
-    generator = np.random.default_rng(seed)
-    differences = np.empty(resamples)
-    for draw in range(resamples):
-        rows = generator.integers(0, size, size)
-        samples = [{name: values[rows] for name, values in scores.items()} for scores in (first, second)]
-        differences[draw] = task.metric_value(metric, samples[0]) - task.metric_value(metric, samples[1])
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(differences, [tail, 100 - tail])
-    difference = task.metric_value(metric, first) - task.metric_value(metric, second)
-    return Interval(difference, float(low), float(high))
+    mine = resample(first, task, metric, seed, resamples) if first_draws is None else first_draws
+    low, high = percentiles(mine - resample(second, task, metric, seed, resamples))
+    return Interval(task.metric_value(metric, first) - task.metric_value(metric, second), low, high)
 
 
 def metric_interval(
     scores: RowScores, task: Task, metric: str, seed: int, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """Percentile interval of one model's metric over its evaluation rows."""
-    size = len(next(iter(scores.values())))
-    generator = np.random.default_rng(seed)
-    draws = (generator.integers(0, size, size) for _ in range(resamples))
-    values = [task.metric_value(metric, {name: numbers[rows] for name, numbers in scores.items()}) for rows in draws]
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(values, [tail, 100 - tail])
-    return float(low), float(high)
+    return percentiles(resample(scores, task, metric, seed, resamples))

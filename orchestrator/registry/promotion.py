@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from orchestrator.registry.bootstrap import CONFIDENCE, RESAMPLES, compare
+from orchestrator.registry.bootstrap import CONFIDENCE, RESAMPLES, compare, resample
 from trainers.errors import EvaluationError
 from trainers.evaluation.selection import BASELINE
 from trainers.records import Array, Record
@@ -50,11 +50,13 @@ def decide(
     mode: Literal["max", "min"],
     seed: int,
     baselines: Sequence[RowScores] = (),
+    resamples: int = RESAMPLES,
 ) -> Promotion:
     """Apply a promotion rule to a candidate and the present champion, if there is one.
 
     Args:
         baselines: what the candidate must beat as well, over the same rows: chance, the pretrained model.
+        resamples: draws of the bootstrap.
     """
     if rule == "always":
         return Promotion(promote=True, reason="promoted by rule: registry.promote is always")
@@ -65,8 +67,14 @@ def decide(
         return Promotion(promote=False, reason=f"not promoted: {obstacle}")
     standing = [replace(champion, name=f"the champion ({champion.name})")] if champion else []
     reason = "the model has no champion yet"
+    if not baselines and not standing:
+        return Promotion(promote=True, reason=f"promoted: {reason}")
+    values = task.metrics(_columns(candidate))
+    if metric not in values:
+        raise EvaluationError(f"evaluate.metric: the task knows no {metric!r}, only {', '.join(values)}")
+    draws = resample(_columns(candidate), task, metric, seed, resamples)
     for other in (*baselines, *standing):
-        better, reason_of_pair = _weigh(candidate, other, task, metric, mode, seed)
+        better, reason_of_pair = _weigh(candidate, draws, other, task, metric, mode, seed)
         if not better:
             return Promotion(promote=False, reason=f"not promoted: {reason_of_pair}")
         reason = reason_of_pair if champion else f"the model has no champion yet, and {reason_of_pair}"
@@ -128,19 +136,23 @@ def _obstacle(candidate: RowScores, champion: RowScores) -> str | None:
 
 
 def _weigh(
-    candidate: RowScores, other: RowScores, task: Task, metric: str, mode: Literal["max", "min"], seed: int
+    candidate: RowScores,
+    draws: Array,
+    other: RowScores,
+    task: Task,
+    metric: str,
+    mode: Literal["max", "min"],
+    seed: int,
 ) -> tuple[bool, str]:
     """Whether the candidate is better beyond the interval, and the numbers as a sentence."""
     first, second = _columns(candidate), _columns(other)
-    values = task.metrics(first)
-    if metric not in values:
-        raise EvaluationError(f"evaluate.metric: the task knows no {metric!r}, only {', '.join(values)}")
-    interval = compare(first, second, task, metric, seed)
+    interval = compare(first, second, task, metric, seed, len(draws), draws)
     better = interval.low > 0 if mode == "max" else interval.high < 0
+    mine, theirs = task.metric_value(metric, first), task.metric_value(metric, second)
     return better, (
-        f"{metric} {values[metric]:.6g} {'beats' if better else 'does not beat'} {task.metrics(second)[metric]:.6g} of "
-        f"{other.name}: difference {interval.difference:+.4g}, {CONFIDENCE:.0%} interval [{interval.low:+.4g}, "
-        f"{interval.high:+.4g}] over {RESAMPLES:,} paired resamples of {len(candidate.numbers[ROW]):,} rows"
+        f"{metric} {mine:.6g} {'beats' if better else 'does not beat'} {theirs:.6g} of {other.name}: "
+        f"difference {interval.difference:+.4g}, {CONFIDENCE:.0%} interval [{interval.low:+.4g}, {interval.high:+.4g}] "
+        f"over {len(draws):,} paired resamples of {len(candidate.numbers[ROW]):,} rows"
     )
 
 

@@ -12,7 +12,7 @@ from trainers.run.row_scores import read_row_scores, write_row_scores
 from trainers.storage import Folder
 from trainers.tasks import load_task
 
-ROWS = 2000
+ROWS, RESAMPLES = 2000, 200
 
 
 def predictions(accuracy, seed, rows=ROWS, classes=4):
@@ -29,7 +29,7 @@ def row_scores(accuracy, seed, key="k", **change):
 
 
 def choose(candidate, champion, rule="if_better", metric="accuracy", mode="max"):
-    return decide(rule, candidate, champion, load_task("classify"), metric, mode, seed=0)
+    return decide(rule, candidate, champion, load_task("classify"), metric, mode, seed=0, resamples=RESAMPLES)
 
 
 def test_the_first_version_becomes_champion():
@@ -40,9 +40,8 @@ def test_the_first_version_becomes_champion():
 def test_a_model_no_better_than_chance_is_not_promoted_though_there_is_no_champion(metric):
     def against_chance(candidate):
         mode = "min" if metric == "loss" else "max"
-        return decide(
-            "if_better", candidate, None, load_task("classify"), metric, mode, 0, chance_baselines(candidate, 1)
-        )
+        chance = chance_baselines(candidate, 1)
+        return decide("if_better", candidate, None, load_task("classify"), metric, mode, 0, chance, RESAMPLES)
 
     guesses = row_scores(0.25, 1, loss_sum=np.full(ROWS, np.log(4) + 0.01))
     refused = against_chance(guesses)
@@ -127,10 +126,10 @@ def test_rules_always_and_never_ask_nothing():
 
 
 def test_the_interval_covers_the_true_difference_about_19_times_in_20():
-    covered = 0
+    covered, random = 0, np.random.default_rng(0)
     for seed in range(100):
-        first, second = predictions(0.85, 2 * seed + 100, 400), predictions(0.80, 2 * seed + 101, 400)
-        found = compare(first, second, load_task("classify"), "accuracy", seed, resamples=300)
+        first, second = ({"row": np.arange(400), "loss_sum": random.gamma(2, mean / 2, 400)} for mean in (0.85, 0.80))
+        found = compare(first, second, load_task("classify"), "loss", seed, resamples=300)
         covered += found.low <= 0.05 <= found.high
     assert 88 <= covered <= 100
 
