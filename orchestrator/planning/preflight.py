@@ -12,7 +12,7 @@ from trainers.model.choice import choose, settle
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.fit import check_fit
 from trainers.model.memory import ModelSize
-from trainers.model.source import ModelFolder, prepare_model
+from trainers.model.source import ModelFolder, find_teacher, prepare_model
 from trainers.shards.keys import Sources, SplitName, Splits, plan_splits, split_sources
 from trainers.sources.readers import check_columns, needed_fields, task_columns
 from trainers.storage import Folder
@@ -62,6 +62,7 @@ def check_job(job: Job, trains: bool = True) -> CheckedJob:
     check(lambda: check_batches(job))
     sources: Sources | None = check(lambda: find_data(job))
     model: ModelFolder | None = check(lambda: prepare_model(job))
+    check(lambda: find_teacher(job))
     notes: list[str] | None = check(lambda: check_fit(job, model.path)) if model and trains else []
     splits = check(lambda: plan_splits(job, model.path, sources)) if model and sources else None
     if problems or model is None or splits is None:

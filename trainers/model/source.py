@@ -1,6 +1,6 @@
 """Turns `model.path` into a local Hugging Face folder with safetensors and a tokenizer, and gives it a digest.
 
-A hub id is downloaded once into the hub's cache; a GGUF file is dequantized once into storage, because a GGUF model is
+A hub id is downloaded once (see `hub.py`); a GGUF file is dequantized once into storage, because a GGUF model is
 not partitioned while it loads under ZeRO-3. Weights in pickle files are refused.
 """
 
@@ -17,11 +17,11 @@ import xxhash
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.job.task_fields import names_folder
+from trainers.model.hub import hub_folder
 from trainers.storage import Folder
 from trainers.tokenizer.encoder import TOKENIZER_FILES
 
 EDGE_BYTES, BLOCK_BYTES = 1 << 20, 16 << 20
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -56,30 +56,33 @@ def find_model(job: Job) -> ModelFolder | None:
 
 
 def _source(job: Job) -> Path:
-    path = Path(job.model.path)
+    path, gguf_file = Path(job.model.path), job.model.gguf_file
     if not names_folder(job.model.path):
-        return _download(job)
+        return hub_folder(
+            job, job.model.path, "model.path", job.model.revision, (gguf_file, "*.json") if gguf_file else ()
+        )
     if not path.is_dir():
         raise JobError(f"model.path: no folder {path}; name a folder with config.json and safetensors, or a hub id")
-    if job.model.gguf_file is not None and not (path / job.model.gguf_file).is_file():
+    if gguf_file is not None and not (path / gguf_file).is_file():
         found = sorted(item.name for item in path.glob("*.gguf")) or "none"
-        raise JobError(f"model.gguf_file: no {job.model.gguf_file} in {path}; GGUF files there: {found}")
+        raise JobError(f"model.gguf_file: no {gguf_file} in {path}; GGUF files there: {found}")
     return path
 
 
-def _download(job: Job) -> Path:
-    from huggingface_hub import snapshot_download
+def find_teacher(job: Job) -> str | None:
+    """The folder of the model that the job learns from; None where it has no teacher.
 
-    code = ["*.py"] if job.model.trust_remote_code else []
-    allowed = [job.model.gguf_file, "*.json"] if job.model.gguf_file else [*HUB_FILES, *code]
-    try:
-        return Path(snapshot_download(job.model.path, revision=job.model.revision, allow_patterns=allowed))
-    except Exception as error:  # the hub client raises a dozen unrelated types; all mean: not to be had
-        raise JobError(
-            f"model.path: {job.model.path!r} (revision {job.model.revision or 'main'}) is neither a folder here nor "
-            f"to be had from the hub: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
-            "Check the spelling, the network, or HF_TOKEN for gated models"
-        ) from error
+    Raises:
+        JobError: where there is no such model.
+    """
+    if job.train.distill is None:
+        return None
+    name, field = job.train.distill.teacher, "train.distill.teacher"
+    if not names_folder(name):
+        return str(hub_folder(job, name, field))
+    if not (Path(name) / "config.json").is_file():
+        raise JobError(f"{field}: {name} is no model folder: it has no config.json")
+    return name
 
 
 def _checked(path: Path, job: Job) -> ModelFolder:

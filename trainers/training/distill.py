@@ -75,15 +75,17 @@ def load_objective(job: Job, task: Task, pad_id: int, world: World) -> Task | Di
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from trainers.model.engine import load_options
+    from trainers.model.source import find_teacher
 
     wish = job.train.distill
-    if wish is None:
+    teacher_path = find_teacher(job)
+    if wish is None or teacher_path is None:
         return task
     if job.data.multi_label:
         raise JobError("train.distill: a teacher's distribution is over one label; data.multi_label must be off")
     unset_hf_deepspeed_config()  # of an earlier engine in this process: it would partition the teacher
     try:
-        teacher: Any = task.load_model(wish.teacher, pad_id=pad_id, **load_options(job))
+        teacher: Any = task.load_model(teacher_path, pad_id=pad_id, **load_options(job))
     except (OSError, ValueError) as error:
         raise JobError(f"train.distill.teacher: {wish.teacher} cannot be loaded: {error}") from error
     teacher.to(world.device).eval().requires_grad_(False)
