@@ -94,6 +94,9 @@ class DataOptions(Section):
         str | None, path_if(lambda value, base: value.endswith(".jinja")), For("sft", shapes_shards=True)
     ] = None
     """sft: a Jinja template, or the path of one, in place of the tokenizer's."""
+    each_turn: Annotated[bool, For("sft", shapes_shards=True)] = False
+    """sft: train each turn of the assistant in a rendering that ends with it, so that templates which hide the thoughts
+    of earlier turns train them too; a row becomes as many sequences as are needed."""
 
 
 class TrainOptions(Section):

@@ -14,10 +14,12 @@ from trainers.job.schema import Job
 from trainers.shards.manifest import ShardManifest, Shards, check_labels, shards_folder
 from trainers.sources.files import compression_of, format_of
 from trainers.storage import Folder, filesystem_of
+from trainers.tasks.chat.turns import LEFT_OUT
 
 EXAMPLES = 10
 EXAMPLE_CHARS = 80
-OVERLONG = "dropped:overlong"
+OVERLONG = "dropped:overlong", LEFT_OUT
+"""Outcomes of rows that were longer than the job allows, where it does not cut them."""
 
 
 def check_shards(job: Job, shards: Shards) -> None:
@@ -50,7 +52,7 @@ def _refusal(job: Job, manifest: ShardManifest) -> str | None:
     kept = total - dropped - manifest.removed
     if kept == 0:
         return f"{name}: not one of {total:,} rows can be used\n{_account(job, manifest, folder)}"
-    if job.overlong == "error" and (count := manifest.outcomes.get(OVERLONG, 0)):
+    if job.overlong == "error" and (count := sum(manifest.outcomes.get(name, 0) for name in OVERLONG)):
         return (
             f"{name}: {count:,} of {total:,} rows are longer than data.max_length ({job.data.max_length} tokens) and "
             f"data.overlong is error. Raise data.max_length, or set data.overlong to truncate or drop\n"

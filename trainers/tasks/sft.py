@@ -17,15 +17,21 @@ from trainers.tasks.causal import CausalTask, token_metrics
 from trainers.tasks.chat.conversations import read_chat
 from trainers.tasks.chat.render import Rendered, renderer_of
 from trainers.tasks.chat.spans import HIDDEN
+from trainers.tasks.chat.turns import join_renderings, only_turns, render_each
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.generation import generate_texts
 from trainers.tasks.metrics.generated_text import overlap_metrics, overlap_scores
+from trainers.tasks.options import TaskOptions
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, insert_rows, starts_of
 
 OUTCOMES = (KEPT, TRUNCATED, "dropped:overlong", "dropped:no_target", f"{KEPT}:{HIDDEN}", f"{TRUNCATED}:{HIDDEN}")
 NOTED = 4
 """Outcomes from here on are those of rows with a note."""
+HIDDEN_NOTE = (
+    "thoughts in earlier turns, which the chat template leaves out; data.each_turn: true trains each in a rendering of "
+    "its own"
+)
 SPANS = pa.list_(pa.int32())
 
 
@@ -37,9 +43,15 @@ class Sft(CausalTask):
 
     def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Render each conversation with the chat template, tokenize it, and find the assistant's tokens."""
-        rendered = [_render(row, encoder, rules.options.chat_template) for row in rows]
+        rendered = [_render(row, encoder, rules.options) for row in rows]
         usable = [index for index, result in enumerate(rendered) if not isinstance(result, str)]
-        batch = _encode([result for result in rendered if not isinstance(result, str)], encoder, rules)
+        renderings = [result for result in rendered if not isinstance(result, str)]
+        batch = _encode([one for some in renderings for one in some], encoder, rules)
+        if rules.options.each_turn and renderings:
+            batch = join_renderings(batch, [len(some) for some in renderings])
+        hidden = [code for code, name in enumerate(batch.outcomes) if name.endswith(f":{HIDDEN}")]
+        if count := int(np.isin(batch.codes, hidden).sum()):
+            batch = replace(batch, notes={HIDDEN_NOTE: count})
         if len(usable) == len(rows):
             return batch
         outcomes = [f"dropped:{result}" if isinstance(result, str) else None for result in rendered]
@@ -86,16 +98,18 @@ class Sft(CausalTask):
         return {**token_metrics(row_scores), **(overlap_metrics(row_scores) if "rougeL" in row_scores else {})}
 
 
-def _render(row: Mapping[str, Any], encoder: Encoder, template: str | None) -> Rendered | str:
+def _render(row: Mapping[str, Any], encoder: Encoder, options: TaskOptions) -> Sequence[Rendered] | str:
     """The conversation as text with the assistant's spans, or the reason for dropping the row."""
     chat = read_chat(row)
     if isinstance(chat, str):
         return chat
-    rendered = renderer_of(encoder, encoder.fast, template).render(chat.messages, chat.tools)
-    if isinstance(rendered, str) or not chat.muted:
+    renderer = renderer_of(encoder, encoder.fast, options.chat_template)
+    if options.each_turn:
+        return render_each(lambda messages: renderer.render(messages, chat.tools), chat.messages, chat.muted)
+    rendered = renderer.render(chat.messages, chat.tools)
+    if isinstance(rendered, str):
         return rendered
-    trained = [pair for pair in zip(rendered.spans, rendered.turns, strict=True) if pair[1] not in chat.muted]
-    return replace(rendered, spans=tuple(span for span, _ in trained), turns=tuple(turn for _, turn in trained))
+    return (only_turns(rendered, set(rendered.turns) - chat.muted) if chat.muted else rendered,)
 
 
 def _encode(rendered: Sequence[Rendered], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:

@@ -190,7 +190,7 @@ class Encoder:
 
     def render(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
         """A conversation as the model's chat template writes it. Raises DataError where there is no template."""
-        if self.tokenizer.chat_template is None:
+        if arguments.get("chat_template") is None and self.tokenizer.chat_template is None:
             raise DataError(
                 "the tokenizer has no chat template, which task sft needs: choose an instruction-tuned model, or give "
                 "one in data.chat_template"

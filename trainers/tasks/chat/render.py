@@ -61,12 +61,13 @@ class ChatRenderer:
     Args:
         encoder: holds the template.
         quick: put pieces together where that gives the same.
+        template: in place of the encoder's.
     """
 
-    def __init__(self, encoder: Encoder, quick: bool = True) -> None:
-        self._encoder = encoder
+    def __init__(self, encoder: Encoder, quick: bool = True, template: str | None = None) -> None:
+        self._encoder, self._own = encoder, template
         self._pieces: dict[tuple[str, ...], _Pieces | None] = {}
-        self._words = words_acted_upon(encoder.tokenizer.chat_template) if quick else None
+        self._words = words_acted_upon(template or encoder.tokenizer.chat_template) if quick else None
 
     def render(self, messages: Sequence[Message], tools: Any = None) -> Rendered | str:
         """The conversation, or the reason why it cannot be trained on with this template.
@@ -197,7 +198,7 @@ class ChatRenderer:
     def _refusal(self, messages: Sequence[Message], tools: Any) -> str:
         """The template's own words."""
         try:
-            self._encoder.render(self._formed(messages), **({"tools": tools} if tools else {}))
+            self._by_template(self._formed(messages), **({"tools": tools} if tools else {}))
         except Exception as error:
             return f"template_refuses: {' '.join(str(error).split())[:120]}"
         return UNREADABLE
@@ -205,7 +206,10 @@ class ChatRenderer:
     def _write(self, messages: Sequence[Message], tools: Any, **arguments: Any) -> str | None:
         """What the template writes, or None where it refuses the conversation (roles that must take turns, say)."""
         offered = {"tools": tools} if tools else {}
-        return _tried(lambda: self._encoder.render(self._formed(messages), **offered, **arguments))
+        return _tried(lambda: self._by_template(self._formed(messages), **offered, **arguments))
+
+    def _by_template(self, messages: Sequence[dict[str, Any]], **arguments: Any) -> str:
+        return self._encoder.render(messages, **({"chat_template": self._own} if self._own else {}), **arguments)
 
     def _formed(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         return _with_parts(messages) if self._wants_parts else [dict(message) for message in messages]
@@ -214,14 +218,14 @@ class ChatRenderer:
     def _wants_parts(self) -> bool:
         """Whether the template writes contents that are lists of parts alone, as those of many vision models do."""
         mark = CHARACTERS[0]
-        talk = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
-        plain = _tried(lambda: self._encoder.render(talk)) or ""
-        parts = _tried(lambda: self._encoder.render(_with_parts(talk))) or ""
+        talk: list[dict[str, Any]] = [{"role": role, "content": mark} for role in ("user", "assistant")]
+        plain = _tried(lambda: self._by_template(talk)) or ""
+        parts = _tried(lambda: self._by_template(_with_parts(talk))) or ""
         return plain.count(mark) < 2 <= parts.count(mark)
 
     @cached_property
     def _template(self) -> MarkedTemplate | None:
-        source = self._encoder.tokenizer.get_chat_template()
+        source = self._own or self._encoder.tokenizer.get_chat_template()
         return _tried(lambda: MarkedTemplate(source))
 
     def _marked(self, messages: Sequence[Message], tools: Any) -> MarkedText | None:
@@ -268,6 +272,4 @@ def _with_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
 @lru_cache(maxsize=4)
 def renderer_of(encoder: Encoder, quick: bool, template: str | None = None) -> ChatRenderer:
     """The renderer of an encoder, made once a process; a job's own template takes the place of the tokenizer's."""
-    if template is not None:
-        encoder.tokenizer.chat_template = template
-    return ChatRenderer(encoder, quick)
+    return ChatRenderer(encoder, quick, template)

@@ -10,6 +10,7 @@ from tests.trainers.tasks.small import rows_of
 from trainers.tasks import EncodeRules, load_task
 from trainers.tasks.chat import render as chat_render
 from trainers.tasks.chat.render import ChatRenderer, Rendered
+from trainers.tasks.options import TaskOptions
 from trainers.tokenizer.encoder import Encoder, load_encoder, read_spec
 from trainers.tokenizer.gigatoken import TokenizerDiffers
 
@@ -238,3 +239,57 @@ def test_tool_results_written_inside_a_turn_are_no_targets(tiny_chat_tokenizer: 
         '<call>{"name": "look", "arguments": {}}</call>',
         "so<|im_end|>",
     ]
+
+
+def by_turn(folder: Path, template: str, rows: list[Any], max_length: int = 200, each: bool = True) -> list[Any]:
+    """(outcome, targets of each sequence) of rows, trained turn by turn."""
+    encoder = load_encoder(str(folder))
+    options = TaskOptions(chat_template=template, each_turn=each)
+    batch = load_task("sft").encode(rows, encoder, EncodeRules(max_length, "drop", options))
+    return [
+        (one.outcome, ["|".join(encoder.tokenizer.decode(s.input_ids[a:b]) for a, b in _pairs(s.extra["spans"]))
+                       for s in one.sequences])
+        for one in rows_of(batch)
+    ]  # fmt: skip
+
+
+def test_each_turn_is_trained_in_a_rendering_that_ends_with_it(tiny_chat_tokenizer: Path) -> None:
+    early, late = asked(reasoning_content="early"), asked(reasoning_content="late")
+    row, plain = {"messages": [*early, *late]}, {"messages": [*asked(), *asked(content="no")]}
+    thoughts = [f"<think>\n{word}\n</think>\n\nyes<|im_end|>" for word in ("early", "late")]
+    assert by_turn(tiny_chat_tokenizer, QWEN, [row, plain, {"messages": []}, row]) == [
+        ("kept", thoughts),
+        ("kept", ["yes<|im_end|>|no<|im_end|>"]),
+        ("dropped:no_target", []),
+        ("kept", thoughts),
+    ]
+    (whole,) = by_turn(tiny_chat_tokenizer, QWEN, [row], each=False)
+    assert whole == ("kept:earlier_thinking_hidden", [f"yes<|im_end|>|{thoughts[1]}"])
+    muted = {"messages": [early[0], {**early[1], "weight": 0}, *late]}
+    assert by_turn(tiny_chat_tokenizer, QWEN, [muted]) == [("kept", thoughts[1:])]
+    assert by_turn(tiny_chat_tokenizer, CHATML, [row])[0][0] == "dropped:template_does_not_write_reasoning"
+
+
+def test_renderings_that_are_too_long_are_told_of(tiny_chat_tokenizer: Path) -> None:
+    early, late = asked(reasoning_content="early"), asked(reasoning_content="late " * 90)
+    outcome, kept = by_turn(tiny_chat_tokenizer, QWEN, [{"messages": [*early, *late]}])[0]
+    assert outcome == "truncated:turns_left_out" and kept == ["<think>\nearly\n</think>\n\nyes<|im_end|>"]
+    assert by_turn(tiny_chat_tokenizer, QWEN, [{"messages": late}]) == [("dropped:overlong", [])]
+
+
+def test_hidden_thoughts_are_counted_with_the_remedy(tiny_chat_tokenizer: Path) -> None:
+    row = {"messages": [*asked(reasoning_content="early"), *asked(reasoning_content="late")]}
+    rules = EncodeRules(200, "drop", TaskOptions(chat_template=QWEN))
+    rows = [row, {"messages": asked()}, {"messages": []}]
+    batch = load_task("sft").encode(rows, load_encoder(str(tiny_chat_tokenizer)), rules)
+    ((note, count),) = batch.notes.items()
+    assert count == 1 and "data.each_turn" in note
+
+
+def test_the_templates_of_several_jobs_do_not_mix(tiny_chat_tokenizer: Path) -> None:
+    encoder = load_encoder(str(tiny_chat_tokenizer))
+    own, talk = encoder.tokenizer.chat_template, asked(reasoning_content="why")
+    first = chat_render.renderer_of(encoder, True, QWEN).render(talk)
+    assert chat_render.renderer_of(encoder, True, CHATML).render(talk) == "template_does_not_write_reasoning"
+    assert isinstance(first, Rendered) and chat_render.renderer_of(encoder, True, QWEN).render(talk) == first
+    assert encoder.tokenizer.chat_template == own
