@@ -1,11 +1,13 @@
 """What small training data comes to, counted before it is sharded: every row is encoded, none is written."""
 
+from collections import Counter
 from itertools import islice
 
 import numpy as np
 
 from orchestrator.planning.preflight import CheckedJob
 from trainers.batching.packing import pack_rows
+from trainers.errors import DataError
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.tasks import encode_rows, encode_rules, load_task
 from trainers.tokenizer.encoder import load_encoder
@@ -20,7 +22,7 @@ def count_small(checked: CheckedJob) -> tuple[int, int, int] | None:
     the whole set holds.
 
     Raises:
-        DataError: where a file is damaged.
+        DataError: where a file is damaged, or more rows would be dropped than the job allows.
     """
     job, split = checked.job, checked.splits[0]
     size = sum(source.size for source in split.sources)
@@ -29,10 +31,26 @@ def count_small(checked: CheckedJob) -> tuple[int, int, int] | None:
     encoder, task = load_encoder(checked.model.path, job.model.trust_remote_code), load_task(job.task)
     rows = (fields for unit in plan_units(split.sources)
             for row, fields in read_unit(unit, split.sources[unit.file], task_columns(job))
-            if fields is not None and split.holds(unit.file, row))  # fmt: skip
-    parts = [np.zeros(0, np.int64)]
+            if split.holds(unit.file, row))  # fmt: skip
+    parts, outcomes = [np.zeros(0, np.int64)], Counter[str]()
     while chunk := list(islice(rows, ROWS_AT_ONCE)):
-        parts.append(encode_rows(task, chunk, encoder, encode_rules(job)).tokens.lengths)
+        settled = ["dropped:malformed" if fields is None else None for fields in chunk]
+        batch = encode_rows(task, [fields or {} for fields in chunk], encoder, encode_rules(job), settled)
+        parts.append(batch.tokens.lengths)
+        outcomes.update(batch.outcomes[code] for code in batch.codes.tolist())
+    _check_dropped(outcomes, job.data.max_drop_fraction)
     lengths = np.concatenate(parts)
     sequences = len(pack_rows(lengths, job.data.max_length, job.train.seed)) if job.packing else len(lengths)
     return len(lengths), int(lengths.sum()), sequences
+
+
+def _check_dropped(outcomes: Counter[str], allowed: float) -> None:
+    """Refuse what the data stage would refuse, in a sentence. Raises DataError."""
+    dropped = {name.partition(":")[2]: count for name, count in outcomes.most_common() if name.startswith("dropped:")}
+    count, total = sum(dropped.values()), outcomes.total()
+    if count and (count == total or count > allowed * total):
+        reasons = "; ".join(f"{reason} ({number:,})" for reason, number in dropped.items())
+        raise DataError(
+            f"data.train: {count:,} of {total:,} rows cannot be used: {reasons}. `tuneyard show JOB --reason dropped` "
+            "shows them; data.max_drop_fraction allows for some"
+        )

@@ -37,7 +37,8 @@ TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mlm": (("text",), ()),
     "sft": (
         ("messages",),
-        (*CHAT_FIELDS, "chosen", "rejected", "images", "image", "videos", "audios", "kto_tag"),  # to say what a row is
+        # beside the conversation, what says that a row is something else
+        (*CHAT_FIELDS, "chosen", "rejected", "images", "image", "videos", "audios", "kto_tag", "label"),
     ),
     "classify": (("text", "label"), ("text_pair",)),
     "tag": (("tokens", "tags"), ()),

@@ -26,8 +26,13 @@ NEEDED_FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": (("messages",), ("prompt", "completion"), ("conversations",), ("instruction", "output"))
 }
 """Tasks that take any one of several sets of fields; the others need their required fields."""
-
-
+OTHER_KINDS = (
+    (("chosen", "rejected"), "these are preference pairs, of which no task here learns"),
+    (("chosen_messages", "rejected_messages"), "these are preference pairs, of which no task here learns"),
+    (("segments",), "these are segments that are to be trained without a chat template"),
+    (("input_ids",), "these are token ids, and tasks here take texts"),
+)
+"""Columns that tell what a file is which lacks those of the task."""
 NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 WHOLE = re.compile(r"-?(0|[1-9]\d*)\.0+")
 
@@ -170,11 +175,15 @@ def _missing(present: Sequence[str], columns: Mapping[str, str], needed: Sequenc
     absent = lacking(list(dict.fromkeys([*fullest, *named])))
     if not absent:
         return None
+    if kind := next((kind for names, kind in OTHER_KINDS if set(names) <= set(present)), None):
+        return f"{kind}; columns here: {', '.join(present)}"
     wanted = ", ".join(repr(columns[field]) for field in absent)
     others = [" and ".join(repr(columns[field]) for field in fields) for fields in needed if fields is not fullest]
     instead = f" (nor {', nor '.join(others)})" if others else ""
-    near = {field: difflib.get_close_matches(columns[field], present, n=1, cutoff=0.5) for field in absent}
-    example = ", ".join(f"{field}: {near[field][0] if near[field] else 'YOUR_COLUMN'}" for field in absent)
+    free = [name for name in present if name not in columns.values()]
+    near = {field: difflib.get_close_matches(columns[field], free, n=1, cutoff=0.5) for field in absent}
+    last = free[0] if len(free) == len(absent) == 1 else "YOUR_COLUMN"
+    example = ", ".join(f"{field}: {near[field][0] if near[field] else last}" for field in absent)
     return (
         f"no column {wanted}{instead}; columns here: {', '.join(present) or 'none'}. "
         f"Say which column holds the field: data.columns: {{{example}}}"

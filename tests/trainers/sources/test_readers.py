@@ -256,6 +256,11 @@ SFT = {field: field for fields in TASK_FIELDS["sft"] for field in fields}
         ({"conversation": []}, SFT, "no column 'messages' (nor 'prompt' and 'completion', nor"),
         ({"ask": "a", "answer": "b"}, {**SFT, "prompt": "ask", "completion": "answer"}, None),
         ({"ask": "a"}, {**SFT, "prompt": "ask", "completion": "answer"}, "no column 'answer' (nor 'messages', nor"),
+        ({"instruction": "a", "input": "", "response": "b"}, SFT, "data.columns: {output: response}"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, SFT, "these are preference pairs"),
+        ({"chosen_messages": [], "rejected_messages": []}, SFT, "these are preference pairs"),
+        ({"segments": [{"label": True, "text": "a"}]}, SFT, "these are segments"),
+        ({"input_ids": [1], "labels": [1]}, SFT, "these are token ids"),
     ],
 )
 def test_sft_needs_messages_or_prompt_and_completion(

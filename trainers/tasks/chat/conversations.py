@@ -21,9 +21,17 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 OTHER_KINDS = {
     **dict.fromkeys(("chosen", "rejected"), "preference_pairs: rows hold chosen and rejected answers, sft wants one"),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "media: rows hold {}, sft reads text"),
-    "kto_tag": "preference_labels: rows say which answers are liked, sft learns each",
+    **dict.fromkeys(("kto_tag", "label"), "preference_labels: {} says which answers are liked, sft learns each"),
 }
-"""What a row with one of these fields is."""
+"""What a row with one of these fields is; `label` only where it is true or false."""
+TRAINED = ("train", "weight", "loss_weight")
+"""Names of what says whether a message is trained: true or 1, false or 0."""
+PARTS = {
+    **dict.fromkeys(("reasoning", "thinking"), 0),
+    **dict.fromkeys(("text", "input_text", "output_text"), 1),
+    "tool_call": 2,
+}
+"""Types of parts that a content may have, and the order in which templates write them."""
 KEPT_KEYS = ("tool_calls", "tool_call_id", "name")
 Message = dict[str, Any]
 
@@ -48,9 +56,9 @@ def read_chat(row: Mapping[str, Any]) -> Chat | str:
         raw = _find(row)
         messages = [_checked(message) for message in raw]
         tools = _tools(row.get("tools"))
+        muted = frozenset(index for index, message in enumerate(raw) if _is_muted(message))
     except NotAConversation as reason:
         return str(reason)
-    muted = frozenset(index for index, message in enumerate(raw) if _is_muted(message))
     if not any(_speaks(message) for index, message in enumerate(messages) if index not in muted):
         return "no_target"
     return Chat(messages, tools, muted)
@@ -58,7 +66,7 @@ def read_chat(row: Mapping[str, Any]) -> Chat | str:
 
 def _find(row: Mapping[str, Any]) -> list[Any]:
     for field, kind in OTHER_KINDS.items():
-        if row.get(field) not in (None, [], ""):
+        if row.get(field) not in (None, [], "") and (field != "label" or isinstance(row[field], bool)):
             raise NotAConversation(kind.format(field))
     if row.get("messages") is not None:
         messages = row["messages"]
@@ -98,8 +106,15 @@ def _role(message: Mapping[str, Any]) -> str | None:
 
 
 def _is_muted(message: Mapping[str, Any]) -> bool:
-    weight = message.get("weight")
-    return message.get("train") is False or (weight is not None and float(weight) == 0)
+    """Whether a message is said not to be trained. Raises NotAConversation where it says what sft cannot do."""
+    if message.get("train_detail"):
+        raise NotAConversation("train_detail_masks_parts_of_a_message")
+    marks = [message[name] for name in TRAINED if message.get(name) is not None]
+    if any(mark not in (0, 1) for mark in marks):
+        raise NotAConversation("message_weight_is_neither_0_nor_1")
+    if marks and all(marks) and _role(message) != "assistant":
+        raise NotAConversation("a_message_that_is_not_the_assistant's_is_to_be_trained")
+    return not all(marks)
 
 
 def _speaks(message: Message) -> bool:
@@ -130,7 +145,7 @@ def _checked(message: Mapping[str, Any]) -> Message:
         if isinstance(message.get(key), str) and message[key].strip() and role == "assistant":
             clean.setdefault(REASONING[0], message[key])
     if isinstance(content, list):
-        content = "".join(map(_part, content))
+        content = _join_parts(content, clean)
     if content is None and (clean.get("tool_calls") or REASONING[0] in clean):
         content = ""
     if not isinstance(content, str):
@@ -138,16 +153,29 @@ def _checked(message: Mapping[str, Any]) -> Message:
     return {"role": role, "content": content, **clean}
 
 
-def _part(part: Any) -> str:
-    """The text of one part of a content; a null, as columnar files fill in, is no text."""
+def _join_parts(parts: list[Any], message: Message) -> str:
+    """The text of a content's parts; its thoughts and calls go where other forms have them."""
+    read = [_part(part) for part in parts]
+    if [PARTS[kind] for kind, _ in read] != sorted(PARTS[kind] for kind, _ in read):
+        raise NotAConversation("content_parts_out_of_order")
+    texts = ["".join(text for kind, text in read if PARTS[kind] == place) for place in (0, 1)]
+    if texts[0].strip():
+        message[REASONING[0]] = texts[0]
+    if calls := [call for kind, text in read if kind == "tool_call" for call in _said_calls(text)]:
+        message["tool_calls"] = [_call(call) for call in calls]
+    return texts[1]
+
+
+def _part(part: Any) -> tuple[str, str]:
+    """(type, text) of one part of a content; a null, as columnar files fill in, is no text."""
     if isinstance(part, str):
-        return part
+        return "text", part
     if not isinstance(part, Mapping):
         raise NotAConversation("content_not_a_string")
     kind = part.get("type") or ("text" if "text" in part else "unknown")
-    if kind not in ("text", "input_text", "output_text"):
+    if kind not in PARTS:
         raise NotAConversation(f"content_part_{kind}_is_not_text")
-    return "" if part.get("text") is None else str(part["text"])
+    return kind, next((str(part[key]) for key in ("text", "value", kind) if part.get(key) is not None), "")
 
 
 def _listed(calls: Any) -> list[Any]:

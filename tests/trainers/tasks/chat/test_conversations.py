@@ -17,6 +17,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "roles in conversations": {"conversations": PLAIN},
     "alpaca": {"instruction": "Hi", "input": "", "output": "Hello!"},
     "prompt": {"prompt": "Hi", "completion": "Hello!"},
+    "parts with values": {
+        "messages": [
+            {**message, "content": [{"type": "text", "value": message["content"]}], "loss_weight": float(index)}
+            for index, message in enumerate(PLAIN)
+        ]
+    },
+    "pygmalion": {"conversations": [{"role": one["role"], "value": one["content"]} for one in PLAIN]},
     "prompt of messages": {"prompt": PLAIN[:1], "completion": PLAIN[1:]},
 }
 REFUSED: dict[str, dict[str, Any]] = {
@@ -34,7 +41,18 @@ REFUSED: dict[str, dict[str, Any]] = {
     "tool_call_without_a_name": {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
     "preference_pairs": {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
     "media": {"messages": PLAIN, "images": ["a.png"]},
-    "preference_labels": {"messages": PLAIN, "kto_tag": True},
+    "preference_labels": {"messages": PLAIN, "label": False},
+    "message_weight_is_neither_0_nor_1": {"messages": [PLAIN[0], {**PLAIN[1], "weight": 0.5}]},
+    "train_detail_masks_parts_of_a_message": {
+        "messages": [PLAIN[0], {**PLAIN[1], "train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]}]
+    },
+    "a_message_that_is_not_the_assistant's_is_to_be_trained": {"messages": [{**PLAIN[0], "train": True}, PLAIN[1]]},
+    "content_part_image_url_is_not_text": {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "value": "a.jpg"}]}, PLAIN[1]]
+    },
+    "content_parts_out_of_order": {
+        "messages": [PLAIN[0], {"role": "assistant", "content": ["x", {"type": "reasoning", "value": "y"}]}]
+    },
 }
 
 
@@ -104,6 +122,24 @@ def test_parts_without_text_are_no_text_and_other_parts_refuse_the_row() -> None
     assert read({"messages": [{"role": "user", "content": parts}, PLAIN[1]]}).messages == PLAIN
     image = {"messages": [{"role": "user", "content": [{"type": "image", "text": None}, *parts]}, PLAIN[1]]}
     assert read_chat(image) == "content_part_image_is_not_text"
+
+
+def test_parts_may_be_thoughts_and_calls() -> None:
+    parts = [
+        {"type": "reasoning", "value": "hm"},
+        {"type": "text", "value": "Look"},
+        *({"type": "tool_call", "value": f'{{"name": "look", "arguments": {{"at": {at}}}}}'} for at in (1, 2)),
+    ]
+    answer = read({"messages": [PLAIN[0], {"role": "assistant", "content": parts}]}).messages[1]
+    assert (answer["content"], answer["reasoning_content"]) == ("Look", "hm")
+    assert [call["function"]["arguments"] for call in answer["tool_calls"]] == [{"at": 1}, {"at": 2}]
+    thinking = {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "x"}]}
+    assert read({"messages": [PLAIN[0], thinking]}).messages[1]["reasoning_content"] == "hm"
+
+
+def test_a_label_that_is_no_verdict_does_not_refuse_a_row() -> None:
+    assert read({"messages": PLAIN, "label": "greeting"}).messages == PLAIN
+    assert str(read_chat({"messages": PLAIN, "kto_tag": True})).startswith("preference_labels")
 
 
 def test_reasoning_goes_by_its_names() -> None:
