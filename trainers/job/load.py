@@ -75,7 +75,7 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
         entries = data[key] if isinstance(data.get(key), list) else [data.get(key)]
         problems += [f"data.{key}: {problem}" for entry in entries if isinstance(entry, dict)
                      for problem in _entry_problems(entry, key, task)]  # fmt: skip
-    if train.get("activation_offload") and train.get("activation_checkpointing", "none") == "none":
+    if train.get("activation_offload") and train.get("activation_checkpointing") == "none":
         problems.append("train.activation_offload: needs train.activation_checkpointing, which is none")
     if (train.get("epochs") is None) == (train.get("steps") is None):
         problems.append("train: give either epochs or steps, one of them")

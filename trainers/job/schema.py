@@ -158,11 +158,11 @@ class TrainSection(TrainOptions):
     step; null rolls back only where loss or gradient are not finite."""
     deepspeed: Annotated[str, path_if(lambda value, base: value.endswith(".json"))] = "auto"
     """A name in ds_configs/ or the path of a JSON file; auto takes the cheapest that fits the GPUs, zero3 on CPUs."""
-    activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
+    activation_checkpointing: Literal["none", "full", "auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Layers that keep their inputs alone and are computed again in the backward pass: all (full), or every N-th. Less
-    memory, up to a third more time, the same gradients."""
+    memory, up to a third more time, the same gradients. auto takes the cheapest that fits the GPUs, none on CPUs."""
     activation_offload: bool = False
-    """Hold what checkpointed layers keep in host memory; needs activation_checkpointing."""
+    """Hold what checkpointed layers keep in host memory; needs activation_checkpointing. auto does so where it must."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each layer learns at this factor of the rate of the layer above it."""
     neftune_alpha: Annotated[float, Field(ge=0), For("pretrain", "sft", "seq2seq")] = 0.0

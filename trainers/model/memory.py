@@ -20,17 +20,45 @@ BUCKET_ELEMENTS, LIVE_ELEMENTS = 500_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
+class StepShape:
+    """How a rank cuts its step."""
+
+    micro_batch_size: int
+    accumulation: int = 1
+    """Micro-batches a step; stages 2 and 3 sum the gradients of several in fp32 (`derive_config`)."""
+    checkpoint_every: int = 0
+    """Of so many layers one is computed again in the backward pass; 0: none."""
+    offload: bool = False
+    """Whether what such layers keep lies in host memory."""
+
+
+@dataclass(frozen=True)
 class ModelSize:
-    """Of one model under one job."""
+    """Of one model under one job. Sequences are of `data.max_length`."""
 
     parameters: int
     trainable: int
     weight_bytes: int
     """Bytes of a working weight."""
     sequence_bytes: int
-    """What one sequence of `data.max_length` keeps for the backward pass, logits and their copies included."""
+    """What one sequence keeps for the backward pass where no layer is computed again; logits apart."""
+    logits_bytes: int = 0
+    """Logits of one sequence and their copies, where they are held whole."""
     once_bytes: int = 0
     """What the loss holds whatever the micro-batch: a chunk of logits, the head's gradient."""
+    layers: int = 1
+    input_bytes: int = 0
+    """Of one layer, for one sequence."""
+    checkpoints: bool = True
+    """Whether the model's class can compute layers again."""
+
+    def kept_bytes(self, step: StepShape) -> int:
+        """What a micro-batch keeps for the backward pass, logits apart."""
+        kept = self.sequence_bytes
+        if every := step.checkpoint_every:
+            inputs = 0 if step.offload else self.layers * self.input_bytes // every
+            kept = min(kept, kept - kept // every + kept // self.layers + inputs)  # one layer is computed at a time
+        return kept * step.micro_batch_size
 
 
 @dataclass(frozen=True)
@@ -38,45 +66,51 @@ class Need:
     """Bytes that one way needs of a rank."""
 
     way: str
-    state: int
-    """Weights, gradients, masters and moments that stay on the device."""
+    weights: int
+    gradients: int
+    optimizer: int
+    """fp32 masters and the two moments."""
     working: int
-    """What gathers, reductions and the update hold for a while."""
+    """What gathers, reductions, the update and the loss hold for a while."""
     activations: int
+    logits: int
     host: int
-    """State that is kept in host memory."""
+    """State that is kept in host memory, and what layers keep there."""
+
+    @property
+    def state(self) -> int:
+        """What stays on the device from step to step."""
+        return self.weights + self.gradients + self.optimizer
 
     @property
     def device(self) -> int:
         """Of the device, margin and reserve included."""
-        return int((self.state + self.working + self.activations) * (1 + MARGIN)) + RESERVE_BYTES
+        return int((self.state + self.working + self.activations + self.logits) * (1 + MARGIN)) + RESERVE_BYTES
 
 
-def needs(size: ModelSize, world_size: int, micro_batch_size: int, accumulation: int = 1) -> tuple[Need, ...]:
-    """What each way needs, the cheapest way first.
-
-    Args:
-        accumulation: micro-batches a step; stages 2 and 3 sum the gradients of several in fp32 (`derive_config`).
-    """
+def needs(size: ModelSize, world_size: int, step: StepShape) -> tuple[Need, ...]:
+    """What each way needs, the cheapest way first."""
     total, trainable, width = size.parameters, size.trainable, size.weight_bytes
     weights, gradients = total * width, trainable * width
-    summed = trainable * (4 if accumulation > 1 else width) // world_size
+    summed = trainable * (4 if step.accumulation > 1 else width) // world_size
     masters = 0 if width == 4 else 4 * trainable
     adam = masters + 8 * trainable
     mine = adam // world_size
     update = min(masters, 4 * BUCKET_ELEMENTS) // world_size  # a partition's gradients in fp32
     bucket = min(BUCKET_ELEMENTS, trainable) * width
     live = min(LIVE_ELEMENTS, total) * width
-    memory = {
-        "zero0": (weights + gradients + adam, masters, 0),
-        "zero1": (weights + gradients + mine, update + bucket, 0),
-        "zero2": (weights + summed + mine, update + 2 * bucket, 0),
-        "zero3": (weights // world_size + summed + mine, update + live + bucket, 0),
-        "zero3-cpu-offload": (summed, live + bucket, weights // world_size + mine + update),
+    state = {  # weights, gradients, optimizer, working memory, host
+        "zero0": (weights, gradients, adam, masters, 0),
+        "zero1": (weights, gradients, mine, update + bucket, 0),
+        "zero2": (weights, summed, mine, update + 2 * bucket, 0),
+        "zero3": (weights // world_size, summed, mine, update + live + bucket, 0),
+        "zero3-cpu-offload": (0, summed, 0, live + bucket, weights // world_size + mine + update),
     }
-    activations = size.sequence_bytes * micro_batch_size
+    kept, logits = size.kept_bytes(step), size.logits_bytes * step.micro_batch_size
+    inputs = size.layers * size.input_bytes // step.checkpoint_every * step.micro_batch_size if step.offload else 0
     return tuple(
-        Need(way, state, working + size.once_bytes, activations, host) for way, (state, working, host) in memory.items()
+        Need(way, *on_device, working + size.once_bytes, kept, logits, host + inputs)
+        for way, (*on_device, working, host) in state.items()
     )
 
 
@@ -90,21 +124,20 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
     width = dtype.itemsize
     kept, model, config = measure_activations(model_path, length, dtype, job.model.trust_remote_code)
     text = config.get_text_config()
-    if every := job.train.checkpoint_every_layers:
-        layer, inputs = kept // text.num_hidden_layers, text.num_hidden_layers * length * text.hidden_size * width
-        held = 0 if job.train.activation_offload else inputs // every
-        kept = min(kept, kept - kept // every + layer + held)  # one layer at a time is computed again
+    vocabulary, row = text.vocab_size if _predicts_tokens(job) else 0, length * text.hidden_size * width
+    chunked = vocabulary >= LEAST_VOCABULARY
     total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = _trainable(job, model) if job.model.freeze or job.model.lora else total
-    vocabulary, once = text.vocab_size if _predicts_tokens(job) else 0, 0
-    if vocabulary >= LEAST_VOCABULARY:
-        kept, once = (
-            kept + length * text.hidden_size * width,
-            3 * CHUNK_BYTES + vocabulary * text.hidden_size * (4 + width),
-        )
-    else:
-        kept += length * vocabulary * (8 + 2 * width)
-    return ModelSize(total, trainable, width, kept, once)
+    return ModelSize(
+        parameters=total,
+        trainable=_trainable(job, model) if job.model.freeze or job.model.lora else total,
+        weight_bytes=width,
+        sequence_bytes=kept,
+        logits_bytes=row if chunked else length * vocabulary * (8 + 2 * width),
+        once_bytes=3 * CHUNK_BYTES + vocabulary * text.hidden_size * (4 + width) if chunked else 0,
+        layers=text.num_hidden_layers,
+        input_bytes=row,
+        checkpoints=model.supports_gradient_checkpointing,
+    )
 
 
 def measure_activations(model_path: str, length: int, dtype: Any, trust_remote_code: bool = False) -> Any:

@@ -72,6 +72,8 @@ class StartEvent(BaseEvent):
     deepspeed: str | None = None
     """How the state is kept: a template's name or path."""
     micro_batch_size: int | None = None
+    checkpoint_every_layers: int | None = None
+    """Of so many layers one is computed again in the backward pass; 0: none."""
 
 
 class StepEvent(BaseEvent):

@@ -105,7 +105,8 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
             world_size=world.size,
             checkpoint_bytes=host_bytes,
             deepspeed=choice.way,
-            micro_batch_size=choice.micro_batch_size,
+            micro_batch_size=choice.step.micro_batch_size,
+            checkpoint_every_layers=choice.step.checkpoint_every,
         )
         hooks.emit(started)
     settings = LoopSettings(

@@ -103,4 +103,4 @@ def test_the_job_names_what_is_wrong_and_stays_the_same_run() -> None:
         assert job.train.checkpoint_every_layers == every
         assert job.identity() == plain.identity()
     with pytest.raises(JobError, match=r"activation_offload: needs train.activation_checkpointing"):
-        parse_job({**raw, "train": {**raw["train"], "activation_offload": True}})
+        parse_job({**raw, "train": {**raw["train"], "activation_checkpointing": "none", "activation_offload": True}})

@@ -9,27 +9,28 @@ from tests.trainers.job.test_job import changed
 from trainers.job.load import parse_job
 from trainers.job.schema import Job
 from trainers.model.choice import WAYS, choose, settle
-from trainers.model.memory import GIB, ModelSize, needs
+from trainers.model.memory import GIB, ModelSize, StepShape, needs
 
-BILLION = ModelSize(1_240_000_000, 1_240_000_000, 2, int(6.6 * GIB))
+BILLION = ModelSize(1_240_000_000, 1_240_000_000, 2, int(6.6 * GIB), layers=16, input_bytes=2048 * 2048 * 2)
 """A Llama of 1.24 billion parameters in bf16 at 2,048 tokens."""
-EIGHT = ModelSize(8_000_000_000, 8_000_000_000, 2, 9 * GIB)
+EIGHT = ModelSize(8_000_000_000, 8_000_000_000, 2, 9 * GIB, layers=32, input_bytes=2048 * 4096 * 2)
 
 
 def job_of(**train: Any) -> Job:
-    return parse_job(changed(train={"global_batch_size": 16, **train}, data={"max_length": 2048}))
+    train = {"global_batch_size": 16, "activation_checkpointing": "none", **train}
+    return parse_job(changed(train=train, data={"max_length": 2048}))
 
 
 def choice_of(size: ModelSize, workers: int, gib: float | None, **train: Any) -> tuple[str, int]:
     found = choose(job_of(**train), workers, None if gib is None else int(gib * GIB), lambda: size)
-    return found.way, found.micro_batch_size
+    return found.way, found.step.micro_batch_size
 
 
 def test_each_way_needs_less_of_the_device_than_the_one_before() -> None:
     for size in (BILLION, EIGHT):
-        states = [need.state for need in needs(size, 8, 1)]
+        states = [need.state for need in needs(size, 8, StepShape(1))]
         assert states == sorted(states, reverse=True)
-        assert needs(size, 8, 1)[-1].host > 0
+        assert needs(size, 8, StepShape(1))[-1].host > 0
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_the_cheapest_way_that_fits_is_taken(size: ModelSize, workers: int, gib:
 def test_the_largest_micro_batch_that_fits_is_taken() -> None:
     by_memory = {gib: choice_of(BILLION, 1, gib) for gib in (36, 45, 60, 100, 144)}
     assert by_memory == {36: ("zero0", 1), 45: ("zero0", 2), 60: ("zero0", 4), 100: ("zero0", 8), 144: ("zero0", 16)}
-    assert needs(BILLION, 1, 4)[0].device <= 60 * GIB < needs(BILLION, 1, 8)[0].device
+    assert needs(BILLION, 1, StepShape(4, 4))[0].device <= 60 * GIB < needs(BILLION, 1, StepShape(8, 2))[0].device
 
 
 def test_what_the_job_names_is_kept() -> None:
@@ -62,17 +63,32 @@ def test_what_the_job_names_is_kept() -> None:
     assert choice_of(BILLION, 1, 80, deepspeed="/my/own.json") == ("/my/own.json", 2)
 
 
+@pytest.mark.parametrize(
+    ("gib", "way", "step"),
+    [
+        (80, "zero1", StepShape(2, 8)),  # as it comes
+        (48, "zero2", StepShape(2, 8, 2)),
+        (42, "zero3", StepShape(2, 8)),
+    ],
+)
+def test_layers_are_computed_again_where_that_is_cheaper_than_the_next_way(
+    gib: float, way: str, step: StepShape
+) -> None:
+    found = choose(job_of(activation_checkpointing="auto", global_batch_size=128), 8, int(gib * GIB), lambda: EIGHT)
+    assert (found.way, found.step) == (way, step)
+
+
 def test_without_devices_auto_means_zero3_and_no_model_is_looked_at() -> None:
     def measured() -> ModelSize:
         raise AssertionError("nothing depends on it")
 
     found = choose(job_of(), 2, None, measured)
-    assert (found.way, found.micro_batch_size, found.needs) == ("zero3", 2, ())
+    assert (found.way, found.step, found.fits, found.needs) == ("zero3", StepShape(2, 4), None, ())
 
 
 def test_nothing_that_fits_is_said_with_both_figures() -> None:
     found = choose(job_of(), 1, 4 * GIB, lambda: EIGHT)
-    assert found.way == WAYS[-1] and found.micro_batch_size == 1
+    assert found.way == list(WAYS)[-1] and found.step.micro_batch_size == 1 and found.fits is False
     assert "may not fit" in found.reason and "4.0" in found.reason
 
 
@@ -80,6 +96,7 @@ def test_the_choice_is_no_part_of_what_is_trained() -> None:
     job = job_of()
     settled = settle(job, choose(job, 1, 80 * GIB, lambda: BILLION))
     assert (settled.train.deepspeed, settled.train.micro_batch_size) == ("zero0", 4)
+    assert settled.train.activation_checkpointing == "none"
     assert settled.identity() == job.identity()
 
 

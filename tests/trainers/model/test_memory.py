@@ -1,6 +1,7 @@
 """The memory of a step against what real steps hold: activations, and the state of a plain engine."""
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, T5Confi
 
 from tests.ranks import run_ranks
 from tests.tiny import chat_rows, make_llama, tiny_job
-from trainers.model.memory import GIB, ModelSize, measure_activations, measure_size, needs
+from trainers.model.memory import GIB, ModelSize, StepShape, measure_activations, measure_size, needs
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 300}
 CONFIGS = {
@@ -76,7 +77,7 @@ def measure_plain_engine(sizes: tuple[int, int]) -> tuple[int, int]:
     engine.backward(engine(torch.randn(4, sizes[0], dtype=torch.bfloat16)).float().square().mean())
     engine.step()
     count = sizes[0] ** 2 * sizes[1]
-    need = needs(ModelSize(count, count, 2, 0), 1, 1)[0]
+    need = needs(ModelSize(count, count, 2, 0), 1, StepShape(1))[0]
     return live_bytes() - before, need.state - 2 * count  # gradients are gone between steps
 
 
@@ -87,7 +88,7 @@ def test_a_plain_engine_holds_what_was_said() -> None:
 
 def test_stages_that_partition_gradients_sum_those_of_several_micro_batches_in_fp32() -> None:
     bf16 = ModelSize(1000, 1000, 2, 0)
-    once, summed = ({need.way: need.state for need in needs(bf16, 2, 1, many)} for many in (1, 4))
+    once, summed = ({need.way: need.state for need in needs(bf16, 2, StepShape(1, many))} for many in (1, 4))
     more = {way: summed[way] - once[way] for way in once}
     assert more == {"zero0": 0, "zero1": 0, "zero2": 1000, "zero3": 1000, "zero3-cpu-offload": 1000}
 
@@ -104,10 +105,11 @@ def test_peaks_that_were_measured_on_an_h100_are_met(tmp_path: Path, tiny_chat_t
     job = job.model_copy(update={"model": job.model.model_copy(update={"dtype": "bfloat16"})})
     size = measure_size(job, str(tmp_path))
     logits = 2048 * 128_256 * (2 + 4 + 4 + 2)  # both held them whole: bf16, an fp32 copy, and the gradients of the two
-    size = ModelSize(size.parameters, size.trainable, 2, size.sequence_bytes + logits)
-    zero3 = needs(size, 1, 4)[3]
-    assert (zero3.state + zero3.working + zero3.activations) / GIB == pytest.approx(47.5, rel=0.06)
-    by_hand = 8 * size.parameters + zero3.activations
+    size = replace(size, logits_bytes=logits, once_bytes=0)
+    zero3 = needs(size, 1, StepShape(4))[3]
+    kept = zero3.activations + zero3.logits
+    assert (zero3.state + zero3.working + kept) / GIB == pytest.approx(47.5, rel=0.06)
+    by_hand = 8 * size.parameters + kept
     assert by_hand / GIB == pytest.approx(34.4, rel=0.06)
 
 
@@ -117,8 +119,6 @@ def test_checkpointed_layers_keep_their_inputs_and_one_layer_is_computed_again(
     folder = make_llama(tmp_path / "model", tiny_chat_tokenizer)
     job = tiny_job(tmp_path, folder, "sft", chat_rows(10))
 
-    def kept(every: str | int) -> int:
-        train = job.train.model_copy(update={"activation_checkpointing": every})
-        return measure_size(job.model_copy(update={"train": train}), str(folder)).sequence_bytes
-
-    assert kept("full") < kept(2) <= kept("none")
+    size = measure_size(job, str(folder))
+    none, second, full, on_host = (size.kept_bytes(StepShape(1, 1, *each)) for each in ((0,), (2,), (1,), (1, True)))
+    assert on_host < full < second <= none
