@@ -12,7 +12,7 @@ import typer
 from orchestrator.commands.of_runs import app as runs_app
 from orchestrator.commands.options import TEMPLATES, Address, AsJson, JobPath, Overrides, print_json
 from orchestrator.commands.registry import app as registry_app
-from trainers.errors import JobError, TuneyardError
+from trainers.errors import JobError, PlacementError, TuneyardError
 
 PR_SET_NAME = 15
 
@@ -89,18 +89,30 @@ def schema() -> None:
 @app.command()
 def plan(
     job_path: JobPath,
-    gpu_memory: Annotated[float | None, typer.Option(help="GiB of a worker's GPU; default: this machine's.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for this GPU, such as h100-80; default: this machine's.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Plan for GPUs of so much memory, such as 80GiB.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Plan for so many nodes, one worker a GPU.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    throughput: Annotated[float | None, typer.Option(min=1, help="Tokens a second and worker, for the hours.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a worker's hour, for the cost.")] = None,
     overrides: Overrides = None,
     full: Annotated[bool, typer.Option("--full", help="Print the job with every default written out, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check everything and print what the job will do; takes no worker."""
     from orchestrator.commands.plan import plan_table
+    from orchestrator.planning.hardware import cluster_settings, device_bytes
     from orchestrator.planning.plan import plan_job
     from orchestrator.planning.preflight import check_job
 
-    found = plan_job(check_job(_load(job_path, overrides)), None if gpu_memory is None else int(gpu_memory * 2**30))
+    device, settings = device_bytes(gpu, memory), cluster_settings(gpu, memory, nodes, gpus_per_node)
+    checked = check_job(_load(job_path, [*settings, *(overrides or [])]), weights=False)
+    found = plan_job(checked, device, throughput, price)
     print_json(found.model_dump(mode="json")) if as_json else plan_table(found, full)
+    if found.fits is False:
+        raise PlacementError(f"the job needs more memory than the {found.device_gib:.1f} GiB of a worker's device")
 
 
 @app.command()

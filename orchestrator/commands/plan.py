@@ -2,7 +2,8 @@
 
 import yaml
 
-from orchestrator.planning.plan import Plan, WayMemory
+from orchestrator.planning.costs import WayMemory
+from orchestrator.planning.plan import Plan
 from orchestrator.terminal.table import show
 
 LABELS = 20
@@ -24,19 +25,56 @@ def plan_table(plan: Plan, full: bool) -> None:
         ("chosen by", f"{plan.mode} {plan.metric}"),
         ("model", f"{plan.parameters:,} parameters"),
         ("deepspeed", f"{plan.deepspeed}: {plan.deepspeed_reason}"),
-        *((f"  {each.way}", _memory(each)) for each in plan.ways),
+        ("layers again", _again(plan.activation_checkpointing)),
         ("memory", f"{plan.state_gib_per_worker:.2f} GiB of state a worker, activations on top"),
         ("host memory", f"{plan.host_gib_per_worker:.2f} GiB a worker for copies of the state"),
+        ("disk", f"{plan.disk_gib:.2f} GiB at the most for checkpoints and the exported model"),
+        ("arithmetic", f"{about}{plan.flops:.3g} floating-point operations"),
+        *([("time", _hours(plan))] if plan.hours else []),
         ("run folder", plan.run or "named once the shards are written"),
         *([("first example", plan.example)] if plan.example else []),
         *(("note", note) for note in plan.notes),
     ]
     show("plan", ("what", "value"), rows)
+    if plan.ways:
+        _memory_table(plan)
+        print(_verdict(plan))
     if full:
         print(yaml.safe_dump(plan.job, sort_keys=False))
 
 
-def _memory(way: WayMemory) -> str:
-    """What a way would need, in words."""
-    host = f" and {way.host_gib:.1f} GiB of host memory" if way.host_gib else ""
-    return f"would need {way.device_gib:.1f} GiB a device{host}"
+def _again(setting: str | int) -> str:
+    """Of which layers only the input is kept for the backward pass, in words."""
+    return {"none": "none", "full": "every layer's activations"}.get(
+        str(setting), f"activations of one layer in {setting}"
+    )
+
+
+def _hours(plan: Plan) -> str:
+    cost = f", costs {plan.cost:,.2f}" if plan.cost else ""
+    return f"about {plan.hours:,.2f} hours{cost}"
+
+
+def _memory_table(plan: Plan) -> None:
+    """What each way would need, by part; a column a way."""
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "working", "device", "host")
+    chosen = {way.way: f"{way.way} (chosen)" if way.way == plan.deepspeed else way.way for way in plan.ways}
+    rows = [(name, *(f"{_part(way, name):.1f}" for way in plan.ways)) for name in parts]
+    if plan.device_gib is not None:
+        rows.append(("fits", *("yes" if way.fits else "no" for way in plan.ways)))
+    show("GiB a worker with this step; device: all, with a margin", ("", *chosen.values()), rows)
+
+
+def _part(way: WayMemory, name: str) -> float:
+    value: float = getattr(way, f"{name}_gib" if name in ("device", "host") else name)
+    return value
+
+
+def _verdict(plan: Plan) -> str:
+    """Whether the job fits its devices, and what to change where it does not."""
+    if plan.fits:
+        return f"fits a worker's device of {plan.device_gib:.1f} GiB"
+    if not plan.remedy:
+        advice = "shorten data.max_length, or train adapters (model.lora)"
+        return f"does not fit, and neither settings nor more workers were found with which it does: {advice}"
+    return "does not fit; the smallest change that does: " + " ".join(f"--set {each}" for each in plan.remedy)

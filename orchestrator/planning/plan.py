@@ -4,26 +4,27 @@ Exact where the shards are written or the data is small; else sequences are esti
 """
 
 import json
-import os
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import islice
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from orchestrator.evaluation.room import why_no_room
+from orchestrator.planning.costs import WayMemory, count_flops, measured_speed, way_memory
+from orchestrator.planning.hardware import smallest_fit
+from orchestrator.planning.notes import all_notes
 from orchestrator.planning.preflight import CheckedJob
 from orchestrator.planning.show import first_example, in_short, view
 from orchestrator.planning.small_data import count_small
-from orchestrator.ray_session import usable_cpus
-from trainers.batching.batch_plan import BatchPlan, plan_batches
+from trainers.batching.batch_plan import plan_batches
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
-from trainers.model.choice import choose
-from trainers.model.families import tested_families
+from trainers.model.choice import Choice, choose, settle
 from trainers.model.fit import tensor_shapes
 from trainers.model.lora import ALL_LINEAR
 from trainers.model.memory import GIB, ModelSize, measure_size, needs
@@ -35,22 +36,11 @@ from trainers.shards.manifest import Shards, shards_folder
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.storage import Folder
 from trainers.tasks import choose_metric, encode_rows, encode_rules, load_task
-from trainers.tasks.chat.render import renderer_of
 from trainers.tokenizer.encoder import load_encoder
 
 SAMPLE_ROWS = 500
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """fp32 weight and two moments."""
-
-
-class WayMemory(Record):
-    """What one way to keep the state would need."""
-
-    way: str
-    device_gib: float
-    """Of a worker's device, activations and a margin included."""
-    host_gib: float
-    """Of a worker's host memory, beside copies for checkpoints."""
 
 
 class Plan(Record):
@@ -77,8 +67,16 @@ class Plan(Record):
     deepspeed: str
     """How the state is kept: a template's name or path."""
     deepspeed_reason: str
+    activation_checkpointing: str | int
+    """Of how many layers one is computed again in the backward pass; none, full (every one)."""
     ways: tuple[WayMemory, ...]
-    """What each way would need; empty where no device's memory is known."""
+    """What each way would need with that step; empty where no device's memory is known."""
+    device_gib: float | None
+    """Memory of a worker's device, where it is known."""
+    fits: bool | None
+    """Whether the job fits it."""
+    remedy: tuple[str, ...]
+    """Where it does not: the smallest change that does, as --set takes it; empty where none was found."""
     state_gib_per_worker: float
     """Weights, gradients and optimizer state on the device; activations come on top."""
     checkpoint_gib: float
@@ -86,6 +84,14 @@ class Plan(Record):
     """Host memory that a worker's checkpoints are copied to, held from its start to its end."""
     checkpoints: int
     """Checkpoints written over the run; `checkpoint.keep` of them stay."""
+    disk_gib: float
+    """At the most: checkpoints that stay, the best, the one being written, and the exported model."""
+    flops: float
+    """Of all steps: six a parameter and token, attention's products, and layers that are computed again."""
+    hours: float | None
+    """At the throughput that was given, or that the run has shown so far."""
+    cost: float | None
+    """Of all workers over these hours, at the price that was given."""
     notes: tuple[str, ...]
     example: str | None
     """The first training row as the model gets it, in short; what is trained stands in ⟦ ⟧."""
@@ -93,59 +99,115 @@ class Plan(Record):
     """The resolved job."""
 
 
-def plan_job(checked: CheckedJob, device_bytes: int | None = None) -> Plan:
+def plan_job(
+    checked: CheckedJob,
+    device_bytes: int | None = None,
+    tokens_per_s: float | None = None,
+    price: float | None = None,
+) -> Plan:
     """Work out a checked job.
 
     Args:
         device_bytes: memory of a worker's device; by default of this machine's smallest GPU, if workers get any.
+        tokens_per_s: of one worker; by default what the run has shown so far.
+        price: of a worker's hour.
 
     Raises:
         DataError: where its shards are there and refused.
     """
     job, model = checked.job, checked.model
+    elsewhere = device_bytes is not None
     if device_bytes is None and job.scale.gpus_per_worker != 0:
         device_bytes = gpu_memory()
-    choice = choose(job, job.scale.max_workers, device_bytes, lambda: measure_size(job, model.path))
-    batches = plan_batches(
-        job.train.global_batch_size, choice.micro_batch_size, job.scale.max_workers, job.data.max_length
-    )
+    world_size = job.scale.max_workers
+    measure = cache(lambda: measure_size(job, model.path))
+    choice = choose(job, world_size, device_bytes, measure)
+    batches = plan_batches(job.train.global_batch_size, choice.step.micro_batch_size, world_size, job.data.max_length)
     shards = load_shards(job, checked.splits)
+    run = run_folder(job, model.digest, shards) if shards else None
     counted = count_sequences(job, shards) if shards else count_small(checked)
     rows, tokens, sequences = counted or estimate_sequences(checked)
     steps = job_order(job, max(sequences, 1)).steps
-    shapes = tensor_shapes(Path(model.path))
-    parameters = sum(prod(shape) for shape in shapes.values())
-    saved = count_adapters(shapes, job.model.lora) if job.model.lora else parameters
-    size = ModelSize(parameters, saved, 2 if job.model.dtype == "bfloat16" else 4, 0)
-    states = {need.way: need.state for need in choice.needs or needs(size, job.scale.max_workers, 1)}
+    trained = tokens * steps * batches.global_batch_size / max(sequences, 1)
+    speed = tokens_per_s * world_size if tokens_per_s else (measured_speed(run) if run else None)
     metric, mode = choose_metric(job)
     first = first_example(view(job, model, checked.splits))
     return Plan(
-        run=str(run_folder(job, model.digest, shards)) if shards else None,
+        run=str(run) if run else None,
         exact=counted is not None,
         train_rows=rows,
         train_tokens=tokens,
         sequences=sequences,
         steps=steps,
-        world_size=job.scale.max_workers,
+        world_size=world_size,
         global_batch_size=batches.global_batch_size,
         micro_batch_size=batches.micro_batch_size,
         accumulation=batches.accumulation,
         labels=job_task(job, shards.train, model.path).labels if shards and load_task(job.task).has_labels else None,
         metric=metric,
         mode=mode,
-        parameters=parameters,
-        deepspeed=choice.way,
-        deepspeed_reason=choice.reason,
-        ways=tuple(WayMemory(way=n.way, device_gib=n.device / GIB, host_gib=n.host / GIB) for n in choice.needs),
-        state_gib_per_worker=states.get(choice.way, states["zero0"]) / GIB,
-        checkpoint_gib=saved * CHECKPOINT_BYTES_PER_PARAMETER / GIB,
-        host_gib_per_worker=saved * CHECKPOINT_BYTES_PER_PARAMETER / job.scale.max_workers / GIB,
         checkpoints=-(-steps // job.checkpoint.every_steps),
-        notes=(*checked.notes, *architecture_notes(checked), *chat_notes(job, model.path), *notes(job, batches, steps)),
+        **_memory(job, choice, device_bytes, measure),
+        **_costs(job, model.path, choice, trained, speed, price, measure),
+        notes=all_notes(checked, batches, steps, elsewhere),
         example=in_short(first) if first else None,
         job=job.model_dump(mode="json"),
     )
+
+
+def _memory(job: Job, choice: Choice, device_bytes: int | None, measure: Callable[[], ModelSize]) -> dict[str, Any]:
+    """The plan's fields on how the step is cut and what it needs."""
+    refused = device_bytes is not None and choice.fits is False
+    remedy = smallest_fit(job, device_bytes or 0, measure()) if refused else None
+    return {
+        "deepspeed": choice.way,
+        "deepspeed_reason": choice.reason,
+        "activation_checkpointing": settle(job, choice).train.activation_checkpointing,
+        "ways": tuple(way_memory(need, device_bytes or 0) for need in choice.needs),
+        "device_gib": device_bytes / GIB if device_bytes else None,
+        "fits": choice.fits,
+        "remedy": remedy.settings if remedy else (),
+    }
+
+
+def _costs(
+    job: Job,
+    model_path: str,
+    choice: Choice,
+    trained: float,
+    speed: float | None,
+    price: float | None,
+    measure: Callable[[], ModelSize],
+) -> dict[str, Any]:
+    """The plan's fields on sizes, arithmetic and time.
+
+    Args:
+        trained: tokens of all steps.
+        speed: of all workers, in tokens a second.
+    """
+    parameters, saved = _parameters(job, tensor_shapes(Path(model_path)), measure)
+    world_size, width = job.scale.max_workers, 2 if job.model.dtype == "bfloat16" else 4
+    states = choice.needs or needs(ModelSize(parameters, saved, width, 0), world_size, choice.step)
+    checkpoint_gib = saved * CHECKPOINT_BYTES_PER_PARAMETER / GIB
+    hours = trained / speed / 3600 if speed else None
+    return {
+        "parameters": parameters,
+        "state_gib_per_worker": {need.way: need.state for need in states}.get(choice.way, states[0].state) / GIB,
+        "checkpoint_gib": checkpoint_gib,
+        "host_gib_per_worker": checkpoint_gib / world_size,
+        "disk_gib": (job.checkpoint.keep + 2) * checkpoint_gib + parameters * width / GIB,
+        "flops": trained * count_flops(job, model_path, parameters, saved, choice.step.checkpoint_every),
+        "hours": hours,
+        "cost": hours * world_size * price if hours and price else None,
+    }
+
+
+def _parameters(job: Job, shapes: Mapping[str, Sequence[int]], measure: Callable[[], ModelSize]) -> tuple[int, int]:
+    """Values of the model, and those that a checkpoint holds; from the configuration where there are no weights yet."""
+    if not shapes:
+        return measure().parameters, measure().trainable
+    parameters = sum(prod(shape) for shape in shapes.values())
+    return parameters, count_adapters(shapes, job.model.lora) if job.model.lora else parameters
 
 
 def count_sequences(job: Job, shards: Shards) -> tuple[int, int, int]:
@@ -200,60 +262,6 @@ def count_adapters(shapes: Mapping[str, Sequence[int]], lora: LoraSection) -> in
     return sum(lora.rank * sum(shape) for shape in adapted)
 
 
-def architecture_notes(checked: CheckedJob) -> list[str]:
-    """Whether the family is among those that the tests compare with plain transformers, and why a job does not pack."""
-    config = json.loads((Path(checked.model.path) / "config.json").read_text(encoding="utf-8"))
-    family, known = str(config.get("model_type")), tested_families()
-    tasks = known.get(family)
-    if tasks is None:
-        found = [f"{family} is not among the {len(known)} families of docs/models.md: `tuneyard verify` tests it"]
-    elif checked.job.task not in tasks:
-        found = [f"{family} is in docs/models.md, but not with task {checked.job.task}: `tuneyard verify` tests it"]
-    else:
-        found = [f"{family} is in docs/models.md with task {checked.job.task}"]
-    if checked.packing is not None and not checked.packing.apart:
-        found.append(f"packing is off, for documents of a pack would see each other here: {checked.packing.reason}")
-    return found
-
-
-def chat_notes(job: Job, model_path: str) -> list[str]:
-    """Whether a chat template ends the assistant's turns."""
-    if job.task != "sft":
-        return []
-    encoder = load_encoder(model_path, job.model.trust_remote_code)
-    if renderer_of(encoder, encoder.fast, encode_rules(job).options.chat_template).ending():
-        return []
-    return ["the chat template writes nothing behind the assistant's last turn: the model does not learn to stop"]
-
-
-def notes(job: Job, batches: BatchPlan, steps: int) -> list[str]:
-    """What a user would want to know before starting."""
-    found = []
-    on_cpu = job.scale.gpus_per_worker == 0 or not _has_gpu()
-    no_room = why_no_room(job, 0, {"CPU": usable_cpus()})
-    if no_room and "RAY_ADDRESS" not in os.environ and on_cpu:  # what a cluster has is known at the start only
-        refused = "; evaluate.early_stopping is refused there" if job.evaluate.early_stopping else ""
-        found.append(f"on this machine alone, {no_room}{refused}")
-    if job.model.dtype == "bfloat16" and not cpu_has_bf16() and on_cpu:
-        found.append("this CPU has no bf16 arithmetic: model.dtype float32 is faster here")
-    if job.data.max_drop_fraction:
-        found.append(f"up to {job.data.max_drop_fraction:.2%} of the rows may be dropped without a refusal")
-    if steps < job.checkpoint.every_steps:
-        found.append(f"only the last step is saved: {steps} steps are fewer than checkpoint.every_steps")
-    if batches.accumulation == 1 and batches.micro_batch_size == 1:
-        found.append("one sequence a rank and step: a larger train.global_batch_size would use the hardware better")
-    return found
-
-
-def cpu_has_bf16() -> bool:
-    """Whether /proc/cpuinfo lists bf16 instructions."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def gpu_memory() -> int | None:
     """Bytes of memory of this machine's smallest GPU; None without one."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -262,7 +270,3 @@ def gpu_memory() -> int | None:
         return min(int(line) for line in answer.split()) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-
-
-def _has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))

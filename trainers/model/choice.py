@@ -57,7 +57,7 @@ def choose(job: Job, world_size: int, device_bytes: int | None, measure: Callabl
         return Choice(named or WITHOUT_DEVICES, step, "named by the job" if named else "ranks compute on CPUs")
     size = measure()
     least, chosen = inf, None
-    for cost, way, step in _candidates(job, batches, size):
+    for _, way, step in _candidates(job, batches, size):
         need = _need(size, world_size, step, way)
         if need.device <= device_bytes:
             figure = f"{need.device / GIB:.1f} of {device_bytes / GIB:.1f} GiB"

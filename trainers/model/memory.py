@@ -18,6 +18,8 @@ MARGIN = 0.08
 BUCKET_ELEMENTS, LIVE_ELEMENTS = 500_000_000, 1_000_000_000
 """DeepSpeed's defaults: elements of a reduction bucket, and of gathered parameters that ZeRO-3 keeps alive."""
 
+HEAD = "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -109,8 +111,8 @@ def needs(size: ModelSize, world_size: int, step: StepShape) -> tuple[Need, ...]
     kept, logits = size.kept_bytes(step), size.logits_bytes * step.micro_batch_size
     inputs = size.layers * size.input_bytes // step.checkpoint_every * step.micro_batch_size if step.offload else 0
     return tuple(
-        Need(way, *on_device, working + size.once_bytes, kept, logits, host + inputs)
-        for way, (*on_device, working, host) in state.items()
+        Need(way, held, summed_up, moments, working + size.once_bytes, kept, logits, host + inputs)
+        for way, (held, summed_up, moments, working, host) in state.items()
     )
 
 
@@ -126,10 +128,11 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
     text = config.get_text_config()
     vocabulary, row = text.vocab_size if _predicts_tokens(job) else 0, length * text.hidden_size * width
     chunked = vocabulary >= LEAST_VOCABULARY
-    total = sum(parameter.numel() for parameter in model.parameters())
+    head = vocabulary * text.hidden_size if not getattr(config, "tie_word_embeddings", True) else 0
+    total = sum(parameter.numel() for parameter in model.parameters()) + head
     return ModelSize(
         parameters=total,
-        trainable=_trainable(job, model) if job.model.freeze or job.model.lora else total,
+        trainable=_trainable(job, model) + _learns(job, HEAD) * head if job.model.freeze or job.model.lora else total,
         weight_bytes=width,
         sequence_bytes=kept,
         logits_bytes=row if chunked else length * vocabulary * (8 + 2 * width),
@@ -149,6 +152,7 @@ def measure_activations(model_path: str, length: int, dtype: Any, trust_remote_c
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.autograd.graph import saved_tensors_hooks
     from transformers import AutoConfig, AutoModel
+    from transformers.initialization import no_init_weights
 
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     kept: dict[int, Any] = {}
@@ -158,7 +162,7 @@ def measure_activations(model_path: str, length: int, dtype: Any, trust_remote_c
         kept[storage._cdata] = storage
         return tensor
 
-    with FakeTensorMode():
+    with FakeTensorMode(), no_init_weights():
         model = AutoModel.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).train()
         held = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         ids = torch.zeros(1, length, dtype=torch.long)
@@ -178,7 +182,7 @@ def _predicts_tokens(job: Job) -> bool:
 
 
 def _trainable(job: Job, model: Any) -> int:
-    """Parameters that get gradients; a new head, which is small, left out."""
+    """Parameters that get gradients, the head left out."""
     import torch
 
     if job.model.lora is not None:
@@ -187,9 +191,11 @@ def _trainable(job: Job, model: Any) -> int:
     return sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if not any(
-            fnmatchcase(each, pattern)
-            for each in (name, f"{model.base_model_prefix}.{name}")
-            for pattern in job.model.freeze
-        )
+        if _learns(job, name, f"{model.base_model_prefix}.{name}")
     )
+
+
+def _learns(job: Job, *names: str) -> bool:
+    """Whether a parameter of these names is trained itself."""
+    frozen = any(fnmatchcase(name, pattern) for name in names for pattern in job.model.freeze)
+    return job.model.lora is None and not frozen

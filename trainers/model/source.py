@@ -33,8 +33,11 @@ class ModelFolder:
     """Of config, tokenizer, every byte of the weights, and of code that is trusted: part of the run's identity."""
 
 
-def prepare_model(job: Job) -> ModelFolder:
+def prepare_model(job: Job, weights: bool = True) -> ModelFolder:
     """Download or convert where needed. Calling it again does nothing twice.
+
+    Args:
+        weights: whether a folder without weights is refused; a plan needs the configuration alone.
 
     Raises:
         JobError: where there is no such model, or it cannot be used.
@@ -42,7 +45,7 @@ def prepare_model(job: Job) -> ModelFolder:
     source = _source(job)
     if job.model.gguf_file is not None:
         source = _convert_gguf(job, source)
-    return _checked(source, job)
+    return _checked(source, job, weights)
 
 
 def find_model(job: Job) -> ModelFolder | None:
@@ -85,11 +88,11 @@ def find_teacher(job: Job) -> str | None:
     return name
 
 
-def _checked(path: Path, job: Job) -> ModelFolder:
+def _checked(path: Path, job: Job, needs_weights: bool = True) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise JobError(f"model.path: {path} has no config.json, so it is not a Hugging Face model folder")
     weights = sorted(path.glob("*.safetensors"))
-    if not weights:
+    if not weights and needs_weights:
         pickles = [item.name for item in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.gguf")]]
         found = f" ({', '.join(sorted(pickles))} found: pickles are never loaded, a GGUF file needs model.gguf_file)"
         raise JobError(f"model.path: {path} has no safetensors weights{found if pickles else ''}")

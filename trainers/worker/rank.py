@@ -99,15 +99,9 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     host_bytes = checkpointer.prepare()
     if world.rank == 0:
         hooks.emit(HistoryEvent(events=start.history))
-        started = StartEvent(
-            step=start.step,
-            steps=order.steps,
-            world_size=world.size,
-            checkpoint_bytes=host_bytes,
-            deepspeed=choice.way,
-            micro_batch_size=choice.step.micro_batch_size,
-            checkpoint_every_layers=choice.step.checkpoint_every,
-        )
+        step, micro, every = start.step, choice.step.micro_batch_size, choice.step.checkpoint_every
+        started = StartEvent(step=step, steps=order.steps, world_size=world.size, checkpoint_bytes=host_bytes,
+                             deepspeed=choice.way, micro_batch_size=micro, checkpoint_every_layers=every)  # fmt: skip
         hooks.emit(started)
     settings = LoopSettings(
         order.steps, job.checkpoint.every_steps, job.train.seed, job.train.spike_factor, skipped.numbers

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.planning.plan import chat_notes
+from orchestrator.planning.notes import chat_notes
 from orchestrator.planning.show import SHORT, STRETCH, examples, first_example, in_short, spelled, view
 from tests.tiny import make_llama, shard_locally, tiny_job, write_rows
 from tests.trainers.tasks.small import small_jobs

@@ -1,5 +1,6 @@
 """`auto`: the cheapest way whose memory fits, and the largest micro-batch beside it. Devices are numbers here."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,12 @@ def test_what_the_job_names_is_kept() -> None:
 @pytest.mark.parametrize(
     ("gib", "way", "step"),
     [
-        (80, "zero1", StepShape(2, 8)),  # as it comes
+        (80, "zero1", StepShape(2, 8)),
         (48, "zero2", StepShape(2, 8, 2)),
-        (42, "zero3", StepShape(2, 8)),
+        (42, "zero2", StepShape(4, 4, 1)),
+        (36, "zero3", StepShape(2, 8, 2)),
+        (24, "zero3", StepShape(2, 8, 1, True)),
+        (12, "zero3-cpu-offload", StepShape(4, 4, 1)),
     ],
 )
 def test_layers_are_computed_again_where_that_is_cheaper_than_the_next_way(
@@ -76,6 +80,12 @@ def test_layers_are_computed_again_where_that_is_cheaper_than_the_next_way(
 ) -> None:
     found = choose(job_of(activation_checkpointing="auto", global_batch_size=128), 8, int(gib * GIB), lambda: EIGHT)
     assert (found.way, found.step) == (way, step)
+
+
+def test_a_model_that_cannot_compute_layers_again_is_never_asked_to() -> None:
+    plain = replace(EIGHT, checkpoints=False)
+    found = choose(job_of(activation_checkpointing="auto", global_batch_size=128), 8, 42 * GIB, lambda: plain)
+    assert (found.way, found.step) == ("zero3", StepShape(1, 16))
 
 
 def test_without_devices_auto_means_zero3_and_no_model_is_looked_at() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, T5Config
 
 from tests.ranks import run_ranks
 from tests.tiny import chat_rows, make_llama, tiny_job
@@ -44,15 +44,17 @@ def test_activations_are_those_that_a_real_forward_pass_keeps(name: str, dtype: 
     assert real <= found <= 1.15 * real
 
 
-def test_a_model_is_sized_from_its_configuration(tmp_path: Path, tiny_chat_tokenizer: Path) -> None:
-    folder = make_llama(tmp_path / "model", tiny_chat_tokenizer)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_is_sized_from_its_configuration(tied: bool, tmp_path: Path, tiny_chat_tokenizer: Path) -> None:
+    folder = make_llama(tmp_path / "model", tiny_chat_tokenizer, tied=tied)
     job = tiny_job(tmp_path, folder, "sft", chat_rows(10))
-    whole = measure_size(job, str(folder))
-    count = sum(each.numel() for each in AutoModel.from_pretrained(folder).parameters())
+    whole, model = measure_size(job, str(folder)), AutoModelForCausalLM.from_pretrained(folder)
+    count = sum(each.numel() for each in model.parameters())
     assert whole.parameters == whole.trainable == count
-    frozen = job.model_copy(update={"model": job.model.model_copy(update={"freeze": ("model.embed_tokens*",)})})
-    embeddings = AutoModel.from_pretrained(folder).get_input_embeddings().weight.numel()
-    assert measure_size(frozen, str(folder)).trainable == count - embeddings
+    embeddings, head = model.get_input_embeddings().weight.numel(), 0 if tied else model.lm_head.weight.numel()
+    for pattern, fewer in (("model.embed_tokens*", embeddings), ("lm_head*", head)):
+        frozen = job.model_copy(update={"model": job.model.model_copy(update={"freeze": (pattern,)})})
+        assert measure_size(frozen, str(folder)).trainable == count - fewer
 
 
 def live_bytes() -> int:

@@ -1,0 +1,60 @@
+"""What a job costs: memory by part, arithmetic, time."""
+
+import json
+from pathlib import Path
+from statistics import median
+
+from trainers.job.schema import Job
+from trainers.model.memory import GIB, Need
+from trainers.records import Record
+from trainers.run.events import read_events, steps_of
+from trainers.storage import Folder
+
+LAYERS_AND_HIDDEN = (("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model"))
+"""How configurations call them."""
+
+
+class WayMemory(Record):
+    """What one way to keep the state would need of a worker, in GiB."""
+
+    way: str
+    weights: float
+    gradients: float
+    optimizer: float
+    """fp32 masters and the two moments."""
+    activations: float
+    logits: float
+    working: float
+    """What gathers, reductions, the update and the loss hold for a while."""
+    device_gib: float
+    """All of these, with a margin for fragments and what CUDA takes."""
+    host_gib: float
+    """Of host memory, beside copies for checkpoints."""
+    fits: bool
+
+
+def way_memory(need: Need, device_bytes: int) -> WayMemory:
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "working")
+    gib = {name: getattr(need, name) / GIB for name in parts}
+    fits = need.device <= device_bytes
+    return WayMemory(way=need.way, **gib, device_gib=need.device / GIB, host_gib=need.host / GIB, fits=fits)
+
+
+def count_flops(job: Job, model_path: str, parameters: int, trainable: int, every: int) -> float:
+    """Floating-point operations a token (Kaplan et al. 2020, arXiv:2001.08361, and the causal half of attention).
+
+    Args:
+        every: of so many layers one is computed again; 0: none.
+    """
+    config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or config
+    layers, hidden = (next((text[name] for name in names if name in text), 0) for names in LAYERS_AND_HIDDEN)
+    attention = 2 * layers * hidden * job.data.max_length
+    forward = 2 * parameters + attention
+    return forward * (2 + (1 / every if every else 0)) + 2 * trainable + attention
+
+
+def measured_speed(run: Folder) -> float | None:
+    """Median of the run's tokens a second, all workers together; None before its first step."""
+    speeds = [step.tokens_per_s for step in steps_of(read_events(run)) if step.tokens_per_s is not None]
+    return median(speeds) if speeds else None

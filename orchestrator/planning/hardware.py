@@ -1,0 +1,82 @@
+"""Devices that a plan is asked about, and the smallest change of a job that fits them."""
+
+import json
+import re
+from dataclasses import dataclass
+
+from trainers.errors import JobError
+from trainers.job.schema import Job
+from trainers.model.choice import Choice, choose, settle
+from trainers.model.memory import ModelSize
+
+GPUS = {
+    "v100-16": 16_384, "v100-32": 32_768, "t4-16": 15_360, "a10g-24": 23_028, "l4-24": 23_034, "rtx4090-24": 24_564,
+    "rtx5090-32": 32_607, "a100-40": 40_960, "l40s-48": 46_068, "a100-80": 81_920, "h100-80": 81_559,
+    "h200-141": 143_771, "b200-180": 183_359,
+}  # fmt: skip
+"""MiB of memory, as nvidia-smi tells it."""
+UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6, "": 2**30}
+MOST_WORKERS = 4096
+
+
+def device_bytes(gpu: str | None, memory: str | None) -> int | None:
+    """Memory of a named GPU, or an amount such as 80GiB; None where neither is asked about.
+
+    Raises:
+        JobError: for a name or amount that is not understood.
+    """
+    if gpu is not None and memory is not None:
+        raise JobError("--gpu and --memory: give one of them")
+    if gpu is not None and gpu.lower() not in GPUS:
+        raise JobError(f"--gpu {gpu}: known are {', '.join(GPUS)}; for another one give --memory, such as 80GiB")
+    if gpu is not None:
+        return GPUS[gpu.lower()] * 2**20
+    if memory is None:
+        return None
+    match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", memory.strip())
+    if match is None or match[2].upper() not in UNITS:
+        raise JobError(f"--memory {memory}: give an amount such as 80GiB, 80GB or 80 (GiB)")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def cluster_settings(gpu: str | None, memory: str | None, nodes: int | None, gpus_per_node: int) -> list[str]:
+    """What the hardware that is asked about sets in the job, as --set takes it: one worker a GPU."""
+    if nodes is not None:
+        return [f"scale.workers={nodes * gpus_per_node}", "scale.gpus_per_worker=1"]
+    return ["scale.gpus_per_worker=1"] if gpu or memory else []
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Changes of a job with which it fits."""
+
+    settings: tuple[str, ...]
+    """As --set takes them."""
+    choice: Choice
+
+
+def smallest_fit(job: Job, device: int, size: ModelSize) -> Remedy | None:
+    """What must change in a job that does not fit: settings at first, then twice the workers, again and again."""
+    free = {"deepspeed": "auto", "micro_batch_size": "auto", "activation_checkpointing": "auto"}
+    open_job = job.model_copy(update={"train": job.train.model_copy(update=free)})
+    workers = job.scale.max_workers
+    while workers <= MOST_WORKERS:
+        try:
+            choice = choose(open_job, workers, device, lambda: size)
+        except JobError:  # the batch does not divide by so many
+            return None
+        if choice.fits:
+            grown = (f"scale.workers={workers}",) if workers != job.scale.max_workers else ()
+            return Remedy((*grown, *_changes(job, settle(job, choice))), choice)
+        workers *= 2
+    return None
+
+
+def _changes(job: Job, settled: Job) -> list[str]:
+    """What a job names otherwise than it was settled; what it leaves to auto may stay so."""
+    names = ["deepspeed", "micro_batch_size", "activation_checkpointing"]
+    named = {name: getattr(settled.train, name) for name in names if getattr(job.train, name) != "auto"}
+    if "activation_checkpointing" in named:
+        named["activation_offload"] = settled.train.activation_offload
+    return [f"train.{name}={json.dumps(value).strip(chr(34))}" for name, value in named.items()
+            if value != getattr(job.train, name)]  # fmt: skip

@@ -1,0 +1,86 @@
+"""What a user should know of a job before it starts, although nothing of it is an error."""
+
+import json
+import os
+from pathlib import Path
+
+from orchestrator.evaluation.room import why_no_room
+from orchestrator.planning.preflight import CheckedJob
+from orchestrator.ray_session import usable_cpus
+from trainers.batching.batch_plan import BatchPlan
+from trainers.job.schema import Job
+from trainers.model.families import tested_families
+from trainers.model.fit import tensor_shapes
+from trainers.tasks import encode_rules
+from trainers.tasks.chat.render import renderer_of
+from trainers.tokenizer.encoder import load_encoder
+
+
+def all_notes(checked: CheckedJob, batches: BatchPlan, steps: int, elsewhere: bool) -> tuple[str, ...]:
+    """What the checks found, then the architecture, the chat template, and the job on the machines it is meant for.
+
+    Args:
+        elsewhere: the plan is for other devices than this machine's.
+    """
+    job, model = checked.job, checked.model
+    bare = [] if tensor_shapes(Path(model.path)) else ["the model folder holds no weights: `tuneyard run` refuses it"]
+    ours = (*architecture_notes(checked), *chat_notes(job, model.path), *notes(job, batches, steps, elsewhere))
+    return (*checked.notes, *bare, *ours)
+
+
+def architecture_notes(checked: CheckedJob) -> list[str]:
+    """Whether the family is among those that the tests compare with plain transformers, and why a job does not pack."""
+    config = json.loads((Path(checked.model.path) / "config.json").read_text(encoding="utf-8"))
+    family, known = str(config.get("model_type")), tested_families()
+    tasks = known.get(family)
+    if tasks is None:
+        found = [f"{family} is not among the {len(known)} families of docs/models.md: `tuneyard verify` tests it"]
+    elif checked.job.task not in tasks:
+        found = [f"{family} is in docs/models.md, but not with task {checked.job.task}: `tuneyard verify` tests it"]
+    else:
+        found = [f"{family} is in docs/models.md with task {checked.job.task}"]
+    if checked.packing is not None and not checked.packing.apart:
+        found.append(f"packing is off, for documents of a pack would see each other here: {checked.packing.reason}")
+    return found
+
+
+def chat_notes(job: Job, model_path: str) -> list[str]:
+    """Whether a chat template ends the assistant's turns."""
+    if job.task != "sft":
+        return []
+    encoder = load_encoder(model_path, job.model.trust_remote_code)
+    if renderer_of(encoder, encoder.fast, encode_rules(job).options.chat_template).ending():
+        return []
+    return ["the chat template writes nothing behind the assistant's last turn: the model does not learn to stop"]
+
+
+def notes(job: Job, batches: BatchPlan, steps: int, elsewhere: bool) -> list[str]:
+    """What a user would want to know before starting."""
+    found = []
+    on_cpu = not elsewhere and (job.scale.gpus_per_worker == 0 or not _has_gpu())
+    no_room = why_no_room(job, 0, {"CPU": usable_cpus()})
+    if no_room and "RAY_ADDRESS" not in os.environ and on_cpu:  # what a cluster has is known at the start only
+        refused = "; evaluate.early_stopping is refused there" if job.evaluate.early_stopping else ""
+        found.append(f"on this machine alone, {no_room}{refused}")
+    if job.model.dtype == "bfloat16" and not cpu_has_bf16() and on_cpu:
+        found.append("this CPU has no bf16 arithmetic: model.dtype float32 is faster here")
+    if job.data.max_drop_fraction:
+        found.append(f"up to {job.data.max_drop_fraction:.2%} of the rows may be dropped without a refusal")
+    if steps < job.checkpoint.every_steps:
+        found.append(f"only the last step is saved: {steps} steps are fewer than checkpoint.every_steps")
+    if batches.accumulation == 1 and batches.micro_batch_size == 1:
+        found.append("one sequence a rank and step: a larger train.global_batch_size would use the hardware better")
+    return found
+
+
+def cpu_has_bf16() -> bool:
+    """Whether /proc/cpuinfo lists bf16 instructions."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))

@@ -1,0 +1,97 @@
+"""Plans for devices that are not here: from a configuration alone, with a verdict and what to change."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.planning.hardware import GPUS, cluster_settings, device_bytes
+from tests.tiny import chat_rows, write_rows
+from trainers.errors import JobError
+
+
+def test_devices_are_named_or_given_in_bytes() -> None:
+    assert device_bytes(None, None) is None
+    assert device_bytes("H100-80", None) == GPUS["h100-80"] * 2**20
+    asked = {amount: device_bytes(None, amount) for amount in ("80", "80GiB", "80 gib", "80GB", "512MiB", "1.5")}
+    gib = 2**30
+    assert list(asked.values()) == [80 * gib, 80 * gib, 80 * gib, 80 * 10**9, gib // 2, 3 * gib // 2]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory", "words"),
+    [("h100", None, "known are .*h100-80"), (None, "80 bananas", "80GiB"), (None, "x", "80GiB"), ("l4-24", "9", "one")],
+)
+def test_what_is_not_understood_is_refused_with_what_would_be(gpu: str, memory: str, words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        device_bytes(gpu, memory)
+
+
+def test_nodes_set_a_worker_for_each_gpu() -> None:
+    assert cluster_settings(None, None, None, 8) == []
+    assert cluster_settings("h100-80", None, None, 8) == ["scale.gpus_per_worker=1"]
+    assert cluster_settings(None, None, 4, 2) == ["scale.workers=8", "scale.gpus_per_worker=1"]
+
+
+@pytest.fixture
+def big(tmp_path: Path, tiny_chat_tokenizer: Path) -> Path:
+    """A job for a Llama of 1.2 billion parameters, of which there is the configuration alone."""
+    model = tmp_path / "model"
+    LlamaConfig(
+        hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128_256, max_position_embeddings=4096,
+    ).save_pretrained(model)  # fmt: skip
+    for file in tiny_chat_tokenizer.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    write_rows(tmp_path / "chats.jsonl", chat_rows(50))
+    job = {
+        "name": "big", "task": "sft", "model": {"path": str(model), "dtype": "bfloat16"},
+        "storage": str(tmp_path / "s"),
+        "data": {"train": [str(tmp_path / "chats.jsonl")], "eval_fraction": 0.2, "max_length": 2048, "packing": True},
+        "train": {"global_batch_size": 32, "steps": 100, "learning_rate": 1e-5},
+    }  # fmt: skip
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    return tmp_path / "job.yaml"
+
+
+def plan(job: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    done = CliRunner().invoke(app, ["plan", str(job), "--json", *options])
+    return getattr(done.exception, "exit_code", 0), json.loads(done.stdout)
+
+
+def test_a_plan_needs_no_weights_and_tells_memory_time_and_cost(big: Path) -> None:
+    code, told = plan(big, "--gpu", "h100-80", "--nodes", "1", "--throughput", "2000", "--price", "3")
+    assert (code, told["fits"], told["world_size"], told["remedy"]) == (0, True, 8, [])
+    assert told["parameters"] == pytest.approx(1.498e9, rel=1e-3)  # the head's and the embeddings' are apart
+    for way in told["ways"]:
+        parts = sum(way[name] for name in ("weights", "gradients", "optimizer", "activations", "logits", "working"))
+        assert way["device_gib"] == pytest.approx(1.08 * parts + 1.5, rel=1e-6)
+    trained = told["train_tokens"] * told["steps"] * 32 / told["sequences"]
+    assert told["hours"] == pytest.approx(trained / (2000 * 8) / 3600)
+    assert told["cost"] == pytest.approx(told["hours"] * 8 * 3)
+    assert told["flops"] == pytest.approx(trained * (6 * told["parameters"] + 6 * 16 * 2048 * 2048))
+    assert any("holds no weights" in note for note in told["notes"])
+
+
+def test_what_does_not_fit_ends_with_the_smallest_change_that_does(big: Path) -> None:
+    asked = ["--memory", "20GiB", "--set", "train.deepspeed=zero1", "--set", "train.activation_checkpointing=none"]
+    code, told = plan(big, *asked)
+    assert (code, told["fits"]) == (3, False)
+    assert told["remedy"] and not any(each.startswith("scale.workers") for each in told["remedy"])
+    code, mended = plan(big, *asked, *(part for each in told["remedy"] for part in ("--set", each)))
+    assert (code, mended["fits"]) == (0, True)
+
+
+def test_more_workers_are_the_remedy_where_no_setting_helps(big: Path) -> None:
+    plain = CliRunner().invoke(app, ["plan", str(big), "--memory", "8GiB", "--set", "train.deepspeed=zero3"])
+    assert getattr(plain.exception, "exit_code", 0) == 3
+    words = " ".join(re.sub(r"[│┃]", " ", plain.stdout).split())
+    assert "does not fit" in words
+    code, told = plan(big, "--memory", "2GiB")
+    assert (code, told["remedy"]) == (3, [])
