@@ -4,7 +4,8 @@ The answer depends on the job, not on the shards, so it is asked each time shard
 written long ago for a job with another budget.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +16,7 @@ from trainers.shards.manifest import ShardManifest, Shards, check_labels, shards
 from trainers.sources.files import compression_of, format_of
 from trainers.storage import Folder, filesystem_of
 from trainers.tasks.chat.turns import LEFT_OUT
+from trainers.tasks.classify import CUT
 
 EXAMPLES = 10
 EXAMPLE_CHARS = 80
@@ -25,6 +27,7 @@ OVERLONG = "dropped:overlong", LEFT_OUT
 def check_shards(job: Job, shards: Shards) -> None:
     """Refuse shards that this job may not train on, with every reason. Raises DataError."""
     refusals = [refusal for manifest in (shards.train, shards.eval) if (refusal := _refusal(job, manifest))]
+    refusals += [mixed] if (mixed := _mixed_separators((shards.train, shards.eval))) else []
     refusals += [single] if (single := _single_class(job, shards.train)) else []
     if refusals:
         raise DataError("\n".join(refusals))
@@ -39,6 +42,17 @@ def _single_class(job: Job, train: ShardManifest) -> str | None:
         f"data.train: all {rows:,} rows have the label {label!r}, so there is nothing to tell apart; "
         "add rows with other labels, or name the right column for label in data.columns"
     )
+
+
+def _mixed_separators(manifests: Sequence[ShardManifest]) -> str | None:
+    """Labels in one text that are cut at one character in some rows and at another in others."""
+    cuts: Counter[str] = Counter()
+    for manifest in manifests:
+        cuts.update({note.removeprefix(CUT): count for note, count in manifest.notes.items() if note.startswith(CUT)})
+    if len(cuts) < 2:
+        return None
+    ways = " and ".join(f"{separator} in {count:,} rows" for separator, count in cuts.most_common())
+    return f"label: several labels in one text are cut at {ways}; write one of them, or lists as in JSON, in every row"
 
 
 def _refusal(job: Job, manifest: ShardManifest) -> str | None:

@@ -1,11 +1,13 @@
 """classify: labels of a closed set for a text or a pair of texts.
 
 A row: {"text": "a masterpiece four years in the making .", "label": "positive"}. Labels may be strings, integers or
-booleans; the set is what the training rows show, in sorted order. With `data.multi_label` a label is a list of them.
+booleans; the set is what the training rows show, in sorted order. With `data.multi_label` a label is a list of them, or
+a text that `trainers.tasks.labels.read_list` takes apart.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from trainers.errors import JobError
 from trainers.records import Array
 from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
+from trainers.tasks.labels import read_list
 from trainers.tasks.losses import cross_entropy_sum
 from trainers.tasks.metrics.classes import (
     MOST_SCORED,
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 
 BLANKS = "blanks around a label, which were trimmed"
+CUT = "several labels in one text, cut at "
+AMBIGUOUS = "labels_in_one_text: not a list as in JSON, nor names between ';', '|' or ',' alone"
 
 
 class Classify(Task):
@@ -56,6 +61,10 @@ class Classify(Task):
             return "missing_label"
         if not isinstance(text, str) or not (pair is None or isinstance(pair, str)):
             return "text_not_a_string"
+        if several and isinstance(label, str):
+            if (read := read_list(label)) is None:
+                return AMBIGUOUS
+            label = read[0]
         if isinstance(label, list) != several:
             return "label_not_a_list" if several else "multi_label_but_data.multi_label_is_off"
         if not all(map(_is_name, label if several else [label])):
@@ -66,14 +75,17 @@ class Classify(Task):
         """Tokenize texts; without a Python object a row where no row has a pair."""
         affixes = encoder.affixes
         pairs = any(row.get("text_pair") is not None for row in rows)
+        notes: Counter[str] = Counter()
+        if rules.options.multi_label:
+            rows = [{**row, "label": _listed(row["label"], notes)} for row in rows]
         labels = [row["label"] for row in rows]
         if affixes is None or pairs or rules.max_length <= len(affixes[0]) + len(affixes[1]):
             batch = batch_rows(encode_each(rows, encoder, rules), self.extra_schema)
         else:
             tokens = encoder.encode_ids([row["text"] for row in rows], special=False)
             batch = _fit_single(tokens, labels, affixes, rules)
-        trimmed = sum(map(_has_blanks, labels))
-        return replace(batch, notes={BLANKS: trimmed}) if trimmed else batch
+        notes[BLANKS] = sum(map(_has_blanks, labels))
+        return replace(batch, notes=+notes)
 
     def labels_of(self, extra: Mapping[str, Any]) -> Iterable[str]:
         return (extra["label"],) if extra["label"] is not None else extra["several"]
@@ -163,6 +175,15 @@ def encode_each(rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: Enco
     texts = [row["text"] if row.get("text_pair") is None else (row["text"], row["text_pair"]) for row in rows]
     for row, text, encoding in zip(rows, texts, encoder.encode(texts), strict=True):
         yield fit_pair(text, encoding, _shown(row["label"]), encoder, rules)
+
+
+def _listed(label: Any, notes: Counter[str]) -> Any:
+    """Labels as a list, where they stand in one text."""
+    read = read_list(label) if isinstance(label, str) else None
+    if read is None:
+        return label
+    notes[f"{CUT}{read[1]!r}"] += bool(read[1])
+    return read[0]
 
 
 def _shown(label: Any) -> dict[str, Any]:

@@ -1,5 +1,9 @@
-"""The labels of a model's logits, in order: those of its own head where it has one, else as training rows show them."""
+"""The labels of a model's logits, in order: those of its own head where it has one, else as training rows show them.
 
+Also how several labels stand in one text, as csv has them.
+"""
+
+import ast
 import json
 import re
 from collections.abc import Iterable
@@ -10,6 +14,26 @@ from trainers.tasks.base import Task
 
 UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls a label that nobody named."""
+SEPARATORS = (";", "|", ",")
+ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?(?:0|[1-9]\d*))"""
+ITEMS = re.compile(rf"\s*(?:{ITEM}\s*(?:,\s*{ITEM}\s*)*,?\s*)?")
+"""What stands inside a list as JSON or Python writes it, of quoted names or integers."""
+BRACKETS = ("[]", "()", "{}")
+
+
+def read_list(text: str) -> tuple[list[str], str] | None:
+    """Several labels in one text, and what separates them ("" in a written list, or where there is one).
+
+    None where that can be read in more than one way: with two separators, or brackets without a list in them.
+    """
+    text = text.strip()
+    if text[:1] + text[-1:] in BRACKETS[:2] and ITEMS.fullmatch(text[1:-1]):
+        return [str(item) for item in ast.literal_eval(f"[{text[1:-1]}]")], ""
+    found = [separator for separator in SEPARATORS if separator in text]
+    if len(found) > 1 or text[:1] in [pair[0] for pair in BRACKETS]:
+        return None
+    parts = text.split(found[0]) if found else [text]
+    return [part.strip() for part in parts if part.strip()], "".join(found)
 
 
 def name_labels(task: Task, shown: Iterable[str], model_path: str | None = None) -> None:

@@ -1,5 +1,6 @@
 """Labels and scores as people write them: names of classes, numbers, blanks, text formats; and the order of logits."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
+from trainers.errors import DataError
 from trainers.run.record import job_task
+from trainers.shards.drop_budget import check_shards
 from trainers.shards.manifest import ShardManifest
 from trainers.sources.readers import check_columns, plan_units, read_unit
 
@@ -139,3 +142,41 @@ def test_scores_written_as_text_are_numbers(kind: str, make_job: Any, write_rows
     path = write_rows(f"x.{kind}", rows)
     job = make_job("similarity", train=[path], eval=[path], score_range=[0, 5], max_drop_fraction=1.0)
     assert shard_here(job).train.outcomes == {"kept": 3, "dropped:score_not_a_number": 1}
+
+
+def write_csv(folder: Path, rows: list[dict[str, str]], name: str = "x.csv") -> Path:
+    with (folder / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / name
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_several_labels_in_one_text_are_taken_apart(
+    kind: str, make_job: Any, write_rows: Any, shard_here: Any, tmp_path: Path
+) -> None:
+    cells = ["['a', 'b']", '["b", "c"]', "a", "[]", "('a',)", "a; c", "b ;c;", "[2, 1]"]
+    rows = [{"text": "a film", "label": cell} for cell in cells]
+    path = write_csv(tmp_path, rows) if kind == "csv" else write_rows("x.jsonl", rows)
+    manifest = shard_here(make_job(train=[path], eval=[path], multi_label=True)).train
+    assert manifest.labels == {"1": 1, "2": 1, "a": 4, "b": 3, "c": 3} and manifest.outcomes == {"kept": 8}
+    assert manifest.notes == {"several labels in one text, cut at ';'": 2}
+
+
+@pytest.mark.parametrize("cell", ["['a' 'b']", "[a, b]", "[a", "a, b; c", "{'a'}", "[07]"])
+def test_labels_that_can_be_read_in_two_ways_are_dropped_with_the_rule(
+    cell: str, make_job: Any, tmp_path: Path, shard_here: Any
+) -> None:
+    path = write_csv(tmp_path, [{"text": "a film", "label": label} for label in ("a", cell)])
+    job = make_job(train=[path], eval=[path], multi_label=True, max_drop_fraction=1.0)
+    (kept, dropped) = sorted(shard_here(job).train.outcomes, reverse=True)
+    assert kept == "kept" and dropped.startswith("dropped:labels_in_one_text: not a list as in JSON")
+
+
+def test_rows_that_are_cut_in_different_ways_refuse_the_data(make_job: Any, tmp_path: Path, shard_here: Any) -> None:
+    path = write_csv(tmp_path, [{"text": "a film", "label": label} for label in ("a;b", "a;c", "Nice, France")])
+    other = write_csv(tmp_path, [{"text": "a film", "label": "a"}], "y.csv")
+    job = make_job(train=[path], eval=[other], multi_label=True)
+    with pytest.raises(DataError, match=r"cut at ';' in 2 rows and ',' in 1 rows"):
+        check_shards(job, shard_here(job))
