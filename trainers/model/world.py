@@ -4,6 +4,7 @@ Our node agents, `accelerate launch` and `torchrun` all set RANK, LOCAL_RANK, WO
 nothing else of the launcher is known here.
 """
 
+import gc
 import os
 import warnings
 from dataclasses import dataclass
@@ -101,6 +102,15 @@ def join_world(threads: int, gpus_per_worker: int | Literal["auto"] = "auto") ->
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     return World(rank, size, device)
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more but by cycles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def smallest_device(world: World) -> int | None:

@@ -10,9 +10,9 @@ from trainers.batching.packing import index_packs
 from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
 from trainers.model.choice import choose, settle
 from trainers.model.deepspeed_config import derive_config
-from trainers.model.engine import build_engine
+from trainers.model.engine import build_engine, release_engine
 from trainers.model.memory import measure_size
-from trainers.model.world import World, join_world, smallest_device
+from trainers.model.world import World, free_memory, join_world, smallest_device
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run
 from trainers.storage import Folder
@@ -45,6 +45,7 @@ def run_rank(run: Run, hooks: Hooks) -> LoopOutcome:
             if world.rank == 0:
                 hooks.emit(RolledBackEvent(step=error.step + 1, reason=error.reason))
             hooks.at("load", error.step)
+        free_memory()  # the engine that diverged hung in the error's frames
 
 
 def _verify(run: Run, world: World, hooks: Hooks) -> None:
@@ -128,4 +129,4 @@ def _roll_back(run: Folder, listed: SkippedSteps, engine: Any, source: StepSourc
         write_skipped(run, listed)
     world.barrier()
     source.close()
-    engine.destroy()
+    release_engine(engine)
