@@ -8,6 +8,7 @@ import numpy as np
 from orchestrator.planning.preflight import CheckedJob
 from trainers.batching.packing import pack_rows
 from trainers.errors import DataError
+from trainers.shards.drop_budget import single_class
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.tasks import encode_rows, encode_rules, load_task
 from trainers.tokenizer.encoder import load_encoder
@@ -22,7 +23,7 @@ def count_small(checked: CheckedJob) -> tuple[int, int, int] | None:
     the whole set holds.
 
     Raises:
-        DataError: where a file is damaged, or more rows would be dropped than the job allows.
+        DataError: where a file is damaged, or the data stage would refuse the rows.
     """
     job, split = checked.job, checked.splits[0]
     size = sum(source.size for source in split.sources)
@@ -32,12 +33,15 @@ def count_small(checked: CheckedJob) -> tuple[int, int, int] | None:
     rows = (fields for unit in plan_units(split.sources)
             for row, fields in read_unit(unit, split.sources[unit.file], task_columns(job))
             if split.holds(unit.file, row))  # fmt: skip
-    parts, outcomes = [np.zeros(0, np.int64)], Counter[str]()
+    parts, outcomes, labels = [np.zeros(0, np.int64)], Counter[str](), Counter[str]()
     while chunk := list(islice(rows, ROWS_AT_ONCE)):
         settled = ["dropped:malformed" if fields is None else None for fields in chunk]
         batch = encode_rows(task, [fields or {} for fields in chunk], encoder, encode_rules(job), settled)
         parts.append(batch.tokens.lengths)
         outcomes.update(batch.outcomes[code] for code in batch.codes.tolist())
+        labels.update(batch.extra["label"].drop_null().to_pylist() if "label" in batch.extra else ())
+    if single := single_class(job, labels):
+        raise DataError(single)
     _check_dropped(outcomes, job.data.max_drop_fraction)
     lengths = np.concatenate(parts)
     sequences = len(pack_rows(lengths, job.data.max_length, job.train.seed)) if job.packing else len(lengths)

@@ -5,7 +5,7 @@ written long ago for a job with another budget.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,16 +28,17 @@ def check_shards(job: Job, shards: Shards) -> None:
     """Refuse shards that this job may not train on, with every reason. Raises DataError."""
     refusals = [refusal for manifest in (shards.train, shards.eval) if (refusal := _refusal(job, manifest))]
     refusals += [mixed] if (mixed := _mixed_separators((shards.train, shards.eval))) else []
-    refusals += [single] if (single := _single_class(job, shards.train)) else []
+    refusals += [single] if (single := single_class(job, shards.train.labels)) else []
     if refusals:
         raise DataError("\n".join(refusals))
     check_labels(shards)
 
 
-def _single_class(job: Job, train: ShardManifest) -> str | None:
-    if job.task != "classify" or job.data.multi_label or len(train.labels) != 1:
+def single_class(job: Job, labels: Mapping[str, int]) -> str | None:
+    """Why training rows with these labels, each with its rows, teach nothing; None where they do."""
+    if job.task != "classify" or job.data.multi_label or len(labels) != 1:
         return None
-    ((label, rows),) = train.labels.items()
+    ((label, rows),) = labels.items()
     return (
         f"data.train: all {rows:,} rows have the label {label!r}, so there is nothing to tell apart; "
         "add rows with other labels, or name the right column for label in data.columns"

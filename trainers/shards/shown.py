@@ -109,17 +109,22 @@ def _values(example: Example) -> dict[str, Any]:
 
 def _tokens(task: Task, example: Example, encoder: Encoder) -> list[ShownToken]:
     ids, targets = task.target_tokens(example)
+    before = [None, *ids[:-1].tolist()]
     return [
-        ShownToken(id=int(number), text=_text(encoder, int(number)), target=bool(target), begins=place == 0)
-        for place, (number, target) in enumerate(zip(ids, targets, strict=True))
+        ShownToken(id=int(number), text=_text(encoder, int(number), last), target=bool(target), begins=place == 0)
+        for place, (number, target, last) in enumerate(zip(ids, targets, before, strict=True))
     ]
 
 
-def _text(encoder: Encoder, number: int) -> str:
-    """A token's text, its leading blank included."""
-    text = str(encoder.tokenizer.decode([number], clean_up_tokenization_spaces=False))
-    name = encoder.tokenizer.convert_ids_to_tokens(number)
-    return f" {text}" if str(name).startswith("\u2581") and not text.startswith(" ") else text
+def _text(encoder: Encoder, number: int, before: int | None) -> str:
+    """A token's text behind the one before it: only together do they tell whether a blank stands between."""
+
+    def decode(*numbers: int) -> str:
+        return str(encoder.tokenizer.decode(list(numbers), clean_up_tokenization_spaces=False))
+
+    if before is not None and (both := decode(before, number)).startswith(first := decode(before)):
+        return both[len(first) :]
+    return decode(number)
 
 
 def _cut(fields: Mapping[str, Any], task: Task, encoder: Encoder, rules: EncodeRules, kept: Array) -> str:

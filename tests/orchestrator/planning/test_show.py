@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.planning.notes import chat_notes
 from orchestrator.planning.show import SHORT, STRETCH, examples, first_example, in_short, spelled, view
-from tests.tiny import make_llama, shard_locally, tiny_job, write_rows
+from tests.tiny import film_rows, make_bert, make_llama, shard_locally, tiny_job, write_rows
 from tests.trainers.tasks.small import small_jobs
 from trainers.errors import JobError
 from trainers.run.record import job_task
@@ -136,6 +136,13 @@ def test_every_task_shows_the_targets_of_its_batches(tmp_path: Path) -> None:
         if job.task in ("sft", "pretrain"):
             labels = job_task(job, shards.train).collate([[first]], 0).labels[0]
             assert [place - 1 for place in targets] == [place for place, one in enumerate(labels) if one != IGNORE]
+
+
+def test_words_are_shown_with_the_blanks_between_them(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(8))
+    (shown,) = examples(job)
+    text = "".join(token.text for token in shown.tokens)
+    assert text == "[CLS] the film is [UNK] bad . [SEP]" and "label: " in in_short(shown)
 
 
 def test_a_template_without_an_end_of_turn_is_told(job: Any) -> None:

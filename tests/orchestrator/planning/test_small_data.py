@@ -53,3 +53,10 @@ def test_rows_that_would_be_refused_later_are_refused_by_the_plan(tmp_path: Path
     only = tiny_job(tmp_path, model, "sft", liked, data={"max_drop_fraction": 1.0})
     with pytest.raises(DataError, match="3 of 3 rows"):
         small_data.count_small(checked(only))
+
+
+def test_one_class_alone_is_refused_by_the_plan(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    rows = [{**row, "label": "a"} for row in film_rows(9)]
+    job = tiny_job(tmp_path, make_bert(tmp_path / "m", tiny_tokenizer), "classify", rows)
+    with pytest.raises(DataError, match="nothing to tell apart"):
+        small_data.count_small(checked(job))
