@@ -45,15 +45,15 @@ def guarded() -> Iterator[None]:
 
 def session_processes(driver: int, since: str) -> list[int]:
     """Living processes that hold files of a Ray session which this driver started at that time or later."""
-    found = []
+    processes = []
     for folder in Path("/proc").glob("[0-9]*"):
         if int(folder.name) == driver:
             continue  # it lives, so it was not killed: after its session it may still print, and take its time
         with contextlib.suppress(OSError):
             files = (str(file.readlink()) for file in (folder / "fd").iterdir())
             if any(_is_of(file, driver, since) for file in files):
-                found.append(int(folder.name))
-    return found
+                processes.append(int(folder.name))
+    return processes
 
 
 def _is_of(file: str, driver: int, since: str) -> bool:

@@ -175,16 +175,16 @@ def _stopped_by_sigterm() -> Iterator[None]:
 @contextmanager
 def stop_asked_for() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM or Ctrl-C came; a second Ctrl-C ends at once."""
-    asked: list[float] = []
+    signalled: list[float] = []
 
     def note(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and asked:
+        if number == signal.SIGINT and signalled:
             raise KeyboardInterrupt
-        asked.append(time.time())
+        signalled.append(time.time())
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(signalled)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

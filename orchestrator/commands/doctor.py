@@ -174,14 +174,14 @@ def probe_gpus() -> Finding:
     """GPUs as the driver sees them."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except FileNotFoundError:
         return "ok", "none (no NVIDIA driver): training runs on CPU over gloo"
     except (OSError, subprocess.TimeoutExpired) as error:
-        done = subprocess.CompletedProcess(command, 1, "", str(error))
-    listed = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    if done.returncode or not listed:
-        return "fail", f"nvidia-smi: {(done.stderr or done.stdout).strip()[:200] or 'no GPU is listed'}"
+        answer = subprocess.CompletedProcess(command, 1, "", str(error))
+    listed = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+    if answer.returncode or not listed:
+        return "fail", f"nvidia-smi: {(answer.stderr or answer.stdout).strip()[:200] or 'no GPU is listed'}"
     return "ok", f"{len(listed)}: {'; '.join(listed)}"
 
 

@@ -63,12 +63,12 @@ def rows_of(job: Job, shards: Shards, reason: str) -> Iterator[LedgerLine]:
 
 def pieces_of(job: Job, shards: Shards, step: int) -> list[TracedPiece]:
     """Origins of a step's tokens. Raises JobError where the run has no such step."""
-    held = _open(job, shards)
-    packs = index_packs(job, held)
+    shard_set = _open(job, shards)
+    packs = index_packs(job, shard_set)
     order = job_order(job, len(packs))
     if not 1 <= step <= order.steps:
         raise JobError(f"--step {step}: the run has steps 1 to {order.steps}")
-    return list(trace_step(held, packs, order, step))
+    return list(trace_step(shard_set, packs, order, step))
 
 
 def print_ledger(report: dict[str, Any], shards_of: list[ShardManifest]) -> None:

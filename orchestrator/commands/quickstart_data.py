@@ -50,16 +50,16 @@ def read_topics(folder: Path) -> list[TopicRow]:
 
 def split_topics(rows: list[TopicRow]) -> tuple[list[TopicRow], list[TopicRow]]:
     """Training and evaluation rows: of each topic about a fifth, whole groups, in the order of a hash."""
-    size, held = Counter(row.label for row in rows), Counter[str]()
+    size, evaluated = Counter(row.label for row in rows), Counter[str]()
     members: dict[str, list[TopicRow]] = defaultdict(list)
     for row in rows:
         members[row.group].append(row)
     chosen = set()
     for group in sorted(members, key=lambda name: hashlib.sha256(name.encode()).digest()):
         label = members[group][0].label
-        if held[label] + len(members[group]) <= EVAL_SHARE * size[label]:
+        if evaluated[label] + len(members[group]) <= EVAL_SHARE * size[label]:
             chosen.add(group)
-            held.update(row.label for row in members[group])
+            evaluated.update(row.label for row in members[group])
     return [row for row in rows if row.group not in chosen], [row for row in rows if row.group in chosen]
 
 

@@ -168,15 +168,15 @@ def _show_versions(model: str, versions: "Sequence[ModelVersion]") -> None:
 
     rows = [
         (
-            one.version,
-            "champion" if one.champion else "",
-            one.metric,
-            one.metrics.get(one.metric),
-            one.step,
-            one.run.rpartition("/")[2],
-            one.created,
+            version.version,
+            "champion" if version.champion else "",
+            version.metric,
+            version.metrics.get(version.metric),
+            version.step,
+            version.run.rpartition("/")[2],
+            version.created,
         )
-        for one in versions
+        for version in versions
     ]
     show_table(f"{model}: versions", ("version", "alias", "metric", "value", "step", "run", "created"), rows)
 

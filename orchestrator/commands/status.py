@@ -158,15 +158,15 @@ def time_left_s(events: Sequence[Event], steps: int | None) -> float | None:
 
 
 def _state(run: Folder, result: RunResult | None, age_s: float | None, events: Sequence[Event]) -> State:
-    held = lock_is_held(run)
-    if held:
+    locked = lock_is_held(run)
+    if locked:
         return "running"
     if result is not None and (result.status == "done" or not _went_on(run)):
         return result.status
     ends = [event for event in events if isinstance(event, StartEvent | StepEvent | DoneEvent)][-1:]
     if ends and isinstance(ends[0], DoneEvent) and ends[0].stopped != "resize":
         return "preempted" if ends[0].stopped == "preempted" else "trained"
-    if held is None and age_s is not None and age_s < QUIET_S:
+    if locked is None and age_s is not None and age_s < QUIET_S:
         return "running"
     return "interrupted"
 

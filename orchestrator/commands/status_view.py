@@ -56,26 +56,26 @@ def show_status(ask: Callable[[], Sequence[RunStatus]], follow: bool, console: C
     if not console.is_terminal:
         shown: object = None
         while True:
-            found = ask()
-            if (news := [(status.run, status.state, status.step) for status in found]) != shown:
+            statuses = ask()
+            if (news := [(status.run, status.state, status.step) for status in statuses]) != shown:
                 shown = news
-                print(plain(found) if found else "no runs yet", flush=True)
-            if not follow or not any(status.state == "running" for status in found):
+                print(plain(statuses) if statuses else "no runs yet", flush=True)
+            if not follow or not any(status.state == "running" for status in statuses):
                 return
             time.sleep(FOLLOW_S)
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            found = ask()
-            live.update(_page(found), refresh=True)
-            if not follow or not any(status.state == "running" for status in found):
+            statuses = ask()
+            live.update(_page(statuses), refresh=True)
+            if not follow or not any(status.state == "running" for status in statuses):
                 return
             time.sleep(FOLLOW_S)
 
 
-def _page(found: Sequence[RunStatus]) -> Text:
+def _page(statuses: Sequence[RunStatus]) -> Text:
     page = Text()
-    for status in found:
+    for status in statuses:
         first, *others = block(status)
         page.append(first + "\n", STYLES.get(status.state, "yellow"))
         page.append("\n".join(others) + "\n")
-    return page if found else Text("no runs yet")
+    return page if statuses else Text("no runs yet")

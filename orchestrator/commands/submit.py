@@ -168,12 +168,12 @@ async def _print_logs(client: "JobSubmissionClient", submission_id: str) -> None
 
     printed, heard = 0, time.monotonic()
     while True:
-        seen = 0
+        received = 0
         with contextlib.suppress(RuntimeError, OSError, asyncio.TimeoutError, ClientError):
             async for text in client.tail_job_logs(submission_id):
-                fresh = text[max(0, printed - seen) :]
-                seen += len(text)
-                printed, heard = max(printed, seen), time.monotonic()
+                fresh = text[max(0, printed - received) :]
+                received += len(text)
+                printed, heard = max(printed, received), time.monotonic()
                 print(fresh, end="", flush=True)
         with contextlib.suppress(RuntimeError, OSError):
             if client.get_job_status(submission_id).is_terminal():  # the tail may have broken before the last lines

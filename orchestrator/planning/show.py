@@ -87,18 +87,18 @@ def examples(
     viewer = view(job)
     rows = viewer.rows(split)
     if reason is not None:
-        found = _of_outcome(rows, reason, viewer.show)
-        if not found:
+        shown = _of_outcome(rows, reason, viewer.show)
+        if not shown:
             raise JobError(f"--reason {reason}: no row of data.{split} has that outcome; `tuneyard ledger` lists them")
     else:
         chosen = _drawn(rows, number, job.train.seed) if number else list(islice(rows, row or 0, (row or 0) + 1))
         if not chosen:
             raise JobError(f"--row {row or 0}: data.{split} has no such row; rows count from 0")
-        found = viewer.show(chosen)
+        shown = viewer.show(chosen)
     with suppress(JobError, DataError):  # not packed, or not written yet
         packs = viewer.packs() if split == "train" else None
-        found = [packs.place(one) for one in found] if packs else found
-    return found
+        shown = [packs.place(one) for one in shown] if packs else shown
+    return shown
 
 
 def first_example(viewer: Viewer) -> ShownRow | None:

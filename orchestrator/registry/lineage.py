@@ -84,9 +84,9 @@ def _version(package: str) -> str:
 def _git(file: Path, *arguments: str) -> str | None:
     """Output of git beside a file, None where git or the checkout is missing or refuses."""
     try:
-        done = subprocess.run(
+        answer = subprocess.run(
             ["git", "-C", str(file.parent), *arguments], capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return answer.stdout.strip() if answer.returncode == 0 else None

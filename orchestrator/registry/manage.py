@@ -163,29 +163,31 @@ def collect(uri: str, name: str, keep: int, delete: bool) -> list[Collected]:
             *champions(model)[-2:],
             *sorted(model.versions)[len(model.versions) - keep :],
         }
-        gone = [one for one in model.ours() if one.version not in needed and Folder(one.source).list()]
-        gone = [one for one in gone if one.source.startswith(f"{one.run.rstrip('/')}/export/")]
-        found = [Collected(version=one.version, folder=one.source, bytes=_bytes(one.files)) for one in gone]
+        gone = [version for version in model.ours() if version.version not in needed and Folder(version.source).list()]
+        gone = [version for version in gone if version.source.startswith(f"{version.run.rstrip('/')}/export/")]
+        collected = [
+            Collected(version=version.version, folder=version.source, bytes=_bytes(version.files)) for version in gone
+        ]
         if delete and gone:
             client = mlflow_client.open_client(uri)
-            for one in gone:
-                client.set_model_version_tag(name, str(one.version), COLLECTED, "true")
-                Folder(one.source).delete()
-        return found
+            for version in gone:
+                client.set_model_version_tag(name, str(version.version), COLLECTED, "true")
+                Folder(version.source).delete()
+        return collected
 
 
 def _bytes(files: dict[str, FileRecord]) -> int:
     return sum(file.bytes for file in files.values())
 
 
-def _state(folder: Folder, name: str, known: FileRecord) -> str:
+def _state(folder: Folder, name: str, registered: FileRecord) -> str:
     try:
-        found = digest_file(folder, name)
+        present = digest_file(folder, name)
     except OSError:
         return "is missing"
-    if found.bytes != known.bytes:
-        return f"has {found.bytes:,} bytes, registered with {known.bytes:,}"
-    return "ok" if found == known else f"digest {found.digest}, registered with {known.digest}"
+    if present.bytes != registered.bytes:
+        return f"has {present.bytes:,} bytes, registered with {registered.bytes:,}"
+    return "ok" if present == registered else f"digest {present.digest}, registered with {registered.digest}"
 
 
 def _note(client: Any, name: str, history: Sequence[int]) -> None:

@@ -91,15 +91,15 @@ def chance_baselines(candidate: RowScores, seed: int) -> list[RowScores]:
         return []
     label = candidate.numbers["label"]
     shares = np.bincount(label) / len(label)
-    known = {"loss_sum": -np.log(shares[label])}
+    columns = {"loss_sum": -np.log(shares[label])}
     for name in candidate.numbers:
         if name.startswith("score_"):
             index = int(name.removeprefix("score_"))
-            known[name] = np.full(len(label), shares[index] if index < len(shares) else 0.0)
+            columns[name] = np.full(len(label), shares[index] if index < len(shares) else 0.0)
     guesses = np.random.default_rng(seed).choice(len(shares), len(label), p=shares)
     predictions = {"the majority class": np.full(len(label), shares.argmax()), "guesses by the labels' shares": guesses}
     return [
-        RowScores(name, candidate.eval_key, {**candidate.numbers, **known, "prediction": prediction})
+        RowScores(name, candidate.eval_key, {**candidate.numbers, **columns, "prediction": prediction})
         for name, prediction in predictions.items()
     ]
 

@@ -121,14 +121,14 @@ def _log_run(
     """The MLflow run with parameters and curves, so that `mlflow ui` shows them; completed where it was cut short."""
     from mlflow.entities import Param, RunTag
 
-    found = _find_run(client, _experiment(client, job, name), tags[RUN_STEP], f"{run.name} step {best.step}")
-    run_id = str(found.info.run_id)
+    mlflow_run = _find_run(client, _experiment(client, job, name), tags[RUN_STEP], f"{run.name} step {best.step}")
+    run_id = str(mlflow_run.info.run_id)
     short = [RunTag(key, value) for key, value in tags.items() if key != RECORD]
-    params = [Param(key, value) for key, value in _parameters(job).items() if key not in found.data.params]
+    params = [Param(key, value) for key, value in _parameters(job).items() if key not in mlflow_run.data.params]
     client.log_batch(run_id, tags=short)
     for batch in _batches(params, 100):
         client.log_batch(run_id, params=batch)
-    for batch in _batches(list(_curves(run, best, found.info.start_time)), 1000):
+    for batch in _batches(list(_curves(run, best, mlflow_run.info.start_time)), 1000):
         client.log_batch(run_id, metrics=batch)
     client.set_terminated(run_id)
     return run_id

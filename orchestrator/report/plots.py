@@ -97,34 +97,36 @@ def _finite(value: Any) -> bool:
 
 
 def _loss(
-    steps: Sequence[StepEvent], done: Sequence[Evaluation], restarts: list[float], best_step: int | None
+    steps: Sequence[StepEvent], evaluations: Sequence[Evaluation], restarts: list[float], best_step: int | None
 ) -> str | None:
-    train, held = _series(steps, "loss"), _metric_series(done, "loss")
-    if not train[0] and not held[0]:
+    train, evaluated = _series(steps, "loss"), _metric_series(evaluations, "loss")
+    if not train[0] and not evaluated[0]:
         return None
     figure, axes = _axes("Loss", restarts)
     _noisy(axes, train, SERIES[0], "training", smooth=True)
-    axes.plot(*held, color=SERIES[1], marker="o", markersize=4, linewidth=1.6, label="evaluation")
+    axes.plot(*evaluated, color=SERIES[1], marker="o", markersize=4, linewidth=1.6, label="evaluation")
     _mark_best(axes, best_step)
     axes.legend(loc="best")
     ends = "".join(f"; {name} from {line[1][0]:.4g} to {line[1][-1]:.4g}"
-                   for name, line in (("training", train), ("evaluation", held)) if line[1])  # fmt: skip
+                   for name, line in (("training", train), ("evaluation", evaluated)) if line[1])  # fmt: skip
     return _svg(figure, f"Loss by step{ends}")
 
 
 def _deciding(
-    done: Sequence[Evaluation], restarts: list[float], best_step: int | None, metric: str, details: Details
+    evaluations: Sequence[Evaluation], restarts: list[float], best_step: int | None, metric: str, details: Details
 ) -> str | None:
     """The deciding metric thick, with its intervals and references; others of its scale thin and grey."""
-    points = _metric_series(done, metric)
+    points = _metric_series(evaluations, metric)
     if not points[0]:
         return None
     figure, axes = _axes(metric, restarts)
     bounded = metric not in UNBOUNDED
-    names = {name for one in done for name in one.metrics if "/" not in name and name not in (metric, *UNBOUNDED)}
+    names = {
+        name for one in evaluations for name in one.metrics if "/" not in name and name not in (metric, *UNBOUNDED)
+    }
     for number, name in enumerate(sorted(names) if bounded else ()):
         line = LINES[number % len(LINES)]
-        axes.plot(*_metric_series(done, name), color=MUTED, linewidth=1, linestyle=line, alpha=0.7, label=name)
+        axes.plot(*_metric_series(evaluations, name), color=MUTED, linewidth=1, linestyle=line, alpha=0.7, label=name)
     for number, (name, value) in enumerate(details.references.items()):
         colour = SERIES[(number + 2) % len(SERIES)]
         axes.axhline(value, color=colour, linewidth=1.3, linestyle="-.", label=f"{name} {value:.3g}")

@@ -27,15 +27,15 @@ def evaluation_table(
         best_step: marked.
         most: number of metrics shown, without rows and seconds; default all but those by class, with both.
     """
-    names = {name for one in evaluations for name in one.metrics if "/" not in name or name == metric}
+    names = {name for evaluation in evaluations for name in evaluation.metrics if "/" not in name or name == metric}
     shown = sorted(names, key=lambda name: (name != metric, name))[:most]
     rows, kinds = [], []
-    for one in sorted(evaluations, key=lambda one: one.step):
-        reason = why_not(one, metric) if metric else one.error
-        kind = "failure" if one.status == "failed" else "best" if one.step == best_step else ""
-        state = reason or kind or ("" if one.step else "pretrained baseline")
-        effort = () if most else (one.rows, f"{one.seconds:.1f}")
-        rows.append((one.step, *(one.metrics.get(name) for name in shown), *effort, state))
+    for evaluation in sorted(evaluations, key=lambda each: each.step):
+        reason = why_not(evaluation, metric) if metric else evaluation.error
+        kind = "failure" if evaluation.status == "failed" else "best" if evaluation.step == best_step else ""
+        state = reason or kind or ("" if evaluation.step else "pretrained baseline")
+        effort = () if most else (evaluation.rows, f"{evaluation.seconds:.1f}")
+        rows.append((evaluation.step, *(evaluation.metrics.get(name) for name in shown), *effort, state))
         kinds.append(kind)
     return Table(f"evaluations, by {metric}", ("step", *shown, *(() if most else ("rows", "seconds")), ""), rows, kinds)
 

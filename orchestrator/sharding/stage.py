@@ -74,13 +74,13 @@ def write_shards(checked: CheckedJob, on_progress: Report | None = None) -> Shar
     job, storage = checked.job, Folder(checked.job.storage)
     committed = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in checked.splits}
     missing = [plan for plan in checked.splits if committed[plan.name] is None]
-    here = is_small(checked.splits)
-    if missing and not here:
+    on_driver = is_small(checked.splits)
+    if missing and not on_driver:
         start_workers()
     for plan in reversed(missing) if job.data.decontaminate == "drop" else missing:
-        committed[plan.name] = SplitStage(job, plan, checked.model.path, on_progress, here).write()
+        committed[plan.name] = SplitStage(job, plan, checked.model.path, on_progress, on_driver).write()
     shards = Shards(train=_there(committed["train"]), eval=_there(committed["eval"]))
-    check_contamination(storage, shards, here)
+    check_contamination(storage, shards, on_driver)
     check_shards(job, shards)
     return shards
 
@@ -203,9 +203,9 @@ def check_contamination(storage: Folder, shards: Shards, here: bool = False) -> 
     if folder.exists(name):
         return Contamination.model_validate(folder.read_json(name))
     groups = [train.shards[start : start + SCAN_SHARDS] for start in range(0, len(train.shards), SCAN_SHARDS)]
-    found = dict(map_tasks(find_contamination, (folder, eval_folder, train.sources), groups, here))
-    examples = [example for index in sorted(found) for example in found[index].examples][:EXAMPLES]
-    total = Contamination(rows=sum(part.rows for part in found.values()), examples=tuple(examples))
+    by_group = dict(map_tasks(find_contamination, (folder, eval_folder, train.sources), groups, here))
+    examples = [example for index in sorted(by_group) for example in by_group[index].examples][:EXAMPLES]
+    total = Contamination(rows=sum(part.rows for part in by_group.values()), examples=tuple(examples))
     folder.write_json(name, total.model_dump(mode="json"))
     kept = total.rows - train.outcomes.get(CONTAMINATED, 0)
     if kept > 0:

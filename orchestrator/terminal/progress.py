@@ -77,8 +77,8 @@ class Screen:
             return
         self._said_at[stage] = now
         pace = (now - began) / (done - first) if done > first else 0.0
-        left = f", {duration(pace * (total - done))} left" if pace and done < total else ""
-        self.say(f"{time.strftime('%H:%M:%S')} {stage}: {done:,}/{total:,}{left} {note}".rstrip())
+        time_left = f", {duration(pace * (total - done))} left" if pace and done < total else ""
+        self.say(f"{time.strftime('%H:%M:%S')} {stage}: {done:,}/{total:,}{time_left} {note}".rstrip())
 
     def wait(self, what: str) -> None:
         """Say what is waited for; on a terminal something moves until the next progress or event."""

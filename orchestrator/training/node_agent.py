@@ -131,13 +131,13 @@ class NodeAgent:
             if "ready" in message:
                 server.ready.set()
             elif "pid" in message:
-                for rank in [one for one in self._ranks.values() if str(one.files) == message["files"]]:
+                for rank in [each for each in self._ranks.values() if str(each.files) == message["files"]]:
                     rank.process = message["pid"]
             elif "exit" in message:
-                for rank in [one for one in self._ranks.values() if one.process == message["exit"]]:
+                for rank in [each for each in self._ranks.values() if each.process == message["exit"]]:
                     self._note_end(rank, message["code"], message["max_rss_bytes"])
         code = server.process.wait()
-        for rank in [one for one in self._ranks.values() if one.server is server and one.exit is None]:
+        for rank in [each for each in self._ranks.values() if each.server is server and each.exit is None]:
             self._note_end(rank, code, 0)  # it was the rank, or its death took the ranks with it
         with contextlib.suppress(ValueError):
             self._servers.remove(server)

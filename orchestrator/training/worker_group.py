@@ -116,16 +116,16 @@ class WorkerGroup:
             self._job.scale.max_workers,
             time.monotonic(),
         )
-        held = {node: agent.slots for node, agent in self._joining.items()}
-        held |= {node: member.slots for node, member in self._nodes.items() if self._cordoned.get(node, 0.0) < now}
+        taken = {node: agent.slots for node, agent in self._joining.items()}
+        taken |= {node: member.slots for node, member in self._nodes.items() if self._cordoned.get(node, 0.0) < now}
         room = {
             node: min(slots_of(free.get(node, {}), self._cpus, self._gpus), most)
             for node in alive_nodes() - self._joining.keys()
             if self._cordoned.get(node, 0.0) < now
         }
         others = [Slots(node, slots) for node, slots in room.items() if node not in self._nodes]
-        as_held = [*others, *(Slots(node, slots) for node, slots in held.items())]
-        grown = [*others, *(Slots(node, min(slots + room.get(node, 0), most)) for node, slots in held.items())]
+        as_held = [*others, *(Slots(node, slots) for node, slots in taken.items())]
+        grown = [*others, *(Slots(node, min(slots + room.get(node, 0), most)) for node, slots in taken.items())]
         sizes = fitting_sizes(self._job)
         chosen = grown if (largest_size(sizes, grown) or 0) > (largest_size(sizes, as_held) or 0) else as_held
         return sorted(chosen, key=lambda candidate: (-candidate.slots, candidate.node))
@@ -221,17 +221,17 @@ class WorkerGroup:
 
     def _admit(self) -> None:
         """Take in node agents that have come up."""
-        for node, one in list(self._joining.items()):
-            if not ray.wait([one.warm], timeout=0)[0]:
+        for node, member in list(self._joining.items()):
+            if not ray.wait([member.warm], timeout=0)[0]:
                 continue
             del self._joining[node]
             try:
-                ray.get(one.warm)
-                info = ray.get(one.actor.info.remote(), timeout=START_S)
+                ray.get(member.warm)
+                info = ray.get(member.actor.info.remote(), timeout=START_S)
             except (ray.exceptions.RayError, TimeoutError):
-                self._cordon(node, one.actor)
+                self._cordon(node, member.actor)
             else:
-                self._nodes[node] = _Node(one.actor, info, one.slots)
+                self._nodes[node] = _Node(member.actor, info, member.slots)
 
     def ask_to_stop(self, reason: StopReason) -> None:
         """Have every rank stop at the end of its step."""
@@ -240,12 +240,12 @@ class WorkerGroup:
 
     def stacks(self) -> dict[int, tuple[str, str]]:
         """Process state and stacks by rank, of the nodes that answer."""
-        found: dict[int, tuple[str, str]] = {}
+        by_rank: dict[int, tuple[str, str]] = {}
         answers = [member.actor.stacks.remote() for member in self._nodes.values()]
         for answer in ray.wait(answers, num_returns=len(answers), timeout=UNREACHABLE_S)[0] if answers else []:
             with contextlib.suppress(ray.exceptions.RayError):
-                found |= ray.get(answer)
-        return found
+                by_rank |= ray.get(answer)
+        return by_rank
 
     def kill(self) -> None:
         """End every rank at once; the node agents stay."""

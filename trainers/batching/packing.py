@@ -98,21 +98,21 @@ def _assign(histogram: Array, capacity: int) -> Array:
     """Pack number of each row, rows given in order of falling length; histogram[l] rows have length l."""
     rooms, assigned, packs_open = _Rooms(), [], 0
     for length in np.flatnonzero(histogram)[::-1].tolist():
-        left = int(histogram[length])
-        while left:
+        rows_left = int(histogram[length])
+        while rows_left:
             room = rooms.smallest(length)
             if room is not None:
-                packs = rooms.take(room, left)
+                packs = rooms.take(room, rows_left)
                 rooms.add(room - length, packs)
                 assigned.append(packs)
             else:
-                each = min(capacity // length, left)
-                packs = np.arange(packs_open, packs_open + left // each, dtype=np.int64)
+                each = min(capacity // length, rows_left)
+                packs = np.arange(packs_open, packs_open + rows_left // each, dtype=np.int64)
                 packs_open += len(packs)
                 rooms.add(capacity - each * length, packs)
                 assigned.append(np.tile(packs, each))
                 packs = assigned[-1]
-            left -= len(packs)
+            rows_left -= len(packs)
     return np.concatenate(assigned) if assigned else np.zeros(0, dtype=np.int64)
 
 

@@ -24,10 +24,10 @@ class TracedPiece(Record):
 
 def trace_step(shards: ShardSet, packs: PackIndex, order: Order, step: int) -> Iterator[TracedPiece]:
     """Where every token of a step (counted from 1, as checkpoints are) came from."""
-    for place, sequence in enumerate(order.step(step - 1).tolist()):
+    for number, sequence in enumerate(order.step(step - 1).tolist()):
         start = 0
         for index in packs.pack(sequence).tolist():
             file, row, part = shards.origin(index)
             end = start + int(shards.lengths[index])
-            yield TracedPiece(sequence=place, start=start, end=end, file=file, row=row, part=part)
+            yield TracedPiece(sequence=number, start=start, end=end, file=file, row=row, part=part)
             start = end

@@ -150,14 +150,14 @@ class Checkpointer:
         link, began = self._writing.link, time.monotonic()
         link.hurry()
         while link.busy:
-            left = limit_s - (time.monotonic() - began)
-            report = link.hear(min(max(left, 0.0), 1.0))
+            seconds_left = limit_s - (time.monotonic() - began)
+            report = link.hear(min(max(seconds_left, 0.0), 1.0))
             if report is None and link.silent_s > STUCK_S:
                 report = link.give_up(f"nothing was heard of its writer for {STUCK_S:g} s")
-            if report is None and left <= 0 and limit_s == LAST_S:
+            if report is None and seconds_left <= 0 and limit_s == LAST_S:
                 report = link.give_up(f"still not written after {LAST_S:g} s")
             self._tell(report)
-            if left <= 0:
+            if seconds_left <= 0:
                 return
 
     def _skip(self, step: int, reason: str) -> None:

@@ -74,12 +74,12 @@ def wait_for_file(files: LocalCopies, name: str, record: FileRecord, by_digest: 
         by_digest: read its bytes; otherwise its size is compared alone.
     """
     deadline = time.monotonic() + _delay_s(files.folder)
-    seen: int | None = -1
+    compared_size: int | None = -1
     while True:
         last = time.monotonic() >= deadline
         size = _size(files.folder, name)
-        if last or size != seen:  # bytes are read again when there may be others
-            damage, seen = compare(files, name, record, by_digest), size
+        if last or size != compared_size:  # bytes are read again when there may be others
+            damage, compared_size = compare(files, name, record, by_digest), size
             if last and damage:
                 _check_listing(files.folder, name, damage)
             if last or damage is None:

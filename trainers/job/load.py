@@ -200,18 +200,18 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
     *sections, key = name.strip().split(".")
     if not equals or not key:
         return f"{item!r} is not of the form section.key=value"
-    place = raw
+    section_values = raw
     for section in sections:
-        nested = place.setdefault(section, {})
+        nested = section_values.setdefault(section, {})
         if not isinstance(nested, dict):
-            nested = place[section] = {}
-        place = nested
+            nested = section_values[section] = {}
+        section_values = nested
     try:
-        place[key] = yaml.load(text, _Loader)
+        section_values[key] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         return f"{item!r}: the value is not valid YAML: {error}"
     if (
-        place[key] is not None
+        section_values[key] is not None
         and sections == ["train"]
         and key
         in (
@@ -219,7 +219,7 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
             "steps",
         )
     ):  # the two exclude each other: the later word counts
-        place.pop("steps" if key == "epochs" else "epochs", None)
+        section_values.pop("steps" if key == "epochs" else "epochs", None)
     return None
 
 

@@ -103,14 +103,14 @@ def _is_on(section: Any) -> bool:
 
 
 def _contradictions(template: dict[str, Any], derived: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    found: list[tuple[str, Any, Any]] = []
+    differing: list[tuple[str, Any, Any]] = []
     for key, ours in derived.items():
         theirs = template.get(key, "auto")
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            found += _contradictions(theirs, ours, f"{prefix}{key}.")
+            differing += _contradictions(theirs, ours, f"{prefix}{key}.")
         elif theirs not in ("auto", ours):
-            found.append((f"{prefix}{key}", theirs, ours))
-    return found
+            differing.append((f"{prefix}{key}", theirs, ours))
+    return differing
 
 
 def _merge(template: dict[str, Any], derived: dict[str, Any]) -> dict[str, Any]:

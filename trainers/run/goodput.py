@@ -160,13 +160,13 @@ def allowed_goodput(cluster: Cluster, interval_s: float) -> float:
 def simulate(cluster: Cluster, interval_s: float, useful_s: float, seed: int = 0) -> float:
     """Share of useful time in one played training: failures come at random, also while restarting."""
     draw = random.Random(seed)
-    clock = done = 0.0
+    clock = trained = 0.0
     next_failure = draw.expovariate(1 / cluster.mtbf_s)
-    while done < useful_s:
-        work = min(interval_s, useful_s - done)
+    while trained < useful_s:
+        work = min(interval_s, useful_s - trained)
         stretch = work + cluster.save_s
         if clock + stretch <= next_failure:
-            clock, done = clock + stretch, done + work
+            clock, trained = clock + stretch, trained + work
             continue
         clock = next_failure
         next_failure = clock + draw.expovariate(1 / cluster.mtbf_s)
@@ -174,7 +174,7 @@ def simulate(cluster: Cluster, interval_s: float, useful_s: float, seed: int = 0
             clock = next_failure
             next_failure = clock + draw.expovariate(1 / cluster.mtbf_s)
         clock += cluster.restart_s
-    return done / clock
+    return trained / clock
 
 
 def forecast(cluster: Cluster) -> list[dict[str, float]]:

@@ -94,14 +94,14 @@ def _account(job: Job, manifest: ShardManifest, folder: Folder) -> str:
 
 def _dropped_rows(manifest: ShardManifest, folder: Folder) -> Iterator[tuple[int, int, str]]:
     """(file, row, outcome) of the first dropped rows, from as few ledgers as hold them."""
-    left = EXAMPLES
+    wanted = EXAMPLES
     for shard in manifest.shards:
-        if left and any(outcome.startswith("dropped:") for outcome in shard.outcomes):
+        if wanted and any(outcome.startswith("dropped:") for outcome in shard.outcomes):
             with folder.open_input(shard.ledger) as stream:
                 table = pa.ipc.open_file(stream).read_all()
                 outcomes = pc.cast(table["outcome"], pa.string())
-                rows = table.filter(pc.starts_with(outcomes, "dropped:")).slice(0, left).to_pylist()
-            left -= len(rows)
+                rows = table.filter(pc.starts_with(outcomes, "dropped:")).slice(0, wanted).to_pylist()
+            wanted -= len(rows)
             yield from ((row["file"], row["row"], row["outcome"]) for row in rows)
 
 

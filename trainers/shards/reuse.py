@@ -27,17 +27,17 @@ def explain_miss(plan: SplitPlan, others: Mapping[Folder, ShardManifest]) -> str
 
 def adopt_shards(folder: Folder, plan: SplitPlan, units: Sequence[Unit], others: Mapping[Folder, ShardManifest]) -> int:
     """Take over what other sets hold of the units that are not here yet. Returns the number of shards taken over."""
-    held = set(folder.list())
-    missing = {plan.unit_digest(unit): unit.index for unit in units if record_name(unit.index) not in held}
+    names_here = set(folder.list())
+    missing = {plan.unit_digest(unit): unit.index for unit in units if record_name(unit.index) not in names_here}
     before = len(missing)
     for other, manifest in others.items():
-        for place, record in enumerate(manifest.shards):
-            if record.unit not in missing or not finished_shard(other, place):
+        for number_there, record in enumerate(manifest.shards):
+            if record.unit not in missing or not finished_shard(other, number_there):
                 continue
             number = missing.pop(record.unit)
             names = {"file": shard_name(number), "ledger": ledger_name(number)}
             for old, new in ((record.file, names["file"]), (record.ledger, names["ledger"]),
-                             (counts_name(place), counts_name(number))):  # fmt: skip
+                             (counts_name(number_there), counts_name(number))):  # fmt: skip
                 _copy(other, old, folder, new)
             folder.write_bytes(record_name(number), record.model_copy(update=names).model_dump_json().encode())
     return before - len(missing)

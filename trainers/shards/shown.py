@@ -65,11 +65,11 @@ def show_rows(
 ) -> list[ShownRow]:
     """Encode rows, each (place, file, position, fields), and spell them out."""
     shown = []
-    for place, file, position, fields in rows:
+    for number, file, position, fields in rows:
         settled = ["dropped:malformed" if fields is None else None]
         batch = encode_rows(task, [fields or {}], encoder, rules, settled)
         examples = [
-            Example(place, batch.tokens[index], {name: column[index].as_py() for name, column in batch.extra.items()})
+            Example(number, batch.tokens[index], {name: column[index].as_py() for name, column in batch.extra.items()})
             for index in range(len(batch.tokens))
         ]
         outcome, lost = batch.outcomes[batch.codes[0]], int(batch.tokens_lost[0])
@@ -77,7 +77,7 @@ def show_rows(
         cut = _cut(fields or {}, task, encoder, rules, examples[0].input_ids) if lost and examples else ""
         shown.append(
             ShownRow(
-                row=place,
+                row=number,
                 file=file,
                 position=position,
                 outcome=outcome,

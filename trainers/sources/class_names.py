@@ -69,13 +69,13 @@ def _of_list(decode: Decode | None) -> Decode | None:
 
 
 def _of_fields(decode_of: Mapping[str, Decode | None]) -> Decode | None:
-    known = {name: decode for name, decode in decode_of.items() if decode}
-    if not known:
+    decoders = {name: decode for name, decode in decode_of.items() if decode}
+    if not decoders:
         return None
 
     def decode(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {name: known[name](inner) if name in known else inner for name, inner in value.items()}
+        return {name: decoders[name](inner) if name in decoders else inner for name, inner in value.items()}
 
     return decode

@@ -95,12 +95,12 @@ def find_sources(
     for pattern in patterns:
         try:
             if PAIR in pattern:
-                pairs |= {PAIR.join(one.uri for one in pair): pair for pair in _resolve_pairs(pattern)}
+                pairs |= {PAIR.join(file.uri for file in pair): pair for pair in _resolve_pairs(pattern)}
                 continue
-            for one in _resolve(pattern, format):
+            for file in _resolve(pattern, format):
                 kind = None if pattern.startswith(SCHEME) else format
-                told, compression = _kind(one.uri, one.name, kind)
-                named[one.uri] = (one, "conll" if (told, task) == ("text", "tag") else told, compression)
+                form, compression = _kind(file.uri, file.name, kind)
+                named[file.uri] = (file, "conll" if (form, task) == ("text", "tag") else form, compression)
         except JobError as error:
             problems += error.problems
     if problems:
@@ -139,17 +139,17 @@ def compression_of(name: str) -> str | None:
 
 
 def _kind(uri: str, name: str, format: FormatName | None) -> tuple[FormatName, str | None]:
-    told, compression = format or format_of(name), compression_of(name)
-    if told is None:
+    form, compression = format or format_of(name), compression_of(name)
+    if form is None:
         known = ", ".join(SUFFIXES)
         raise JobError(
             f"{uri}: its name tells no format. Set data.format, or name it one of {known} (or those .gz, .zst)"
         )
-    if compression and told in COLUMNAR:
+    if compression and form in COLUMNAR:
         raise JobError(
-            f"{uri}: {told} is compressed inside the file, never as a whole. Unpack it with its own tool first"
+            f"{uri}: {form} is compressed inside the file, never as a whole. Unpack it with its own tool first"
         )
-    return told, compression
+    return form, compression
 
 
 def _source(named: _Named, format: FormatName, compression: str | None, where: str, digests: bool) -> SourceFile:
@@ -275,13 +275,13 @@ def _folder_files(pattern: str, path: str, format: FormatName | None) -> list[pa
     chosen = [info for info in infos if wanted and format_of(info.base_name) == wanted]
     if chosen:
         return chosen
-    held = ", ".join(sorted(kinds)) or "no file of a known format"
+    listed = ", ".join(sorted(kinds)) or "no file of a known format"
     if wanted is None and kinds:
         raise JobError(
-            f"{pattern}: the folder holds several formats ({held}). Set data.format or use a glob such as *.jsonl"
+            f"{pattern}: the folder holds several formats ({listed}). Set data.format or use a glob such as *.jsonl"
         )
     asked = f"no {format} file" if format else "no data file"
-    raise JobError(f"{pattern}: {asked} in this folder (it holds {held}). Use a glob to name files of other names")
+    raise JobError(f"{pattern}: {asked} in this folder (it holds {listed}). Use a glob to name files of other names")
 
 
 def _hint(path: str, options: str = "") -> str:

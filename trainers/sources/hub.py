@@ -28,15 +28,15 @@ def arrow_files(uri: str) -> list[str]:
 def _load(uri: str, body: str, split: str) -> Any:
     import datasets
 
-    place, _, revision = body.partition("@")
-    parts = place.split("/")
-    local = place.startswith("/")
+    name_or_folder, _, revision = body.partition("@")
+    parts = name_or_folder.split("/")
+    local = name_or_folder.startswith("/")
     try:
-        if local and (Path(place) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(place)[split]
-        if local and (Path(place) / "state.json").is_file():
-            return datasets.load_from_disk(place)
-        name, config = (place, None) if local else ("/".join(parts[:2]), "/".join(parts[2:]) or None)
+        if local and (Path(name_or_folder) / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(name_or_folder)[split]
+        if local and (Path(name_or_folder) / "state.json").is_file():
+            return datasets.load_from_disk(name_or_folder)
+        name, config = (name_or_folder, None) if local else ("/".join(parts[:2]), "/".join(parts[2:]) or None)
         return datasets.load_dataset(name, config, split=split, revision=revision or None)
     except Exception as error:  # a dozen unrelated types; all mean: not to be had
         first = str(error).splitlines()[0] if str(error) else ""

@@ -153,17 +153,17 @@ class Classify(Task):
         return functions[name](row_scores) if name in functions else super().metric_value(name, row_scores)
 
 
-def class_weights(asked: Any, counts: Mapping[str, int], labels: Sequence[str]) -> list[float] | None:
+def class_weights(weights: Any, counts: Mapping[str, int], labels: Sequence[str]) -> list[float] | None:
     """The factor of each label's loss. Raises JobError for a label that training never shows."""
-    if asked is None:
+    if weights is None:
         return None
-    if asked == "balanced":
+    if weights == "balanced":
         total = sum(counts.values())
         return [total / (len(labels) * counts[name]) for name in labels]
-    unknown = sorted(set(asked) - set(labels))
+    unknown = sorted(set(weights) - set(labels))
     if unknown:
         raise JobError(f"train.class_weights: {unknown} are not among the labels {list(labels)[:20]}")
-    return [float(asked.get(name, 1.0)) for name in labels]
+    return [float(weights.get(name, 1.0)) for name in labels]
 
 
 def _columns(scores: Array, count: int) -> dict[str, Array]:

@@ -45,14 +45,16 @@ def batch_rows(encoded: Iterable[EncodedRow], schema: Sequence[tuple[str, pa.Dat
         schema: the task's `extra_schema`.
     """
     rows = list(encoded)
-    sequences = [(index, part, one) for index, row in enumerate(rows) for part, one in enumerate(row.sequences)]
+    sequences = [
+        (index, part, sequence) for index, row in enumerate(rows) for part, sequence in enumerate(row.sequences)
+    ]
     codes = {outcome: code for code, outcome in enumerate(dict.fromkeys(row.outcome for row in rows))}
     return EncodedBatch(
-        tokens=Tokens.of([one.input_ids for _, _, one in sequences]),
+        tokens=Tokens.of([sequence.input_ids for _, _, sequence in sequences]),
         row=np.array([index for index, _, _ in sequences], dtype=np.int64),
         part=np.array([part for _, part, _ in sequences], dtype=np.int32),
         outcomes=tuple(codes),
         codes=np.array([codes[row.outcome] for row in rows], dtype=np.int32),
         tokens_lost=np.array([row.tokens_lost for row in rows], dtype=np.int32),
-        extra={name: pa.array([one.extra[name] for _, _, one in sequences], kind) for name, kind in schema},
+        extra={name: pa.array([sequence.extra[name] for _, _, sequence in sequences], kind) for name, kind in schema},
     )

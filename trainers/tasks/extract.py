@@ -108,19 +108,19 @@ def read_answers(row: Mapping[str, Any]) -> list[Answer] | str:
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
             return "answers_not_understood"
         answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
-    if not isinstance(answers, list) or not all(isinstance(one, Mapping) for one in answers):
+    if not isinstance(answers, list) or not all(isinstance(answer, Mapping) for answer in answers):
         return "missing_answers" if answers is None else "answers_not_understood"
-    found: list[Answer] = []
-    for one in answers:
-        text, start = one.get("text"), one.get("answer_start")
+    valid: list[Answer] = []
+    for answer in answers:
+        text, start = answer.get("text"), answer.get("answer_start")
         if not isinstance(text, str) or not isinstance(start, int):
             return "answers_not_understood"
         if not text:
             return "empty_answer"
         if start < 0 or str(context)[start : start + len(text)] != text:
             return "answer_not_at_its_offset"
-        found.append((start, text))
-    return found
+        valid.append((start, text))
+    return valid
 
 
 def _encode(row: Mapping[str, Any], encoder: Encoder, rules: EncodeRules) -> EncodedRow:

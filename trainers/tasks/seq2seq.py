@@ -137,20 +137,20 @@ def _fit(
     row: Mapping[str, Any], source: Any, target: Any, causal: bool, encoder: Encoder, rules: EncodeRules
 ) -> EncodedRow:
     """Apply the length policy; a target keeps its end, a prompt of a causal model loses its start."""
-    said = list(target.ids)
-    if encoder.eos_id is not None and (causal or said[-1] != encoder.eos_id):
-        said.append(encoder.eos_id)
+    answer = list(target.ids)
+    if encoder.eos_id is not None and (causal or answer[-1] != encoder.eos_id):
+        answer.append(encoder.eos_id)
     begin = encoder.affixes[0] if causal and encoder.affixes else []
     read, most = [*begin, *source.ids], rules.options.max_target_length
-    room = rules.max_length - min(len(said), most) if causal else rules.max_length
-    lost = max(len(said) - most, 0) + max(len(read) - room, 0)
+    room = rules.max_length - min(len(answer), most) if causal else rules.max_length
+    lost = max(len(answer) - most, 0) + max(len(read) - room, 0)
     if lost and (rules.overlong != "truncate" or room <= len(begin)):
         return EncodedRow.dropped("overlong")
     if not source.ids:
         return EncodedRow.dropped("empty_source")
-    if len(said) > most:
-        said = [*said[: most - 1], said[-1]]
+    if len(answer) > most:
+        answer = [*answer[: most - 1], answer[-1]]
     if len(read) > room:
         kept = room - len(begin)
         read = [*begin, *read[len(read) - kept :]] if causal else [*read[: room - 1], read[-1]]
-    return EncodedRow.whole(TokenSequence(read, {"target": said, "reference": row["target"], "causal": causal}), lost)
+    return EncodedRow.whole(TokenSequence(read, {"target": answer, "reference": row["target"], "causal": causal}), lost)

@@ -104,13 +104,13 @@ class Similarity(Task):
         wanted = labels != IGNORE
         return self._losses(logits[wanted].float(), labels[wanted]).sum()
 
-    def _losses(self, said: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def _losses(self, predicted: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not self.embeds:
-            return (said - scores) ** 2
+            return (predicted - scores) ** 2
         scaled = self._scaled(scores)
         if self.options.objective == "cosine":
-            return (said - scaled) ** 2
-        distance, alike = 1 - said, (scaled >= ALIKE).to(said.dtype)
+            return (predicted - scaled) ** 2
+        distance, alike = 1 - predicted, (scaled >= ALIKE).to(predicted.dtype)
         return 0.5 * (alike * distance**2 + (1 - alike) * (MARGIN - distance).clamp(min=0) ** 2)
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
@@ -124,13 +124,16 @@ class Similarity(Task):
         """scipy's correlations (left out where one side is constant) and the mean loss."""
         from scipy.stats import pearsonr, spearmanr
 
-        score, said = row_scores["score"], row_scores["said"]
-        found = {"loss": float(row_scores["loss_sum"].mean())}
+        score, predicted = row_scores["score"], row_scores["said"]
+        values = {"loss": float(row_scores["loss_sum"].mean())}
         if not self.embeds:
-            found["mse"] = float(((score - said) ** 2).mean())
-        if len(score) > 1 and np.ptp(score) > 0 and np.ptp(said) > 0:
-            found |= {"pearson": float(pearsonr(score, said)[0]), "spearman": float(spearmanr(score, said)[0])}
-        return found
+            values["mse"] = float(((score - predicted) ** 2).mean())
+        if len(score) > 1 and np.ptp(score) > 0 and np.ptp(predicted) > 0:
+            values |= {
+                "pearson": float(pearsonr(score, predicted)[0]),
+                "spearman": float(spearmanr(score, predicted)[0]),
+            }
+        return values
 
 
 def _encode_pairs(rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:

@@ -114,15 +114,15 @@ class Tag(Task):
         """Of each row: loss, words, words tagged right, and entities true, predicted and right by type."""
         numbers = score_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
         guesses = logits.argmax(-1).cpu().numpy()
-        said = [self.predicted_tags(guesses[line], row) for line, row in enumerate(batch.documents)]
+        predicted = [self.predicted_tags(guesses[line], row) for line, row in enumerate(batch.documents)]
         truth = [self._tags(row) for row in batch.documents]
-        right = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(truth, said, strict=True)]
+        right = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(truth, predicted, strict=True)]
         return {
             "loss_sum": numbers["loss_sum"],
             "targets": numbers["targets"],
             "words": np.array([len(tags) for tags in truth]),
             "words_right": np.array(right),
-            **entity_counts(truth, said, self.labels),
+            **entity_counts(truth, predicted, self.labels),
         }
 
     def predicted_tags(self, guesses: Array, row: Example) -> list[str]:

@@ -66,14 +66,14 @@ class WordPieceCache:
     def _encode_alone(self, text: str) -> Tokens:
         """One text: slice by slice where it is long and every slice will do, else by tokenizers."""
         slices = list(_slices(text)) if len(text) > SLICE_CHARS and not self._added.search(text.lower()) else []
-        found: list[Array] = []
-        for one in slices:
-            pieces = self._pieces_of(one)
+        ids: list[Array] = []
+        for piece in slices:
+            pieces = self._pieces_of(piece)
             if pieces is None:
-                found = []
+                ids = []
                 break
-            found.append(self._pieces.encode([pieces]).ids)
-        return Tokens.of([np.concatenate(found)]) if found else encode_by_reference(self._reference, [text])
+            ids.append(self._pieces.encode([pieces]).ids)
+        return Tokens.of([np.concatenate(ids)]) if ids else encode_by_reference(self._reference, [text])
 
 
 class _Pieces(dict[str, int]):

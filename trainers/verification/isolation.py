@@ -45,12 +45,12 @@ def check_isolation(model: Any, task: Task, shards: ShardSet, pad_id: int, backe
 def worst_leak(model: Any, task: Task, rows: list[Example], pad_id: int, device: Any) -> tuple[int, float]:
     """The document of a pack whose change moves the others most, and by how much: of the first, which those after it
     must not see, and of the last."""
-    found = []
+    moves = []
     with _evaluating(model):
         for changed in (0, len(rows) - 1):
             moved, _ = logit_change(lambda batch: logits_of(model, task, batch, device), task, [rows], changed, pad_id)
-            found.append((changed, moved))
-    return max(found, key=lambda pair: pair[1])
+            moves.append((changed, moved))
+    return max(moves, key=lambda pair: pair[1])
 
 
 def logits_of(model: Any, task: Task, batch: Batch, device: Any) -> torch.Tensor:

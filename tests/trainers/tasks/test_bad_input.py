@@ -56,7 +56,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("seq2seq", {"target_language": None}, "missing_target_language"),
     ("seq2seq", {"target_language": ""}, "empty_target_language"),
     ("mlm", {"text": " "}, "empty_text"),
-    ("classify", {"label": "a"}, "label_not_a_list"),
+    ("classify", {"label": {"name": "a"}}, "label_not_a_list"),
     ("classify", {"label": [1.5]}, "label_not_a_name"),
 ]
 

@@ -28,16 +28,16 @@ class Lines:
         damaged here and there is left to the ledger.
         """
         read_text_head(source, EXPECTED[source.format])
-        seen: dict[str, None] = {}
+        keys: dict[str, None] = {}
         total = parsed = 0
         for offset, row in islice(self.read(source, Span(), ()), PEEK_ROWS):
             total, parsed = total + 1, parsed + (row is not None)
-            seen.update(dict.fromkeys(row or ()))
+            keys.update(dict.fromkeys(row or ()))
             if offset > PEEK_BYTES:
                 break
         if total and not parsed:
             raise _refusal(source)
-        return tuple(seen) if total else None
+        return tuple(keys) if total else None
 
     def plan(self, source: SourceFile, unit_bytes: int) -> list[Span]:
         """Byte ranges of equal size; compressed files whole."""

@@ -201,15 +201,15 @@ def _watch_teacher(
     forward: Callable[[], torch.Tensor], head: torch.nn.Linear, temperature: float, alpha: float, targets: torch.Tensor
 ) -> Teacher:
     """Run a teacher without a gradient, up to its output layer."""
-    seen: list[torch.Tensor] = []
+    hidden_states: list[torch.Tensor] = []
 
     def keep(hidden: torch.Tensor) -> torch.Tensor:
-        seen.append(hidden.reshape(-1, hidden.shape[-1])[targets])
+        hidden_states.append(hidden.reshape(-1, hidden.shape[-1])[targets])
         return hidden.new_zeros(1, 1, 1)
 
     with torch.no_grad(), _replaced(head, keep):
         forward()
-    return Teacher(seen[0], head.weight, head.bias, temperature, alpha)
+    return Teacher(hidden_states[0], head.weight, head.bias, temperature, alpha)
 
 
 @contextmanager

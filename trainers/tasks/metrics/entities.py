@@ -29,16 +29,16 @@ def entity_types(labels: Sequence[str]) -> list[str]:
 
 
 def entity_counts(
-    truth: Sequence[Sequence[str]], said: Sequence[Sequence[str]], labels: Sequence[str]
+    truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], labels: Sequence[str]
 ) -> dict[str, Array]:
     """Entities true, predicted and right of each row, by mode and type: int32 [rows] each."""
     types, scheme = entity_types(labels), _scheme(labels)
     counts = {f"{mode}{kind}:{name}": np.zeros(len(truth), dtype=np.int32)
               for mode in MODES for kind in KINDS for name in types}  # fmt: skip
-    for row, (true_tags, said_tags) in enumerate(zip(truth, said, strict=True)):
+    for row, (true_tags, said_tags) in enumerate(zip(truth, predicted, strict=True)):
         for mode in MODES:
-            true, found = (_entities(tags, scheme if mode else None) for tags in (true_tags, said_tags))
-            for kind, entities in zip(KINDS, (true, found, true & found), strict=True):
+            true, predicted_entities = (_entities(tags, scheme if mode else None) for tags in (true_tags, said_tags))
+            for kind, entities in zip(KINDS, (true, predicted_entities, true & predicted_entities), strict=True):
                 for name, count in Counter(entity[0] for entity in entities).items():
                     counts[f"{mode}{kind}:{name}"][row] = count
     return counts

@@ -45,15 +45,15 @@ def signatures(tokenize: str) -> dict[str, str]:
     return found
 
 
-def overlap_scores(said: Sequence[str], wanted: Sequence[str]) -> dict[str, Array]:
+def overlap_scores(texts: Sequence[str], wanted: Sequence[str]) -> dict[str, Array]:
     """ROUGE F1 of each row (with stemming; Lsum splits at line ends) and exact match, 0 to 1."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    scores: list[Any] = [scorer.score(target, text) for text, target in zip(said, wanted, strict=True)]
-    found = {name: np.array([one[name].fmeasure for one in scores], dtype=np.float64) for name in ROUGE}
-    same = [text.strip() == target.strip() for text, target in zip(said, wanted, strict=True)]
-    return {**found, "exact_match": np.array(same, dtype=np.float64)}
+    scores: list[Any] = [scorer.score(target, text) for text, target in zip(texts, wanted, strict=True)]
+    rouge = {name: np.array([one[name].fmeasure for one in scores], dtype=np.float64) for name in ROUGE}
+    same = [text.strip() == target.strip() for text, target in zip(texts, wanted, strict=True)]
+    return {**rouge, "exact_match": np.array(same, dtype=np.float64)}
 
 
 def overlap_metrics(row_scores: Mapping[str, Array]) -> dict[str, float]:

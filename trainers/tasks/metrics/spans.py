@@ -66,16 +66,16 @@ def span_metrics(row_scores: Mapping[str, Array], threshold: float) -> dict[str,
     if answerable.all():
         return {"exact": _percent(row_scores["exact_v1"]), "f1": _percent(row_scores["f1_v1"]), **loss}
     margin, empty = row_scores["null_score"] - row_scores["score"], row_scores["empty"]
-    found = dict(loss)
+    metrics = dict(loss)
     for name in ("exact", "f1"):
         values = np.where(margin > threshold, empty, row_scores[f"{name}_v2"])
-        found[name] = _percent(values)
+        metrics[name] = _percent(values)
         if answerable.any():
-            found[f"{name}_answerable"] = _percent(values[answerable])
-        found[f"{name}_unanswerable"] = _percent(values[~answerable])
+            metrics[f"{name}_answerable"] = _percent(values[answerable])
+        metrics[f"{name}_unanswerable"] = _percent(values[~answerable])
         best, at = best_threshold(margin, row_scores[f"{name}_v2"], answerable)
-        found |= {f"best_{name}": best, f"best_{name}_threshold": at}
-    return found
+        metrics |= {f"best_{name}": best, f"best_{name}_threshold": at}
+    return metrics
 
 
 def best_threshold(margin: Array, score: Array, answerable: Array) -> tuple[float, float]:
