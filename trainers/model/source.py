@@ -92,9 +92,9 @@ def _checked(path: Path, job: Job, needs_weights: bool = True) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise JobError(f"model.path: {path} has no config.json, so it is not a Hugging Face model folder")
     weights = sorted(path.glob("*.safetensors"))
-    if not weights and needs_weights:
-        pickles = [item.name for item in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.gguf")]]
-        found = f" ({', '.join(sorted(pickles))} found: pickles are never loaded, a GGUF file needs model.gguf_file)"
+    pickles = sorted(item.name for pattern in ("*.bin", "*.pt", "*.gguf") for item in path.glob(pattern))
+    if not weights and (needs_weights or pickles):
+        found = f" ({', '.join(pickles)} found: pickles are never loaded, a GGUF file needs model.gguf_file)"
         raise JobError(f"model.path: {path} has no safetensors weights{found if pickles else ''}")
     digest = xxhash.xxh3_128(str(job.model.trust_remote_code).encode())
     for name in ("config.json", *TOKENIZER_FILES):
