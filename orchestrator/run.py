@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.evaluation.pool import EvaluationPool, evaluation_event
+import ray
+
+from orchestrator.evaluation.pool import EvaluationPool
+from orchestrator.evaluation.task import export_step
 from orchestrator.planning.preflight import check_job, check_run_storage
 from orchestrator.ray_session import check_placement
 from orchestrator.registry import register as registry
@@ -17,15 +20,16 @@ from orchestrator.registry.manage import registry_lock
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.promotion import Promotion, RowScores, baselines_of, decide
 from orchestrator.registry.read import champion, row_scores_of
-from orchestrator.run_session import RunSession, finished_run, open_session, stop_asked_for
+from orchestrator.run_session import RunSession, evaluation_place, finished_run, open_session, stop_asked_for
 from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
 from orchestrator.training import controller
+from trainers.checkpoint.export import PROVENANCE
 from trainers.evaluation.selection import select
 from trainers.job.load import load_job
 from trainers.run.describe import describe
 from trainers.run.events import Event, GoodputEvent, StepEvent
-from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, step_name
+from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, evaluation_event, step_name
 from trainers.run.goodput import account, share
 from trainers.run.record import run_of
 from trainers.run.row_scores import read_row_scores
@@ -67,8 +71,8 @@ def run_job(path: Path, overrides: Sequence[str], address: str | None, screen: S
 
 def train(session: RunSession) -> TrainOutcome:
     """Train, with evaluations beside it, then evaluate what is left; no training where it has ended for good before."""
-    run = session.run
-    gpus = check_placement(run.job.scale)
+    gpus = check_placement(session.run.job.scale)
+    run = session.run.evaluated_on(evaluation_place(session.checked, gpus, ray.cluster_resources()).on)
     pool = EvaluationPool(run, gpus)
     if not controller.finished_training(run.folder, run.checkpoints):
 
@@ -97,6 +101,8 @@ def register(session: RunSession, best: Evaluation) -> RegisteredVersion:
     """Weigh the best checkpoint against the champion, register it, and drop the exports of the others."""
     run, exports, chosen = session.run, session.run.folder / "export", step_name(best.step)
     with session.timed("register"), registry_lock(registry_uri(run.job.storage, run.job.registry.uri)):
+        if not (exports / chosen).exists(PROVENANCE):  # the ranks evaluate without an export
+            ray.get(ray.remote(num_cpus=1)(export_step).remote(run, best.step))
         decision = weigh(session, best)
         parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder))
         version = registry.register(run.job, run.folder, best, exports / chosen, parents, decision)

@@ -5,12 +5,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from orchestrator.evaluation.room import check_room
-from orchestrator.planning.plan import plan_job
+from orchestrator.evaluation.room import Place, check_room, place_evaluations
+from orchestrator.planning.costs import weight_bytes
+from orchestrator.planning.plan import gpu_memory, plan_job
 from orchestrator.planning.preflight import CheckedJob
 from orchestrator.ray_session import check_placement, ray_session
 from orchestrator.registry.lineage import lineage
@@ -20,6 +23,7 @@ from orchestrator.report.page import REPORT, render_report
 from orchestrator.terminal.progress import Screen
 from trainers.errors import Preempted, TuneyardError
 from trainers.evaluation.confusion import draw_confusion
+from trainers.model.fit import tensor_shapes
 from trainers.run.events import Event, StageEvent, StageStartEvent, StartEvent, read_events, steps_of
 from trainers.run.folder import RESULT, Evaluation, RegisteredVersion, RunResult, read_result, run_folder
 from trainers.run.goodput import account, share
@@ -151,11 +155,18 @@ def open_session(checked: CheckedJob, address: str | None, screen: Screen) -> It
     """Ray with room for the workers, a screen, and SIGTERM as an orderly end, for the length of the block."""
     with _stopped_by_sigterm(), ray_session(address) as ray, screen.live():
         gpus = check_placement(checked.job.scale)  # before hours of sharding, and again after them: nodes come and go
-        note = check_room(checked.job, gpus, ray.cluster_resources())
+        note = check_room(checked.job, evaluation_place(checked, gpus, ray.cluster_resources()))
         if note:
             screen.say(f"note: {note}")
         screen.metric = choose_metric(checked.job)[0]
         yield RunSession(checked, screen)
+
+
+def evaluation_place(checked: CheckedJob, gpus: int, resources: dict[str, float]) -> Place:
+    """Where checkpoints are evaluated on this cluster while the training runs."""
+    parameters = sum(prod(shape) for shape in tensor_shapes(Path(checked.model.path)).values())
+    size, device_bytes = weight_bytes(checked.job, parameters), gpu_memory() if gpus else None
+    return place_evaluations(checked.job, gpus, resources, size, device_bytes)
 
 
 @contextmanager

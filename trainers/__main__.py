@@ -9,19 +9,20 @@ import os
 import sys
 import traceback
 from contextlib import nullcontext
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import yaml
 
 from trainers.checkpoint.cleaning import finish_removals
 from trainers.checkpoint.retention import KeptCheckpoints
 from trainers.errors import Preempted, TuneyardError
-from trainers.evaluation.selection import find_best
+from trainers.evaluation.selection import find_best, out_of_patience
 from trainers.job.load import load_job
+from trainers.job.schema import Job
 from trainers.model.source import find_model
 from trainers.records import Phase, StopReason
 from trainers.run.describe import describe
-from trainers.run.events import CheckpointEvent, Event, StepEvent
+from trainers.run.events import CheckpointEvent, EvaluationEvent, Event, StepEvent
 from trainers.run.folder import JOB_FILE, promoted_steps, read_evaluations
 from trainers.run.lock import own_folder
 from trainers.run.log import RunLog
@@ -45,6 +46,7 @@ class LocalHooks:
         self._log: RunLog | None = None
         self._stop = StopSignal(run.job.checkpoint.grace_s)
         self._told = 0.0
+        self._out_of_patience = False
 
     def _open(self) -> RunLog:
         run = self._run
@@ -53,9 +55,16 @@ class LocalHooks:
             run.folder.write_bytes(JOB_FILE, job.encode())
         self._log = RunLog(run.folder, job=run.job)
         self._kept = KeptCheckpoints(run.checkpoints, run.job.checkpoint.keep)
-        best = find_best(read_evaluations(run.folder, run.shards.eval.key), *choose_metric(run.job))
-        self._pinned = promoted_steps(run.folder) | ({best.step} if best else set())
+        self._look_at_evaluations()
         return self._log
+
+    def _look_at_evaluations(self) -> None:
+        """The best checkpoint stays, and too many without a new best end the training."""
+        run, stopping = self._run, self._run.job.evaluate.early_stopping
+        records, metric = read_evaluations(run.folder, run.shards.eval.key), choose_metric(run.job)
+        best = find_best(records, *metric)
+        self._pinned = promoted_steps(run.folder) | ({best.step} if best else set())
+        self._out_of_patience = stopping is not None and out_of_patience(records, *metric, stopping.patience)
 
     def emit(self, event: Event) -> None:
         """Record an event and print it as a line; only rank 0 does."""
@@ -65,12 +74,14 @@ class LocalHooks:
             print(line, flush=True)
             self._told = event.time if isinstance(event, StepEvent) else self._told
         self._kept.note(event)
-        if isinstance(event, CheckpointEvent):
+        if isinstance(event, EvaluationEvent):
+            self._look_at_evaluations()
+        if isinstance(event, CheckpointEvent | EvaluationEvent):
             self._kept.prune(self._pinned)
 
     def stop_reason(self) -> StopReason | None:
-        """preempted after SIGTERM."""
-        return self._stop.reason()
+        """preempted after SIGTERM, early_stopping where evaluations ask for it."""
+        return self._stop.reason() or ("early_stopping" if self._out_of_patience else None)
 
     def at(self, phase: Phase, step: int) -> None:
         """Nobody watches the heartbeat here: the launcher sees deaths alone."""
@@ -102,7 +113,8 @@ def _main() -> int:
         with own_folder(run.folder) if is_first else nullcontext():
             for note in notes if is_first else ():
                 print(f"note: {note}", flush=True)
-            _finish(run_rank(run, LocalHooks(run)))
+            place: Literal["free", "ranks"] = "ranks" if evaluates(job) else "free"
+            _finish(run_rank(run.evaluated_on(place), LocalHooks(run)))
     except TuneyardError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -110,6 +122,11 @@ def _main() -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def evaluates(job: Job) -> bool:
+    """Whether the ranks evaluate, as nobody else does here; else `tuneyard run` does afterwards."""
+    return job.evaluate.while_training and job.evaluate.on != "free"
 
 
 def _finish(outcome: LoopOutcome) -> None:

@@ -5,9 +5,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-Phase = Literal["start", "load", "data", "step", "settle", "save", "done"]
+Phase = Literal["start", "load", "data", "step", "settle", "save", "evaluate", "done"]
 """start: imports. load: joining, data index, model, resuming. data: waiting for a batch. step: forward, backward,
-update. settle: agreeing on the loss. save: copying the state, and waiting for the commit of the last one."""
+update. settle: agreeing on the loss. save: copying the state, and waiting for the commit of the last one.
+evaluate: scoring a batch of the evaluation set."""
 
 
 PHASES: tuple[Phase, ...] = get_args(Phase)

@@ -31,6 +31,7 @@ def plan_table(plan: Plan, full: bool) -> None:
         ("disk", f"{plan.disk_gib:.2f} GiB at the most for checkpoints and the exported model"),
         ("arithmetic", f"{about}{plan.flops:.3g} floating-point operations"),
         *([("time", _hours(plan))] if plan.hours else []),
+        ("evaluation", plan.evaluation),
         ("run folder", plan.run or "named once the shards are written"),
         *([("first example", plan.example)] if plan.example else []),
         *(("note", note) for note in plan.notes),

@@ -5,12 +5,18 @@ from typing import Any
 
 import ray
 
-from orchestrator.evaluation.task import evaluation_task, failed_evaluation, write_evaluation
+from orchestrator.evaluation.task import evaluation_task
 from trainers.checkpoint.retention import KeptCheckpoints
 from trainers.errors import EvaluationError
 from trainers.evaluation.selection import BASELINE, find_best, next_evaluations, out_of_patience
-from trainers.run.events import EvaluationEvent
-from trainers.run.folder import Evaluation, promoted_steps, read_evaluations
+from trainers.run.events import EvaluationEvent, Event
+from trainers.run.folder import (
+    Evaluation,
+    failed_evaluation,
+    promoted_steps,
+    read_evaluations,
+    write_evaluation,
+)
 from trainers.run.record import Run
 from trainers.tasks import choose_metric, load_task
 
@@ -27,6 +33,13 @@ class EvaluationPool:
         self.kept = KeptCheckpoints(run.checkpoints, run.job.checkpoint.keep)
         known = read_evaluations(run.folder, run.shards.eval.key)
         self._records = {record.step: record for record in known if record.status == "done"}
+
+    def note(self, event: Event) -> None:
+        """Follow the ranks: their checkpoints, and the evaluations that they made themselves."""
+        self.kept.note(event)
+        if isinstance(event, EvaluationEvent) and event.held_s:
+            known = read_evaluations(self._run.folder, self._run.shards.eval.key)
+            self._records |= {record.step: record for record in known if record.step == event.step}
 
     @property
     def records(self) -> list[Evaluation]:
@@ -93,8 +106,3 @@ class EvaluationPool:
         """Whether evaluate.early_stopping asks to stop now."""
         stopping = self._run.job.evaluate.early_stopping
         return stopping is not None and out_of_patience(self.records, *self._metric, stopping.patience)
-
-
-def evaluation_event(record: Evaluation) -> EvaluationEvent:
-    """An evaluation as an event of the run's log."""
-    return EvaluationEvent(step=record.step, status=record.status, metrics=record.metrics, error=record.error)

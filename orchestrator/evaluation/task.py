@@ -9,13 +9,11 @@ from functools import wraps
 from typing import Any
 
 from trainers.checkpoint.export import export_checkpoint
-from trainers.errors import describe, to_record
-from trainers.evaluation.evaluate import RowScores, combine, score_share
+from trainers.evaluation.evaluate import RowScores, keep_scores, score_share
 from trainers.model.world import hide_gpus
 from trainers.patience import LASTING
-from trainers.run.folder import Evaluation, step_name
+from trainers.run.folder import Evaluation, failed_evaluation, step_name, write_evaluation
 from trainers.run.record import Run
-from trainers.run.row_scores import write_row_scores
 from trainers.storage import Folder
 
 RETRIES = 2
@@ -70,30 +68,18 @@ def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:
     return record
 
 
-def failed_evaluation(step: int, eval_key: str, error: BaseException) -> Evaluation:
-    """The record of an evaluation that ended with an error."""
-    cause = to_record(error)
-    return Evaluation(step=step, status="failed", error=describe(cause), cause=cause, eval_key=eval_key)
-
-
-def write_evaluation(run: Folder, record: Evaluation) -> None:
-    """Commit a record."""
-    (run / "evals").write_bytes(f"{step_name(record.step)}.json", record.model_dump_json(indent=1).encode())
-
-
 def _measure(run: Run, step: int, gpus: int) -> tuple[dict[str, float], dict[str, str], int]:
     """Metrics, their notes, and the number of rows they were computed over."""
     task = run.load_task()
-    path = run.model.path
-    if step:
-        out = run.folder / "export" / step_name(step)
-        export_checkpoint(run.checkpoints / step_name(step), out, run.job, task, run.model.path)
-        path = str(out.path)
-    shares = _score_all(run, path, gpus)
-    rows, row_scores = combine(task, shares, len(run.open_shards("eval", task).lengths))
-    write_row_scores(run.folder, step, rows, row_scores, task.labels)
-    metrics = task.metrics(row_scores)
-    return metrics, {name: note for name, note in task.notes().items() if name in metrics}, len(rows)
+    path = str(export_step(run, step).path) if step else run.model.path
+    return keep_scores(run, task, step, _score_all(run, path, gpus))
+
+
+def export_step(run: Run, step: int) -> Folder:
+    """The model folder of a committed step; written where it is not there yet."""
+    out = run.folder / "export" / step_name(step)
+    export_checkpoint(run.checkpoints / step_name(step), out, run.job, run.load_task(), run.model.path)
+    return out
 
 
 def _score_all(run: Run, path: str, gpus: int) -> list[RowScores]:

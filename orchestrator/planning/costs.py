@@ -58,3 +58,8 @@ def measured_speed(run: Folder) -> float | None:
     """Median of the run's tokens a second, all workers together; None before its first step."""
     speeds = [step.tokens_per_s for step in steps_of(read_events(run)) if step.tokens_per_s is not None]
     return median(speeds) if speeds else None
+
+
+def weight_bytes(job: Job, parameters: int) -> int:
+    """Bytes of a whole model in its working type."""
+    return parameters * (2 if job.model.dtype == "bfloat16" else 4)

@@ -1,12 +1,14 @@
 """What a user should know of a job before it starts, although nothing of it is an error."""
 
 import json
+import math
 import os
 from pathlib import Path
 
-from orchestrator.evaluation.room import why_no_room
+from orchestrator.evaluation.room import FREE, Place, place_evaluations
+from orchestrator.planning.costs import weight_bytes
 from orchestrator.planning.preflight import CheckedJob
-from orchestrator.ray_session import usable_cpus
+from orchestrator.ray_session import gpus_per_worker, usable_cpus
 from trainers.batching.batch_plan import BatchPlan
 from trainers.job.schema import Job
 from trainers.model.families import tested_families
@@ -57,11 +59,7 @@ def chat_notes(job: Job, model_path: str) -> list[str]:
 def notes(job: Job, batches: BatchPlan, steps: int, elsewhere: bool) -> list[str]:
     """What a user would want to know before starting."""
     found = []
-    on_cpu = not elsewhere and (job.scale.gpus_per_worker == 0 or not _has_gpu())
-    no_room = why_no_room(job, 0, {"CPU": usable_cpus()})
-    if no_room and "RAY_ADDRESS" not in os.environ and on_cpu:  # what a cluster has is known at the start only
-        refused = "; evaluate.early_stopping is refused there" if job.evaluate.early_stopping else ""
-        found.append(f"on this machine alone, {no_room}{refused}")
+    on_cpu = not elsewhere and (job.scale.gpus_per_worker == 0 or not _gpus())
     if job.model.dtype == "bfloat16" and not cpu_has_bf16() and on_cpu:
         found.append("this CPU has no bf16 arithmetic: model.dtype float32 is faster here")
     if job.data.max_drop_fraction:
@@ -82,5 +80,22 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def _has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+def _gpus() -> int:
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def where_evaluated(job: Job, parameters: int, device_bytes: int | None, elsewhere: bool) -> str:
+    """Where checkpoints are evaluated while the training runs, and why; what a cluster has is known at the start only.
+
+    Args:
+        device_bytes: memory of a worker's device; None where workers compute on CPUs.
+    """
+    elsewhere = elsewhere or "RAY_ADDRESS" in os.environ
+    here = {"CPU": float(usable_cpus()), "GPU": float(_gpus())}
+    resources = dict.fromkeys(here, math.inf) if elsewhere else here
+    gpus = gpus_per_worker(job.scale, resources)
+    place = place_evaluations(job, gpus, resources, weight_bytes(job, parameters), device_bytes)
+    if elsewhere and job.evaluate.on == "auto" and place == Place("free", FREE):
+        return "beside the training where a device is free, else by the ranks between two steps"
+    refused = not place.is_possible and job.evaluate.early_stopping
+    return f"{place}{'; evaluate.early_stopping is refused there' if refused else ''}"

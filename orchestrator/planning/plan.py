@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestrator.planning.costs import WayMemory, count_flops, measured_speed, way_memory
 from orchestrator.planning.hardware import smallest_fit
-from orchestrator.planning.notes import all_notes
+from orchestrator.planning.notes import all_notes, where_evaluated
 from orchestrator.planning.preflight import CheckedJob
 from orchestrator.planning.show import first_example, in_short, view
 from orchestrator.planning.small_data import count_small
@@ -92,6 +92,8 @@ class Plan(Record):
     """At the throughput that was given, or that the run has shown so far."""
     cost: float | None
     """Of all workers over these hours, at the price that was given."""
+    evaluation: str
+    """Where checkpoints are evaluated while the training runs, and why."""
     notes: tuple[str, ...]
     example: str | None
     """The first training row as the model gets it, in short; what is trained stands in ⟦ ⟧."""
@@ -132,6 +134,7 @@ def plan_job(
     speed = tokens_per_s * world_size if tokens_per_s else (measured_speed(run) if run else None)
     metric, mode = choose_metric(job)
     first = first_example(view(job, model, checked.splits))
+    costs = _costs(job, model.path, choice, trained, speed, price, measure)
     return Plan(
         run=str(run) if run else None,
         exact=counted is not None,
@@ -148,7 +151,8 @@ def plan_job(
         mode=mode,
         checkpoints=-(-steps // job.checkpoint.every_steps),
         **_memory(job, choice, device_bytes, measure),
-        **_costs(job, model.path, choice, trained, speed, price, measure),
+        **costs,
+        evaluation=where_evaluated(job, costs["parameters"], device_bytes, elsewhere),
         notes=all_notes(checked, batches, steps, elsewhere),
         example=in_short(first) if first else None,
         job=job.model_dump(mode="json"),

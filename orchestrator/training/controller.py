@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import ray
 
-from orchestrator.evaluation.pool import EvaluationPool, evaluation_event
+from orchestrator.evaluation.pool import EvaluationPool
 from orchestrator.training.failure_cause import find_cause, is_victim, lasting_error
 from orchestrator.training.hang import blame, is_hung, stand
 from orchestrator.training.node_report import NodeReport
@@ -21,6 +21,7 @@ from trainers.errors import Preempted, TrainingError, from_record
 from trainers.run.events import (
     CheckpointEvent,
     DoneEvent,
+    EvaluationEvent,
     Event,
     HangEvent,
     RefusedEvent,
@@ -29,6 +30,7 @@ from trainers.run.events import (
     StepEvent,
     read_events,
 )
+from trainers.run.folder import evaluation_event
 from trainers.run.log import RunLog
 from trainers.run.record import Run
 from trainers.storage import Folder
@@ -73,11 +75,13 @@ class Controller:
                 self.step_times.append(event.step_s)
             case CheckpointEvent():
                 self.commits, self.changed = self.commits + 1, True
+            case EvaluationEvent():
+                self.changed = True
             case DoneEvent():
                 self.done = event
             case RefusedEvent():
                 self.refused = self.refused or event
-        self.pool.kept.note(event)
+        self.pool.note(event)
         self.log.append(event)
         self.on_event(event)
 
@@ -167,7 +171,6 @@ def _collect(controller: Controller) -> NodeReport:
     for event in report.events:
         controller.note(event)
     for record in controller.pool.collect():
-        controller.changed = True
         controller.note(evaluation_event(record))
     return report
 
@@ -211,7 +214,7 @@ def _steer(controller: Controller, report: NodeReport) -> Failure | None:
         group.ask_to_stop("preempted")
     due = time.monotonic() - controller.looked >= LOOK_EVERY_S
     if controller.changed or due:
-        if job.evaluate.while_training:
+        if job.evaluate.while_training and job.evaluate.on == "free":
             pool.start_where_free()
         if controller.changed:
             pool.prune()

@@ -13,7 +13,8 @@ LOAD_S = 1800.0
 """Loading may take this long."""
 STEPS, LEAST_S = 20.0, 60.0
 """auto: this many median steps, and never less than that."""
-LONG_PHASES = ("start", "load", "save")
+LONG_PHASES = ("start", "load", "save", "evaluate")
+"""Phases without a usual length; of an evaluation, each batch counts by itself."""
 
 
 @dataclass(frozen=True)

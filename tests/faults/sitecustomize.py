@@ -3,7 +3,7 @@
 A run folder's `faults.json` lists what goes wrong: `{"kind", "rank", "step"}`, each once unless it says `"always"`.
 Kinds: stop (SIGSTOP), kill, oom (in the control group `cgroup`, which has a memory limit), sleep_loader, raise, memory,
 endless_forward, nan, slow (`seconds` a step), skip (all ranks exchange a number after the backward pass, this one not),
-mismatch (it leaves out the exchange of losses).
+mismatch (it leaves out the exchange of losses), kill_evaluating (once the ranks evaluate after that step).
 Without that file nothing is changed.
 """
 
@@ -43,6 +43,7 @@ def _install(run):
     import torch
 
     from trainers.batching import batches
+    from trainers.evaluation import evaluate
     from trainers.training import loop
 
     rank = int(os.environ["RANK"])
@@ -51,7 +52,7 @@ def _install(run):
     skips = [fault | {"rank": rank} for fault in everyones if fault["kind"] == "skip" and fault["rank"] != rank]
     now = {"step": -1}
     seed_step, make, micro = loop.seed_step, batches.StepSource._make, loop.run_micro_batches
-    agree = loop._settle
+    agree, score = loop._settle, evaluate.EvaluationBatches.score
 
     def due(*kinds):
         return [fault for fault in faults if fault["kind"] in kinds and _due(run.path, fault, now["step"])]
@@ -76,6 +77,11 @@ def _install(run):
     def agree_(*arguments):
         return (0.0, [0.0] * int(os.environ["WORLD_SIZE"])) if due("mismatch") else agree(*arguments)
 
+    def score_(self, number, model, device):
+        for fault in due("kill_evaluating") if number else ():  # not the first batch of all
+            _happen(fault | {"kind": "kill"})
+        return score(self, number, model, device)
+
     def forward(objective):
         step_loss = objective.step_loss
 
@@ -93,6 +99,7 @@ def _install(run):
         return train(engine, objective, *rest)
 
     loop.seed_step, batches.StepSource._make, loop.run_micro_batches, loop._settle = seed_step_, make_, micro_, agree_
+    evaluate.EvaluationBatches.score = score_
     sys.modules["trainers.worker.rank"].train = train_
 
 

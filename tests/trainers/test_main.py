@@ -12,8 +12,9 @@ from tests.orchestrator.training.test_placement import job_of
 from trainers.__main__ import LocalHooks
 from trainers.checkpoint.reading import committed_steps
 from trainers.job.load import load_job
-from trainers.run.events import CheckpointEvent, StartEvent, StepEvent
-from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, step_name
+from trainers.job.schema import EarlyStopping
+from trainers.run.events import CheckpointEvent, EvaluationEvent, StartEvent, StepEvent
+from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, step_name, write_evaluation
 from trainers.storage import Folder
 
 
@@ -47,6 +48,22 @@ def test_the_best_and_the_registered_checkpoint_stay_where_torchrun_goes_on(tmp_
     hooks.emit(StartEvent(step=4, steps=9))
     hooks.emit(CheckpointEvent(step=5))
     assert committed_steps(folder / "checkpoints") == [2, 3, 5]
+
+
+def test_evaluations_of_the_ranks_decide_what_stays_and_when_to_stop(tmp_path: Path, hooks: LocalHooks) -> None:
+    folder, job = Folder(str(tmp_path)), hooks._run.job
+    evaluate = job.evaluate.model_copy(update={"early_stopping": EarlyStopping(patience=2)})
+    hooks._run.job = job.model_copy(update={"evaluate": evaluate})
+    hooks.emit(StartEvent(step=0, steps=9))
+    for step, value in ((1, 0.5), (2, 0.9), (3, 0.8), (4, 0.7)):
+        commit(folder, step)
+        hooks.emit(CheckpointEvent(step=step))
+        assert hooks.stop_reason() is None
+        record = Evaluation(step=step, status="done", metrics={"accuracy": value}, eval_key="e")
+        write_evaluation(folder, record)
+        hooks.emit(EvaluationEvent(step=step, metrics=record.metrics, held_s=1.0))
+    assert committed_steps(folder / "checkpoints") == [2, 4]
+    assert hooks.stop_reason() == "early_stopping"
 
 
 def test_the_run_has_its_job_and_steps_are_printed_now_and_then(

@@ -125,21 +125,29 @@ def _copy_side_files(source: Path, out: Folder, trust_remote_code: bool) -> None
 
 def _write_settings(serving: Serving, config: Any, source: Path, out: Folder) -> None:
     """The template and the end tokens that the model was trained with, in place of the pretrained folder's."""
-    from transformers import GenerationConfig
-
     if serving.chat_template is not None:
         out.write_bytes("chat_template.jinja", serving.chat_template.encode())
         if "tokenizer_config.json" in out.list():
             settings = out.read_json("tokenizer_config.json")
             settings.pop("chat_template", None)
             out.write_json("tokenizer_config.json", settings)
-    if serving.stop_ids:
-        has_own = (source / "generation_config.json").is_file()
-        generation = GenerationConfig.from_pretrained(source) if has_own else GenerationConfig.from_model_config(config)
-        own = generation.eos_token_id
-        known = own if isinstance(own, list) else [] if own is None else [own]
-        generation.eos_token_id = list(dict.fromkeys([*known, *serving.stop_ids]))
+    generation = trained_generation(serving, config, source)
+    if generation is not None:
         out.write_bytes("generation_config.json", generation.to_json_string(use_diff=True).encode())
+
+
+def trained_generation(serving: Serving, config: Any, source: Path) -> Any:
+    """Settings of generation with the end tokens of the training; None where the pretrained folder's stay."""
+    from transformers import GenerationConfig
+
+    if not serving.stop_ids:
+        return None
+    has_own = (source / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(source) if has_own else GenerationConfig.from_model_config(config)
+    own = generation.eos_token_id
+    known = own if isinstance(own, list) else [] if own is None else [own]
+    generation.eos_token_id = list(dict.fromkeys([*known, *serving.stop_ids]))
+    return generation
 
 
 def _name_token_types(out: Folder, names: Sequence[str]) -> None:

@@ -132,6 +132,15 @@ def _local(engine: Any, parameter: Any, kind: str, span: Span) -> Any:
     return _fragment(engine, parameter._hp_mapping, kind)
 
 
+def full_weight(engine: Any, parameter: Any) -> Any:
+    """A trainable parameter in fp32, whole; a collective, which every rank must call."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if stage_of(engine) == 0:
+        return _replicated(engine, parameter, "weight")
+    return safe_get_full_fp32_param(parameter)
+
+
 def _replicated(engine: Any, parameter: Any, kind: str) -> Any:
     """PlainEngine: a parameter's master, or a moment of it."""
     master = engine.masters.get(parameter, parameter)

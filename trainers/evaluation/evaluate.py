@@ -1,6 +1,6 @@
 """Evaluates one model folder on the evaluation shards, every row exactly once. No Ray, no process group."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from trainers.job.schema import Job
 from trainers.model.engine import load_options
 from trainers.model.world import pick_device
 from trainers.records import Array
+from trainers.run.record import Run
+from trainers.run.row_scores import write_row_scores
 from trainers.shards.dataset import ShardSet
 from trainers.tasks import Task
-from trainers.tasks.base import Example
 from trainers.tokenizer.encoder import load_encoder
 
 
@@ -43,6 +44,11 @@ class RowScores:
     rows: list[Array]
     numbers: list[dict[str, Array]]
 
+    def add(self, rows: Array, numbers: dict[str, Array]) -> None:
+        """One more batch."""
+        self.rows.append(rows)
+        self.numbers.append(numbers)
+
 
 def score_share(
     job: Job,
@@ -61,32 +67,54 @@ def score_share(
     device = pick_device(job.scale.gpus_per_worker, job.scale.cpus_per_worker)
     encoder = load_encoder(model_path, job.model.trust_remote_code)
     task.prepare(encoder)
-    pad_id = encoder.pad_id
-    model: Any = task.load_model(model_path, pad_id=pad_id, **load_options(job)).to(device).eval()
-    packs = index_packs(job, shards)
-    found, done = RowScores([], []), 0
-    for number, group in enumerate(_groups(packs, shards, job)):
-        done += len(group)
-        if number % shares == share:
-            rows, numbers = _score(task, model, group, pad_id, device)
-            found.rows.append(rows)
-            found.numbers.append(numbers)
-            if on_progress:
-                on_progress(done / len(packs))
+    model: Any = task.load_model(model_path, pad_id=encoder.pad_id, **load_options(job)).to(device).eval()
+    batches = plan_evaluation(job, task, shards, encoder.pad_id)
+    found = RowScores([], [])
+    for number in range(share, len(batches), shares):
+        found.add(*batches.score(number, model, device))
+        if on_progress:
+            on_progress((number + 1) / len(batches))
     return found
 
 
-def _score(
-    task: Task, model: Any, group: list[list[Example]], pad_id: int, device: Any
-) -> tuple[Array, dict[str, Array]]:
-    import torch
+@dataclass(frozen=True)
+class EvaluationBatches:
+    """The evaluation set in batches, and what a task says of each: the same for every holder of the model."""
 
-    batch = task.collate(group, pad_id)
-    inputs, _ = batch.to(device)
-    with torch.inference_mode():
-        numbers = task.score(task.forward(model, inputs), batch)
-        numbers |= task.generate(model, [row for pack in group for row in pack], pad_id)
-    return batch.rows, numbers
+    task: Task
+    shards: ShardSet
+    packs: PackIndex
+    groups: list[Array]
+    """Of each batch the numbers of its packs."""
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def score(self, number: int, model: Any, device: Any) -> tuple[Array, dict[str, Array]]:
+        """Rows of one batch and the numbers of each, by a model in evaluation mode."""
+        import torch
+
+        group = [[self.shards.row(int(row)) for row in self.packs.pack(int(pack))] for pack in self.groups[number]]
+        batch = self.task.collate(group, self.pad_id)
+        inputs, _ = batch.to(device)
+        with torch.no_grad():  # not inference mode: weights that ZeRO-3 gathers in it could not be trained again
+            numbers = self.task.score(self.task.forward(model, inputs), batch)
+            numbers |= self.task.generate(model, [row for pack in group for row in pack], self.pad_id)
+        return batch.rows, numbers
+
+
+def plan_evaluation(job: Job, task: Task, shards: ShardSet, pad_id: int) -> EvaluationBatches:
+    """Sequences of similar length together, as many as `evaluate.batch_size` and the token bound allow."""
+    packs = index_packs(job, shards)
+    lengths = packs.sums(shards.lengths)
+    order, groups, start = np.argsort(-lengths, kind="stable"), [], 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        size = max(min(job.evaluate.batch_size, AUTO_MICRO_BATCH_TOKENS // longest), 1)
+        groups.append(order[start : start + size])
+        start += size
+    return EvaluationBatches(task, shards, packs, groups, pad_id)
 
 
 def combine(task: Task, shares: Sequence[RowScores], expected: int) -> tuple[Array, dict[str, Array]]:
@@ -99,16 +127,18 @@ def combine(task: Task, shares: Sequence[RowScores], expected: int) -> tuple[Arr
     return task.merge(*_in_order(rows, [one for share in shares for one in share.numbers], expected))
 
 
-def _groups(packs: PackIndex, shards: ShardSet, job: Job) -> Iterator[list[list[Example]]]:
-    """Sequences of similar length together, as many as `evaluate.batch_size` and the token bound allow."""
-    lengths = packs.sums(shards.lengths)
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        size = max(min(job.evaluate.batch_size, AUTO_MICRO_BATCH_TOKENS // longest), 1)
-        yield [[shards.row(int(row)) for row in packs.pack(int(pack))] for pack in order[start : start + size]]
-        start += size
+def keep_scores(
+    run: Run, task: Task, step: int, shares: Sequence[RowScores]
+) -> tuple[dict[str, float], dict[str, str], int]:
+    """Write what was said of each row of a step. Returns its metrics, their notes, and the number of rows.
+
+    Raises:
+        EvaluationError: where a row is missing or counted twice.
+    """
+    rows, row_scores = combine(task, shares, len(run.open_shards("eval", task).lengths))
+    write_row_scores(run.folder, step, rows, row_scores, task.labels)
+    metrics = task.metrics(row_scores)
+    return metrics, {name: note for name, note in task.notes().items() if name in metrics}, len(rows)
 
 
 def _in_order(rows: list[Array], row_scores: list[dict[str, Array]], expected: int) -> tuple[Array, dict[str, Array]]:

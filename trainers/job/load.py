@@ -61,7 +61,8 @@ def parse_job(raw: dict[str, Any], where: str = "job", base: Path | None = None)
 
 def _cross_problems(raw: dict[str, Any]) -> list[str]:
     """Rules over several fields, read off the raw data so that they are reported beside the fields' own problems."""
-    section = {name: value if isinstance(value := raw.get(name), dict) else {} for name in ("data", "train", "scale")}
+    names = ("data", "train", "scale", "evaluate")
+    section = {name: value if isinstance(value := raw.get(name), dict) else {} for name in names}
     data, train, workers, task = (
         section["data"],
         section["train"],
@@ -77,6 +78,8 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
                      for problem in _entry_problems(entry, key, task)]  # fmt: skip
     if train.get("activation_offload") and train.get("activation_checkpointing") == "none":
         problems.append("train.activation_offload: needs train.activation_checkpointing, which is none")
+    if section["evaluate"].get("on") == "ranks" and section["evaluate"].get("while_training") is False:
+        problems.append("evaluate.on: the ranks evaluate while they train; leave out while_training: false")
     if (train.get("epochs") is None) == (train.get("steps") is None):
         problems.append("train: give either epochs or steps, one of them")
     if (
@@ -165,9 +168,12 @@ def _is_range(value: Any) -> bool:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML with 1e-5 as a number (YAML 1.2) and duplicate keys refused."""
+    """YAML with 1e-5 as a number and keys that are names (both as YAML 1.2 has it); duplicate keys refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:bool":  # YAML 1.1 reads `on` as true
+                key.tag = "tag:yaml.org,2002:str"
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:

@@ -242,7 +242,10 @@ class EvaluateSection(EvaluateOptions):
     mode: Literal["max", "min"] | None = None
     """Whether larger or smaller is better; null means what the metric implies."""
     while_training: bool = True
-    """Evaluate beside the trainers when resources are free; otherwise after them."""
+    """Evaluate checkpoints as they come; otherwise after the training."""
+    on: Literal["auto", "free", "ranks"] = "auto"
+    """While training: on devices that are free beside the ranks, or by the ranks themselves, which stand still for it;
+    auto takes the ranks where no device is free, the model fits none, or no controller is there."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Sequences a forward pass."""
     workers: Annotated[int, Field(ge=1)] = 1

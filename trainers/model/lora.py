@@ -4,11 +4,13 @@ Hu et al. 2021 (arXiv:2106.09685). The head of a task that brings a new one is t
 checkpoint's tensors, so an export never builds the adapted model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
-from trainers.architecture import linear_layers
+from trainers.architecture import linear_layers, transposed_weights
 from trainers.errors import JobError
 from trainers.job.sections import LoraSection
 from trainers.tasks import Task
@@ -42,6 +44,39 @@ def add_adapters(model: Any, lora: LoraSection, task: Task) -> Any:
         if any(name.startswith(f"{PREFIX}{module}.") for module in head):
             parameter.requires_grad_(True)
     return adapted
+
+
+@contextmanager
+def merged_adapters(model: Any, lora: LoraSection, read: Callable[[Any], Any]) -> Iterator[None]:
+    """Have each adapted layer compute with its weights merged as an export merges them; nothing is written.
+
+    Args:
+        model: with adapters; a layer's own weight may be sharded, its hooks gather it.
+        read: gives the whole fp32 tensor of a trainable parameter.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        down, up = (read(part["default"].weight) for part in (layer.lora_A, layer.lora_B))
+        layer.base_layer.forward = _merged_forward(layer.base_layer, down, up, lora)
+        layer.forward = layer.base_layer.__call__
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward, layer.base_layer.forward
+
+
+def _merged_forward(layer: Any, down: Any, up: Any, lora: LoraSection) -> Callable[[Any], Any]:
+    """A linear layer's forward pass with weight + alpha / rank x up x down."""
+    is_transposed = bool(transposed_weights(layer))
+
+    def forward(states: Any) -> Any:
+        product = (lora.alpha / lora.rank) * (up @ down)
+        weight = (layer.weight.float() + (product.T if is_transposed else product)).to(layer.weight.dtype)
+        merged = SimpleNamespace(weight=weight, bias=layer.bias, nf=weight.shape[-1])
+        return type(layer).forward(merged, states)
+
+    return forward
 
 
 def merged_shapes(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:

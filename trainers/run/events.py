@@ -210,6 +210,8 @@ class EvaluationEvent(BaseEvent):
     status: Literal["done", "failed"] = "done"
     metrics: dict[str, float] = {}
     error: str | None = None
+    held_s: float = 0.0
+    """Seconds that the ranks stood still for it; 0 where it ran beside them."""
 
 
 class GoodputEvent(BaseEvent):

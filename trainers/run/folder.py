@@ -9,8 +9,10 @@ import hashlib
 import re
 from typing import Any, Literal
 
+from trainers.errors import describe, to_record
 from trainers.job.schema import Job
 from trainers.records import Record
+from trainers.run.events import EvaluationEvent
 from trainers.shards.manifest import Shards
 from trainers.storage import Folder
 
@@ -61,6 +63,24 @@ class Evaluation(Record):
     """Key of the evaluation shards; only metrics over the same key compare."""
     rows: int = 0
     seconds: float = 0.0
+
+
+def failed_evaluation(step: int, eval_key: str, error: BaseException) -> Evaluation:
+    """The record of an evaluation that ended with an error."""
+    cause = to_record(error)
+    return Evaluation(step=step, status="failed", error=describe(cause), cause=cause, eval_key=eval_key)
+
+
+def evaluation_event(record: Evaluation, held_s: float = 0.0) -> EvaluationEvent:
+    """An evaluation as an event of the run's log; see there for `held_s`."""
+    return EvaluationEvent(
+        step=record.step, status=record.status, metrics=record.metrics, error=record.error, held_s=held_s
+    )
+
+
+def write_evaluation(run: Folder, record: Evaluation) -> None:
+    """Commit a record."""
+    (run / "evals").write_bytes(f"{step_name(record.step)}.json", record.model_dump_json(indent=1).encode())
 
 
 def read_evaluations(run: Folder, eval_key: str | None = None) -> list[Evaluation]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from trainers.errors import JobError
 from trainers.run.events import (
     CheckpointEvent,
+    EvaluationEvent,
     Event,
     RestartEvent,
     RolledBackEvent,
@@ -22,10 +23,11 @@ from trainers.run.events import (
     StepEvent,
 )
 
-KINDS = ("shard", "startup", "productive", "data_wait", "checkpoint", "recomputed", "restart", "evaluation", "register")
+KINDS = ("shard", "startup", "productive", "data_wait", "checkpoint", "evaluated", "recomputed", "restart",
+         "evaluation", "register")  # fmt: skip
 """startup: from the begin of the training to its first step. restart: from a rank's last step before a failure to the
 first step after it. recomputed: steps that were done again. checkpoint: what saving held up the steps, and the wait for
-the last commit."""
+the last commit. evaluated: the ranks scored a checkpoint in place of training; evaluation: what was left after it."""
 STAGES = {"shard": "shard", "evaluate": "evaluation", "register": "register"}
 
 
@@ -74,6 +76,11 @@ def _account_session(
     for number, event in session:
         if isinstance(event, RestartEvent | RolledBackEvent) or (isinstance(event, StartEvent) and gap == "checkpoint"):
             gap = "restart"
+        if isinstance(event, EvaluationEvent) and event.held_s and event.time <= end:
+            started = max(event.time - event.held_s, at)
+            spent[gap] += started - at
+            spent["evaluated"] += event.time - started
+            at = event.time
         if not isinstance(event, StepEvent) or event.time > end:
             continue
         started = max(min(event.time - event.step_s, event.time), at)

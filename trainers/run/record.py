@@ -1,5 +1,7 @@
 """What one run is: its job, model, shards and folder. Torch-free; stages, ranks and evaluations all get this record."""
 
+from typing import Literal
+
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.source import ModelFolder, find_model
@@ -25,6 +27,11 @@ class Run(Record):
     def checkpoints(self) -> Folder:
         """Where the checkpoints are."""
         return checkpoints_folder(self.job, self.folder)
+
+    def evaluated_on(self, place: Literal["free", "ranks"]) -> "Run":
+        """The same run with `evaluate.on` settled."""
+        evaluate = self.job.evaluate.model_copy(update={"on": place})
+        return self.model_copy(update={"job": self.job.model_copy(update={"evaluate": evaluate})})
 
     def load_task(self) -> Task:
         """The job's task, knowing the labels of the training data."""

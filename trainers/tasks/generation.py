@@ -23,6 +23,7 @@ def generate_texts(
         seed: numbers that the draws of sampling depend on.
     """
     import torch
+    import torch.distributed as dist
 
     whole = bool(model.config.is_encoder_decoder)
     pad = pad_right if whole else pad_left
@@ -30,8 +31,10 @@ def generate_texts(
     device = next(model.parameters()).device
     inputs = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
     torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
-    with torch.inference_mode():
-        found = model.generate(**inputs, **_arguments(settings, tokenizer.eos_token_id, pad_id, model))
+    is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    with torch.no_grad():
+        arguments = _arguments(settings, tokenizer.eos_token_id, pad_id, model)
+        found = model.generate(**inputs, **arguments, synced_gpus=is_sharded and dist.get_world_size() > 1)
     said = found if whole else found[:, ids.shape[1] :]
     texts: list[str] = tokenizer.batch_decode(said, skip_special_tokens=True)
     return texts

@@ -28,6 +28,13 @@ class Objective(Protocol):
         """The loss of a micro-batch, summed over targets."""
 
 
+class Evaluate(Protocol):
+    """Scores the state that is being saved, where the ranks evaluate."""
+
+    def __call__(self, step: int) -> None:
+        """Called by every rank, before the next update, with the number of steps done."""
+
+
 class Saver(Protocol):
     """Writes checkpoints."""
 

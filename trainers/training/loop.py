@@ -18,7 +18,7 @@ from trainers.model.world import World
 from trainers.records import STOPS, StopReason
 from trainers.run.events import StepEvent, StragglerEvent
 from trainers.training.divergence import Diverged, divergence
-from trainers.training.hooks import Hooks, Objective, Saver
+from trainers.training.hooks import Evaluate, Hooks, Objective, Saver
 from trainers.training.schedule import Schedule
 from trainers.training.straggler import ComputeSampler, Straggler, StragglerDetector
 
@@ -59,6 +59,7 @@ def train(
     world: World,
     hooks: Hooks,
     saver: Saver,
+    evaluate: Evaluate,
 ) -> LoopOutcome:
     """Run steps start.step ... settings.steps, saving every `every_steps` and at the end.
 
@@ -98,17 +99,24 @@ def train(
             history.append(_step_event(step, loss, schedule.rate(step - 1), norm, batch, seconds, waited, tokens))
             _tell(hooks, history[-1], stragglers.note(seconds, busy), world)
             if step == settings.steps or step % settings.every_steps == 0:
-                hooks.at("save", step)
-                saver.save(Progress(step, tokens, tuple(history)))
-                saved = step
+                saved = _save(Progress(step, tokens, tuple(history)), hooks, saver, evaluate)
+                meter.share()  # what stands between two steps belongs to neither
             saver.poll()
-    hooks.at("save", step)
     if saved != step:
-        saver.save(Progress(step, tokens, tuple(history)))
+        _save(Progress(step, tokens, tuple(history)), hooks, saver, evaluate)
+    hooks.at("save", step)
     saver.finish()
     if world.rank == 0 and step > start.step and saver.committed != step:
         raise OSError(errno.EIO, f"the checkpoint of step {step}, the last, was not committed")
     return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
+
+
+def _save(progress: Progress, hooks: Hooks, saver: Saver, evaluate: Evaluate) -> int:
+    """Begin to save, and evaluate the same state where the ranks do that. Returns its step."""
+    hooks.at("save", progress.step)
+    saver.save(progress)
+    evaluate(progress.step)
+    return progress.step
 
 
 def _tell(hooks: Hooks, event: StepEvent, straggler: Straggler | None, world: World) -> None:

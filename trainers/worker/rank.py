@@ -8,7 +8,8 @@ from trainers.batching.batches import StepSource
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
-from trainers.model.choice import choose, settle
+from trainers.checkpoint.records import Progress
+from trainers.model.choice import Choice, choose, settle
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine, release_engine
 from trainers.model.memory import measure_size
@@ -19,8 +20,9 @@ from trainers.storage import Folder
 from trainers.tokenizer.encoder import load_encoder
 from trainers.training.distill import load_objective
 from trainers.training.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
-from trainers.training.hooks import Hooks
+from trainers.training.hooks import Evaluate, Hooks
 from trainers.training.loop import LoopOutcome, LoopSettings, train
+from trainers.training.rank_evaluation import RankEvaluation, elsewhere
 from trainers.training.schedule import Schedule
 from trainers.verification.isolation import check_isolation
 from trainers.verification.verdict import read_verification, require_passed
@@ -99,16 +101,16 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     start = checkpointer.resume()
     host_bytes = checkpointer.prepare()
     if world.rank == 0:
-        hooks.emit(HistoryEvent(events=start.history))
-        step, micro, every = start.step, choice.step.micro_batch_size, choice.step.checkpoint_every
-        started = StartEvent(step=step, steps=order.steps, world_size=world.size, checkpoint_bytes=host_bytes,
-                             deepspeed=choice.way, micro_batch_size=micro, checkpoint_every_layers=every)  # fmt: skip
-        hooks.emit(started)
+        _tell_start(hooks, start, order.steps, world.size, host_bytes, choice)
     settings = LoopSettings(
         order.steps, job.checkpoint.every_steps, job.train.seed, job.train.spike_factor, skipped.numbers
     )
+    evaluate: Evaluate = elsewhere
+    if run.job.evaluate.on == "ranks":
+        evaluate = RankEvaluation(run, task, encoder, engine, world, hooks, checkpointer, start.step)
     try:
-        outcome = train(engine, objective, source, schedule, settings, start, world, hooks, checkpointer)
+        evaluate(start.step)
+        outcome = train(engine, objective, source, schedule, settings, start, world, hooks, checkpointer, evaluate)
     except Diverged as error:
         checkpointer.finish()
         listed = add_skipped(skipped, skipped_step(error, source.sequences(error.step), source.origins(error.step)))
@@ -121,6 +123,20 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
         hooks.emit(DoneEvent(step=step, tokens=tokens, stopped=outcome.stopped))
     hooks.at("done", outcome.progress.step)
     return outcome
+
+
+def _tell_start(hooks: Hooks, start: Progress, steps: int, world_size: int, host_bytes: int, choice: Choice) -> None:
+    hooks.emit(HistoryEvent(events=start.history))
+    started = StartEvent(
+        step=start.step,
+        steps=steps,
+        world_size=world_size,
+        checkpoint_bytes=host_bytes,
+        deepspeed=choice.way,
+        micro_batch_size=choice.step.micro_batch_size,
+        checkpoint_every_layers=choice.step.checkpoint_every,
+    )
+    hooks.emit(started)
 
 
 def _roll_back(run: Folder, listed: SkippedSteps, engine: Any, source: StepSource, world: World) -> None:

@@ -1,10 +1,11 @@
-"""Where the workers fill the cluster, that is said, early stopping is refused, and nothing unevaluated is deleted."""
+"""Where the workers fill the cluster, the ranks evaluate; where the job forbids that, it is said, and nothing
+unevaluated is deleted."""
 
 from pathlib import Path
 
 import pytest
 
-from orchestrator.evaluation.room import check_room, why_no_room
+from orchestrator.evaluation.room import Place, check_room, place_evaluations, why_no_room
 from tests.orchestrator.training.test_placement import job_of
 from trainers.checkpoint import reading
 from trainers.checkpoint.retention import KeptCheckpoints
@@ -28,11 +29,33 @@ def test_a_free_core_or_gpu_is_room() -> None:
     assert why_no_room(with_evaluate(job_of(2), while_training=False), 0, {"CPU": 2.0}) is None
 
 
-def test_early_stopping_is_refused_without_room() -> None:
-    stopping = with_evaluate(job_of(2), early_stopping=EarlyStopping(patience=1))
-    assert check_room(stopping, 0, {"CPU": 3.0}) is None
-    with pytest.raises(JobError, match="early_stopping cannot act: 2 workers take 2 of 2 CPUs"):
-        check_room(stopping, 0, {"CPU": 2.0})
+GIB = 2**30
+
+
+def test_auto_takes_the_ranks_where_no_device_is_free_or_none_holds_the_model() -> None:
+    job = job_of(2)
+    assert place_evaluations(job, 0, {"CPU": 3.0}).on == "free"
+    full = place_evaluations(job, 0, {"CPU": 2.0})
+    assert str(full).startswith("the ranks evaluate between two steps: 2 workers take 2 of 2 CPUs")
+    room = {"CPU": 64.0, "GPU": 9.0}
+    assert place_evaluations(job, 1, room, 60 * GIB, 80 * GIB).on == "free"
+    large = place_evaluations(job, 1, room, 140 * GIB, 80 * GIB)
+    assert (large.on, large.reason) == ("ranks", "the whole model needs 152.7 GiB of a device, and one has 80.0")
+    assert place_evaluations(with_evaluate(job, on="ranks"), 1, room).on == "ranks"
+    after = place_evaluations(with_evaluate(job, while_training=False), 0, {"CPU": 2.0})
+    assert after == Place("free", "only after it, for evaluate.while_training is off")
+
+
+def test_a_place_that_the_job_names_and_that_is_not_there_is_said_and_early_stopping_refused() -> None:
+    job = with_evaluate(job_of(2), on="free")
+    stopping = with_evaluate(job, early_stopping=EarlyStopping(patience=1))
+    assert check_room(stopping, place_evaluations(stopping, 0, {"CPU": 3.0})) is None
+    full = place_evaluations(job, 0, {"CPU": 2.0})
+    assert full.on == "free" and "no checkpoint can be evaluated while the training runs" in str(check_room(job, full))
+    with pytest.raises(JobError, match=r"early_stopping cannot act: 2 workers take 2 of 2 CPUs.*evaluate\.on: ranks"):
+        check_room(stopping, full)
+    on_ranks = with_evaluate(stopping, on="auto")
+    assert "the ranks evaluate" in str(check_room(on_ranks, place_evaluations(on_ranks, 0, {"CPU": 2.0})))
 
 
 @pytest.fixture

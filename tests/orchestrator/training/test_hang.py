@@ -30,7 +30,7 @@ def test_the_automatic_threshold_follows_the_steps_and_leaves_loading_its_time()
     assert hung(LEAST_S + 1, "step", [0.1] * 9)
     assert not hung(10 * 30.0, "step", [30.0] * 9)  # a step ten times slower than usual
     assert hung(21 * 30.0, "step", [30.0] * 9)
-    for phase in ("start", "load", "save"):
+    for phase in ("start", "load", "save", "evaluate"):
         assert not hung(LOAD_S - 1, phase, [0.1] * 9)
         assert hung(LOAD_S + 1, phase, [0.1] * 9)
 

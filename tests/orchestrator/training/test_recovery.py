@@ -14,7 +14,7 @@ from tests.recovery import events_of, losses, rank_processes, run_training, with
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import Preempted, TrainingError, TuneyardError
-from trainers.job.schema import Job
+from trainers.job.schema import EarlyStopping, Job
 from trainers.run.events import Event, StepEvent
 from trainers.storage import Folder
 
@@ -68,6 +68,27 @@ def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing
     assert starts == sorted(starts)
     assert set(starts) <= {0, 4, 8}  # a checkpoint that was still being written when its rank died is lost
     assert "not on speaking terms" in (run / "logs" / "rank-00000.log").read_text()
+
+
+def test_ranks_killed_while_they_evaluate_evaluate_that_checkpoint_once(
+    job: Job, undisturbed: dict[int, float]
+) -> None:
+    """No core is free beside them. The controller hears of their evaluations, and a metric that stays ends the run."""
+    evaluate = {"while_training": True, "on": "ranks", "batch_size": 4}
+    run = run_training(with_(job, evaluate=evaluate), "evaluating", {"kind": "kill_evaluating", "rank": 1, "step": 3})
+    assert losses(run) == undisturbed
+    (restart,) = events_of(run, "restart")
+    assert "rank 1" in restart.cause and "was killed by SIGKILL" in restart.cause
+    evaluations = events_of(run, "evaluation")
+    assert [event.step for event in evaluations] == [4, 8, 12]
+    assert all(event.status == "done" and event.held_s > 0 for event in evaluations)
+
+    stopping = evaluate | {"early_stopping": EarlyStopping(patience=1)}
+    still = with_(job, evaluate=stopping, train={"learning_rate": 1e-12, "steps": 4000}, checkpoint={"keep": 1})
+    stopped = run_training(still, "patient")
+    (done,) = events_of(stopped, "done")
+    assert done.stopped == "early_stopping" and done.step < 4000
+    assert committed_steps(Folder(str(stopped)) / "checkpoints")[0] == 4, "the first is the best"
 
 
 def test_a_rank_that_the_kernel_kills_for_memory_is_told_from_any_other_kill(

@@ -113,6 +113,20 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
     assert load_job(write(tmp_path, text)).train.learning_rate == 5e-5
 
 
+def test_keys_are_names_also_those_that_yaml_reads_as_true_and_false(tmp_path: Path) -> None:
+    raw = changed(evaluate={"on": "ranks"}, train={"class_weights": {"yes": 2.0, "no": 1.0}})
+    text = yaml.safe_dump(raw).replace("'on'", "on").replace("'yes'", "yes").replace("'no'", "no")
+    assert " on: ranks" in text and " yes: 2.0" in text
+    (tmp_path / "job.yaml").write_text(text)
+    job = load_job(tmp_path / "job.yaml")
+    assert job.evaluate.on == "ranks" and job.train.class_weights == {"yes": 2.0, "no": 1.0}
+
+
+def test_ranks_that_evaluate_after_the_training_are_refused() -> None:
+    raw = changed(evaluate={"on": "ranks", "while_training": False})
+    assert problems_of(raw) == ("evaluate.on: the ranks evaluate while they train; leave out while_training: false",)
+
+
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="'name' stands twice"):
         load_job(write(tmp_path, yaml.safe_dump(GOOD) + "name: other\n"))

@@ -36,9 +36,24 @@ def test_every_second_of_a_run_with_a_restart_has_one_place():
     ]
     assert account(events) == {
         "shard": 3.0, "startup": 8.0, "productive": 1.5 + 2.0 + 2.0, "data_wait": 0.5, "checkpoint": 0.5 + 1.0,
-        "recomputed": 2.0, "restart": 6.5, "evaluation": 5.0, "register": 0.0,
+        "evaluated": 0.0, "recomputed": 2.0, "restart": 6.5, "evaluation": 5.0, "register": 0.0,
     }  # fmt: skip
     assert share(account(events)) == pytest.approx(5.5 / 24.0)
+
+
+def test_the_time_in_which_the_ranks_evaluate_is_theirs_and_no_save():
+    events = [
+        {"kind": "stage_start", "stage": "train", "time": 100.0},
+        {"kind": "evaluation", "step": 0, "held_s": 3.0, "time": 104.0},
+        step(1, 106.0, 2.0),
+        {"kind": "evaluation", "step": 1, "held_s": 4.0, "time": 110.5},
+        {"kind": "evaluation", "step": 1, "time": 111.0},  # beside the training
+        step(2, 113.0, 2.0),
+        {"kind": "stage", "stage": "train", "seconds": 13.0, "time": 113.0},
+    ]
+    spent = account(events)
+    assert (spent["evaluated"], spent["startup"], spent["checkpoint"], spent["productive"]) == (7.0, 1.0, 1.0, 4.0)
+    assert sum(spent.values()) == 13.0 and share(spent) == pytest.approx(4.0 / 13.0)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -36,7 +36,8 @@ def run_loop(monkeypatch: pytest.MonkeyPatch, saver: Saver, rank: int = 0, ready
     settings = loop.LoopSettings(2, 10, 0, None, frozenset({0, 1}))
     nothing: Any = None
     source: Any = SimpleNamespace(ready=ready)
-    return loop.train(nothing, nothing, source, nothing, settings, Progress(0, 0), world, hooks, saver)
+    start = Progress(0, 0)
+    return loop.train(nothing, nothing, source, nothing, settings, start, world, hooks, saver, lambda step: None)
 
 
 def test_a_run_whose_last_step_is_not_committed_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
