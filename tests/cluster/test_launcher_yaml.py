@@ -67,3 +67,33 @@ def test_every_command_is_valid_shell(path: Path) -> None:
         for line in lines:
             checked = subprocess.run(["bash", "-n", "-c", line], capture_output=True, text=True, check=False)
             assert checked.returncode == 0, f"{key}: {line}: {checked.stderr}"
+
+
+def test_gpu_nodes_on_aws_ask_for_an_efa_interface_on_each_network_card() -> None:
+    from ray.autoscaler._private.aws.config import _configure_from_network_interfaces
+
+    config = load(CLUSTER / "ray-cluster-aws.yaml")
+    prepared = _configure_from_network_interfaces(config)["available_node_types"]["gpu"]["node_config"]
+    gpu, head = (config["available_node_types"][kind]["node_config"] for kind in ("gpu", "head"))
+    assert gpu["InstanceType"] == "p4d.24xlarge", "it has four network cards; others have other numbers"
+    places = [(one["NetworkCardIndex"], one["DeviceIndex"], one["InterfaceType"]) for one in gpu["NetworkInterfaces"]]
+    assert places == [(0, 0, "efa"), *((card, 1, "efa-only") for card in (1, 2, 3))]
+    assert set(prepared["SecurityGroupIds"]) == set(head["SecurityGroupIds"])
+    assert set(prepared["SubnetIds"]) == set(head["SubnetIds"])
+
+
+@pytest.mark.parametrize("kind", ["head", "gpu"])
+def test_what_aws_is_asked_for_are_parameters_of_run_instances(kind: str) -> None:
+    import boto3
+    from botocore.validate import ParamValidator
+
+    ec2 = boto3.client("ec2", region_name="us-east-1", aws_access_key_id="none", aws_secret_access_key="none")
+    shape = ec2.meta.service_model.operation_model("RunInstances").input_shape
+    wanted = load(CLUSTER / "ray-cluster-aws.yaml")["available_node_types"][kind]["node_config"]
+    wanted.pop("SubnetIds", None)  # Ray's own: it takes one of them
+
+    def problems(parameters: dict[str, Any]) -> str:
+        return ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **parameters}, shape).generate_report()
+
+    assert problems(wanted) == ""
+    assert "InstanceTyp" in problems({**wanted, "InstanceTyp": "m6i.xlarge"})
