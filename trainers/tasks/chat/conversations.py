@@ -65,7 +65,7 @@ def read_chat(row: Mapping[str, Any]) -> Chat | str:
 
 
 def _find(row: Mapping[str, Any]) -> list[Any]:
-    for field, kind in OTHER_KINDS.items():
+    for field, kind in () if OTHER_KINDS.keys().isdisjoint(row) else OTHER_KINDS.items():
         if row.get(field) not in (None, [], "") and (field != "label" or isinstance(row[field], bool)):
             raise NotAConversation(kind.format(field))
     if row.get("messages") is not None:
@@ -107,6 +107,8 @@ def _role(message: Mapping[str, Any]) -> str | None:
 
 def _is_muted(message: Mapping[str, Any]) -> bool:
     """Whether a message is said not to be trained. Raises NotAConversation where it says what sft cannot do."""
+    if len(message) == 2:  # a role and a content
+        return False
     if message.get("train_detail"):
         raise NotAConversation("train_detail_masks_parts_of_a_message")
     marks = [message[name] for name in TRAINED if message.get(name) is not None]

@@ -15,7 +15,7 @@ import xxhash
 
 from trainers.errors import DataError
 from trainers.tasks.chat.spans import HIDDEN, THINKING, Turns, find_loss, speech_spans
-from trainers.tasks.chat.template import MarkedTemplate, MarkedText, Span, words_acted_upon
+from trainers.tasks.chat.template import MarkedTemplate, MarkedText, Span, acted_upon
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.gigatoken import TokenizerDiffers
 
@@ -67,7 +67,7 @@ class ChatRenderer:
     def __init__(self, encoder: Encoder, quick: bool = True, template: str | None = None) -> None:
         self._encoder, self._own = encoder, template
         self._pieces: dict[tuple[str, ...], _Pieces | None] = {}
-        self._words = words_acted_upon(template or encoder.tokenizer.chat_template) if quick else None
+        self._acted_upon = acted_upon(template or encoder.tokenizer.chat_template) if quick else None
 
     def render(self, messages: Sequence[Message], tools: Any = None) -> Rendered | str:
         """The conversation, or the reason why it cannot be trained on with this template.
@@ -75,7 +75,7 @@ class ChatRenderer:
         Raises:
             TokenizerDiffers: where pieces put together are not what the template writes.
         """
-        quick = self._put_together(messages) if self._words is not None and not tools else None
+        quick = self._put_together(messages) if self._acted_upon is not None and not tools else None
         if quick is None:
             return self._exactly(messages, tools)
         if xxhash.xxh3_64_intdigest(quick.text.encode()) % SAMPLE == 0 and quick != self._exactly(messages, None):
@@ -113,8 +113,10 @@ class ChatRenderer:
         return rendered.text.encode()[slice(*rendered.spans[-1])].decode().rpartition(answer)[2].strip()
 
     def _put_together(self, messages: Sequence[Message]) -> Rendered | None:
+        if self._acted_upon is None or any(map(self._has_more, messages)):
+            return None
         contents = [message["content"] for message in messages]
-        if any(len(message) != 2 for message in messages) or not all(map(self._is_copied, contents)):
+        if not all(map(self._acted_upon.leaves, contents)):
             return None
         roles = tuple([message["role"] for message in messages])
         if roles not in self._pieces:
@@ -142,8 +144,10 @@ class ChatRenderer:
         probe = [{"role": role, "content": f"{turn} aB. Zé\n- q{turn}"} for turn, role in enumerate(roles)]
         return self._put_together(probe) == self._exactly(probe, None)
 
-    def _is_copied(self, content: str) -> bool:
-        return bool(content) and not content.isspace() and not any(word in content for word in self._words or ())
+    @staticmethod
+    def _has_more(message: Message) -> bool:
+        """Whether a message has more than a role and a content."""
+        return len(message) != 2
 
     def _compile(self, roles: tuple[str, ...]) -> _Pieces | None:
         """Find the fixed pieces by rendering markers; None where a marker is lost, moved or doubled."""
