@@ -1,7 +1,6 @@
 """Bad input through the command line: the right exit code, one clear message, no traceback, nothing harmed."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.forked import run_command
 from tests.tiny import film_rows, make_bert, write_rows
 
 
@@ -39,8 +39,7 @@ def job(**sections: Any) -> dict[str, Any]:
 def call(folder: Path, raw: dict[str, Any], command: str = "plan") -> subprocess.CompletedProcess[str]:
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    words = [sys.executable, "-m", "orchestrator", command, str(path)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=dict(os.environ))
+    return run_command([command, str(path)], folder)
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -54,9 +53,11 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 
 
 def test_an_unknown_key(good: Path) -> None:
-    refused(
-        call(good, job(train={"lerning_rate": 1})), 2, "train.lerning_rate: unknown key; did you mean 'learning_rate'?"
-    )
+    path = good / "unknown.yaml"
+    path.write_text(yaml.safe_dump(job(train={"lerning_rate": 1})), encoding="utf-8")
+    words = [sys.executable, "-m", "orchestrator", "plan", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
+    refused(done, 2, "train.lerning_rate: unknown key; did you mean 'learning_rate'?")
 
 
 def test_zero_workers(good: Path) -> None:
