@@ -1,5 +1,6 @@
 """The command line in a fork of a process that has imported torch and transformers: a plan in 2 s in place of 8."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,10 +9,17 @@ from pathlib import Path
 from tests.ranks import rank_context
 
 
-def run_command(words: list[str], folder: Path, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
-    """What `tuneyard WORDS` prints and how it ends. Its output stands in files of the folder meanwhile."""
+def run_command(
+    words: list[str], folder: Path, program: str = "orchestrator.cli", timeout_s: float = 400, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """What a program prints and how it ends. Its output stands in files of the folder meanwhile.
+
+    Args:
+        program: the module with its `main`; orchestrator.cli is `tuneyard`.
+        variables: of the environment, beside those that are set here.
+    """
     out, err = folder / "stdout", folder / "stderr"
-    process = rank_context().Process(target=_main, args=(words, out, err, dict(os.environ)), daemon=True)
+    process = rank_context().Process(target=_main, args=(program, words, out, err, {**os.environ, **variables}))
     process.start()
     process.join(timeout_s)
     if process.exitcode is None:
@@ -20,12 +28,10 @@ def run_command(words: list[str], folder: Path, timeout_s: float = 400) -> subpr
     return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
 
 
-def _main(words: list[str], out: Path, err: Path, environment: dict[str, str]) -> None:
+def _main(program: str, words: list[str], out: Path, err: Path, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.argv = ["tuneyard", *words]
-    from orchestrator.cli import main
-
-    main()
+    sys.argv = [program, *words]
+    importlib.import_module(program).main()

@@ -1,9 +1,7 @@
 """`tuneyard verify` as a user calls it."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from tests.forked import run_command
 from tests.ray_head import free_ports
 from tests.tiny import shard_locally, tiny_job
 from tests.trainers.tasks import small
@@ -50,10 +49,8 @@ def test_a_first_launch_runs_the_tests_and_refuses_what_fails(job_file: Path) ->
         (port,) = free_ports(1)
         contract = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         sets = [word for value in (f"name={name}", *words) for word in ("--set", value)]
-        return subprocess.run(
-            [sys.executable, "-m", "trainers", str(job_file), *sets], capture_output=True, text=True, timeout=400,
-            env=os.environ | contract | {"MASTER_PORT": str(port)}, check=False,
-        )  # fmt: skip
+        folder = job_file.parent
+        return run_command([str(job_file), *sets], folder, "trainers.__main__", **contract, MASTER_PORT=str(port))
 
     first = launch("first")
     assert first.returncode == 0, first.stderr
