@@ -78,6 +78,28 @@ def predict(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, or NAME[@VERSION].")],
+    system: Annotated[str | None, typer.Option(help="Text of a system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest.")] = 0.0,
+    step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
+    storage: Storage = "runs",
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking server.")] = None,
+) -> None:
+    """Talk with a trained causal model; an answer ends with the token that training taught."""
+    from orchestrator.commands.predict import find_model
+    from orchestrator.terminal.chat import talk
+    from trainers.evaluation.conversation import Conversation
+    from trainers.tasks import load_task
+
+    found = find_model(model, storage, step, uri, [])
+    if not load_task(found.job.task).auto_class.endswith("CausalLM"):
+        raise JobError(f"{model} was trained for {found.job.task}, which does not talk: `tuneyard predict` asks it")
+    talk(Conversation(found.path, max_new_tokens, temperature, system, found.job.model.trust_remote_code))
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Job files, names of runs or their folders.")],
     storage: Storage = "runs",
