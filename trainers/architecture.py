@@ -5,6 +5,7 @@ read a row's last token, layers may be dropped at random. Whoever needs to know 
 configuration alone tells into one record.
 """
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -222,16 +223,33 @@ def transposed_weights(model: Any) -> frozenset[str]:
 
 
 def linear_layers(model: Any) -> list[str]:
-    """Full names of the linear layers that train, without what makes logits of states."""
+    """Full names of the linear layers that train, without what makes logits of states and without those that an adapter
+    would not reach."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    output = model.get_output_embeddings()
+    output, fused = model.get_output_embeddings(), fused_layers(model)
     return [
         name
         for name, part in model.named_modules()
-        if isinstance(part, torch.nn.Linear | Conv1D) and part is not output and part.weight.requires_grad
+        if isinstance(part, torch.nn.Linear | Conv1D)
+        and part is not output
+        and part.weight.requires_grad
+        and name not in fused
     ]
+
+
+def fused_layers(model: Any) -> set[str]:
+    """Full names of layers whose weight goes to a kernel that computes a whole mixer (Mamba's output projection): on a
+    GPU nobody calls the layer, so an adapter around it would learn nothing."""
+    import torch
+
+    return {
+        f"{name}.{layer}"
+        for name, part in model.named_modules()
+        if any(isinstance(child, torch.nn.Conv1d) for child in part.children())
+        for layer in re.findall(r"=self\.(\w+)\.weight,", inspect.getsource(type(part)))
+    }
 
 
 def convolves(model: Any) -> bool:

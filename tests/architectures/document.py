@@ -4,10 +4,12 @@
 """
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
 import transformers
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from tests.architectures.families import FAMILIES, unlisted
 from tests.architectures.matrix import Matrix, run_matrix
@@ -29,12 +31,17 @@ separate, the model class's own loss, reload). `tuneyard plan` says whether a jo
 may train as well, and `tuneyard verify` tells. `make matrix` runs each through `tuneyard run` with two ZeRO-3
 workers.
 
-- **packs**: whether documents of a sequence are kept apart, on a CPU with transformers {transformers}. Where they are
-  not, `data.packing: null` does not pack, and `true` is refused. "with kernels": layers that carry a state along
-  (Qwen3-Next, LFM2, Mamba) keep documents apart where their kernels are installed, which only GPUs have; `tuneyard
-  plan` names the package.
-- **Adapters** go beside every linear layer (`model.lora.target_modules: [all-linear]`), GPT-2's convolutions of width
-  1 included. Experts of a mixture are no linear layers and stay as they are.
+- **packing**: what keeps documents of a sequence apart, on a CPU with transformers {transformers}. Position ids that
+  begin anew with each document give attention a mask of blocks. Layers that carry a state along want the bounds of
+  documents, which only kernels for GPUs respect: the table names the package that transformers asks for first, and
+  packs with those kernels are untested here. Where documents are not kept apart, `data.packing: null` does not pack,
+  and `true` is refused by the self-test of isolation.
+- **adapters**: layers that get one by default (`model.lora.target_modules: [all-linear]`), by the last part of their
+  names; GPT-2's convolutions of width 1 are among them. The experts of a mixture are no linear layers and stay as they
+  are. So does the output projection of Mamba's mixer: on a GPU its weight goes to the mixer's kernel, past an adapter.
+- **from GGUF**: whether transformers reads the family's GGUF files (`model.gguf_file`), which are trained as the
+  safetensors that they are converted to. Exports are safetensors under the published names, for any tool that takes
+  those: what llama.cpp converts and what vLLM serves changes with their releases and is not listed here.
 - A mixture's balancing loss counts where its configuration sets `output_router_logits`. It is a mean over a
   micro-batch, so it alone depends on how a step is cut up.
 - Models of several modalities train their text part; vision and audio are frozen.
@@ -43,7 +50,9 @@ workers.
 - Classification heads of decoders read a row's last token, found by the attention mask. The exported model finds it
   in plain transformers as the last token that is not the padding token, so a text that ends with that token is read
   differently there.
-- A GGUF file is trained as the safetensors that it is converted to. Exports are safetensors under the published names.
+- An empty place in the columns of tasks: the task is for another kind of model, or transformers has no such head for
+  the family, and the job is refused in those words. XLNet pads on the left, so its heads that read a row's end are
+  refused by the self-test of padding.
 
 """
 
@@ -64,22 +73,31 @@ def _passed(cell: Cell) -> bool:
     return not cell.refused and not cell.failed and (cell.loss_error or 0.0) <= 1e-5
 
 
-def rows_of_document(matrix: Matrix) -> list[str]:
-    """The table's lines."""
-    lines = [f"| family | {' | '.join(TASKS)} | packs |", "| --- |" + " :-: |" * len(TASKS) + " --- |"]
-    tested = read_tested(matrix)
+def document_of(matrix: Matrix) -> str:
+    """docs/models.md."""
+    return HEAD.replace("{transformers}", transformers.__version__) + "\n".join(_rows(matrix)) + "\n"
+
+
+def _rows(matrix: Matrix) -> list[str]:
+    lines = [f"| family | {' | '.join(TASKS)} | packing | adapters | from GGUF |"]
+    lines.append("| --- |" + " :-: |" * len(TASKS) + " --- | --- | :-: |")
+    tested, readable = read_tested(matrix), GGUF_CONFIG_MAPPING.keys()
     for family in FAMILIES:
         marks = ["x" if task in tested.get(family, ()) else "" for task in TASKS]
-        why = matrix.apart.get(family)
-        packs = "" if why is None else "yes" if not why else "no" if "moves" in why else "with kernels"
-        if family in REFUSED:
-            packs = "heads that read a row's end are refused: its padding stands on the left"
-        lines.append(f"| {family} | {' | '.join(marks)} | {packs} |")
+        gguf = "x" if family.removesuffix("_text") in readable else ""
+        cells = [family, *marks, _packing(matrix.apart.get(family)), ", ".join(matrix.adapted[family]), gguf]
+        lines.append(f"| {' | '.join(cells)} |")
     count = len(unlisted())
-    lines.append(
-        f"| {count} more families of transformers {transformers.__version__} are not listed |" + " |" * (len(TASKS) + 1)
-    )
+    lines.append(f"| {count} more families of transformers {transformers.__version__} are not listed |" + " |" * 11)
     return lines
+
+
+def _packing(why: str | None) -> str:
+    """What keeps a family's documents apart, from why they are not; None where the family's tasks do not pack."""
+    if why is None:
+        return ""
+    package = re.search(r"without `([\w-]+)`", why)
+    return "position ids" if not why else f"kernels of {package[1]}" if package else "not kept apart"
 
 
 def main() -> None:
@@ -88,8 +106,7 @@ def main() -> None:
     for cell in matrix.cells:
         if cell.failed or (cell.loss_error or 0.0) > 1e-5:
             print("ALARM", cell)
-    head = HEAD.replace("{transformers}", transformers.__version__)
-    DOCUMENT.write_text(head + "\n".join(rows_of_document(matrix)) + "\n", encoding="utf-8")
+    DOCUMENT.write_text(document_of(matrix), encoding="utf-8")
     TESTED.write_text(json.dumps(read_tested(matrix), indent=1) + "\n", encoding="utf-8")
 
 

@@ -95,10 +95,17 @@ PAIRS: dict[str, Values] = {
 FAMILIES: dict[str, Values] = {**DECODERS, **ENCODERS, **PAIRS}
 
 
+def auto_class(name: str) -> Any:
+    """transformers' class for a family as it is published."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if name in PAIRS else AutoModel if name in ENCODERS else AutoModelForCausalLM
+
+
 def write_model(name: str, folder: Path, tokenizer: Path) -> Path:
     """A model of random weights beside a tokenizer's files."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     known = AutoTokenizer.from_pretrained(tokenizer)
     first = known.bos_token_id if known.bos_token_id is not None else known.cls_token_id
@@ -119,8 +126,7 @@ def write_model(name: str, folder: Path, tokenizer: Path) -> Path:
     if name == "modernbert":
         values |= dict(cls_token_id=first, sep_token_id=last)
     torch.manual_seed(0)
-    auto = AutoModelForSeq2SeqLM if name in PAIRS else AutoModel if name in ENCODERS else AutoModelForCausalLM
-    model = auto.from_config(AutoConfig.for_model(name, **values))
+    model = auto_class(name).from_config(AutoConfig.for_model(name, **values))
     with torch.no_grad():
         for parameter in model.parameters():  # at the usual 0.02 nothing that goes wrong would show in a loss
             parameter.add_(torch.randn_like(parameter) * 0.1)

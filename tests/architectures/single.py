@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import transformers
 
-from tests.architectures.families import DECODERS, ENCODERS, PAIRS, write_model
+from tests.architectures.families import ENCODERS, PAIRS, auto_class, write_model
 from tests.peer import as_transformers, span_loss
 from tests.tiny import tiny_job
 from tests.trainers.tasks import small
-from trainers.architecture import token_types
+from trainers.architecture import linear_layers, token_types
 from trainers.errors import JobError
+from trainers.model.engine import freeze_other_modalities
 from trainers.tokenizer.encoder import load_encoder
 from trainers.verification import gradients
 from trainers.verification.checks import CHECKS
@@ -99,6 +100,11 @@ class Samples:
         for name, family in (("decoder", "llama"), ("encoder", "bert"), ("pair", "bart")):
             write_model(family, folder / own / name, self.words[name])
 
+    def model(self, family: str) -> Path:
+        """A family's model, made where it is not there yet."""
+        path = self.folder / "models" / family
+        return path if path.exists() else write_model(family, path, self.words[kind_of(family)])
+
     def get(self, kind: str, task: str, packed: bool) -> CheckContext:
         key = (kind, task, packed)
         if key not in self._made:
@@ -110,21 +116,26 @@ class Samples:
 
 
 def keeps_apart(family: str, samples: Samples) -> str:
-    """Why packed documents of a decoder see each other; empty where they do not."""
-    path = samples.folder / "models" / family
+    """Why packed documents of a family see each other; empty where they do not."""
+    path = samples.model(family)
     decision = ask(job_of("pretrain", samples.folder / samples.own / "ask", path), str(path))
     return "" if decision.apart else decision.reason
 
 
-def look_at(family: str, samples: Samples, tasks: tuple[str, ...] | None = None) -> list[Cell]:
+def adapted_layers(family: str, samples: Samples) -> tuple[str, ...]:
+    """Last parts of the names of the layers that get adapters by default."""
+    config = transformers.AutoConfig.from_pretrained(samples.model(family))
+    with torch.device("meta"):
+        model = auto_class(family).from_config(config)
+    freeze_other_modalities(model)
+    return tuple(sorted({name.split(".")[-1] for name in linear_layers(model)}))
+
+
+def look_at(family: str, samples: Samples, apart: bool) -> list[Cell]:
     """Every task of a family, packed where it keeps documents apart."""
-    kind = kind_of(family)
-    path = samples.folder / "models" / family
-    if not path.exists():
-        write_model(family, path, samples.words[kind])
-    apart = family in DECODERS and not keeps_apart(family, samples)
+    kind, path = kind_of(family), samples.model(family)
     cells = []
-    for task in tasks or tasks_of(family):
+    for task in tasks_of(family):
         for packed in (True, False) if task in PACKED and apart else (False,):
             cells.append(_look(family, str(path), task, packed, samples.get(kind, task, packed)))
     return cells

@@ -10,8 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.architectures.families import write_model
-from tests.architectures.single import Samples, job_of, look_at
+from tests.architectures.single import Samples, job_of, keeps_apart, kind_of, look_at
 from tests.trainers.tasks import small
 from trainers.architecture import describe, linear_layers, other_modalities, packs_as_one_row, transposed_weights
 from trainers.errors import JobError
@@ -30,12 +29,9 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     return Samples(tmp_path_factory.mktemp("samples"), "own")
 
 
-def model_of(family: str, samples: Samples, task: Any, kind: str = "decoder") -> Any:
-    path = samples.folder / "models" / family
-    if not path.exists():
-        write_model(family, path, samples.words[kind])
+def model_of(family: str, samples: Samples, task: Any) -> Any:
     torch.manual_seed(0)
-    return task.load_model(str(path), pad_id=0, trust_remote_code=False, dtype=torch.float32).eval()
+    return task.load_model(str(samples.model(family)), pad_id=0, trust_remote_code=False, dtype=torch.float32).eval()
 
 
 def labels() -> Any:
@@ -69,7 +65,8 @@ def test_a_head_reads_the_last_token_of_a_row_also_where_that_is_the_padding_id(
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "roberta", "gpt_oss"])
 def test_the_self_tests_raise_no_false_alarm(samples: Samples, family: str) -> None:
     """A head that finds a row's end, a nested configuration, no token types, a pack that cannot be."""
-    for cell in look_at(family, samples):
+    apart = kind_of(family) == "decoder" and not keeps_apart(family, samples)
+    for cell in look_at(family, samples, apart):
         assert cell.failed == () and (cell.loss_error or 0.0) <= 1e-5, cell
 
 
@@ -97,7 +94,7 @@ def test_what_text_does_not_pass_through_is_frozen(samples: Samples, tmp_path: P
 def test_layers_are_dropped_alike_on_every_rank_and_in_every_micro_batch(samples: Samples, tmp_path: Path) -> None:
     task = load_task("seq2seq")
     job = job_of("seq2seq", tmp_path, samples.folder / "models" / "m2m_100")
-    model = prepare_model(model_of("m2m_100", samples, task, "pair"), job, task)
+    model = prepare_model(model_of("m2m_100", samples, task), job, task)
     ids = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[1, 6]])}
     layers = [part for name, part in model.named_modules() if name.split(".")[-1].isdigit() and "layers" in name]
     run: list[int] = []
@@ -141,6 +138,19 @@ def test_adapters_find_convolutions_that_are_linear_layers_and_merge_their_trans
         for name, parameter in plain.named_parameters():
             parameter.copy_(read(name))
         assert torch.allclose(plain(ids).logits, reference, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "granitemoehybrid", "qwen3_next"])
+def test_no_adapter_goes_where_a_kernel_takes_the_weight_past_it(samples: Samples, family: str) -> None:
+    """The output projection of Mamba's mixer; that of Qwen3-Next's is called as a layer."""
+    task = load_task("pretrain")
+    adapted = add_adapters(model_of(family, samples, task), LoraSection(rank=2), task)
+    targets = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
+    mixers = {
+        name.split(".")[-1] for name in targets if ".mixer." in name or ".mamba." in name or "linear_attn" in name
+    }
+    assert "in_proj" in mixers or "in_proj_qkvz" in mixers
+    assert ("out_proj" in mixers) == (family == "qwen3_next")
 
 
 def test_packing_gives_way_by_itself_where_documents_would_see_each_other(samples: Samples, tmp_path: Path) -> None:

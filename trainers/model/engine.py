@@ -1,7 +1,8 @@
 """Builds the DeepSpeed engine: model, frozen parameters, optimizer, ZeRO partitioning, in that order."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
@@ -30,16 +31,14 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
         config: what `derive_config` made.
     """
     import torch
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     stage = config["zero_optimization"]["stage"]
-    unset_hf_deepspeed_config()
     if stage:
         _init_deepspeed()
     whole = stage < 3 or makes_weights(task.model_class(model_path, pad_id, job.model.trust_remote_code))
-    partition_on_load = None if whole else HfDeepSpeedConfig(config)
     torch.manual_seed(job.train.seed)  # a new head is initialized alike at any world size
-    model = prepare_model(task.load_model(model_path, pad_id=pad_id, **load_options(job)), job, task)
+    with nullcontext() if whole else partitioned_on_load(config):
+        model = prepare_model(task.load_model(model_path, pad_id=pad_id, **load_options(job)), job, task)
     if not stage:
         model.to(world.device)
     groups = parameter_groups(model, job.train.weight_decay, job.train.layer_decay)
@@ -52,8 +51,20 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
 
     optimizer = torch.optim.AdamW(groups, **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    engine.partition_on_load = partition_on_load  # transformers keeps only a weak reference
     return engine
+
+
+@contextmanager
+def partitioned_on_load(config: dict[str, Any]) -> Iterator[None]:
+    """What transformers loads meanwhile is partitioned; what is loaded later (a teacher, an export) is whole."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    alive = HfDeepSpeedConfig(config)  # transformers keeps only a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
 
 
 def _init_deepspeed() -> None:
@@ -80,15 +91,9 @@ def release_engine(engine: Any) -> None:
 
 
 def prepare_model(model: Any, job: Job, task: Task) -> Any:
-    """What the job changes in a loaded model before it trains: frozen parts, adapters, noise, activations.
-
-    What text does not pass through has no gradient, but would decay: vision and audio are frozen.
-    """
+    """What the job changes in a loaded model before it trains: frozen parts, adapters, noise, activations."""
     freeze(model, job.model.freeze)
-    unused = set(other_modalities(model))
-    for name, parameter in model.named_parameters():
-        if name in unused:
-            parameter.requires_grad_(False)
+    freeze_other_modalities(model)
     share_layer_drop(model)
     if job.model.lora is not None:
         model = add_adapters(model, job.model.lora, task)
@@ -98,6 +103,12 @@ def prepare_model(model: Any, job: Job, task: Task) -> Any:
         checkpoint_activations(model, every, job.train.activation_offload)
     model.train()
     return model
+
+
+def freeze_other_modalities(model: Any) -> None:
+    """What text does not pass through has no gradient, but would decay."""
+    for name in other_modalities(model):
+        model.get_parameter(name).requires_grad_(False)
 
 
 def load_options(job: Job) -> dict[str, Any]:

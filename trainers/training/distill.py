@@ -72,8 +72,6 @@ def load_objective(job: Job, task: Task, pad_id: int, world: World) -> Task | Di
     Raises:
         JobError: where there is no such teacher.
     """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     from trainers.model.engine import load_options
     from trainers.model.source import find_teacher
 
@@ -83,7 +81,6 @@ def load_objective(job: Job, task: Task, pad_id: int, world: World) -> Task | Di
         return task
     if job.data.multi_label:
         raise JobError("train.distill: a teacher's distribution is over one label; data.multi_label must be off")
-    unset_hf_deepspeed_config()  # of an earlier engine in this process: it would partition the teacher
     try:
         teacher: Any = task.load_model(teacher_path, pad_id=pad_id, **load_options(job))
     except (OSError, ValueError) as error:

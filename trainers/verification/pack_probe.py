@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trainers.architecture import configs, cut_layers, distinct_layers
 from trainers.job.schema import Job
@@ -31,7 +30,6 @@ def ask(job: Job, model_path: str) -> PackingDecision:
     """Build the small model, pack three documents, change one, look at the others."""
     if job.model.attention.startswith("flash"):
         return PackingDecision(apart=True, reason=f"{job.model.attention} keeps documents apart by their bounds")
-    unset_hf_deepspeed_config()
     task = load_task("pretrain", TaskOptions(packing=True))
     config = task.load_config(model_path, 0, job.model.trust_remote_code)
     attention = {} if job.model.attention == "auto" else {"attn_implementation": job.model.attention}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trainers.batching.packing import PackIndex, one_row_each, pack_rows
 from trainers.errors import DataError
@@ -99,7 +98,6 @@ def weight_bytes(model_path: str) -> int:
 
 def _load(job: Job, task: Task, path: str, pad_id: int, layers: int | None, device: Any) -> Any:
     """The model unpartitioned, its new parts the same each time; in fp32 unless its attention backend cannot."""
-    unset_hf_deepspeed_config()  # of an engine in this process: it would partition the model
     torch.manual_seed(job.train.seed)
     half = job.model.attention.startswith("flash")
     options = {**load_options(job), "dtype": torch.bfloat16 if half else torch.float32}
