@@ -6,6 +6,7 @@ add is KubeRay's business.
 
 import copy
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -13,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
+
+from orchestrator.commands.submit import connect, send
+from tests.orchestrator.commands.test_submit import job_of
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 STRING, COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}
@@ -181,3 +186,36 @@ def test_end_of_the_head_waits_for_the_driver_to_commit(kind: str, tmp_path: Pat
         assert (tmp_path / "committed").exists()
     finally:
         running.kill()
+
+
+@pytest.mark.cluster
+def test_end_of_the_head_reaches_a_driver_that_submit_started(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver of `submit` is `python -m orchestrator`; the one here waits for a registry that never answers."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    client = connect(head)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert str(send.__defaults__).count("-m orchestrator ") == 1, "what it starts by default"
+        submission = send(client, job_of(), f"-m orchestrator registry list --uri {uri}")
+        driver = wait_for_driver(uri)
+        command = pods("RayJob")[0]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        ours = [part.replace("-x tuneyard", f"-x tuneyard -s {os.getsid(driver.pid)}") for part in command]
+        assert ours != command, "other drivers on this machine are none of our business"
+        subprocess.run(ours, timeout=100, check=False, capture_output=True)
+        assert not driver.is_running()
+        deadline = time.monotonic() + 60
+        while not client.get_job_status(submission).is_terminal():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def wait_for_driver(argument: str) -> psutil.Process:
+    """The process called tuneyard with this argument, once there is one."""
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline:
+        for process in psutil.process_iter(["cmdline"]):
+            comm = Path(f"/proc/{process.pid}/comm")
+            if argument in (process.info["cmdline"] or ()) and comm.exists() and comm.read_text() == "tuneyard\n":
+                return process
+        time.sleep(0.2)
+    raise AssertionError("submit started no process called tuneyard")

@@ -8,7 +8,7 @@ folder counts as written once `tuneyard.json` is there: the result was opened ag
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from math import prod
@@ -165,6 +165,8 @@ def _weights(
 
     dtype, shapes, lora = getattr(torch, job.model.dtype), reader.state.shapes, job.model.lora
     base = _frozen_weights(job, task, config, model_path) if lora else {}
+    if lora:
+        _check_frozen([plain_name(name) for name in shapes if not reader.holds("weight", name)], base, model_path)
 
     def read(name: str) -> Any:
         if lora and not reader.holds("weight", name):
@@ -211,6 +213,17 @@ def _frozen_weights(job: Job, task: Task, config: Any, model_path: str) -> dict[
     )
     missing = set(info["missing_keys"])
     return {name: parameter.detach() for name, parameter in model.named_parameters() if name not in missing}
+
+
+def _check_frozen(needed: Sequence[str], base: Mapping[str, Any], model_path: str) -> None:
+    """Raises EvaluationError where frozen weights are neither in the checkpoint nor in the pretrained folder."""
+    lost = sorted(set(needed) - base.keys())
+    if lost:
+        raise EvaluationError(
+            f"a checkpoint with adapters holds what is trained alone, and {len(lost)} frozen weights are not in "
+            f"{model_path} either: {', '.join(lost[:5])}. They were drawn at random when the training began, and "
+            "cannot be had again: take a model folder that has them, or train without model.lora"
+        )
 
 
 def _write_weights(weights: dict[str, Weight], out: Folder) -> dict[str, FileRecord]:

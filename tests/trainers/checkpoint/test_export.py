@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import chat_rows, make_llama, tiny_job
+from tests.tiny import chat_rows, film_rows, make_bert, make_llama, shard_locally, tiny_job
 from trainers.checkpoint.records import CheckpointState, FileRecord, Save
 from trainers.checkpoint.tensor_file import spec_of, write_tensors
 from trainers.checkpoint.writing import commit, write_share
+from trainers.errors import EvaluationError
 from trainers.job.schema import Job
+from trainers.job.sections import LoraSection
 from trainers.storage import Folder
 
 ALLOWANCE = 256 << 20
 
 
 def write_checkpoint(folder: Folder, model: Any, world_size: int = 2) -> CheckpointState:
-    """A model's fp32 weights as ranks under ZeRO-3 would write them, with moments of zero."""
+    """A model's fp32 weights, those that train, as ranks under ZeRO-3 would write them, with moments of zero."""
     import torch
 
-    weights = {name: parameter.detach().float().flatten() for name, parameter in model.named_parameters()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {name: parameter.detach().float().flatten() for name, parameter in trained.items()}
     state = CheckpointState(
         step=1, world_size=world_size, zero_stage=3, tokens=1, train_key="k", job="j", trainable=tuple(weights),
         shapes={name: list(parameter.shape) for name, parameter in model.named_parameters()},
@@ -256,3 +259,24 @@ def test_the_template_and_the_end_of_a_turn_are_those_of_the_training(
     assert generation.max_new_tokens == 7
     record = json.loads((out / "tuneyard.json").read_text())
     assert set(record["files"]) == {path.name for path in out.iterdir()} - {"tuneyard.json"}
+
+
+def test_frozen_weights_that_are_nowhere_are_named(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from trainers.checkpoint.export import export_checkpoint
+    from trainers.model.engine import prepare_model
+    from trainers.run.record import find_run
+
+    pretrained = make_bert(tmp_path / "pretrained", tiny_tokenizer)
+    file = pretrained / "model.safetensors"
+    kept = {name: weight for name, weight in load_file(file).items() if "pooler" not in name}
+    save_file(kept, file, {"format": "pt"})
+    job = tiny_job(tmp_path, pretrained, "classify", film_rows(20))
+    job = job.model_copy(update={"model": job.model.model_copy(update={"lora": LoraSection(rank=2)})})
+    shard_locally(job)
+    task = find_run(job).load_task()
+    loaded = task.load_model(str(pretrained), pad_id=0, trust_remote_code=False)
+    write_checkpoint(Folder(str(tmp_path / "checkpoint")), prepare_model(loaded, job, task))
+    with pytest.raises(EvaluationError, match=r"2 frozen weights are not in .*bert\.pooler\.dense\.bias.* at random"):
+        export_checkpoint(Folder(str(tmp_path / "checkpoint")), Folder(str(tmp_path / "e")), job, task, str(pretrained))
