@@ -172,7 +172,7 @@ def shard(job_path: JobPath, overrides: Overrides = None, address: Address = Non
     from orchestrator.terminal.progress import Screen
     from orchestrator.terminal.table import show_table
 
-    checked, screen = check_job(_load(job_path, overrides), trains=False), Screen()
+    checked, screen = check_job(_load(job_path, overrides)), Screen()
     with nullcontext() if is_small(checked.splits) else ray_session(address), screen.live():
         shards = write_shards(checked, screen.on_shards)
     show_table(ledger_table([shards.train, shards.eval]))

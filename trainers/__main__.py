@@ -19,6 +19,7 @@ from trainers.errors import Preempted, TuneyardError
 from trainers.evaluation.selection import find_best, out_of_patience
 from trainers.job.load import load_job
 from trainers.job.schema import Job
+from trainers.model.fit import check_fit
 from trainers.model.source import find_model
 from trainers.records import Phase, StopReason
 from trainers.run.describe import describe
@@ -108,6 +109,7 @@ def _main() -> int:
     try:
         job = load_job(arguments.job, arguments.set)
         notes, model = check_launcher(job, os.environ), find_model(job)
+        notes += check_fit(job, model.path) if model else []
         run = find_run(with_packing(job, decide_packing(job, model)) if model else job, model)
         is_first = os.environ.get("RANK", "0") == "0"
         with own_folder(run.folder) if is_first else nullcontext():

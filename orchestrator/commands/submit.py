@@ -36,6 +36,8 @@ JOB_FILE = "job.yaml"
 START = Path(__file__).parent / "templates" / "start.sh"
 """Shell that finds the interpreter of the cluster's Ray."""
 INTERRUPTED = 130
+AGENT_WAIT_S = 60.0
+"""How long a head that has just started may have nobody to take a job."""
 LOST_AFTER_S = 60.0
 """Silence of the head after which following is given up."""
 
@@ -112,7 +114,8 @@ def send(client: "JobSubmissionClient", job: Job, arguments: str = f"-m orchestr
         Path(folder, JOB_FILE).write_text(text, encoding="utf-8")
         shutil.copy(START, folder)
         try:
-            client.submit_job(
+            _submit(
+                client,
                 entrypoint=f"exec sh {START.name} {arguments}",
                 submission_id=submission_id,
                 runtime_env=runtime_env(Path(folder), os.environ),
@@ -121,6 +124,19 @@ def send(client: "JobSubmissionClient", job: Job, arguments: str = f"-m orchestr
         except (ConnectionError, RuntimeError, OSError) as error:
             raise PlacementError(f"the Ray cluster refused the job: {error}") from error
     return submission_id
+
+
+def _submit(client: "JobSubmissionClient", **job: Any) -> None:
+    """Hand a job over; a head that has just started has nobody yet to take it."""
+    deadline = time.monotonic() + AGENT_WAIT_S
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
 
 
 def runtime_env(working_dir: Path, environment: Mapping[str, str]) -> dict[str, Any]:

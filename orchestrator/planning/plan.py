@@ -35,7 +35,8 @@ from trainers.shards.keys import SplitPlan, load_shards
 from trainers.shards.manifest import Shards, shards_folder
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.storage import Folder
-from trainers.tasks import choose_metric, encode_rows, encode_rules, load_task
+from trainers.tasks import choose_metric, encode_rows, encode_rules, load_task, task_options
+from trainers.tasks.labels import check_head, has_head
 from trainers.tokenizer.encoder import load_encoder
 
 SAMPLE_ROWS = 500
@@ -127,6 +128,8 @@ def plan_job(
     batches = plan_batches(job.train.global_batch_size, choice.step.micro_batch_size, world_size, job.data.max_length)
     shards = load_shards(job, checked.splits)
     run = run_folder(job, model.digest, shards) if shards else None
+    if shards is None:
+        check_first_labels(checked)
     counted = count_sequences(job, shards) if shards else count_small(checked)
     rows, tokens, sequences = counted or estimate_sequences(checked)
     steps = job_order(job, max(sequences, 1)).steps
@@ -235,6 +238,24 @@ def estimate_sequences(checked: CheckedJob) -> tuple[int, int, int]:
     scale *= 1 - (split.fraction or 0.0)
     rows, tokens = round(len(pieces) * scale), round(int(pieces.sum()) * scale)
     return rows, tokens, -(-tokens // job.data.max_length) if job.packing else rows
+
+
+def check_first_labels(checked: CheckedJob) -> None:
+    """Hold the labels of the first rows against the model's own head. Raises JobError where they cannot fit."""
+    job, split, task = checked.job, checked.splits[0], load_task(checked.job.task, task_options(checked.job))
+    if not has_head(checked.model.path, task):
+        return
+    units = plan_units(split.sources)
+    rows, _ = _sample(job, split, units)
+    encoded = encode_rows(task, rows, load_encoder(checked.model.path, job.model.trust_remote_code), encode_rules(job))
+    columns = {name: values.to_pylist() for name, values in encoded.extra.items()}
+    shown = [
+        label
+        for place in range(len(encoded.tokens))
+        for label in task.labels_of({name: values[place] for name, values in columns.items()})
+    ]
+    whole = len(units) == 1 and len(rows) < SAMPLE_ROWS and not split.fraction
+    check_head(task, sorted(set(shown)), checked.model.path, whole)
 
 
 def _sample(job: Job, split: SplitPlan, units: tuple) -> tuple[list, float]:  # type: ignore[type-arg]

@@ -33,13 +33,12 @@ class CheckedJob:
     """What the user should know although it is no error."""
 
 
-def check_job(job: Job, trains: bool = True, weights: bool = True) -> CheckedJob:
+def check_job(job: Job, weights: bool = True) -> CheckedJob:
     """Check storage, model, data, batch arithmetic, DeepSpeed file, metric and registry; decide whether to pack where
     the job leaves that open.
 
     Args:
         job: the job.
-        trains: whether the model is used too; shards are written without.
         weights: whether a model folder without weights is refused; a plan needs its configuration alone.
 
     Raises:
@@ -64,7 +63,7 @@ def check_job(job: Job, trains: bool = True, weights: bool = True) -> CheckedJob
     sources: Sources | None = check(lambda: find_data(job))
     model: ModelFolder | None = check(lambda: prepare_model(job, weights))
     check(lambda: find_teacher(job))
-    notes: list[str] | None = check(lambda: check_fit(job, model.path)) if model and trains else []
+    notes: list[str] | None = check(lambda: check_fit(job, model.path)) if model else []
     splits = check(lambda: plan_splits(job, model.path, sources)) if model and sources else None
     if problems or model is None or splits is None:
         raise JobError(problems)

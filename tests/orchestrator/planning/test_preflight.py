@@ -1,12 +1,17 @@
 """What is known before launch is refused before launch, all of it at once."""
 
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.planning.preflight import check_job
 from orchestrator.run_session import finished_run
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
+from trainers.__main__ import _main as trainers_main
 from trainers.errors import DataError, JobError
 from trainers.job.load import parse_job
 from trainers.run.folder import RegisteredVersion, RunResult
@@ -21,7 +26,20 @@ def test_what_the_model_cannot_take_is_told_with_the_rest(tmp_path: Path, tiny_t
         check_job(job)
     assert len(refused.value.problems) == 2
     assert "'?'" in refused.value.problems[0] and "64 positions" in refused.value.problems[1]
-    check_job(job.model_copy(update={"storage": str(tmp_path / "b")}), trains=False)
+
+
+def test_under_torchrun_and_before_sharding_it_is_told_too(
+    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(20))
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    command = [str(file), "--set", "data.max_length=80"]
+    monkeypatch.setattr(sys, "argv", ["trainers", *command])
+    assert trainers_main() == 2
+    assert "than the 64 positions" in capsys.readouterr().err
+    refused = CliRunner().invoke(app, ["shard", *command])
+    assert isinstance(refused.exception, JobError) and "than the 64 positions" in str(refused.exception)
 
 
 @pytest.mark.parametrize("name", ["a/b:c", "", " ", ".."])

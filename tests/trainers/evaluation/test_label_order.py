@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
+from orchestrator.planning.plan import plan_job
+from tests.tiny import checked, film_rows, make_bert, shard_locally, tiny_job
 from trainers.errors import JobError
 from trainers.evaluation.evaluate import evaluate_model
 from trainers.run.record import job_task
@@ -95,3 +96,35 @@ def test_tags_of_another_scheme_are_read_in_that_of_the_head(base: Path, tmp_pat
     task: Any = job_task(job, shard_locally(job).train, str(model))
     assert task.labels == tuple(own)
     assert json.loads((model / "config.json").read_text())["id2label"]["0"] == "O"
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "rows", "shown"),
+    [
+        ("Sequence", "classify", film_rows(20), r"2 labels, \['negative', 'positive'\]"),
+        ("Token", "tag", [{"tokens": ["the", "film"], "tags": ["O", "B-per"]}] * 20, r"\d labels, \[.*'O'"),
+    ],
+)
+def test_a_head_without_names_has_to_have_as_many_outputs_as_there_are_labels(
+    kind: str, task: str, rows: list[dict[str, Any]], shown: str, base: Path, tmp_path: Path
+) -> None:
+    model = with_head(base, tmp_path / "model", [f"LABEL_{index}" for index in range(5)], [[0.0] * 32] * 5, kind)
+    job = tiny_job(tmp_path, model, task, rows)
+    message = f"has 5 outputs without names, and the data shows {shown}"
+    with pytest.raises(JobError, match=message):
+        plan_job(checked(job))
+    with pytest.raises(JobError, match=message):
+        job_task(job, shard_locally(job).train, str(model))
+
+
+def test_integers_are_the_indices_of_a_head_without_names_too(base: Path, tmp_path: Path) -> None:
+    model = with_head(base, tmp_path / "model", ["LABEL_0", "LABEL_1", "LABEL_2"], [[0.0] * 32] * 3)
+    job = tiny_job(tmp_path, model, "classify", [{"text": "a film", "label": 2 * (i % 2)} for i in range(20)])
+    assert job_task(job, shard_locally(job).train, str(model)).labels == ("0", "1", "2")
+
+
+def test_the_plan_refuses_other_labels_than_the_heads(base: Path, tmp_path: Path) -> None:
+    model = with_head(base, tmp_path / "model", ["bad", "good"], [[0.0] * 32] * 2)
+    job = tiny_job(tmp_path, model, "classify", film_rows(20))
+    with pytest.raises(JobError, match=r"knows the labels \['bad', 'good'\], not \['negative', 'positive'\]"):
+        plan_job(checked(job))
