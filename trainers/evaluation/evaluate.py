@@ -97,9 +97,9 @@ class EvaluationBatches:
 
         group = [[self.shards.row(int(row)) for row in self.packs.pack(int(pack))] for pack in self.groups[number]]
         batch = self.task.collate(group, self.pad_id)
-        inputs, _ = batch.to(device)
+        inputs, labels = batch.to(device)
         with torch.no_grad():  # not inference mode: weights that ZeRO-3 gathers in it could not be trained again
-            numbers = self.task.score(self.task.forward(model, inputs), batch)
+            numbers = self.task.score(self.task.answers(model, inputs, labels), batch)
             numbers |= self.task.generate(model, [row for pack in group for row in pack], self.pad_id)
         return batch.rows, numbers
 

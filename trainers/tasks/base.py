@@ -28,6 +28,7 @@ from trainers.records import Array
 from trainers.tasks.batch import Batch as Batch
 from trainers.tasks.batch import Example as Example
 from trainers.tasks.losses import IGNORE as IGNORE
+from trainers.tasks.losses import TokenScores as TokenScores
 from trainers.tasks.losses import cross_entropy_sum
 from trainers.tasks.options import DEFAULTS, TaskOptions, task_options
 from trainers.tokenizer.encoder import Encoder
@@ -134,6 +135,17 @@ class Task(ABC):
         """Run a model, or an engine around one, and give what the loss is computed from."""
         return self.read(self.outputs(model, inputs), inputs)
 
+    def answers(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
+    ) -> torch.Tensor | TokenScores:
+        """For evaluation, what `score` is given: `forward`, or scores of the targets in the place of large logits."""
+        scores = None
+        if self.over_vocabulary:
+            from trainers.tasks.losses.chunked import scores_in_place
+
+            scores = scores_in_place(model, lambda: self.forward(model, inputs), labels)
+        return self.forward(model, inputs) if scores is None else scores
+
     def outputs(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
         """What the model class returns. Token types go to models alone that have embeddings for them."""
         given = dict(inputs)
@@ -177,7 +189,7 @@ class Task(ABC):
         return cross_entropy_sum(logits, labels, self.options.label_smoothing)
 
     @abstractmethod
-    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: Any, batch: Batch) -> dict[str, Array]:
         """For evaluation: per document the numbers its metrics are made of, each [documents of the batch]."""
 
     def generate(self, model: Any, rows: Sequence[Example], pad_id: int) -> dict[str, Array]:

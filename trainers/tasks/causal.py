@@ -13,7 +13,7 @@ import numpy as np
 from trainers.architecture import document_bounds, packs_as_one_row
 from trainers.records import Array
 from trainers.tasks.base import IGNORE, Batch, Example, Task
-from trainers.tasks.losses import score_tokens
+from trainers.tasks.losses import TokenScores, score_tokens
 from trainers.tasks.padding import places
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class CausalTask(Task):
         """[batch, seq], 0 where there is padding."""
         return inputs["documents"] >= 0
 
-    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor | TokenScores, batch: Batch) -> dict[str, Array]:
         assert batch.segments is not None
         return score_tokens(logits, batch.labels, batch.segments, len(batch.rows))
 

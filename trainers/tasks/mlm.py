@@ -17,7 +17,7 @@ from trainers.records import Array
 from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
 from trainers.tasks.causal import token_metrics
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
-from trainers.tasks.losses import by_line, score_tokens
+from trainers.tasks.losses import TokenScores, by_line, score_tokens
 from trainers.tasks.metrics.bits_per_byte import bits_per_byte, target_bytes, token_bytes
 from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, pad_right, places
@@ -99,7 +99,7 @@ class Mlm(Task):
         ids[swapped] = random.integers(0, self._vocabulary, len(swapped))
         return ids, labels
 
-    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor | TokenScores, batch: Batch) -> dict[str, Array]:
         lines, count = by_line(batch.labels), len(batch.rows)
         held = target_bytes(self._bytes, batch.labels, lines, count)
         return {**score_tokens(logits, batch.labels, lines, count), "bytes": held}

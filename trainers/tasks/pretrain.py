@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from trainers.records import Array
 from trainers.tasks.base import Batch, EncodeRules, Example
 from trainers.tasks.causal import CausalTask
+from trainers.tasks.losses import TokenScores
 from trainers.tasks.metrics.bits_per_byte import bits_per_byte, target_bytes, token_bytes
 from trainers.tasks.options import TaskOptions
 from trainers.tokenizer.encoder import Encoder
@@ -47,7 +48,7 @@ class Pretrain(CausalTask):
     def prepare(self, encoder: Encoder) -> None:
         self._bytes = token_bytes(encoder)
 
-    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor | TokenScores, batch: Batch) -> dict[str, Array]:
         assert batch.segments is not None
         held = target_bytes(self._bytes, batch.labels, batch.segments, len(batch.rows))
         return {**super().score(logits, batch), "bytes": held}

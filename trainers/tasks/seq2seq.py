@@ -24,7 +24,7 @@ from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
 from trainers.tasks.causal import token_metrics
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.generation import generate_texts
-from trainers.tasks.losses import by_line, score_tokens
+from trainers.tasks.losses import TokenScores, by_line, score_tokens
 from trainers.tasks.metrics.generated_text import (
     overlap_metrics,
     overlap_scores,
@@ -110,7 +110,7 @@ class Seq2Seq(Task):
             given["decoder_input_ids"] = shift_right(plain_model(model), given.pop("target_ids"))
         return super().outputs(model, given)
 
-    def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
+    def score(self, logits: torch.Tensor | TokenScores, batch: Batch) -> dict[str, Array]:
         return score_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
 
     def generate(self, model: Any, rows: Sequence[Example], pad_id: int) -> dict[str, Array]:

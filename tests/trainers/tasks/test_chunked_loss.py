@@ -19,6 +19,7 @@ from transformers import (
 
 from trainers.tasks import load_task
 from trainers.tasks.base import IGNORE
+from trainers.tasks.losses import TokenScores, by_line, score_tokens
 from trainers.tasks.losses import chunked as chunked_loss
 from trainers.tasks.losses.chunked import ChunkedLoss, Teacher, head_loss, head_of
 from trainers.training.distill import Distilled, divergence_sum
@@ -108,6 +109,28 @@ def test_tasks_over_a_vocabulary_lose_the_same_either_way(
     assert_alike(gradients[0], gradients[1], 1e-6)
 
 
+@pytest.mark.parametrize(("kind", "task"), [("llama", "pretrain"), ("bert", "mlm"), ("t5", "seq2seq")])
+def test_tasks_over_a_vocabulary_score_the_same_either_way(
+    kind: str, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and right guesses of each document: inside the output layer, from all logits, and by torch on them."""
+    model, (inputs, labels) = small_model(kind).eval(), batch_of(kind)
+    lines = by_line(labels.numpy())
+    with torch.no_grad():
+        answers = load_task(task).answers(model, inputs, labels)
+        monkeypatch.setattr(chunked_loss, "LEAST_VOCABULARY", VOCABULARY + 1)
+        logits = load_task(task).answers(model, inputs, labels)
+    assert isinstance(answers, TokenScores) and logits.shape[-1] == VOCABULARY
+    inside, whole = (score_tokens(said, labels.numpy(), lines, 3) for said in (answers, logits))
+    for row in range(3):
+        wanted = labels[row] != IGNORE
+        loss = cross_entropy(logits[row][wanted].double(), labels[row][wanted], reduction="sum")
+        right = int((logits[row].argmax(-1) == labels[row])[wanted].sum())
+        for numbers in (inside, whole):
+            assert numbers["loss_sum"][row] == pytest.approx(float(loss), rel=1e-5)
+            assert (numbers["correct"][row], numbers["targets"][row]) == (right, int(wanted.sum()))
+
+
 def test_a_frozen_output_layer_gets_no_gradient() -> None:
     model, (inputs, labels) = small_model("llama", tie_word_embeddings=False).eval(), batch_of("llama")
     model.lm_head.requires_grad_(False)
@@ -127,6 +150,7 @@ def test_a_model_that_does_more_with_its_logits_keeps_them_whole() -> None:
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
     loss.backward()
     assert float(model.lm_head.weight.grad.norm()) > 0
+    assert task.answers(model, inputs, labels).shape == (3, 20, VOCABULARY)
 
 
 def test_distillation_in_chunks_is_distillation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,4 +194,7 @@ def test_no_operation_makes_all_logits(least: int, chunked: bool, monkeypatch: p
     task.step_loss(model, {"input_ids": ids}, ids)  # whether the model caps its logits is asked once
     with LargestTensor() as largest:
         task.step_loss(model, {"input_ids": ids}, ids).backward()
+    assert (largest.elements < ids.numel() * 4000) == chunked
+    with LargestTensor() as largest, torch.no_grad():
+        task.answers(model, {"input_ids": ids}, ids)
     assert (largest.elements < ids.numel() * 4000) == chunked

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = 160 * 2**20
-"""fp32 logits of one chunk. Larger chunks were not faster on a CPU; smaller ones cost up to a third more."""
+from trainers.tasks.losses import CHUNK_BYTES as CHUNK_BYTES
+from trainers.tasks.losses import TokenScores, join_scores, score_logits
+
 LEAST_VOCABULARY = 8192
 """Below this the logits are no larger than other activations."""
 
@@ -186,6 +187,35 @@ def loss_in_place(
     """`head_loss` by a model's own output layer; None also where that is not a plain one over a large vocabulary."""
     head = head_of(model)
     return None if head is None else head_loss(forward, head, labels, smoothing)
+
+
+def scores_in_place(model: Any, forward: Callable[[], torch.Tensor], labels: torch.Tensor) -> TokenScores | None:
+    """For evaluation, what `head_loss` is for training: each target's loss, and whether it was the likeliest token.
+
+    Returns:
+        None where `head_loss` gives None, or the model has no plain output layer over a large vocabulary.
+    """
+    head = head_of(model)
+    if head is None:
+        return None
+    targets = labels.flatten() >= 0
+    wanted = labels.flatten()[targets]
+    inside: list[TokenScores] = []
+
+    def score(hidden: torch.Tensor) -> torch.Tensor:
+        picked, rows = hidden.reshape(-1, hidden.shape[-1])[targets], chunk_rows(head.out_features)
+        parts = [
+            score_logits(_logits(picked[start : start + rows], head.weight, head.bias), wanted[start : start + rows])
+            for start in range(0, max(len(picked), 1), rows)
+        ]
+        inside.append(join_scores(parts))
+        return inside[-1].losses.sum().reshape(1, 1, 1)
+
+    with _replaced(head, score):
+        given = forward()
+    if given.numel() != 1 or len(inside) != 1:
+        return None
+    return inside[0] if _untouched(head, given, inside[0].losses.sum()) else None
 
 
 def _untouched(head: Any, given: torch.Tensor, inside: torch.Tensor) -> bool:
