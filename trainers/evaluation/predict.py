@@ -182,8 +182,11 @@ def _prompt_length(example: Example) -> int:
 def _loss(
     task: Task, model: Any, group: Sequence[Example], encoder: Encoder, job: Job, device: Any
 ) -> list[Prediction]:
-    logits, batch = _forward(task, model, group, encoder, device)
-    numbers = task.score(logits, batch)
+    import torch
+
+    batch = task.collate([[example] for example in group], encoder.pad_id)
+    with torch.inference_mode():
+        numbers = task.score(task.answers(model, *batch.to(device)), batch)
     counts = np.maximum(numbers["targets"], 1)
     return [
         {"loss": float(loss) / count, "targets": int(count)}
