@@ -14,6 +14,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from tests.architectures.families import FAMILIES, unlisted
 from tests.architectures.matrix import Matrix, run_matrix
 from tests.architectures.single import Cell
+from tests.architectures.trained import TRAINED
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, TESTED = ROOT / "docs" / "models.md", ROOT / "trainers" / "model" / "families.json"
@@ -30,6 +31,10 @@ plain transformers' within 1e-5, packed and not, and no self-test raises an alar
 separate, the model class's own loss, reload). `tuneyard plan` says whether a job's family is here; one that is not
 may train as well, and `tuneyard verify` tells. `make matrix` runs each through `tuneyard run` with two ZeRO-3
 workers.
+
+{trained} also train step by step in the tests, in full, with adapters and with a frozen layer: a
+checkpoint of one or two ranks of ZeRO-3 goes on at the other size with the same loss, and the export reloads in plain
+transformers with every key and the same logits.
 
 - **packing**: what keeps documents of a sequence apart, on a CPU with transformers {transformers}. Position ids that
   begin anew with each document give attention a mask of blocks. Layers that carry a state along want the bounds of
@@ -75,7 +80,8 @@ def _passed(cell: Cell) -> bool:
 
 def document_of(matrix: Matrix) -> str:
     """docs/models.md."""
-    return HEAD.replace("{transformers}", transformers.__version__) + "\n".join(_rows(matrix)) + "\n"
+    head = HEAD.replace("{transformers}", transformers.__version__).replace("{trained}", ", ".join(TRAINED))
+    return head + "\n".join(_rows(matrix)) + "\n"
 
 
 def _rows(matrix: Matrix) -> list[str]:

@@ -1,19 +1,32 @@
 """Every listed family in each of its tasks: its first losses are plain transformers', packed and not, and no self-test
 raises an alarm where nothing is wrong."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.architectures.document import DOCUMENT, REFUSED, document_of, read_tested
 from tests.architectures.families import FAMILIES
 from tests.architectures.matrix import Matrix, run_matrix
+from tests.architectures.trained import TRAINED, WAYS, Outcome, train_all
 from trainers.model import families
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    return run_matrix(tmp_path_factory.mktemp("matrix"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("matrix")
+
+
+@pytest.fixture(scope="module")
+def matrix(folder: Path) -> Matrix:
+    return run_matrix(folder)
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path, matrix: Matrix) -> list[Outcome]:
+    return train_all(folder, matrix.cells)
 
 
 def test_sixty_families_and_more_are_listed(matrix: Matrix) -> None:
@@ -36,3 +49,20 @@ def test_the_document_says_what_was_seen(matrix: Matrix) -> None:
     """docs/models.md and families.json: `make models` writes both anew."""
     assert read_tested(matrix) == families.tested_families()
     assert DOCUMENT.read_text(encoding="utf-8") == document_of(matrix)
+
+
+def test_families_train_in_every_way_with_one_rank_and_with_two(outcomes: list[Outcome]) -> None:
+    trials = [outcome.trial for outcome in outcomes]
+    for family in TRAINED:
+        own = [trial for trial in trials if trial.family == family]
+        assert ({trial.way for trial in own}, {trial.ranks for trial in own}) == (set(WAYS), {1, 2}), family
+    assert {outcome.trial.name: outcome.error for outcome in outcomes if outcome.error} == {}
+
+
+def test_at_the_other_size_a_checkpoint_goes_on_with_the_same_loss(outcomes: list[Outcome]) -> None:
+    assert {each.trial.name: each.loss_error for each in outcomes if not each.loss_error <= 1e-5} == {}
+
+
+def test_exports_reload_in_plain_transformers_with_every_key_and_the_same_logits(outcomes: list[Outcome]) -> None:
+    assert {each.trial.name: each.keys for each in outcomes if each.keys} == {}
+    assert {each.trial.name: each.logits_error for each in outcomes if not each.logits_error <= 1e-5} == {}

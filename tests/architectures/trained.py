@@ -1,0 +1,308 @@
+"""Some families as they train, without Ray: by two ranks of ZeRO-3 and by one, a checkpoint resumed at the other size,
+an export that plain transformers reloads. Begin at `train_all`.
+
+A family has three trials: in full, with adapters, with its first layer frozen; each in another task where it has some.
+Each takes a step, saves, takes another; at the other size that other step has the same loss.
+"""
+
+import gc
+import io
+import json
+import os
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.architectures.single import PACKED, Cell, job_of, kind_of, tasks_of
+from tests.ranks import free_port, run_ranks
+from tests.tiny import shard_locally
+from trainers.architecture import set_dropout
+from trainers.batching.batch_plan import plan_batches
+from trainers.batching.batches import StepSource
+from trainers.batching.order import job_order
+from trainers.batching.packing import index_packs
+from trainers.checkpoint.checkpointer import Checkpointer, state_record
+from trainers.checkpoint.export import export_checkpoint
+from trainers.checkpoint.records import Progress, Save
+from trainers.checkpoint.slices import rank_share
+from trainers.checkpoint.tensor_file import write_tensors
+from trainers.checkpoint.writing import commit, write_share
+from trainers.errors import JobError
+from trainers.job.sections import LoraSection
+from trainers.model.deepspeed_config import derive_config
+from trainers.model.engine import build_engine, release_engine
+from trainers.model.layer_drop import seed_layer_drop
+from trainers.model.source import ModelFolder
+from trainers.model.world import World, join_world
+from trainers.run.folder import step_name
+from trainers.run.record import Run
+from trainers.storage import Folder
+from trainers.tokenizer.encoder import load_encoder
+from trainers.training.loop import run_micro_batches, seed_step
+
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "adapters": {"lora": LoraSection(rank=2)},
+    "frozen": {"freeze": ("*.0.*",)},
+}
+"""Options of the model by the way that it is trained."""
+TRAINED = ("gpt2", "gemma3", "qwen3_moe", "mamba2", "roberta", "pegasus", "m2m_100")
+"""Families that differ in what training meets: transposed weights, a multimodal wrapper, experts, states that are
+carried along, no token types, weights made while loading, layers dropped at random."""
+TEXT = ("pretrain", "sft", "mlm", "seq2seq")
+RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model to train."""
+
+    family: str
+    task: str
+    way: str
+    packed: bool
+    ranks: int
+    """With which it begins."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} {self.task} {self.way}{' packed' if self.packed else ''} from {self.ranks}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial."""
+
+    trial: Trial
+    loss: float = 0.0
+    """Of the second step."""
+    loss_error: float = 0.0
+    """Relative, of the second step's loss at the other size."""
+    logits_error: float = 0.0
+    """Of the export in plain transformers, as a share of the largest."""
+    keys: tuple[str, ...] = ()
+    """Missing and unexpected ones."""
+    error: str = ""
+
+
+def trials_of(cells: tuple[Cell, ...]) -> list[Trial]:
+    """Three trials for each family, in tasks that it has heads for. Ranks, tasks and packing turn
+    from family to family, so that each is met."""
+    trials = []
+    for index, family in enumerate(TRAINED):
+        own = [cell for cell in cells if cell.family == family and not cell.refused and not cell.failed]
+        tasks = [task for task in tasks_of(family) if any(cell.task == task for cell in own)]
+        packs = {cell.task for cell in own if cell.packed}
+        turned = [tasks[(index + turn) % len(tasks)] for turn in range(len(tasks))] if tasks else []
+        turned.sort(key=lambda task: task not in (packs or TEXT))
+        for turn, way in enumerate(WAYS if turned else ()):
+            task = turned[(0, -1, 1)[turn] % len(turned)]
+            packed = task in packs and (turn == 0 or index % 2 == 0)
+            trials.append(Trial(family, task, way, packed, 2 - (index + turn) % 2))
+    return trials
+
+
+def train_all(folder: Path, cells: tuple[Cell, ...]) -> list[Outcome]:
+    """All trials, begun and gone on with by two ranks together and by two that are alone.
+
+    Args:
+        folder: as `run_matrix` left it, with the models.
+        cells: what it saw.
+    """
+    trials = trials_of(cells)
+    models = {(kind_of(trial.family), trial.task): folder / "models" / trial.family for trial in trials}
+    place = Place(folder, {key: shard_locally(_job(*key, folder, model)) for key, model in models.items()})
+    pairs = [trial for trial in trials if trial.ranks == 2]
+    begun = run_ranks(_begin_together, 2, place, pairs, patience_s=900)[0]
+    alone = [outcome for half in run_ranks(_alone, 2, place, trials, begun, patience_s=900) for outcome in half]
+    resumed = run_ranks(_resume_together, 2, place, [each for each in alone if each.trial.ranks == 1], patience_s=900)[
+        0
+    ]
+    return [each for each in alone if each.trial.ranks == 2] + resumed
+
+
+def _job(kind: str, task: str, folder: Path, model: Path) -> Any:
+    return job_of(task, folder / "jobs" / f"{kind} {task}", model)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where models and data lie."""
+
+    folder: Path
+    shards: dict[tuple[str, str], Any]
+
+    def run(self, trial: Trial) -> Run:
+        path = self.folder / "models" / trial.family
+        job = _job(kind_of(trial.family), trial.task, self.folder, path)
+        data = {"packing": trial.packed} if trial.task in PACKED else {}
+        updates = {
+            "model": job.model.model_copy(update=WAYS[trial.way] | without_dropout(path)),
+            "data": job.data.model_copy(update=data),
+            "train": job.train.model_copy(update={"deepspeed": "zero3", "global_batch_size": 4, "steps": 2}),
+        }
+        shards = self.shards[kind_of(trial.family), trial.task]
+        return Run(
+            job=job.model_copy(update=updates),
+            model=ModelFolder(str(path), trial.family),
+            shards=shards,
+            folder=Folder(str(self.folder / "runs" / trial.name)),
+        )
+
+
+def without_dropout(model: Path) -> dict[str, float]:
+    """Options of a model with which its ranks draw nothing at random, so that it trains alike at any world size."""
+    try:
+        set_dropout(transformers.AutoConfig.from_pretrained(model), 0.0)
+    except JobError:  # it has none
+        return {}
+    return {"dropout": 0.0}
+
+
+class Trainee:
+    """A trial's engine and data on this rank."""
+
+    def __init__(self, run: Run, world: World) -> None:
+        job, self.run, self.world = run.job, run, world
+        encoder = load_encoder(run.model.path)
+        self.task = run.load_task()
+        self.task.prepare(encoder)
+        plan = plan_batches(job.train.global_batch_size, 2, world.size, job.data.max_length)
+        shards = run.open_shards("train", self.task)
+        packs = index_packs(job, shards)
+        order = job_order(job, len(packs))
+        self.engine = build_engine(job, self.task, run.model.path, encoder.pad_id, derive_config(job, plan), world)
+        self.source = StepSource(shards, packs, order, plan, world.rank, self.task, encoder.pad_id)
+        self.batch = self.task.collate(
+            [[shards.row(int(row)) for row in packs.pack(at)] for at in (0, 1)], encoder.pad_id
+        )
+
+    def step(self, number: int) -> float:
+        """One update; the loss over all ranks."""
+        seed_step(0, number, self.world.rank)
+        seed_layer_drop(self.engine, 0, number)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = RATE
+        batch = self.source.next(number)
+        loss = run_micro_batches(self.engine, self.task, batch, self.world, lambda: None) / batch.targets
+        torch.distributed.all_reduce(loss)
+        return float(loss)
+
+    def save(self, step: int) -> None:
+        """A committed checkpoint, written by this process."""
+        share = rank_share(self.engine)
+        live = {piece.spec.name: piece.live for piece in share.pieces}
+        stream = io.BytesIO()
+        specs = [piece.spec for piece in share.pieces]
+        write_tensors(stream, specs, lambda name: live[name]().detach(), {"starts": json.dumps(share.starts)})
+        save = Save(id="one", rank=self.world.rank, world_size=self.world.size)
+        folder = self.run.checkpoints / step_name(step)
+        vote = write_share(folder, save, stream.getbuffer(), 1)
+        if self.world.rank == 0:
+            key = self.run.shards.train.key
+            commit(
+                folder,
+                vote,
+                self.world.size,
+                state_record(self.engine, Progress(step, 0), key, self.run.job.identity()),
+            )
+        self.world.barrier()
+
+    def resume(self) -> int:
+        """Go on from what was saved; the step."""
+        checkpointer = Checkpointer(
+            self.engine, self.run.checkpoints, self.world, "again", self.run.shards.train.key, self.run.job.identity(),
+            lambda _: None,
+        )  # fmt: skip
+        return checkpointer.resume().step
+
+    def close(self) -> None:
+        self.source.close()
+        release_engine(self.engine)
+
+
+def exported(trainee: Trainee, step: int) -> tuple[float, tuple[str, ...]]:
+    """Export a checkpoint of the state that the engine has and reload it in plain transformers: how far its logits of
+    two rows are off, as a share of the largest, and the missing and unexpected keys."""
+    run, task, engine = trainee.run, trainee.task, trainee.engine
+    out = run.folder / "export"
+    export_checkpoint(run.checkpoints / step_name(step), out, run.job, task, run.model.path)
+    auto = getattr(transformers, task.head_class(transformers.AutoConfig.from_pretrained(out.path)))
+    model, info = auto.from_pretrained(out.path, output_loading_info=True)
+    inputs, _ = trainee.batch.to("cpu")
+    with torch.no_grad():
+        engine.eval()
+        trained, plain = (task.forward(each, inputs).float() for each in (engine, model.eval()))
+        engine.train()
+    real = task.real_tokens(inputs).bool()
+    if trained.dim() == 3 and trained.shape[:2] == real.shape:  # else one of a row, or of a target's tokens
+        trained, plain = trained[real], plain[real]
+    keys = tuple(f"{kind} {key}" for kind in ("missing_keys", "unexpected_keys") for key in sorted(info[kind]))
+    return float((trained - plain).abs().max() / trained.abs().max()), keys
+
+
+def _begin_together(place: Place, trials: list[Trial]) -> dict[Trial, Outcome]:
+    """A step, a checkpoint, and a step more."""
+    world = _joined()
+    return {trial: _begun(trial, place, world) for trial in trials}
+
+
+def _joined() -> World:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects garbage for each engine, over all that was imported
+    return join_world(1)
+
+
+def _begun(trial: Trial, place: Place, world: World) -> Outcome:
+    try:
+        trainee = Trainee(place.run(trial), world)
+        trainee.step(0)
+        trainee.save(1)
+        error, keys = exported(trainee, 1) if world.size == 1 else (0.0, ())
+        loss = trainee.step(1)
+        trainee.close()
+    except Exception:  # of whatever kind a model's code raises, alike on each rank
+        return Outcome(trial, error=traceback.format_exc())
+    return Outcome(trial, loss, 0.0, error, keys)
+
+
+def _alone(place: Place, trials: list[Trial], begun: dict[Trial, Outcome]) -> list[Outcome]:
+    """Each rank by itself with half of the trials: go on where two began, and begin the others."""
+    half = int(os.environ["RANK"])
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_PORT=str(free_port()))
+    world = _joined()
+    return [
+        _resumed(begun[trial], place, world) if trial in begun else _begun(trial, place, world)
+        for trial in trials[half::2]
+    ]
+
+
+def _resume_together(place: Place, begun: list[Outcome]) -> list[Outcome]:
+    """Two ranks go on where one began."""
+    world = _joined()
+    return [_resumed(outcome, place, world) for outcome in begun]
+
+
+def _resumed(begun: Outcome, place: Place, world: World) -> Outcome:
+    """The second step once more, from the checkpoint of the first; one rank exports what comes of it."""
+    if begun.error:
+        return begun
+    try:
+        trainee = Trainee(place.run(begun.trial), world)
+        assert trainee.resume() == 1
+        loss_error = abs(trainee.step(1) - begun.loss) / abs(begun.loss)
+        outcome = replace(begun, loss_error=loss_error)
+        if world.size == 1:
+            trainee.save(2)
+            error, keys = exported(trainee, 2)
+            outcome = replace(outcome, logits_error=error, keys=keys)
+        trainee.close()
+    except Exception:
+        return replace(begun, error=traceback.format_exc())
+    return outcome
