@@ -210,7 +210,8 @@ def check_contamination(storage: Folder, shards: Shards, here: bool = False) -> 
     kept = total.rows - train.outcomes.get(CONTAMINATED, 0)
     if kept > 0:
         log.warning(
-            f"{kept:,} of {train.rows_in:,} training rows say what an evaluation row says (first: {examples[0]}); "
+            f"{kept:,} of {train.rows_in:,} training rows say what an evaluation row says (first: "
+            f"{', '.join(map(str, examples[0]))}); "
             "data.decontaminate: drop leaves them out"
         )
     return total

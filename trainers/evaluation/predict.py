@@ -8,6 +8,7 @@ prediction. Begin at `predict`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from trainers.job.schema import Job
 from trainers.job.sections import GenerateSection
 from trainers.model.engine import load_options
 from trainers.model.world import pick_device
-from trainers.tasks import Task, encode_rows, encode_rules
+from trainers.tasks import EncodeRules, Task, encode_rows, encode_rules
 from trainers.tasks.base import Batch, Example
 from trainers.tasks.generation import generate_texts
 from trainers.tasks.metrics.classes import THRESHOLD
@@ -69,7 +70,7 @@ def _predict_chunk(
 ) -> Iterator[Prediction]:
     filler = FILLERS[job.task]
     settled = ["dropped:malformed" if row is None else None for row in rows]
-    encoded = encode_rows(task, [filler(row or {}, task) for row in rows], encoder, encode_rules(job), settled)
+    encoded = encode_rows(task, [filler(row or {}, task) for row in rows], encoder, _rules(job), settled)
     parts: list[list[Prediction]] = [[] for _ in rows]
     extras = {name: values.to_pylist() for name, values in encoded.extra.items()}
     examples = [
@@ -82,6 +83,12 @@ def _predict_chunk(
             parts[int(encoded.row[example.index])].append(prediction)
     for own, code in zip(parts, encoded.codes, strict=True):
         yield _merge(own) if own else {"error": encoded.outcomes[code].removeprefix("dropped:")}
+
+
+def _rules(job: Job) -> EncodeRules:
+    """As for training, but a conversation asks for its last answer alone."""
+    rules = encode_rules(job)
+    return replace(rules, options=rules.options.model_copy(update={"each_turn": False}))
 
 
 def _groups(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:

@@ -108,3 +108,30 @@ def test_a_row_that_cannot_be_used_says_why_in_its_place(jobs: dict[str, Any], t
     task = load_task("classify", task_options(run.job))
     said = list(predict(run.job, task, model, [{"text": "dog"}, None, {"text": 3}, {}, {"text": "cat"}]))
     assert [one.get("error") for one in said] == [None, "malformed", "text_not_a_string", "missing_text", None]
+
+
+HIDING = (
+    "{% for m in messages %}{% if m.role == 'user' %}[user]{% elif loop.last and m.reasoning_content %}<think>"
+    "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_conversation_that_is_trained_turn_by_turn_is_asked_for_its_last_answer(
+    jobs: dict[str, Any], tmp_path: Path
+) -> None:
+    """The rendering of the first turn is the longer one: it alone shows that turn's thought."""
+    run = find_run(jobs["sft"])
+    model = str(with_head(run, tmp_path / "model"))
+    talk = [
+        {"role": "user", "content": "is it good"},
+        {"role": "assistant", "content": "a", "reasoning": "the plot " * 9},
+    ]
+    row = {"messages": [*talk, {"role": "user", "content": "is the film bad"}]}
+
+    def said(each_turn: bool) -> list[Any]:
+        data = {"chat_template": HIDING, "each_turn": each_turn, "max_length": 256}
+        job = run.job.model_copy(update={"data": run.job.data.model_copy(update=data)})
+        return list(predict(job, load_task("sft", task_options(job)), model, [row]))
+
+    assert said(each_turn=True) == said(each_turn=False) and "error" not in said(each_turn=True)[0]
