@@ -283,3 +283,11 @@ def test_the_languages_of_a_prompt_are_columns_that_every_file_must_have(
     check_columns([source], columns, needed_fields("seq2seq", "{source}"), "data.train")
     with pytest.raises(JobError, match="no column 'target_language'"):
         check_columns([source], columns, needed_fields("seq2seq", "to {target_language}: {source}"), "data.train")
+
+
+def test_an_index_of_data_sets_is_named_for_what_it_is(tmp_path: Path, source_of: Any) -> None:
+    entries = {"mine": {"file_name": "mine.json"}, "theirs": {"hf_hub_url": "a/b", "formatting": "sharegpt"}}
+    for content, found in ((entries, "found an index of data sets"), ({"a": {"b": 1}}, "no list under `data`")):
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match=found):
+            check_columns([source_of(tmp_path / "x.json")], SFT, needed_fields("sft"), "data.train")

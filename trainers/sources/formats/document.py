@@ -19,6 +19,8 @@ EXPECTED = "a JSON list of objects, or an object with such a list under `data`"
 BLOCK_CHARS = 2**20
 MAX_ELEMENT_CHARS = 2**28
 ROWS_KEY = "data"
+INDEX_KEYS = frozenset({"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"})
+"""One of these has each entry of an index of data sets."""
 
 
 class Document:
@@ -107,6 +109,7 @@ def _rows(cursor: _Cursor) -> Iterator[dict[str, Any] | None]:
         yield from _elements(cursor)
     elif cursor.take("{"):
         keys: list[str] = []
+        is_index = True
         while not cursor.take("}"):
             if keys:
                 cursor.need(",")
@@ -115,9 +118,14 @@ def _rows(cursor: _Cursor) -> Iterator[dict[str, Any] | None]:
             if keys[-1] == ROWS_KEY and cursor.take("["):
                 yield from _elements(cursor)
             else:
-                cursor.value()
+                value = cursor.value()
+                is_index = is_index and isinstance(value, dict) and not INDEX_KEYS.isdisjoint(value)
         if cursor.next_char():
             raise ValueError("Extra data: several objects one after another")
+        if keys and is_index and ROWS_KEY not in keys:
+            raise ValueError(
+                "an index of data sets, as LLaMA-Factory's dataset_info.json; name the files that it lists"
+            )
         if ROWS_KEY not in keys:
             raise ValueError(f"an object with the keys {', '.join(keys[:10])} and no list under `data`")
     else:
