@@ -32,9 +32,9 @@ separate, the model class's own loss, reload). `tuneyard plan` says whether a jo
 may train as well, and `tuneyard verify` tells. `make matrix` runs each through `tuneyard run` with two ZeRO-3
 workers.
 
-{trained} also train step by step in the tests, in full, with adapters and with a frozen layer: a
-checkpoint of one or two ranks of ZeRO-3 goes on at the other size with the same loss, and the export reloads in plain
-transformers with every key and the same logits.
+Some also train in the tests, in full, with adapters and with a frozen layer: a checkpoint of one or two ranks of ZeRO-3
+goes on at the other size with the same loss, and the export reloads in plain transformers with every key and the same
+logits. They are {trained}.
 
 - **packing**: what keeps documents of a sequence apart, on a CPU with transformers {transformers}. Position ids that
   begin anew with each document give attention a mask of blocks. Layers that carry a state along want the bounds of
