@@ -34,7 +34,7 @@ from trainers.records import StopReason
 from trainers.run.events import Event, FailedEvent, parse_events
 from trainers.run.record import Run
 from trainers.worker.heartbeat import HeartbeatPage
-from trainers.worker.rank_server import Mode, RankSpec, events_file, heartbeat_file, stacks_file
+from trainers.worker.rank_spec import Mode, RankSpec, events_file, heartbeat_file, stacks_file
 from trainers.worker.stack_dump import read_stacks
 
 STACKS_WAIT_S, KILL_WAIT_S = 1.0, 5.0

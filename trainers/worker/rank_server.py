@@ -16,47 +16,19 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from trainers.errors import TuneyardError, may_pass, to_record
-from trainers.records import Record
 from trainers.run.events import FailedEvent, RefusedEvent
 from trainers.run.record import Run
 from trainers.worker.heartbeat import HeartbeatPage
 from trainers.worker.rank import run_rank
+from trainers.worker.rank_spec import Mode, RankSpec, events_file, heartbeat_file, stacks_file
 from trainers.worker.stop_signal import PipeHooks, StopSignal
 
-Mode = Literal["fork", "become"]
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 FAILED = 1
 """Exit code of a rank that raised; the event `failed` says what."""
-
-
-class RankSpec(Record):
-    """All that a new rank is told, as one line of JSON."""
-
-    environment: dict[str, str]
-    """The launcher contract, and the interfaces collectives go through."""
-    files: str
-    """Folder of this host for the rank's heartbeat, events and stacks."""
-    log: str | None
-    """File that standard output and error are appended to; None leaves them."""
-    run: Run
-
-
-def heartbeat_file(files: Path) -> Path:
-    """Where a rank's heartbeat page is."""
-    return files / "heartbeat"
-
-
-def events_file(files: Path) -> Path:
-    """The named pipe a rank's events leave by."""
-    return files / "events"
-
-
-def stacks_file(files: Path) -> Path:
-    """Where a rank's stacks go on SIGUSR1."""
-    return files / "stacks"
 
 
 def main(mode: Mode) -> None:
