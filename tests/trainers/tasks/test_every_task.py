@@ -316,16 +316,59 @@ def losses(folder, rows):
     return sums
 
 
+def spans(folder, rows):
+    tokenizer, model = opened(folder, "AutoModelForQuestionAnswering")
+    found = []
+    for row in rows:
+        windows = tokenizer(row["question"], row["context"], max_length=10, stride=2, truncation="only_second",
+                            return_overflowing_tokens=True, return_offsets_mapping=True)
+        best = []
+        for number, offsets in enumerate(windows["offset_mapping"]):
+            inputs = {name: torch.tensor([windows[name][number]]) for name in tokenizer.model_input_names}
+            out, places = model(**inputs), [i for i, one in enumerate(windows.sequence_ids(number)) if one == 1]
+            best += [(float(out.start_logits[0, i] + out.end_logits[0, j]), offsets[i][0], offsets[j][1])
+                     for i in places for j in places if i <= j]
+        score, start, end = max(best)
+        found.append([score, float(row["context"][start:end] in [one["text"] for one in row["answers"]])])
+    return found
+
+
+def texts(folder, rows):
+    tokenizer, model = opened(folder, "AutoModelForSeq2SeqLM")
+    return [tokenizer.decode(model.generate(**tokenizer(row["source"], return_tensors="pt"), max_new_tokens=20)[0],
+                             skip_special_tokens=True).strip() for row in rows]
+
+
+def answers(folder, rows):
+    tokenizer, model = opened(folder, "AutoModelForCausalLM")
+    said = []
+    for row in rows:
+        asked = tokenizer.apply_chat_template(row["messages"][:-1], add_generation_prompt=True, return_dict=True,
+                                              return_tensors="pt")
+        ids = model.generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1]:]
+        said.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+    return said
+
+
 with torch.no_grad():
     print(json.dumps({name: globals()[how](folder, rows) for name, how, folder, rows in json.load(sys.stdin)}))
 """
+PLAINLY = {
+    "classify causal": "classes",
+    "regression": "scores",
+    "tag": "tags",
+    "pretrain": "losses",
+    "extract": "spans",
+    "T5": "texts",
+    "sft": "answers",
+}
+"""How each job's predictions are had in PLAIN."""
 
 
 def test_a_plain_process_gives_the_predictions_that_the_evaluation_recorded(trained: dict[str, Trained]) -> None:
     """transformers alone, from the raw rows and the exported folder."""
-    ways = {"classify causal": "classes", "regression": "scores", "tag": "tags", "pretrain": "losses"}
     asked = []
-    for name, how in ways.items():
+    for name, how in PLAINLY.items():
         job = trained[name].job
         rows = [json.loads(line) for line in Path(job.data.eval[0]).read_text().splitlines()]
         asked.append((name, how, str(Path(job.storage) / "runs" / "run" / "export"), rows))
@@ -333,9 +376,14 @@ def test_a_plain_process_gives_the_predictions_that_the_evaluation_recorded(trai
                           check=False, timeout=300, cwd="/")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     plain = json.loads(done.stdout.splitlines()[-1])
-    recorded = {name: trained[name].row_scores for name in ways}
+    recorded = {name: trained[name].row_scores for name in PLAINLY}
     causal, _ = held_out(trained["classify causal"].job)
     assert plain["classify causal"] == [causal.labels[index] for index in recorded["classify causal"]["prediction"]]
     assert plain["tag"] == recorded["tag"]["words_right"].tolist()
     assert plain["pretrain"] == pytest.approx(recorded["pretrain"]["loss_sum"].tolist(), rel=1e-4)
     assert plain["regression"] == pytest.approx(recorded["regression"]["said"].tolist(), abs=1e-4)
+    assert plain["T5"] == recorded["T5"]["said"].tolist()
+    assert plain["sft"] == recorded["sft"]["said"].tolist()
+    best, exact = zip(*plain["extract"], strict=True)
+    assert best == pytest.approx(recorded["extract"]["score"].tolist(), abs=1e-4)
+    assert list(exact) == recorded["extract"]["exact_v1"].tolist()
