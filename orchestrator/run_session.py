@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ from orchestrator.report.page import REPORT, render_report
 from orchestrator.terminal.progress import Screen
 from trainers.errors import Preempted, TuneyardError
 from trainers.evaluation.confusion import draw_confusion
-from trainers.model.fit import tensor_shapes
+from trainers.model.fit import count_parameters, tensor_shapes
 from trainers.run.events import Event, StageEvent, StageStartEvent, StartEvent, read_events, steps_of
 from trainers.run.folder import RESULT, Evaluation, RegisteredVersion, RunResult, read_result, run_folder
 from trainers.run.goodput import account, share
@@ -164,7 +163,7 @@ def open_session(checked: CheckedJob, address: str | None, screen: Screen) -> It
 
 def evaluation_place(checked: CheckedJob, gpus: int, resources: dict[str, float]) -> Place:
     """Where checkpoints are evaluated on this cluster while the training runs."""
-    parameters = sum(prod(shape) for shape in tensor_shapes(Path(checked.model.path)).values())
+    parameters = count_parameters(tensor_shapes(Path(checked.model.path)))
     size, device_bytes = weight_bytes(checked.job, parameters), gpu_memory() if gpus else None
     return place_evaluations(checked.job, gpus, resources, size, device_bytes)
 

@@ -2,11 +2,10 @@
 
 import json
 import re
-from dataclasses import dataclass
 
 from trainers.errors import JobError
 from trainers.job.schema import Job
-from trainers.model.choice import Choice, choose, settle
+from trainers.model.choice import choose, settle
 from trainers.model.memory import ModelSize
 
 GPUS = {
@@ -46,17 +45,9 @@ def cluster_settings(gpu: str | None, memory: str | None, nodes: int | None, gpu
     return ["scale.gpus_per_worker=1"] if gpu or memory else []
 
 
-@dataclass(frozen=True)
-class Remedy:
-    """Changes of a job with which it fits."""
-
-    settings: tuple[str, ...]
-    """As --set takes them."""
-    choice: Choice
-
-
-def smallest_fit(job: Job, device: int, size: ModelSize) -> Remedy | None:
-    """What must change in a job that does not fit: settings at first, then twice the workers, again and again."""
+def smallest_fit(job: Job, device: int, size: ModelSize) -> tuple[str, ...]:
+    """What must change in a job that does not fit, as --set takes it: settings at first, then twice the workers, again
+    and again. Empty where nothing was found."""
     free = {"deepspeed": "auto", "micro_batch_size": "auto", "activation_checkpointing": "auto"}
     open_job = job.model_copy(update={"train": job.train.model_copy(update=free)})
     workers = job.scale.max_workers
@@ -64,12 +55,12 @@ def smallest_fit(job: Job, device: int, size: ModelSize) -> Remedy | None:
         try:
             choice = choose(open_job, workers, device, lambda: size)
         except JobError:  # the batch does not divide by so many
-            return None
+            return ()
         if choice.fits:
             grown = (f"scale.workers={workers}",) if workers != job.scale.max_workers else ()
-            return Remedy((*grown, *_changes(job, settle(job, choice))), choice)
+            return (*grown, *_changes(job, settle(job, choice)))
         workers *= 2
-    return None
+    return ()
 
 
 def _changes(job: Job, settled: Job) -> list[str]:

@@ -9,11 +9,10 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import islice
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from orchestrator.planning.costs import WayMemory, count_flops, measured_speed, way_memory
+from orchestrator.planning.costs import WayMemory, count_flops, measured_speed, way_memory, weight_bytes
 from orchestrator.planning.hardware import smallest_fit
 from orchestrator.planning.notes import all_notes, where_evaluated
 from orchestrator.planning.preflight import CheckedJob
@@ -25,7 +24,7 @@ from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
 from trainers.model.choice import Choice, choose, settle
-from trainers.model.fit import tensor_shapes
+from trainers.model.fit import count_parameters, tensor_shapes
 from trainers.model.lora import ALL_LINEAR
 from trainers.model.memory import GIB, ModelSize, measure_size, needs
 from trainers.records import Record
@@ -134,7 +133,8 @@ def plan_job(
     rows, tokens, sequences = counted or estimate_sequences(checked)
     steps = job_order(job, max(sequences, 1)).steps
     trained = tokens * steps * batches.global_batch_size / max(sequences, 1)
-    speed = tokens_per_s * world_size if tokens_per_s else (measured_speed(run) if run else None)
+    measured = measured_speed(run) if run and not elsewhere else None  # of other devices it says nothing
+    speed = tokens_per_s * world_size if tokens_per_s else measured
     metric, mode = choose_metric(job)
     first = first_example(view(job, model, checked.splits))
     costs = _costs(job, model.path, choice, trained, speed, price, measure)
@@ -165,7 +165,6 @@ def plan_job(
 def _memory(job: Job, choice: Choice, device_bytes: int | None, measure: Callable[[], ModelSize]) -> dict[str, Any]:
     """The plan's fields on how the step is cut and what it needs."""
     refused = device_bytes is not None and choice.fits is False
-    remedy = smallest_fit(job, device_bytes or 0, measure()) if refused else None
     return {
         "deepspeed": choice.way,
         "deepspeed_reason": choice.reason,
@@ -173,7 +172,7 @@ def _memory(job: Job, choice: Choice, device_bytes: int | None, measure: Callabl
         "ways": tuple(way_memory(need, device_bytes or 0) for need in choice.needs),
         "device_gib": device_bytes / GIB if device_bytes else None,
         "fits": choice.fits,
-        "remedy": remedy.settings if remedy else (),
+        "remedy": smallest_fit(job, device_bytes or 0, measure()) if refused else (),
     }
 
 
@@ -193,7 +192,7 @@ def _costs(
         speed: of all workers, in tokens a second.
     """
     parameters, saved = _parameters(job, tensor_shapes(Path(model_path)), measure)
-    world_size, width = job.scale.max_workers, 2 if job.model.dtype == "bfloat16" else 4
+    world_size, width = job.scale.max_workers, weight_bytes(job, 1)
     states = choice.needs or needs(ModelSize(parameters, saved, width, 0), world_size, choice.step)
     checkpoint_gib = saved * CHECKPOINT_BYTES_PER_PARAMETER / GIB
     hours = trained / speed / 3600 if speed else None
@@ -213,7 +212,7 @@ def _parameters(job: Job, shapes: Mapping[str, Sequence[int]], measure: Callable
     """Values of the model, and those that a checkpoint holds; from the configuration where there are no weights yet."""
     if not shapes:
         return measure().parameters, measure().trainable
-    parameters = sum(prod(shape) for shape in shapes.values())
+    parameters = count_parameters(shapes)
     return parameters, count_adapters(shapes, job.model.lora) if job.model.lora else parameters
 
 

@@ -6,6 +6,8 @@ Torch-free, so that `plan` asks before anything is launched. Begin at `check_fit
 import json
 import re
 import struct
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,11 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
             header = json.loads(stream.read(length))
         shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     return shapes
+
+
+def count_parameters(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Values of all tensors."""
+    return sum(prod(shape) for shape in shapes.values())
 
 
 def _positions(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.planning.hardware import GPUS, cluster_settings, device_bytes
-from tests.tiny import chat_rows, write_rows
+from orchestrator.planning.plan import plan_job
+from tests.tiny import chat_rows, checked, film_rows, make_bert, shard_locally, tiny_job, write_rows
 from trainers.errors import JobError
+from trainers.run.events import StepEvent
+from trainers.run.log import RunLog
+from trainers.storage import Folder
 
 
 def test_devices_are_named_or_given_in_bytes() -> None:
@@ -95,3 +100,17 @@ def test_more_workers_are_the_remedy_where_no_setting_helps(big: Path) -> None:
     assert "does not fit" in words
     code, told = plan(big, "--memory", "2GiB")
     assert (code, told["remedy"]) == (3, [])
+
+
+def test_what_a_run_has_shown_is_the_speed_of_its_own_devices_alone(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(40))
+    shard_locally(job)
+    ready = checked(job)
+    run = plan_job(ready).run
+    assert run is not None and plan_job(ready).hours is None
+    with closing(RunLog(Folder(run))) as log:
+        log.append(StepEvent(step=1, loss=1.0, tokens_per_s=50.0))
+    plan = plan_job(ready)
+    trained = plan.train_tokens * plan.steps * plan.global_batch_size / plan.sequences
+    assert plan.hours == pytest.approx(trained / 50 / 3600)
+    assert plan_job(ready, device_bytes=80 * 2**30).hours is None
