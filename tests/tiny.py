@@ -27,22 +27,25 @@ def make_bert(folder: Path, tokenizer: Path, seed: int = 0, dropout: float = 0.1
     return _save(BertModel(config), folder, tokenizer)
 
 
-def make_llama(folder: Path, tokenizer: Path, seed: int = 0, tied: bool = True) -> Path:
-    """A Llama of 2 layers with odd sizes, so that nothing divides by the world size."""
+def make_llama(folder: Path, tokenizer: Path, seed: int = 0, tied: bool = True, **sizes: int) -> Path:
+    """A Llama of 2 layers with odd sizes, so that nothing divides by the world size; or with those that are given."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(AutoTokenizer.from_pretrained(tokenizer)),
-        hidden_size=36,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        intermediate_size=50,
-        max_position_embeddings=256,
         tie_word_embeddings=tied,
         pad_token_id=0,
+        **{
+            "hidden_size": 36,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "intermediate_size": 50,
+            "max_position_embeddings": 256,
+            **sizes,
+        },
     )
     return _save(LlamaForCausalLM(config), folder, tokenizer)
 

@@ -16,6 +16,8 @@ from trainers.errors import JobError
 
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 DROPOUT_RATE = re.compile(r"(dropout(_rate|_prob)?|_pdrop)$")
+DOCUMENTS = "documents"
+"""The attention backend of `trainers.document_attention`."""
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 """Lists of a configuration with an entry a layer."""
 
@@ -262,27 +264,34 @@ def convolves(model: Any) -> bool:
 def packs_as_one_row(model: Any) -> bool:
     """Whether documents are told apart within one row alone: by attention kernels for sequences of varying length, and
     by the kernels of layers that carry a state along."""
-    attention = str(text_config(plain_model(model).config)._attn_implementation)
-    return attention.startswith("flash") or convolves(model)
+    attention = _attention(model)
+    return attention.startswith("flash") or attention == DOCUMENTS or convolves(model)
 
 
-def document_bounds(model: Any, positions: Any) -> dict[str, Any]:
-    """Where documents begin, as layers that carry a state along want it: transformers raises where it has no kernel
-    that respects it.
+def document_bounds(model: Any, positions: Any, bounds: Any) -> dict[str, Any]:
+    """Where documents begin, for attention that goes by it and for layers that carry a state along: transformers raises
+    where it has no kernel that respects it.
 
     Args:
         positions: int64 [1, tokens], 0 where a document begins.
+        bounds: int32 [documents + 1], the same as places in the row, with its end.
     """
+    if _attention(model) == DOCUMENTS:
+        from trainers.document_attention import bounds_of
+
+        return bounds_of(bounds, positions.shape[1], makes_mask=router_loss_weight(plain_model(model).config) > 0)
     if not convolves(model):
         return {}
-    import torch
-
-    begins = positions[0] == 0
-    bounds = torch.cat([begins.nonzero()[:, 0], torch.tensor([positions.shape[1]], device=positions.device)]).int()
+    longest = int(positions.max()) + 1
     return {
-        "seq_idx": (begins.cumsum(0)[None] - 1).int(),
+        "seq_idx": ((positions == 0).cumsum(1) - 1).int(),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
-        "max_length_q": int(positions.max()) + 1,
-        "max_length_k": int(positions.max()) + 1,
+        "max_length_q": longest,
+        "max_length_k": longest,
     }
+
+
+def _attention(model: Any) -> str:
+    """Name of the attention backend that a model was built with."""
+    return str(text_config(plain_model(model).config)._attn_implementation)

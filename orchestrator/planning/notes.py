@@ -41,7 +41,7 @@ def architecture_notes(checked: CheckedJob) -> list[str]:
         found = [f"{family} is in docs/models.md, but not with task {checked.job.task}: `tuneyard verify` tests it"]
     else:
         found = [f"{family} is in docs/models.md with task {checked.job.task}"]
-    if checked.packing is not None and not checked.packing.apart:
+    if checked.packing is not None and not checked.job.packing:
         found.append(f"packing is off, for documents of a pack would see each other here: {checked.packing.reason}")
     return found
 

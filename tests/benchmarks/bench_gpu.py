@@ -81,7 +81,9 @@ def make_job(asked: argparse.Namespace) -> Any:
 
         torch.manual_seed(0)
         config = LlamaConfig(**SIZES[asked.size], max_position_embeddings=asked.length, tie_word_embeddings=True)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
+        with torch.device(asked.device):  # a CPU draws a billion numbers in half a minute
+            drawn = LlamaForCausalLM(config)
+        drawn.to(torch.bfloat16).save_pretrained(model)
         make_chat_tokenizer(model)
     words = np.random.default_rng(0).integers(
         97, 123, (asked.micro * asked.accumulation * asked.steps, 2 * asked.length)

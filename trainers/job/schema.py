@@ -61,7 +61,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the working weights and activations; the optimizer always keeps fp32."""
     attention: str = "auto"
-    """Attention backend as transformers names it, or auto."""
+    """Backend as transformers names it; `documents`: each packed document by itself; auto: that where it works."""
     freeze: Strings = ()
     """Shell-style patterns over parameter names that stay as they are, e.g. "base_model.*"."""
     trust_remote_code: bool = False
@@ -169,6 +169,8 @@ class TrainSection(TrainOptions):
     """Uniform noise on the embeddings of causal models while training (NEFTune); 0 is none."""
     distill: Annotated[DistillSection | None, For(*TOKEN_TASKS)] = None
     """Learn from a teacher too."""
+    deterministic: bool = False
+    """The same bits in every run on the same cards, at some speed; on CPUs that is so anyway."""
     verify: bool = True
     """Run the self-tests of `tuneyard verify` before the first launch of a model, task and attention backend."""
 
@@ -289,9 +291,10 @@ class Job(Section):
     def identity(self) -> str:
         """Digest of all that changes the trained weights or how they are scored, `evaluate.metric` included: another
         metric is another run. Where and how large the job runs does not count."""
-        parts = self.model_dump(mode="json", include={"task", "model", "data", "train"})
-        for name in ("verify", "deepspeed", "micro_batch_size", "activation_checkpointing", "activation_offload"):
-            parts["train"].pop(name)
+        how = {"verify", "deterministic", "deepspeed", "micro_batch_size", "activation_checkpointing"}
+        how |= {"activation_offload"}
+        parts = self.model_dump(mode="json", include={"task", "model", "data", "train"}, exclude={"train": how})
+        parts["model"]["attention"] = parts["model"]["attention"].replace("documents", "auto")  # what auto comes to
         scored_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize"}
         parts["evaluate"] = self.evaluate.model_dump(include=scored_by)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

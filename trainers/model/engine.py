@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
-from trainers.architecture import makes_weights, other_modalities
+from trainers.architecture import DOCUMENTS, makes_weights, other_modalities
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.activations import checkpoint_activations
@@ -120,6 +120,8 @@ def load_options(job: Job) -> dict[str, Any]:
         "use_safetensors": True,
         "trust_remote_code": job.model.trust_remote_code,
     }
+    if job.model.attention == DOCUMENTS:
+        import trainers.document_attention  # noqa: F401  # known to transformers from then on
     if job.model.attention != "auto":
         options["attn_implementation"] = job.model.attention
     return options

@@ -73,6 +73,15 @@ def pick_device(gpus_per_worker: int | Literal["auto"], threads: int | None = No
     return torch.device("cpu")
 
 
+def compute_deterministically() -> None:
+    """Let every operator give the same bits each time, or raise; call it before anything asks for a GPU."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+
+
 def join_world(threads: int, gpus_per_worker: int | Literal["auto"] = "auto") -> World:
     """Become a rank: pick the device, set the thread count, and join the process group unless the launcher has.
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class CausalTask(Task):
     """Next-token prediction over documents, several of which may share a sequence.
 
-    Documents of one sequence are told apart by position ids that restart at zero, with neither a cache nor an attention
-    mask: in transformers 5 that, and only that, builds a block-diagonal mask. Padding counts as one more document.
+    Documents of one sequence are told apart by their bounds, or by position ids that restart at zero with neither a
+    cache nor an attention mask: in transformers 5 that, and only that, builds a block-diagonal mask. Padding counts as
+    one more document; where every row is one document no mask is needed, since padding comes after all that counts.
     """
 
     metric = "loss"
@@ -47,6 +48,7 @@ class CausalTask(Task):
         ids, positions = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         labels, segments = np.full(shape, IGNORE, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
         rows: list[Example] = []
+        bounds = [0]
         for line, pack in enumerate(packs):
             start = 0
             for row in pack:
@@ -56,18 +58,23 @@ class CausalTask(Task):
                 labels[line, start : end - 1] = np.where(self.target_mask(row)[1:], row.input_ids[1:], IGNORE)
                 segments[line, start:end] = len(rows)
                 rows.append(row)
+                bounds.append(line * longest + end)
                 start = end
-            positions[line, start:] = np.arange(longest - start)
-        inputs = {"input_ids": ids, "position_ids": positions, "documents": segments}
+            positions[line, start:] = np.arange(longest - start) + (0 if self.options.packing else start)
+            if start < longest:
+                bounds.append((line + 1) * longest)
+        inputs: dict[str, Array] = {"input_ids": ids, "position_ids": positions, "documents": segments,
+                  "bounds": np.array(bounds, np.int32)}  # fmt: skip
         return Batch(inputs, labels, places(rows), tuple(rows), segments)
 
     def outputs(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
         """What the model class returns; packs go as one row where documents are told apart in a row alone."""
-        given = {name: tensor for name, tensor in inputs.items() if name != "documents"}
+        given = {name: tensor for name, tensor in inputs.items() if name not in ("documents", "bounds")}
         if not (self.options.packing and packs_as_one_row(model)):
             return model(**given, **self.forward_options)
         row = {name: tensor.reshape(1, -1) for name, tensor in given.items()}
-        outputs = model(**row, **document_bounds(model, row["position_ids"]), **self.forward_options)
+        bounds = document_bounds(model, row["position_ids"], inputs["bounds"])
+        outputs = model(**row, **bounds, **self.forward_options)
         if outputs.logits.numel() > 1:  # else the output layer gave the loss in their place
             outputs.logits = outputs.logits.view(*inputs["input_ids"].shape, -1)
         return outputs

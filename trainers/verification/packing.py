@@ -12,18 +12,23 @@ from trainers.model.source import ModelFolder
 from trainers.records import Record
 from trainers.storage import Folder
 
+VERSION = 2
+"""Of how the decision is made; another one asks again."""
+
 
 class PackingDecision(Record):
     """Whether documents of a pack are kept apart, and how that is known."""
 
-    schema_version: int = 1
+    schema_version: int = VERSION
     apart: bool
     reason: str
+    attention: str | None = None
+    """The attention backend that computes each document by itself, where the model works with it."""
 
 
 def decide_packing(job: Job, model: ModelFolder) -> PackingDecision | None:
-    """The decision, made or read; None where the job says itself whether it packs, or its task never does."""
-    if job.task not in PACKING_TASKS or job.data.packing is not None:
+    """The decision, made or read; None where the job does not pack."""
+    if job.task not in PACKING_TASKS or not job.packing:
         return None
     folder, name = Folder(job.storage) / "verify", f"packing-{_key(job, model)}.json"
     if folder.exists(name):
@@ -36,12 +41,22 @@ def decide_packing(job: Job, model: ModelFolder) -> PackingDecision | None:
 
 
 def with_packing(job: Job, decision: PackingDecision | None) -> Job:
-    """The job with packing off where documents would see each other."""
-    if decision is None or decision.apart:
+    """The job with packing off where documents would see each other, unless it asks for it, which is refused later; and
+    with attention that needs no mask where nothing else is named."""
+    if decision is None:
+        return job
+    if decision.apart:
+        attention = decision.attention if job.model.attention == "auto" else None
+        return (
+            job.model_copy(update={"model": job.model.model_copy(update={"attention": attention})})
+            if attention
+            else job
+        )
+    if job.data.packing:
         return job
     return job.model_copy(update={"data": job.data.model_copy(update={"packing": False})})
 
 
 def _key(job: Job, model: ModelFolder) -> str:
     libraries = [version(name) for name in ("torch", "transformers")]
-    return hashlib.sha256(repr([model.digest, job.model.attention, *libraries]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([VERSION, model.digest, job.model.attention, *libraries]).encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ from trainers.model.choice import Choice, choose, settle
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine, release_engine
 from trainers.model.memory import measure_size
-from trainers.model.world import World, free_memory, join_world, smallest_device
+from trainers.model.world import World, compute_deterministically, free_memory, join_world, smallest_device
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run
 from trainers.storage import Folder
@@ -37,6 +37,8 @@ def run_rank(run: Run, hooks: Hooks) -> LoopOutcome:
         TrainingError: the checkpoints belong to something else, or the loss diverged too often.
     """
     hooks.at("load", 0)
+    if run.job.train.deterministic:
+        compute_deterministically()
     world = join_world(run.job.scale.cpus_per_worker, run.job.scale.gpus_per_worker)
     if run.job.train.verify:
         _verify(run, world, hooks)

@@ -1,0 +1,117 @@
+"""Attention of packed documents without a mask: each document attends to itself alone, by where it begins.
+
+Its cost grows with the sum of the squares of the documents' lengths, where a mask over the whole pack costs the square
+of the pack's. On a GPU torch's own flash kernel for sequences of varying length does it (Dao 2023, arXiv:2307.08691);
+elsewhere, and in fp32, one call of scaled dot product attention a document.
+
+Importing this module makes it known to transformers as the attention backend `documents`. Calls that say no bounds
+(generation, single rows) are those of `sdpa`.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "documents"
+WIDEST_HEAD = 256
+"""Of the flash kernel."""
+UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")
+"""Arguments of other backends that would change the result."""
+
+
+def bounds_of(bounds: Any, longest: int, makes_mask: bool) -> dict[str, Any]:
+    """Arguments of a model's forward pass that reach `attend`.
+
+    Args:
+        bounds: int32 [documents + 1], where documents begin in the one row, its end included.
+        longest: positions of the longest document, or more.
+        makes_mask: whether transformers may make its mask, which nobody reads; else it gets an empty one of four
+            dimensions in its place, which the loss of a router cannot read.
+    """
+    said = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return said if makes_mask else {**said, "attention_mask": torch.empty(1, 1, 0, 0, device=bounds.device)}
+
+
+def attend(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Any = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[Any, None]:
+    """As transformers calls an attention backend.
+
+    Args:
+        query: [1, heads, positions, width]; key and value may have fewer heads.
+        sliding_window: positions that a position sees, its own included; None sees all before it.
+
+    Returns:
+        [1, positions, heads, width], and no weights.
+
+    Raises:
+        ValueError: where the model asks for what this backend does not compute.
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        given = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **others}
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+        return output, None
+    asked = [name for name in UNKNOWN if others.get(name) is not None]
+    if asked or others.get("is_causal") is False:
+        raise ValueError(f"attention backend {NAME} does not compute {', '.join(asked) or 'non-causal attention'}")
+    if _flash_takes(query, value):
+        flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        window = {"window_size_left": sliding_window - 1, "window_size_right": 0} if sliding_window else {}
+        result = torch.ops.aten._flash_attention_forward(
+            *flat,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            dropout,
+            True,
+            False,
+            scale=scaling,
+            **window,
+        )
+        return result[0][None], None
+    parts = [
+        _dense([tensor[:, :, begin:end] for tensor in (query, key, value)], dropout, scaling, sliding_window)
+        for begin, end in pairwise(cu_seq_lens_q.tolist())
+        if end > begin
+    ]
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+def _flash_takes(query: Any, value: Any) -> bool:
+    """Whether the kernel computes such heads."""
+    width = query.shape[-1]
+    halves = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and halves and width == value.shape[-1] <= WIDEST_HEAD and width % 8 == 0
+
+
+def _dense(states: list[Any], dropout: float, scaling: float | None, window: int | None) -> Any:
+    """Attention of one document's query, key and value: a position sees all before it, or a window."""
+    query, key, value = states
+    length = query.shape[2]
+    band = None
+    if window is not None and length > window:
+        band = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    shared = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, band, dropout, band is None, scale=scaling, enable_gqa=shared
+    )
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
