@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.reaper import guarded
 from trainers.errors import PlacementError
-from trainers.job.schema import ScaleSection
+from trainers.job.sections import ScaleSection
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shards travel through files, not through Ray's object store, so a small one is enough."""

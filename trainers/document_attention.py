@@ -85,12 +85,7 @@ def attend(
             **window,
         )
         return result[0][None], None
-    parts = [
-        _dense([tensor[:, :, begin:end] for tensor in (query, key, value)], dropout, scaling, sliding_window)
-        for begin, end in pairwise(cu_seq_lens_q.tolist())
-        if end > begin
-    ]
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+    return _one_by_one([query, key, value], cu_seq_lens_q, dropout, scaling, sliding_window), None
 
 
 def _flash_takes(query: Any, value: Any) -> bool:
@@ -98,6 +93,17 @@ def _flash_takes(query: Any, value: Any) -> bool:
     width = query.shape[-1]
     halves = query.dtype in (torch.bfloat16, torch.float16)
     return query.is_cuda and halves and width == value.shape[-1] <= WIDEST_HEAD and width % 8 == 0
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # or each set of lengths would be compiled
+def _one_by_one(states: list[Any], bounds: Any, dropout: float, scaling: float | None, window: int | None) -> Any:
+    """Attention of a row's documents, [1, positions, heads, width]."""
+    parts = [
+        _dense([tensor[:, :, begin:end] for tensor in states], dropout, scaling, window)
+        for begin, end in pairwise(bounds.tolist())
+        if end > begin
+    ]
+    return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
 
 def _dense(states: list[Any], dropout: float, scaling: float | None, window: int | None) -> Any:

@@ -1,12 +1,15 @@
 """A step on one GPU: ours by each way to keep the state, a plain torch loop, transformers' Trainer, DeepSpeed by hand.
 
 python tests/benchmarks/bench_gpu.py [--size 135m|1b] [--length 2048] [--micro 4] [--rounds 2] [--write docs/gpu.md]
+python tests/benchmarks/bench_gpu.py --documents 8    # documents of many lengths, about eight a sequence, ours packed
 python tests/benchmarks/bench_gpu.py --size tiny --device cpu    # a dry run: every line, no figure of worth
 
 All train the same Llama of random weights on the same sequences in the same order: bf16, AdamW, clipping at 1. Each
 contender is a process that imports, says so and waits; then one after the other trains, round by round, so nothing is
 timed beside an import. Losses of the first step are compared before any time is shown. Medians over the rounds; the
 first two steps are left out. `ours` keeps fp32 masters and moments, the peers keep all in bf16 (DeepSpeed: masters).
+With documents the Trainer pads each batch to its longest one, of as many positions as ours has tokens, and tokens
+that are no padding count.
 """
 
 import argparse
@@ -27,7 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.ranks import free_port
 from tests.tiny import shard_locally, tiny_job, write_rows
 
-CONTENDERS = ("ours zero0", "ours zero1", "ours zero2", "ours zero3", "torch", "trainer", "deepspeed")
+CONTENDERS = ("ours zero0", "ours compiled", "ours zero2", "ours zero3", "torch", "trainer", "deepspeed")
+OF_DOCUMENTS = ("ours zero0", "ours compiled", "trainer")
+SPREAD = 0.8
+"""Of the logarithm of the documents' lengths."""
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 1000},
@@ -38,6 +44,8 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 peak by a part of the card's name, from NVIDIA's data sheets."""
+Steps = tuple[list[float], list[float], list[int]]
+"""Of each step: seconds, loss, tokens that are no padding."""
 WARM_UP, BEGIN, END = 2, "<!-- bench_gpu: begin -->", "<!-- bench_gpu: end -->"
 
 
@@ -50,11 +58,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--only", nargs="+", default=CONTENDERS, help="contenders")
+    parser.add_argument("--only", nargs="+", help="contenders")
+    parser.add_argument("--documents", type=int, default=0, help="about so many a sequence; 0: one of full length")
     parser.add_argument("--write", type=Path, help="a page whose table is replaced")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    asked.only = asked.only or (OF_DOCUMENTS if asked.documents else CONTENDERS)
     if asked.contender:
         contend(asked)
         return
@@ -74,6 +84,8 @@ def make_job(asked: argparse.Namespace) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.conftest import make_chat_tokenizer
+    from trainers.model.source import ModelFolder
+    from trainers.verification.packing import decide_packing, with_packing
 
     folder = asked.folder
     if not (model := folder / "model").exists():
@@ -85,22 +97,31 @@ def make_job(asked: argparse.Namespace) -> Any:
             drawn = LlamaForCausalLM(config)
         drawn.to(torch.bfloat16).save_pretrained(model)
         make_chat_tokenizer(model)
-    words = np.random.default_rng(0).integers(
-        97, 123, (asked.micro * asked.accumulation * asked.steps, 2 * asked.length)
-    )
-    rows = [{"text": bytes(line.astype(np.uint8)).decode()} for line in words]  # cut at the length
+    rows = [{"text": text} for text in texts(asked)]
     job = tiny_job(
         folder, model, "pretrain", rows[:1] * 2,
-        data={"max_length": asked.length, "packing": False, "overlong": "truncate"},
+        data={"max_length": asked.length, "packing": True, "overlong": "truncate"},
         train={"global_batch_size": asked.micro * asked.accumulation, "micro_batch_size": asked.micro,
                "steps": asked.steps, "learning_rate": 1e-5, "schedule": "constant", "verify": False},
         checkpoint={"every_steps": 10**6},
     )  # fmt: skip
     write_rows(Path(job.data.train_paths[0]), rows)
     job = job.model_copy(update={"model": job.model.model_copy(update={"dtype": "bfloat16"})})
+    job = with_packing(job, decide_packing(job, ModelFolder(str(model), "")))
     if not asked.contender:
         shard_locally(job)
     return job
+
+
+def texts(asked: argparse.Namespace) -> list[str]:
+    """Letters, a token each: sequences of full length, which are cut there, or documents."""
+    draw = np.random.default_rng(0)
+    sequences = asked.micro * asked.accumulation * asked.steps
+    if not asked.documents:
+        return [bytes(line).decode() for line in draw.integers(97, 123, (sequences, 2 * asked.length), np.uint8)]
+    mean = asked.length / asked.documents
+    lengths = draw.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD, sequences * asked.documents)
+    return [bytes(draw.integers(97, 123, int(each), np.uint8)).decode() for each in lengths.clip(16, asked.length - 8)]
 
 
 def race(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -108,7 +129,7 @@ def race(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     started = []
     for _ in range(asked.rounds):
         for name in asked.only:
-            shared = ("size", "length", "micro", "accumulation", "steps", "device", "folder")
+            shared = ("size", "length", "micro", "accumulation", "steps", "device", "folder", "documents")
             words = [word for key in shared for word in (f"--{key}", str(getattr(asked, key)))]
             environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             environment |= {"MASTER_PORT": str(free_port()), "TOKENIZERS_PARALLELISM": "false"}
@@ -158,7 +179,8 @@ def contend(asked: argparse.Namespace) -> None:
     sys.stdin.readline()
     job = make_job(asked)
     kind, _, way = asked.contender.partition(" ")
-    seconds, losses = {"ours": ours, "torch": by_hand, "deepspeed": by_hand, "trainer": trainer}[kind](job, asked, way)
+    contender = {"ours": ours, "torch": by_hand, "deepspeed": by_hand, "trainer": trainer}[kind]
+    seconds, losses, tokens = contender(job, asked, way)
     if asked.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
         card = torch.cuda.get_device_name()
@@ -166,7 +188,8 @@ def contend(asked: argparse.Namespace) -> None:
         import resource
 
         peak, card = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "CPU"
-    result = {"seconds": seconds[WARM_UP:], "losses": losses, "peak": peak, "card": card}
+    speed = sum(tokens[WARM_UP:]) / sum(seconds[WARM_UP:])
+    result = {"seconds": seconds[WARM_UP:], "losses": losses, "peak": peak, "card": card, "speed": speed}
     print("RESULT", json.dumps(result), flush=True)
     os._exit(0)  # engines and process groups need not be taken apart
 
@@ -175,7 +198,7 @@ class Enough(Exception):
     """All steps are done; what a run does after them is not measured."""
 
 
-def ours(job: Any, asked: argparse.Namespace, way: str) -> tuple[list[float], list[float]]:
+def ours(job: Any, asked: argparse.Namespace, way: str) -> Steps:
     """The product's own rank, without its last checkpoint."""
     from tests.trainers.training.test_training import Recorder
     from trainers.run.record import find_run
@@ -187,12 +210,14 @@ def ours(job: Any, asked: argparse.Namespace, way: str) -> tuple[list[float], li
             if event.kind == "step" and event.step == asked.steps:
                 raise Enough
 
-    job = job.model_copy(update={"train": job.train.model_copy(update={"deepspeed": way})})
+    settings = {"deepspeed": "zero0", "compile": True} if way == "compiled" else {"deepspeed": way}
+    job = job.model_copy(update={"train": job.train.model_copy(update=settings)})
     clock = Clock()
     with contextlib.suppress(Enough):
         run_rank(find_run(job), clock)
     steps = [event for event in clock.events if event.kind == "step"]
-    return [event.step_s for event in steps], [event.loss for event in steps]
+    tokens = np.diff([0, *(event.tokens for event in steps)]).tolist()
+    return [event.step_s for event in steps], [event.loss for event in steps], tokens
 
 
 def batches(job: Any) -> list[Any]:
@@ -211,7 +236,7 @@ def batches(job: Any) -> list[Any]:
     return [torch.from_numpy(np.stack([row.input_ids for row in step]).astype(np.int64)) for _, step in lines]
 
 
-def by_hand(job: Any, asked: argparse.Namespace, _: str) -> tuple[list[float], list[float]]:
+def by_hand(job: Any, asked: argparse.Namespace, _: str) -> Steps:
     """A loop as everybody writes it: torch alone, or with a DeepSpeed ZeRO-3 engine."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -251,15 +276,16 @@ def by_hand(job: Any, asked: argparse.Namespace, _: str) -> tuple[list[float], l
             optimizer.zero_grad(set_to_none=True)
         seconds.append(clock(asked) - began)
         losses.append(float(total) / asked.accumulation)
-    return seconds, losses
+    return seconds, losses, [asked.micro * asked.accumulation * asked.length] * len(seconds)
 
 
-def trainer(job: Any, asked: argparse.Namespace, _: str) -> tuple[list[float], list[float]]:
-    """transformers' Trainer without DeepSpeed, on the same sequences in the same order."""
+def trainer(job: Any, asked: argparse.Namespace, _: str) -> Steps:
+    """transformers' Trainer without DeepSpeed: the same sequences in the same order, or documents as they come."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     seconds: list[float] = []
+    tokens: list[int] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         began = 0.0
@@ -274,17 +300,36 @@ def trainer(job: Any, asked: argparse.Namespace, _: str) -> tuple[list[float], l
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
+    def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, -100)}
+
+    data = documents(job) if asked.documents else [row for step in batches(job) for row in step]
+    rows = asked.micro * (asked.documents or 1)
+    per_step = rows * asked.accumulation
+    tokens += [sum(map(len, data[at : at + per_step])) for at in range(0, len(data), per_step)]
     arguments = TrainingArguments(
-        str(asked.folder / "trainer"), per_device_train_batch_size=asked.micro, max_steps=asked.steps,
+        str(asked.folder / "trainer"), per_device_train_batch_size=rows, max_steps=asked.steps,
         gradient_accumulation_steps=asked.accumulation, logging_steps=1, save_strategy="no", bf16=True, report_to=[],
         learning_rate=1e-5, lr_scheduler_type="constant", weight_decay=0.01, optim="adamw_torch_fused",
         max_grad_norm=1.0, disable_tqdm=True, use_cpu=asked.device == "cpu",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(job.model.path, dtype=torch.bfloat16)
-    data = [{"input_ids": row, "labels": row} for step in batches(job) for row in step]
-    peer = InOrder(model=model, args=arguments, train_dataset=data, callbacks=[Clock()])
+    peer = InOrder(model=model, args=arguments, train_dataset=data, data_collator=padded, callbacks=[Clock()])
     peer.train()
-    return seconds, [line["loss"] for line in peer.state.log_history if "loss" in line]
+    return seconds, [line["loss"] for line in peer.state.log_history if "loss" in line], tokens[: len(seconds)]
+
+
+def documents(job: Any) -> list[Any]:
+    """Every document, as it lies in the shards."""
+    import torch
+
+    from trainers.run.record import find_run
+
+    run = find_run(job)
+    rows = run.open_shards("train", run.load_task())
+    return [torch.from_numpy(np.array(rows.row(at).input_ids, np.int64)) for at in range(len(rows))]
 
 
 def deepspeed_config(asked: argparse.Namespace) -> dict[str, Any]:
@@ -327,24 +372,30 @@ def table(asked: argparse.Namespace, job: Any, results: dict[str, list[dict[str,
     }
     tokens = asked.micro * asked.accumulation * asked.length
     shape = SIZES[asked.size]
-    attention = 6 * shape["num_hidden_layers"] * shape["hidden_size"] * asked.length  # causal: half of the square
+    length = asked.length / (asked.documents or 1)
+    attention = 6 * shape["num_hidden_layers"] * shape["hidden_size"] * length  # causal: half of the square
     flops = tokens * (6 * size.parameters + attention)
     card = next(iter(results.values()))[0]["card"]
     peak = next((figure for part, figure in PEAK_FLOPS.items() if part in card), None)
     lines = [
         f"{card}, Llama {asked.size} ({size.parameters:,} parameters), {asked.micro} x {asked.accumulation} sequences "
-        f"of {asked.length} tokens a step, {asked.rounds} rounds of {asked.steps} steps:",
+        f"of {asked.length} tokens a step{_of_documents(asked)}, {asked.rounds} rounds of {asked.steps} steps:",
         "",
         "| | s a step | tokens/s | MFU | peak GiB | plan's GiB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, rounds in results.items():
         step = statistics.median(second for each in rounds for second in each["seconds"])
-        use = f"{flops / step / peak:.1%}" if peak else "-"
+        speed = statistics.median(each["speed"] for each in rounds)
+        use = f"{flops / tokens * speed / peak:.1%}" if peak else "-"
         plan = f"{said[name] / GIB:.1f}" if name in said else ""
         gib = max(each["peak"] for each in rounds) / GIB
-        lines.append(f"| {name} | {step:.3f} | {tokens / step:,.0f} | {use} | {gib:.1f} | {plan} |")
+        lines.append(f"| {name} | {step:.3f} | {speed:,.0f} | {use} | {gib:.1f} | {plan} |")
     return lines
+
+
+def _of_documents(asked: argparse.Namespace) -> str:
+    return f" of about {asked.documents} documents" if asked.documents else ""
 
 
 def write_table(page: Path, lines: list[str]) -> None:

@@ -132,7 +132,7 @@ def losses(job: Any, far: Any) -> list[tuple[float, float]]:
         model = prepare_model(task.load_model(job.model.path, pad_id=encoder.pad_id, **load_options(job)), job, task)
         model.to(device)
         torch.manual_seed(1)
-        loss = objective.step_loss(model, *batch.to(device))
+        loss = objective.step_loss(model, *batch.to(device), batch.targets(device))
         loss.backward()
         squares = [float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None]
         found.append((float(loss), sum(squares) ** 0.5))
@@ -180,7 +180,7 @@ def waits_of_a_step(far: Any) -> dict[int, list[str]]:
     from trainers.training.loop import run_micro_batches
 
     class Objective:
-        def step_loss(self, model: Any, inputs: Any, labels: Any) -> Any:
+        def step_loss(self, model: Any, inputs: Any, labels: Any, targets: Any) -> Any:
             return (model(inputs["x"]) - labels).square().sum()
 
     class Engine(torch.nn.Linear):

@@ -36,11 +36,12 @@ def losses(bf16: Any) -> dict[tuple[str, str], dict[int, float]]:
         for run, stop in (("whole", None), ("twice", None), ("again", 3), ("resumed", None)):
             folder = f"{way}-{'again' if run == 'resumed' else run}"
             plan[way, run] = (job, folder, stop)
+    plan["compiled", "whole"] = (with_(bf16, train={"deepspeed": "zero0", "compile": True}), "compiled", None)
     world = min(torch.cuda.device_count(), 2) if has_gpu() else 1
     return dict(zip(plan, run_ranks(train_all, world, list(plan.values()))[0], strict=True))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", (*WAYS, "compiled"))
 def test_bf16_trains_on_gpus(losses: dict[tuple[str, str], dict[int, float]], way: str) -> None:
     whole = losses[way, "whole"]
     assert whole[6] < whole[1]
@@ -66,7 +67,7 @@ def test_the_flash_kernel_by_bounds_gives_what_documents_alone_give(
 ) -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if has_gpu() else "cpu")
-    bounds = torch.tensor([0, 1, 130, 131, 700, 1024], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, 1, 130, 131, 700, 1024, 1024, 1024], dtype=torch.int32, device=device)
 
     def compute(dtype: torch.dtype) -> list[torch.Tensor]:
         """Output and gradients."""
@@ -80,3 +81,25 @@ def test_the_flash_kernel_by_bounds_gives_what_documents_alone_give(
     upstream = torch.randn(1, 1024, heads, width, device=device).bfloat16()
     for half, whole in zip(compute(torch.bfloat16), compute(torch.float32), strict=True):
         assert float((half.float() - whole).norm() / whole.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_loss_and_its_gradient_are_those_of_torch(dtype: torch.dtype, smoothing: float) -> None:
+    if not has_gpu():
+        pytest.skip("the kernel runs on GPUs alone")
+    from trainers.tasks.losses.fused import loss_and_slope
+
+    torch.manual_seed(0)
+    for vocabulary in (100, 8192, 128_257):
+        logits = (3 * torch.randn(33, vocabulary, device="cuda")).to(dtype)
+        labels = torch.randint(0, vocabulary, (33,), device="cuda")
+        leaf = logits.double().requires_grad_()
+        wanted = torch.nn.functional.cross_entropy(leaf, labels, label_smoothing=smoothing, reduction="sum")
+        wanted.backward()
+        loss, slope = loss_and_slope(logits, labels, smoothing)
+        assert float(loss) == pytest.approx(float(wanted.detach()), rel=1e-5)
+        assert slope.dtype == dtype
+        assert float((slope.double() - leaf.grad).norm() / leaf.grad.norm()) < (
+            1e-5 if dtype == torch.float32 else 4e-3
+        )

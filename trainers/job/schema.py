@@ -18,6 +18,7 @@ from trainers.job.sections import (
     EvaluateOptions,
     LoraSection,
     RegistrySection,
+    ScaleSection,
     Section,
     Strings,
     TrainOptions,
@@ -161,6 +162,9 @@ class TrainSection(TrainOptions):
     activation_checkpointing: Literal["none", "full", "auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Layers that keep their inputs alone and are computed again in the backward pass: all (full), or every N-th. Less
     memory, up to a third more time, the same gradients. auto takes the cheapest that fits the GPUs, none on CPUs."""
+    compile: bool = False
+    """Compile the model's layers with torch.compile: faster steps on GPUs after a first one that takes up to a minute.
+    Not under ZeRO-3, whose hooks stand between a layer's operators."""
     activation_offload: bool = False
     """Hold what checkpointed layers keep in host memory; needs activation_checkpointing. auto does so where it must."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -180,37 +184,6 @@ class TrainSection(TrainOptions):
         if isinstance(self.activation_checkpointing, int):
             return self.activation_checkpointing
         return int(self.activation_checkpointing == "full")
-
-
-class Elastic(Section):
-    """A range of world sizes."""
-
-    min: Annotated[int, Field(ge=1)]
-    max: Annotated[int, Field(ge=1)]
-
-
-class ScaleSection(Section):
-    """How many workers, and what each takes."""
-
-    workers: Annotated[int, Field(ge=1)] | Elastic = 1
-    """Ranks of the training; a range lets the run go on with fewer and grow back."""
-    gpus_per_worker: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """auto: one where the cluster has GPUs, else none."""
-    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    """Also the number of threads of each rank on CPU."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts in a row, without a new checkpoint between them, before the job fails."""
-    hang_after_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Seconds without progress after which the ranks are restarted, with a report of who hung where; auto: 20 times the
-    median step, at least 60, and 1,800 while loading."""
-
-    @property
-    def max_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers.max
-
-    @property
-    def min_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers.min
 
 
 class CheckpointSection(Section):
@@ -291,7 +264,7 @@ class Job(Section):
     def identity(self) -> str:
         """Digest of all that changes the trained weights or how they are scored, `evaluate.metric` included: another
         metric is another run. Where and how large the job runs does not count."""
-        how = {"verify", "deterministic", "deepspeed", "micro_batch_size", "activation_checkpointing"}
+        how = {"verify", "deterministic", "compile", "deepspeed", "micro_batch_size", "activation_checkpointing"}
         how |= {"activation_offload"}
         parts = self.model_dump(mode="json", include={"task", "model", "data", "train"}, exclude={"train": how})
         parts["model"]["attention"] = parts["model"]["attention"].replace("documents", "auto")  # what auto comes to

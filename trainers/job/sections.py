@@ -143,3 +143,34 @@ class RegistrySection(Section):
     """An MLflow tracking server; null means SQLite under storage."""
     promote: Literal["if_better", "always", "never"] = "if_better"
     """When the new version takes the alias champion."""
+
+
+class Elastic(Section):
+    """A range of world sizes."""
+
+    min: Annotated[int, Field(ge=1)]
+    max: Annotated[int, Field(ge=1)]
+
+
+class ScaleSection(Section):
+    """How many workers, and what each takes."""
+
+    workers: Annotated[int, Field(ge=1)] | Elastic = 1
+    """Ranks of the training; a range lets the run go on with fewer and grow back."""
+    gpus_per_worker: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """auto: one where the cluster has GPUs, else none."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """Also the number of threads of each rank on CPU."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts in a row, without a new checkpoint between them, before the job fails."""
+    hang_after_s: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Seconds without progress after which the ranks are restarted, with a report of who hung where; auto: 20 times the
+    median step, at least 60, and 1,800 while loading."""
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min

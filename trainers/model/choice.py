@@ -22,7 +22,8 @@ AGAIN = {(0, False): 1.0, (2, False): 1.17, (1, False): 1.33, (1, True): 1.5}
 third of a step."""
 SMALL = 2.0
 """What micro-batches below 4,096 tokens cost: too small to fill a GPU."""
-WITHOUT_DEVICES = "zero3"
+WITHOUT_DEVICES = {False: "zero3", True: "zero2"}
+"""Where no device's memory is known, by whether layers are compiled."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def choose(job: Job, world_size: int, device_bytes: int | None, measure: Callabl
     if device_bytes is None or (named is not None and named not in WAYS):
         step = StepShape(batches.micro_batch_size, batches.accumulation, job.train.checkpoint_every_layers,
                          job.train.activation_offload)  # fmt: skip
-        return Choice(named or WITHOUT_DEVICES, step, "named by the job" if named else "ranks compute on CPUs")
+        return Choice(
+            named or WITHOUT_DEVICES[job.train.compile], step, "named by the job" if named else "ranks compute on CPUs"
+        )
     size = measure()
     least, chosen = inf, None
     for _, way, step in _candidates(job, batches, size):
@@ -73,6 +76,8 @@ def choose(job: Job, world_size: int, device_bytes: int | None, measure: Callabl
 def _candidates(job: Job, batches: BatchPlan, size: ModelSize) -> list[tuple[float, str, StepShape]]:
     """Every way and step that the job allows, with its cost; the cheapest first, of equal cost the largest step."""
     ways = WAYS if job.train.deepspeed == "auto" else {job.train.deepspeed: 1.0}
+    if job.train.compile:
+        ways = {way: cost for way, cost in ways.items() if not way.startswith("zero3")}
     found = []
     for (way, slower), ((every, offload), longer) in product(ways.items(), _layers_again(job, size).items()):
         for micro, accumulation in _micro_batches(job, batches):

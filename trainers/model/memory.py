@@ -120,14 +120,14 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
     """Sizes of a job's model, from its configuration alone."""
     import torch
 
-    from trainers.tasks.losses.chunked import CHUNK_BYTES, LEAST_VOCABULARY
+    from trainers.tasks.losses.chunked import CARD_CHUNK_BYTES, CHUNK_BYTES, LEAST_VOCABULARY
 
     dtype, length = getattr(torch, job.model.dtype), job.data.max_length
     width = dtype.itemsize
     kept, model, config = measure_activations(model_path, length, dtype, job.model.trust_remote_code)
     text = config.get_text_config()
     vocabulary, row = text.vocab_size if _predicts_tokens(job) else 0, length * text.hidden_size * width
-    chunked = vocabulary >= LEAST_VOCABULARY
+    chunked, chunk = vocabulary >= LEAST_VOCABULARY, max(3 * CHUNK_BYTES, CARD_CHUNK_BYTES // 2)
     head = vocabulary * text.hidden_size if not getattr(config, "tie_word_embeddings", True) else 0
     total = sum(parameter.numel() for parameter in model.parameters()) + head
     return ModelSize(
@@ -136,7 +136,7 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         weight_bytes=width,
         sequence_bytes=kept,
         logits_bytes=row if chunked else length * vocabulary * (8 + 2 * width),
-        once_bytes=3 * CHUNK_BYTES + vocabulary * text.hidden_size * (4 + width) if chunked else 0,
+        once_bytes=chunk + vocabulary * text.hidden_size * (4 + width) if chunked else 0,
         layers=text.num_hidden_layers,
         input_bytes=row,
         checkpoints=model.supports_gradient_checkpointing,

@@ -52,8 +52,8 @@ class PlainEngine(torch.nn.Module):  # type: ignore[misc]  # torch is not typed 
         loss.backward()
         for parameter, master in self.masters.items():
             if master is not parameter and parameter.grad is not None:
-                gradient, parameter.grad = parameter.grad.float(), None
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                gradient, parameter.grad = parameter.grad, None
+                master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
 
     def step(self) -> None:
         """Update after the last micro-batch of a step; before that, nothing."""

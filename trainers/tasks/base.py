@@ -158,8 +158,14 @@ class Task(ABC):
         logits: torch.Tensor = outputs.logits
         return logits
 
-    def step_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """The training loss of a micro-batch, summed over targets.
+    def step_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        targets: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The training loss of a micro-batch, summed over targets, whose places `Batch.targets` tells.
 
         A mixture's balancing loss counts where the model's configuration says so (`output_router_logits`). It is a mean
         over a micro-batch, so it alone depends on how a step is cut up.
@@ -174,7 +180,7 @@ class Task(ABC):
         if self.over_vocabulary:
             from trainers.tasks.losses.chunked import loss_in_place
 
-            loss = loss_in_place(model, forward, labels, self.options.label_smoothing)
+            loss = loss_in_place(model, forward, labels, self.options.label_smoothing, targets)
         loss = self.loss_sum(forward(), labels) if loss is None else loss
         if not router_loss_weight(plain_model(model).config) or getattr(passed[-1], "router_logits", None) is None:
             return loss

@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     import torch
 
 
+IGNORE = -100
+"""Label of positions the loss skips."""
+
+
+def move(array: Array, device: torch.device | str) -> torch.Tensor:
+    """A tensor on a device, from page-locked memory where that is a GPU."""
+    import torch
+
+    card = torch.device(device).type == "cuda"
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return (tensor.pin_memory() if card else tensor).to(device, non_blocking=card)
+
+
 @dataclass(frozen=True)
 class Example:
     """One sequence as read back from a shard."""
@@ -42,15 +55,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Inputs and labels as tensors on a device; to a GPU from page-locked memory, so that nobody waits."""
-        import torch
+        return {name: move(array, device) for name, array in self.inputs.items()}, move(self.labels, device)
 
-        card = torch.device(device).type == "cuda"
-
-        def moved(array: Array) -> torch.Tensor:
-            tensor = torch.from_numpy(np.ascontiguousarray(array))
-            return (tensor.pin_memory() if card else tensor).to(device, non_blocking=card)
-
-        return {name: moved(array) for name, array in self.inputs.items()}, moved(self.labels)
+    def targets(self, device: torch.device | str) -> torch.Tensor:
+        """int64 [targets] on a device: places of the labels that count, in the flattened batch. Worked out here, for
+        a GPU would have to be waited for."""
+        return move(np.flatnonzero(self.labels != IGNORE), device)
 
     @property
     def tokens(self) -> int:

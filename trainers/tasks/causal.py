@@ -43,7 +43,7 @@ class CausalTask(Task):
 
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Packs as rows padded on the right; labels are already shifted to the position that predicts them."""
-        longest = max(sum(len(row.input_ids) for row in pack) for pack in packs)
+        longest = max(self.options.pack_length, *(sum(len(row.input_ids) for row in pack) for pack in packs))
         shape = (len(packs), longest)
         ids, positions = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         labels, segments = np.full(shape, IGNORE, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
@@ -64,8 +64,13 @@ class CausalTask(Task):
             if start < longest:
                 bounds.append((line + 1) * longest)
         inputs: dict[str, Array] = {"input_ids": ids, "position_ids": positions, "documents": segments,
-                  "bounds": np.array(bounds, np.int32)}  # fmt: skip
+                  "bounds": self._padded(bounds)}  # fmt: skip
         return Batch(inputs, labels, places(rows), tuple(rows), segments)
+
+    def _padded(self, bounds: list[int]) -> Array:
+        """int32; for compiled layers of few different lengths, by documents of no length at the end."""
+        empty = 2 ** max(len(bounds) - 1, 63).bit_length() + 1 - len(bounds) if self.options.pack_length else 0
+        return np.array(bounds + bounds[-1:] * empty, np.int32)
 
     def outputs(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
         """What the model class returns; packs go as one row where documents are told apart in a row alone."""

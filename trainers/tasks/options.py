@@ -12,6 +12,8 @@ class TaskOptions(DataOptions, TrainOptions, EvaluateOptions):
 
     packing: bool = False
     """Whether several documents share a sequence."""
+    pack_length: int = 0
+    """Positions that every batch of packs has at least, for layers that are compiled."""
     dropout: float | None = None
     label_counts: dict[str, int] = {}
     """Training rows by label."""

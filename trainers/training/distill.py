@@ -26,11 +26,17 @@ class Distilled:
     def __init__(self, task: Task, teacher: Any, temperature: float, alpha: float) -> None:
         self._task, self._teacher, self._temperature, self._alpha = task, teacher, temperature, alpha
 
-    def step_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    def step_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        targets: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The training loss of a micro-batch, summed over targets. Raises JobError where the two do not fit."""
         import torch
 
-        loss = self._loss_in_chunks(model, inputs, labels)
+        loss = self._loss_in_chunks(model, inputs, labels, targets)
         if loss is not None:
             return loss
         logits = self._task.forward(model, inputs)
@@ -42,11 +48,13 @@ class Distilled:
                 "teacher and student must share vocabulary and labels"
             )
         own = self._task.loss_sum(logits, labels)
-        targets = labels != IGNORE
-        distance = divergence_sum(logits[targets].float(), wanted[targets].float(), self._temperature)
+        counted = labels != IGNORE
+        distance = divergence_sum(logits[counted].float(), wanted[counted].float(), self._temperature)
         return self._alpha * distance + (1 - self._alpha) * own
 
-    def _loss_in_chunks(self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> Any:
+    def _loss_in_chunks(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, targets: torch.Tensor | None
+    ) -> Any:
         """The same where both models end in a large vocabulary; None where they do not, or their sizes differ."""
         from trainers.tasks.losses.chunked import head_loss, head_of
 
@@ -55,7 +63,7 @@ class Distilled:
             return None
         teacher = (lambda: self._task.forward(self._teacher, inputs), other, self._temperature, self._alpha)
         smoothing = self._task.options.label_smoothing
-        return head_loss(lambda: self._task.forward(model, inputs), head, labels, smoothing, teacher)
+        return head_loss(lambda: self._task.forward(model, inputs), head, labels, smoothing, targets, teacher)
 
 
 def divergence_sum(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -24,8 +24,8 @@ class Hooks(Protocol):
 class Objective(Protocol):
     """What is minimized: a task, or one with a teacher."""
 
-    def step_loss(self, model: Any, inputs: Mapping[str, Any], labels: Any) -> Any:
-        """The loss of a micro-batch, summed over targets."""
+    def step_loss(self, model: Any, inputs: Mapping[str, Any], labels: Any, targets: Any) -> Any:
+        """The loss of a micro-batch, summed over targets; their places as `Batch.targets` gives them."""
 
 
 class Evaluate(Protocol):

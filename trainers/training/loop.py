@@ -88,10 +88,10 @@ def train(
             set_learning_rate(engine, schedule.rate(step))
             batch = source.next(step)
             loss_sum = run_micro_batches(engine, objective, batch, world, saver.before_update)
-            norm = float(engine.get_global_grad_norm() or 0.0)
             hooks.at("settle", step)
+            loss, norm = _read(loss_sum / batch.targets, engine.get_global_grad_norm())
             seconds = time.perf_counter() - began
-            loss, busy = _settle(loss_sum / batch.targets, seconds * meter.share(), world)
+            loss, busy = _settle(loss, seconds * meter.share(), world)
             wrong = divergence(loss, norm, [event.loss for event in history], settings.spike_factor)
             if wrong:
                 raise Diverged(step, loss, wrong)
@@ -154,7 +154,7 @@ def run_micro_batches(
 
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for place, micro in enumerate(batch.micro_batches, 1):
-        loss_sum = objective.step_loss(engine, *micro.to(world.device))
+        loss_sum = objective.step_loss(engine, *micro.to(world.device), micro.targets(world.device))
         engine.backward(share_of_step(loss_sum, batch.targets, world.size), scale_wrt_gas=False)
         if place == len(batch.micro_batches):
             before_update()
@@ -173,16 +173,31 @@ def agree_to_stop(reason: StopReason | None, world: World) -> StopReason | None:
     import torch
     import torch.distributed as dist
 
+    if world.size == 1:
+        return reason
     votes = torch.tensor([float(reason == name) for name in STOPS], device=world.device)
     dist.all_reduce(votes)
     return next((name for name, count in zip(STOPS, votes.tolist(), strict=True) if count), None)
 
 
-def _settle(loss: Any, busy_s: float, world: World) -> tuple[float, Sequence[float]]:
+def _read(loss: Any, norm: Any) -> tuple[float, float]:
+    """Scalars on the device, or a number or None for the norm. The one place where a step waits for a GPU to finish."""
+    import torch
+
+    both = torch.stack(
+        [loss.double(), torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float64, device=loss.device)]
+    )
+    first, second = both.tolist()
+    return first, second
+
+
+def _settle(loss: float, busy_s: float, world: World) -> tuple[float, Sequence[float]]:
     """The loss summed over ranks, and how long each rank worked, in one collective."""
     import torch
     import torch.distributed as dist
 
+    if world.size == 1:
+        return loss, [busy_s]
     shared = torch.zeros(1 + world.size, dtype=torch.float64, device=world.device)
     shared[0], shared[1 + world.rank] = loss, busy_s
     dist.all_reduce(shared)

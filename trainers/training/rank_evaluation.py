@@ -112,11 +112,15 @@ class RankEvaluation:
 
 @contextmanager
 def evaluated(engine: Any, lora: Any) -> Iterator[Any]:
-    """The engine's model in evaluation mode, for a while; adapters count as the export merges them."""
+    """The engine's model in evaluation mode, for a while; adapters count as the export merges them. Compiled layers
+    compute as they are, or each length of a text would be compiled."""
+    import torch
+
     model = engine.module
     model.eval()
+    merged = merged_adapters(model, lora, partial(full_weight, engine)) if lora else nullcontext()
     try:
-        with merged_adapters(model, lora, partial(full_weight, engine)) if lora else nullcontext():
+        with torch.compiler.set_stance("force_eager"), merged:
             yield model
     finally:
         model.train()

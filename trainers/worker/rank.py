@@ -10,6 +10,7 @@ from trainers.batching.packing import index_packs
 from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
 from trainers.checkpoint.records import Progress
 from trainers.model.choice import Choice, choose, settle
+from trainers.model.compiled import compile_layers
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine, release_engine
 from trainers.model.memory import measure_size
@@ -87,6 +88,8 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     engine = build_engine(job, task, run.model.path, pad_id, derive_config(job, plan), world)
     if job.packing:
         check_isolation(engine, task, shards, pad_id, job.model.attention, world.device)
+    if job.train.compile:
+        compile_layers(engine, task, job.data.max_length)
     source = StepSource(shards, packs, order, plan, world.rank, task, pad_id)
     schedule = Schedule(job.train.schedule, job.train.learning_rate, order.steps, job.train.warmup_ratio)
     checkpointer = Checkpointer(

@@ -290,7 +290,7 @@ def test_a_slow_save_is_finished_and_the_next_left_out_a_hanging_one_is_given_up
 class Squares:
     """An objective over the engine's own output."""
 
-    def step_loss(self, model: Any, inputs: Any, labels: Any) -> Any:
+    def step_loss(self, model: Any, inputs: Any, labels: Any, targets: Any) -> Any:
         return model(inputs["x"]).square().sum()
 
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainers.records import Array
+from trainers.tasks.batch import IGNORE as IGNORE
 
 if TYPE_CHECKING:
     import torch
 
-IGNORE = -100
-"""Label of positions the loss skips."""
 CHUNK_BYTES = 160 * 2**20
 """fp32 logits that are held at a time. Larger chunks were not faster on a CPU; smaller ones cost up to a third more."""
 
