@@ -20,6 +20,7 @@ from trainers.model.layer_drop import seed_layer_drop
 from trainers.model.lora import add_adapters, merged_reader
 from trainers.tasks import Example, TaskOptions, load_task
 from trainers.verification import checks
+from trainers.verification.pack_probe import ask
 from trainers.verification.packing import PackingDecision, decide_packing, with_packing
 
 
@@ -166,11 +167,58 @@ def test_packing_gives_way_by_itself_where_documents_would_see_each_other(sample
 
     job, decision = decide("llama")
     assert decision is not None and decision.apart and with_packing(job, decision).packing
-    for family in ("opt", "lfm2"):
+    for family in ("bloom", "lfm2"):
         job, decision = decide(family)
         assert decision is not None and not decision.apart and decision.reason
         assert not with_packing(job, decision).packing and decide(family)[1] == decision
-    assert decide("opt", packing=True)[1] is None  # who asks for it gets it, or a refusal
+    job, decision = decide("bloom", packing=True)
+    assert with_packing(job, decision).packing, "who asks for it gets it, or a refusal"
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        ("llama", "documents"),
+        ("opt", "documents"),  # whose masks transformers does not make for packs
+        ("mistral", "documents"),  # a sliding window
+        ("mixtral", "documents"),  # a router, whose loss wants the mask
+        ("llama4_text", "auto"),  # attends in chunks, which no bounds tell
+        ("gemma2", "auto"),  # caps its scores
+        ("stablelm", "auto"),  # adds the mask itself
+        ("lfm2", "auto"),  # carries a state from token to token
+    ],
+)
+def test_documents_attend_by_bounds_where_that_gives_what_each_alone_gives(
+    family: str, attention: str, samples: Samples, tmp_path: Path
+) -> None:
+    model_of(family, samples, load_task("pretrain"))
+    job = job_of("pretrain", tmp_path, samples.folder / "models" / family)
+    job = job.model_copy(update={"data": job.data.model_copy(update={"packing": None})})
+    decided = with_packing(job, ask(job, job.model.path))
+    assert decided.model.attention == attention
+    named = job.model_copy(update={"model": job.model.model_copy(update={"attention": "sdpa"})})
+    assert with_packing(named, ask(named, named.model.path)).model.attention == "sdpa"
+    assert decided.model_copy(update={"data": job.data}).identity() == job.identity()
+
+
+def test_packs_train_alike_by_bounds_and_by_masks(samples: Samples) -> None:
+    """Losses and gradients of a windowed model on padded rows of several documents, some longer than the window."""
+    task = load_task("pretrain", TaskOptions(packing=True))
+    draw = np.random.default_rng(0)
+    rows = [Example(at, draw.integers(5, 30, size).astype(np.int32), {}) for at, size in enumerate((16, 9, 4, 17, 3))]
+    inputs, labels = task.collate([rows[:3], rows[3:]], 0).to("cpu")
+    assert inputs["bounds"].tolist() == [0, 16, 25, 29, 46, 49, 58]
+    model = model_of("mistral", samples, task)
+    model.config.sliding_window = 6
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 6
+    found = []
+    for backend in ("sdpa", "documents"):
+        model.set_attn_implementation(backend)
+        loss = task.step_loss(model, inputs, labels)
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for by_mask, by_bounds in zip(*found, strict=True):
+        torch.testing.assert_close(by_bounds, by_mask, rtol=1e-4, atol=1e-5)
 
 
 def test_packs_go_as_one_row_to_kernels_that_tell_documents_apart_in_a_row_alone(
