@@ -13,6 +13,8 @@ from trainers.batching.batch_plan import BatchPlan
 from trainers.job.schema import Job
 from trainers.model.families import tested_families
 from trainers.model.fit import tensor_shapes
+from trainers.shards.manifest import Shards
+from trainers.shards.worth import metric_refusal
 from trainers.tasks import encode_rules
 from trainers.tasks.chat.render import renderer_of
 from trainers.tokenizer.encoder import load_encoder
@@ -51,9 +53,15 @@ def chat_notes(job: Job, model_path: str) -> list[str]:
     if job.task != "sft":
         return []
     encoder = load_encoder(model_path, job.model.trust_remote_code)
-    if renderer_of(encoder, encoder.fast, encode_rules(job).options.chat_template).ending():
-        return []
-    return ["the chat template writes nothing behind the assistant's last turn: the model does not learn to stop"]
+    ending = renderer_of(encoder, encoder.fast, encode_rules(job).options.chat_template).ending()
+    if not ending:
+        return ["the chat template writes nothing behind the assistant's last turn: the model does not learn to stop"]
+    if not ending.startswith(tuple(encoder.tokenizer.added_tokens_encoder)):
+        return [
+            f"the chat template ends turns with {ending[:40]!r}, which is no token of its own: generation does not "
+            "stop there; end them with an added token, such as the tokenizer's eos_token"
+        ]
+    return []
 
 
 def notes(job: Job, batches: BatchPlan, steps: int, elsewhere: bool) -> list[str]:
@@ -69,6 +77,12 @@ def notes(job: Job, batches: BatchPlan, steps: int, elsewhere: bool) -> list[str
     if batches.accumulation == 1 and batches.micro_batch_size == 1:
         found.append("one sequence a rank and step: a larger train.global_batch_size would use the hardware better")
     return found
+
+
+def metric_notes(job: Job, shards: Shards | None) -> list[str]:
+    """Whether the evaluation rows can give the metric that chooses; told once the shards are there."""
+    refusal = metric_refusal(job, shards) if shards else None
+    return [f"{refusal} (`tuneyard run` refuses it)"] if refusal else []
 
 
 def cpu_has_bf16() -> bool:

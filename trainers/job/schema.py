@@ -32,7 +32,8 @@ PAIR = " | "
 """Stands between the two files of a parallel text where both are named in one word."""
 
 
-CHAT_FIELDS = ("prompt", "completion", "conversations", "instruction", "input", "output", "system", "history", "tools")
+CHAT_FIELDS = ("prompt", "completion", "conversations", "instruction", "input", "output", "system", "history", "tools",
+               "functions", "reasoning_content", "reasoning", "thinking")  # fmt: skip
 TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pretrain": (("text",), ()),
     "mlm": (("text",), ()),

@@ -4,9 +4,12 @@ A unit is the least work that is done, or done again after a kill, as a whole: i
 are is decided in `sources`, how their bytes become rows in `formats`. Begin at `plan_units`.
 """
 
+import ast
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +34,18 @@ OTHER_KINDS = (
     (("chosen_messages", "rejected_messages"), "these are preference pairs, of which no task here learns"),
     (("segments",), "these are segments that are to be trained without a chat template"),
     (("input_ids",), "these are token ids, and tasks here take texts"),
+    (("completions", "labels"), "these are steps with a verdict each, of which no task here learns"),
 )
 """Columns that tell what a file is which lacks those of the task."""
+CHAT_NAMES = {
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns", "messages_list"),
+    "instruction": ("question", "query", "prompt", "message_1", "instructions", "problem", "unanswerable_question"),
+    "output": ("response", "answer", "completion", "generation", "message_2", "solution", "summary", "outputs"),
+    "input": ("context", "article", "passage", "inputs"),
+    "system": ("system_prompt", "system_message"),
+    "reasoning": ("cot", "chain_of_thought", "rationale", "thought", "complex_cot"),
+}
+"""sft: names that public data have for its fields, in small letters; only proposed, since a name tells no more."""
 NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 WHOLE = re.compile(r"-?(0|[1-9]\d*)\.0+")
 
@@ -109,7 +122,21 @@ def _label(text: str) -> str:
     return text.replace(core, core.capitalize()) if core.lower() in ("true", "false") else text
 
 
-TEXT_VALUES: dict[str, Callable[[str], Any]] = {"score": _number, "label": _label}
+def _nested(text: str) -> Any:
+    """A list or an object written as text, by JSON or as Python prints it, which flat files hold; else the text."""
+    if text.lstrip()[:1] in ("[", "{"):
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                value = parse(text)
+                return value if isinstance(value, list | dict) else text
+    return text
+
+
+TEXT_VALUES: dict[str, Callable[[str], Any]] = {
+    "score": _number,
+    "label": _label,
+    **dict.fromkeys(("messages", "conversations", "history", "tokens", "tags", "answers"), _nested),
+}
 """Fields that ask for more than text, and what reads them."""
 
 
@@ -142,7 +169,9 @@ def check_columns(
             refused.append(str(error))
             continue
         if present is not None and (problem := _missing(present, columns, needed)):
-            problems.append(f"{source.uri}: {problem}")
+            bare = source.format in ("csv", "tsv") and set(present).isdisjoint(columns.values())
+            header = ". Where the first line is no header, write one that names the columns" if bare else ""
+            problems.append(f"{source.uri}: {problem}{header}")
     if refused:
         raise DataError(refused[0] if len(refused) == 1 else "\n  - ".join([f"{len(refused)} files", *refused]))
     if problems:
@@ -177,6 +206,8 @@ def _missing(present: Sequence[str], columns: Mapping[str, str], needed: Sequenc
         return None
     if kind := next((kind for names, kind in OTHER_KINDS if set(names) <= set(present)), None):
         return f"{kind}; columns here: {', '.join(present)}"
+    if "messages" in columns and not named and (advice := _chat_advice(present)):
+        return advice
     wanted = ", ".join(repr(columns[field]) for field in absent)
     others = [" and ".join(repr(columns[field]) for field in fields) for fields in needed if fields is not fullest]
     instead = f" (nor {', nor '.join(others)})" if others else ""
@@ -188,3 +219,22 @@ def _missing(present: Sequence[str], columns: Mapping[str, str], needed: Sequenc
         f"no column {wanted}{instead}; columns here: {', '.join(present) or 'none'}. "
         f"Say which column holds the field: data.columns: {{{example}}}"
     )
+
+
+def _chat_advice(present: Sequence[str]) -> str | None:
+    """For sft: which of the columns are a conversation by their names, or what task the rows are for."""
+    small = {name.lower(): name for name in reversed(present)}
+    names = {field: next((small[name] for name in (field, *others) if name in small), None)
+             for field, others in CHAT_NAMES.items()}  # fmt: skip
+    found = {field: name for field, name in names.items() if name}
+    keep = ("messages", "system") if "messages" in found else ("instruction", "input", "output", "system", "reasoning")
+    pairs = {field: found[field] for field in keep if field in found}
+    here = f"columns here: {', '.join(present)}"
+    if "messages" in pairs or {"instruction", "output"} <= pairs.keys():
+        named = ", ".join(f"{field}: {column}" for field, column in pairs.items() if field != column)
+        return (
+            f"no column of a conversation is named as sft has it; {here}. Say which they are: data.columns: {{{named}}}"
+        )
+    if "text" in small:
+        return f"these are plain texts, of which task: pretrain learns (sft takes conversations); {here}"
+    return None

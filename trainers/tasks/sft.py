@@ -16,7 +16,7 @@ from trainers.tasks.base import EncodeRules, Example, Serving
 from trainers.tasks.causal import CausalTask, token_metrics
 from trainers.tasks.chat.conversations import read_chat
 from trainers.tasks.chat.render import Rendered, renderer_of
-from trainers.tasks.chat.spans import HIDDEN
+from trainers.tasks.chat.spans import HIDDEN, NOTES, UNSAID
 from trainers.tasks.chat.turns import join_renderings, only_turns, render_each
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.generation import generate_texts
@@ -25,13 +25,15 @@ from trainers.tasks.options import TaskOptions
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, insert_rows, starts_of
 
-OUTCOMES = (KEPT, TRUNCATED, "dropped:overlong", "dropped:no_target", f"{KEPT}:{HIDDEN}", f"{TRUNCATED}:{HIDDEN}")
+OUTCOMES = (KEPT, TRUNCATED, "dropped:overlong", "dropped:no_target",
+            *(f"{kept}:{note}" for note in NOTES for kept in (KEPT, TRUNCATED)))  # fmt: skip
 NOTED = 4
-"""Outcomes from here on are those of rows with a note."""
-HIDDEN_NOTE = (
-    "thoughts in earlier turns, which the chat template leaves out; data.each_turn: true trains each in a rendering of "
-    "its own"
-)
+"""Outcomes from here on are those of rows with a note, two for each."""
+SAID = {
+    HIDDEN: "thoughts in earlier turns, which the chat template leaves out; data.each_turn: true trains each in a "
+    "rendering of its own",
+    UNSAID: "a system message that the chat template leaves out",
+}
 SPANS = pa.list_(pa.int32())
 
 
@@ -49,9 +51,10 @@ class Sft(CausalTask):
         batch = _encode([one for some in renderings for one in some], encoder, rules)
         if rules.options.each_turn and renderings:
             batch = join_renderings(batch, [len(some) for some in renderings])
-        hidden = [code for code, name in enumerate(batch.outcomes) if name.endswith(f":{HIDDEN}")]
-        if count := int(np.isin(batch.codes, hidden).sum()):
-            batch = replace(batch, notes={HIDDEN_NOTE: count})
+        for note, said in SAID.items():
+            noted = [code for code, name in enumerate(batch.outcomes) if name.endswith(f":{note}")]
+            if count := int(np.isin(batch.codes, noted).sum()):
+                batch = replace(batch, notes={**batch.notes, said: count})
         if len(usable) == len(rows):
             return batch
         outcomes = [f"dropped:{result}" if isinstance(result, str) else None for result in rendered]
@@ -149,13 +152,14 @@ def _fit(tokens: Tokens, running: Array, rendered: Sequence[Rendered], rules: En
     where = np.flatnonzero(kept)
     offsets = starts_of(2 * np.bincount(row[told], minlength=len(rendered))[where])
     flat = np.stack([first[told], last[told]], axis=1).ravel().astype(np.int32)
-    noted = np.fromiter((one.note is not None for one in rendered), bool, len(rendered))
+    shifts: dict[str | None, int] = {None: 0, **{note: NOTED + 2 * place for place, note in enumerate(NOTES)}}
+    noted = np.fromiter((shifts[one.note] for one in rendered), np.int64, len(rendered))
     return EncodedBatch(
         tokens=tokens.take(tokens.offsets[where], np.minimum(lengths[where], limit)),
         row=where,
         part=np.zeros(len(where), np.int32),
         outcomes=OUTCOMES,
-        codes=np.where(kept & noted, codes + NOTED, codes).astype(np.int32),
+        codes=np.where(kept, codes + noted, codes).astype(np.int32),
         tokens_lost=np.where(codes == 1, lengths - limit, 0).astype(np.int32),
         extra={"spans": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(flat))},
     )

@@ -1,5 +1,6 @@
 """Every format gives the same rows, however it is compressed and cut; damage costs its own row and no other."""
 
+import csv
 import gzip
 import json
 from collections.abc import Callable
@@ -253,10 +254,26 @@ SFT = {field: field for fields in TASK_FIELDS["sft"] for field in fields}
         ({"messages": []}, SFT, None),
         ({"prompt": "a", "completion": "b"}, SFT, None),
         ({"prompt": "a"}, SFT, "no column 'completion' (nor 'messages', nor 'conversations'"),
-        ({"conversation": []}, SFT, "no column 'messages' (nor 'prompt' and 'completion', nor"),
+        ({"conversation": []}, SFT, "data.columns: {messages: conversation}"),
+        ({"talk": []}, SFT, "no column 'messages' (nor 'prompt' and 'completion', nor"),
         ({"ask": "a", "answer": "b"}, {**SFT, "prompt": "ask", "completion": "answer"}, None),
         ({"ask": "a"}, {**SFT, "prompt": "ask", "completion": "answer"}, "no column 'answer' (nor 'messages', nor"),
         ({"instruction": "a", "input": "", "response": "b"}, SFT, "data.columns: {output: response}"),
+        ({"question": "a", "answer": "b"}, SFT, "data.columns: {instruction: question, output: answer}"),
+        ({"prompt": "a", "generation": "b"}, SFT, "data.columns: {instruction: prompt, output: generation}"),
+        ({"INSTRUCTION": "a", "RESPONSE": "b"}, SFT, "data.columns: {instruction: INSTRUCTION, output: RESPONSE}"),
+        (
+            {"system_prompt": "a", "question": "b", "response": "c"},
+            SFT,
+            "data.columns: {instruction: question, output: response, system: system_prompt}",
+        ),
+        (
+            {"instruction": "a", "context": "b", "response": "c"},
+            SFT,
+            "data.columns: {input: context, output: response}",
+        ),
+        ({"prompt": "a", "completions": ["b"], "labels": [True]}, SFT, "these are steps with a verdict each"),
+        ({"text": "a"}, SFT, "these are plain texts, of which task: pretrain learns"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, SFT, "these are preference pairs"),
         ({"chosen_messages": [], "rejected_messages": []}, SFT, "these are preference pairs"),
         ({"segments": [{"label": True, "text": "a"}]}, SFT, "these are segments"),
@@ -273,6 +290,24 @@ def test_sft_needs_messages_or_prompt_and_completion(
     with pytest.raises(JobError) as caught:
         check_columns([source], columns, needed_fields("sft"), "data.train")
     assert problem in str(caught.value)
+
+
+def test_nested_values_that_flat_files_hold_as_text_are_read(tmp_path: Path, source_of: Any) -> None:
+    rows = [{"tokens": ["it's", 'a "film"'], "tags": ["O", "B-x"]}, {"tokens": ["a, b"], "tags": ["O"]}]
+    for write in (json.dumps, repr):
+        with (tmp_path / "x.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ("tokens", "tags"))
+            writer.writeheader()
+            writer.writerows({name: write(value) for name, value in row.items()} for row in rows)
+        found = read_all(source_of(tmp_path / "x.csv"), 100, {"tokens": "tokens", "tags": "tags"})
+        assert [fields for _, fields in found] == rows
+    (tmp_path / "x.csv").write_text("tokens,tags\n[the film,O O\n")
+    found = read_all(source_of(tmp_path / "x.csv"), 100, {"tokens": "tokens", "tags": "tags"})
+    assert found == [(0, {"tokens": "[the film", "tags": "O O"})]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": json.dumps([{"role": "user", "content": "a"}])}))
+    assert read_all(source_of(tmp_path / "x.jsonl"), 100, {"messages": "messages"})[0][1] == {
+        "messages": [{"role": "user", "content": "a"}]
+    }
 
 
 def test_the_languages_of_a_prompt_are_columns_that_every_file_must_have(

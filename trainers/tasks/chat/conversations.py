@@ -5,7 +5,9 @@ them), ShareGPT `conversations`, Alpaca `instruction`, `input`, `output` with `s
 """
 
 import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +18,10 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
 }
 """Role by the name that a data set gives it."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "thoughts")
 """Names that a message's reasoning goes by; the first is the one handed to templates."""
+UNREAD_REASONING = re.compile("reason|think|thought")
+"""What the name of a field with reasoning in another form holds, such as reasoning_details."""
 OTHER_KINDS = {
     **dict.fromkeys(("chosen", "rejected"), "preference_pairs: rows hold chosen and rejected answers, sft wants one"),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "media: rows hold {}, sft reads text"),
@@ -33,6 +37,12 @@ PARTS = {
 }
 """Types of parts that a content may have, and the order in which templates write them."""
 KEPT_KEYS = ("tool_calls", "tool_call_id", "name")
+SPEAKERS = ("role", "from", "speaker", "author", "sender")
+"""Names of who speaks,"""
+TEXTS = ("content", "value", "text", "message", "utterance")
+"""and of what is said."""
+ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")
+"""Names of what a call is given."""
 Message = dict[str, Any]
 
 
@@ -55,7 +65,7 @@ def read_chat(row: Mapping[str, Any]) -> Chat | str:
     try:
         raw = _find(row)
         messages = [_checked(message) for message in raw]
-        tools = _tools(row.get("tools"))
+        tools = _tools(row.get("tools") or row.get("functions"))
         muted = frozenset(index for index, message in enumerate(raw) if _is_muted(message))
     except NotAConversation as reason:
         return str(reason)
@@ -75,11 +85,9 @@ def _find(row: Mapping[str, Any]) -> list[Any]:
     elif row.get("instruction") is not None and row.get("output") is not None:
         messages = _alpaca(row)
     elif row.get("prompt") is not None and row.get("completion") is not None:
-        messages = [
-            turn
-            for value, role in ((row["prompt"], "user"), (row["completion"], "assistant"))
-            for turn in (value if isinstance(value, list) else [{"role": role, "content": value}])
-        ]
+        asked, said = row["prompt"], row["completion"]
+        asked = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+        messages = [*asked, *(said if isinstance(said, list) else [_answer(row, said)])]
     else:
         raise NotAConversation("missing_messages")
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
@@ -90,19 +98,29 @@ def _find(row: Mapping[str, Any]) -> list[Any]:
     return messages
 
 
+def _answer(row: Mapping[str, Any], text: Any) -> dict[str, Any]:
+    """The assistant's turn of a row that is one, with reasoning that stands beside it."""
+    return {"role": "assistant", "content": text, **{name: row[name] for name in REASONING if row.get(name)}}
+
+
 def _alpaca(row: Mapping[str, Any]) -> list[Any]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise NotAConversation("history_not_pairs")
     instruction, extra = row["instruction"], row.get("input")
     asked = f"{instruction}\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
-    turns = [*history, [asked, row["output"]]]
     roles = ("user", "assistant")
-    return [{"role": role, "content": text} for pair in turns for role, text in zip(roles, pair, strict=True)]
+    earlier = [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
+    return [*earlier, {"role": "user", "content": asked}, _answer(row, row["output"])]
 
 
 def _role(message: Mapping[str, Any]) -> str | None:
-    return ROLES.get(str(message.get("role") or message.get("from")))
+    return ROLES.get(_speaker(message).strip().lower())
+
+
+def _speaker(message: Mapping[str, Any]) -> str:
+    """The name of who says a message, as the data have it."""
+    return next((str(message[key]) for key in SPEAKERS if message.get(key)), "")
 
 
 def _is_muted(message: Mapping[str, Any]) -> bool:
@@ -136,16 +154,15 @@ def _checked(message: Mapping[str, Any]) -> Message:
     if role is None:
         raise NotAConversation("unknown_role")
     clean = {key: message[key] for key in KEPT_KEYS if message.get(key)}
-    content = next((message[key] for key in ("content", "value", "text") if message.get(key) is not None), None)
-    if message.get("from") == "function_call":
+    content = next((message[key] for key in TEXTS if message.get(key) is not None), None)
+    if _speaker(message) == "function_call":
         clean["tool_calls"], content = _said_calls(content), ""
     if isinstance(old := message.get("function_call"), Mapping):  # OpenAI's form before tool calls
         clean["tool_calls"] = [{"type": "function", "function": old}]
     if "tool_calls" in clean:
         clean["tool_calls"] = [_call(call) for call in _listed(clean["tool_calls"])]
-    for key in REASONING:
-        if isinstance(message.get(key), str) and message[key].strip() and role == "assistant":
-            clean.setdefault(REASONING[0], message[key])
+    if role == "assistant":
+        _keep_reasoning(message, clean)
     if isinstance(content, list):
         content = _join_parts(content, clean)
     if content is None and (clean.get("tool_calls") or REASONING[0] in clean):
@@ -153,6 +170,17 @@ def _checked(message: Mapping[str, Any]) -> Message:
     if not isinstance(content, str):
         raise NotAConversation("content_not_a_string")
     return {"role": role, "content": content, **clean}
+
+
+def _keep_reasoning(message: Mapping[str, Any], clean: Message) -> None:
+    for key in REASONING:
+        if isinstance(message.get(key), str) and message[key].strip():
+            clean.setdefault(REASONING[0], message[key])
+    held = [
+        key for key in message if message[key] and not isinstance(message[key], bool) and UNREAD_REASONING.search(key)
+    ]
+    if REASONING[0] not in clean and any(not isinstance(message[key], str) or key not in REASONING for key in held):
+        raise NotAConversation(f"reasoning_of_another_form: {', '.join(held)[:40]}")
 
 
 def _join_parts(parts: list[Any], message: Message) -> str:
@@ -177,10 +205,17 @@ def _part(part: Any) -> tuple[str, str]:
     kind = part.get("type") or ("text" if "text" in part else "unknown")
     if kind not in PARTS:
         raise NotAConversation(f"content_part_{kind}_is_not_text")
-    return kind, next((str(part[key]) for key in ("text", "value", kind) if part.get(key) is not None), "")
+    if not (names := [key for key in ("text", "value", "content", kind) if key in part]):
+        raise NotAConversation("content_part_without_a_text")
+    return kind, next((str(part[key]) for key in names if part[key] is not None), "")
 
 
 def _listed(calls: Any) -> list[Any]:
+    """Calls as a list, also where they stand as JSON in a text, as flat files have them."""
+    if isinstance(calls, str):
+        with suppress(ValueError):
+            calls = json.loads(calls)
+    calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise NotAConversation("tool_calls_not_a_list")
     return calls
@@ -200,7 +235,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call.get("function") if isinstance(call.get("function"), Mapping) else call
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise NotAConversation("tool_call_without_a_name")
-    arguments = function.get("arguments", function.get("parameters"))
+    arguments = next((function[key] for key in ARGUMENTS if function.get(key) is not None), None)
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
@@ -208,6 +243,8 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
             raise NotAConversation("tool_arguments_not_json") from None
     else:
         arguments = _without_nulls(arguments) or {}
+    if not isinstance(arguments, Mapping):
+        raise NotAConversation("tool_arguments_not_an_object")
     ids = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**ids, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from trainers.errors import DataError
-from trainers.tasks.chat.spans import HIDDEN, THINKING, Turns, find_loss, speech_spans
+from trainers.tasks.chat.spans import NOTES, THINKING, Turns, find_loss, speech_spans
 from trainers.tasks.chat.template import MarkedTemplate, MarkedText, Span, acted_upon
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.gigatoken import TokenizerDiffers
@@ -26,6 +26,8 @@ SAMPLE = 256
 """One row in so many is rendered both ways."""
 CHARACTERS = "\ue000", "\ue001"
 """Private-use characters that mark a content."""
+OFFERED = [{"type": "function", "function": {"name": "look_up", "description": "a", "parameters": {}}}]
+"""Tools for a template that writes nothing without."""
 UNREADABLE = "template_hides_the_turns"
 
 
@@ -67,6 +69,7 @@ class ChatRenderer:
     def __init__(self, encoder: Encoder, quick: bool = True, template: str | None = None) -> None:
         self._encoder, self._own = encoder, template
         self._pieces: dict[tuple[str, ...], _Pieces | None] = {}
+        self._templates: dict[str, MarkedTemplate | None] = {}
         self._acted_upon = acted_upon(template or encoder.tokenizer.chat_template) if quick else None
 
     def render(self, messages: Sequence[Message], tools: Any = None) -> Rendered | str:
@@ -86,16 +89,17 @@ class ChatRenderer:
     def turns(self) -> Turns:
         """How this template begins and ends the assistant's turns."""
         asked = [{"role": "user", "content": "a"}]
-        plain, prompted = self._write(asked, None), self._write(asked, None, add_generation_prompt=True)
+        tools = None if self._write(asked, None) is not None else OFFERED  # what is written for tools alone
+        plain, prompted = self._write(asked, tools), self._write(asked, tools, add_generation_prompt=True)
         prompt = prompted[len(plain) :] if plain and prompted and prompted.startswith(plain) else ""
         opener = THINKING.search(prompt)
         before, middle, end = "", "", ""
         mark = CHARACTERS[0]
         talk = [*asked, {"role": "assistant", "content": mark}]
-        if (long := self._marked([*talk, *talk], None)) is not None and mark in long.of(3):
+        if (long := self._marked([*talk, *talk], tools)) is not None and mark in long.of(3):
             before, middle = long.of(1).split(mark)[0], long.of(1).split(mark)[-1]
             end = long.of(3).split(mark)[-1]
-        elif (short := self._marked(talk, None)) is not None and mark in short.of(1):
+        elif (short := self._marked(talk, tools)) is not None and mark in short.of(1):
             before, end = short.of(1).split(mark)[0], short.of(1).split(mark)[-1]
             middle = end
         tokenizer = self._encoder.tokenizer
@@ -107,7 +111,9 @@ class ChatRenderer:
     def ending(self) -> str:
         """The text that ends the last turn of the assistant; "" where nothing does, so that generation never stops."""
         answer = CHARACTERS[0]
-        rendered = self._exactly([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], None)
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        rendered = self._exactly(talk, None)
+        rendered = self._exactly(talk, OFFERED) if isinstance(rendered, str) else rendered
         if isinstance(rendered, str) or not rendered.spans:
             return ""
         return rendered.text.encode()[slice(*rendered.spans[-1])].decode().rpartition(answer)[2].strip()
@@ -191,8 +197,8 @@ class ChatRenderer:
         if marked is None or marked.text != text or not marked.segments:
             return UNREADABLE
         loss = find_loss(messages, tools, marked)
-        if loss not in (None, HIDDEN):
-            return loss or ""
+        if loss is not None and loss not in NOTES:
+            return loss
         turns, spans = [], []
         for turn, (start, end) in speech_spans(messages, marked, self.turns):
             turns.append(turn)
@@ -227,13 +233,15 @@ class ChatRenderer:
         parts = _tried(lambda: self._by_template(_with_parts(talk))) or ""
         return plain.count(mark) < 2 <= parts.count(mark)
 
-    @cached_property
-    def _template(self) -> MarkedTemplate | None:
-        source = self._own or self._encoder.tokenizer.get_chat_template()
-        return _tried(lambda: MarkedTemplate(source))
+    def _template(self, tools: Any) -> MarkedTemplate | None:
+        """The template for a conversation with or without tools: a tokenizer may have one for each."""
+        source = self._own or self._encoder.tokenizer.get_chat_template(tools=tools or None)
+        if source not in self._templates:
+            self._templates[source] = _tried(lambda: MarkedTemplate(source))
+        return self._templates[source]
 
     def _marked(self, messages: Sequence[Message], tools: Any) -> MarkedText | None:
-        template, names = self._template, self._encoder.tokenizer.special_tokens_map
+        template, names = self._template(tools), self._encoder.tokenizer.special_tokens_map
         if template is None:
             return None
         return _tried(

@@ -19,7 +19,10 @@ THINKING = re.compile(r"<\|?(?:think|thought|reason)[^>]*>|\[THINK\]|<\|START_TH
 INLINE = re.compile(r"\A(?:.*?<think>)?(.*?)</think>", re.DOTALL)
 """A thought inside a content; where the generation prompt opens it, data may hold its end alone."""
 WORD = re.compile(r"[A-Za-z0-9]+")
-HIDDEN = "earlier_thinking_hidden"
+LOST = {"user": "template_does_not_write_the_user", "tool": "template_does_not_write_tool_results"}
+HIDDEN, UNSAID = "earlier_thinking_hidden", "system_message_left_out"
+NOTES = (HIDDEN, UNSAID)
+"""What a template may leave out of a row that is trained all the same."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,19 @@ class Turns:
     """All added tokens, longest first."""
     eos: str | None
 
-    def header(self, written: str) -> int:
-        """Characters at the start of what a turn wrote that ask for it and are not part of it."""
+    def header(self, written: str, said: int) -> int:
+        """Characters at the start of what a turn wrote that ask for it and are not part of it.
+
+        Args:
+            said: where the first thing that the message says is written.
+        """
         for header in (self.prompt, self.before if self.before.strip() else ""):
             shared = _shared(header, written)
             whole = max((end for end in self._borders(header) if end <= shared), default=0)
             if whole:
                 return whole
-        return 0
+        place = written.find(self.prompt) if self.prompt.strip() else -1  # behind what ends the tools' results, say
+        return place + len(self.prompt) if 0 < place < said else 0
 
     def _borders(self, header: str) -> Iterator[int]:
         """Places where a header may end early: behind its lines and its added tokens."""
@@ -85,7 +93,7 @@ def speech_spans(messages: Sequence[Message], marked: MarkedText, turns: Turns) 
         segments = marked.segments.get(index, ())
         for number, (start, end) in enumerate(segments):
             if number == 0:
-                start += turns.header(marked.text[start:end])
+                start += turns.header(marked.text[start:end], _first_said(message, marked.text[start:end]))
             if number == len(segments) - 1:
                 end = turns.end(marked, (start, end), index == len(messages) - 1)
             else:
@@ -94,19 +102,30 @@ def speech_spans(messages: Sequence[Message], marked: MarkedText, turns: Turns) 
                 yield index, (start, end)
 
 
+def _first_said(message: Message, written: str) -> int:
+    """Where the first of a message's content, thought and calls stands in what it wrote; 0 where none is found."""
+    calls = [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
+    texts = [text.strip() for text in (message["content"], message.get("reasoning_content", ""), *calls)]
+    return min((place for text in texts if text and (place := written.find(text)) >= 0), default=0)
+
+
 def find_loss(messages: Sequence[Message], tools: Any, marked: MarkedText) -> str | None:
-    """What the template left out of a conversation, as a reason for the ledger; HIDDEN for earlier thoughts."""
+    """What the template left out of a conversation, as a reason for the ledger; one of NOTES drops no row."""
     for tool in tools or ():
         name = tool.get("function", tool).get("name") if isinstance(tool, Mapping) else None
         if isinstance(name, str) and name not in marked.text:
             return "template_does_not_write_tools"
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    hidden = None
+    left_out = None
     for index, message in enumerate(messages):
         written = marked.of(index)
-        if message["role"] == "tool" and not _says(marked.text, message["content"]):
-            return "template_does_not_write_tool_results"
         if message["role"] != "assistant":
+            if not (
+                _says(marked.text, message["content"]) or (message["role"] != "tool" and _shows(marked.text, message))
+            ):
+                if message["role"] in LOST:
+                    return LOST[message["role"]]
+                left_out = left_out or UNSAID
             continue
         if reason := _lost_calls(message, written):
             return reason
@@ -118,8 +137,8 @@ def find_loss(messages: Sequence[Message], tools: Any, marked: MarkedText) -> st
         if " ".join(thought.split()) not in " ".join(written.split()):
             if index == last:
                 return "template_does_not_write_reasoning"
-            hidden = HIDDEN
-    return hidden
+            left_out = HIDDEN
+    return left_out
 
 
 def _lost_calls(message: Message, written: str) -> str | None:
@@ -146,6 +165,12 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _strings(inner)
+
+
+def _shows(written: str, message: Message) -> bool:
+    """Whether most words of a message are written, in whatever case; templates take orders such as /no_think out."""
+    words, folded = WORD.findall(message["content"].casefold()), written.casefold()
+    return 2 * sum(word in folded for word in words) >= len(words)
 
 
 def _says(written: str, text: str) -> bool:

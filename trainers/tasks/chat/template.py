@@ -28,7 +28,8 @@ class MarkedText:
 
     text: str
     segments: Mapping[int, tuple[Span, ...]]
-    """Characters [start, end) that each message wrote, without those of messages written inside it."""
+    """Characters [start, end) that each message wrote, without those of messages written inside it; where a message
+    that stands by itself is looked up inside another, too, what that wrote is not its own."""
 
     def of(self, message: int) -> str:
         """All that a message wrote."""
@@ -113,12 +114,13 @@ def _with_marks(tree: Any) -> Any:
 def _read(marked: str) -> MarkedText:
     """Take the marks out and note what stood between them."""
     segments: dict[int, list[Span]] = {}
+    inside: dict[int, list[Span]] = {}
     owners: list[tuple[int, int]] = []  # (loop, message), innermost last
     parts: list[str] = []
     written = cursor = 0
     for mark in MARK.finditer(marked):
         piece = marked[cursor : mark.start()]
-        _note(segments, owners, written, len(piece))
+        _note(inside if len({message for _, message in owners}) > 1 else segments, owners, written, len(piece))
         written += len(piece)
         parts.append(piece)
         cursor = mark.end()
@@ -129,6 +131,7 @@ def _read(marked: str) -> MarkedText:
             owners.append((loop, int(mark[2])))
     piece = marked[cursor:]
     _note(segments, owners, written, len(piece))
+    segments = {index: sorted(spans) for index, spans in (inside | segments).items()}
     return MarkedText("".join([*parts, piece]), {index: tuple(spans) for index, spans in segments.items()})
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from trainers.tasks.chat.render import Message, Rendered
+from trainers.tasks.chat.spans import HIDDEN
 from trainers.tokenizer.token_arrays import TRUNCATED, EncodedBatch
 
 LEFT_OUT = f"{TRUNCATED}:turns_left_out"
@@ -27,7 +28,8 @@ def render_each(
         rendered = render(messages[: turn + 1])
         if isinstance(rendered, str):
             return rendered
-        own = replace(only_turns(rendered, {turn}), note=None)  # a hidden thought has a rendering of its own
+        own = only_turns(rendered, {turn})
+        own = replace(own, note=None if own.note == HIDDEN else own.note)  # a hidden thought has its own rendering
         if kept and _is_written_in(kept[-1], own):
             before = kept.pop()
             own = replace(own, spans=before.spans + own.spans, turns=before.turns + own.turns)

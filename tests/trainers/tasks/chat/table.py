@@ -12,6 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from tests.trainers.tasks.chat import handmade
 from trainers.tasks.chat.conversations import read_chat
 from trainers.tasks.chat.render import ChatRenderer, Rendered
 from trainers.tokenizer.encoder import Encoder, read_spec
@@ -99,7 +100,7 @@ def templates() -> dict[str, tuple[str, str]]:
     for file in sorted(folder.glob("*_training.jinja")):
         name = file.name.removesuffix("_training.jinja")
         pairs[name] = ((folder / f"{name}.jinja").read_text("utf-8"), file.read_text("utf-8"))
-    return pairs
+    return pairs | handmade.pairs()
 
 
 def make_tokenizer(folder: Path, sources: list[str]) -> Path:

@@ -1,5 +1,6 @@
 """Every shape of conversation is read as the same messages, and what is none has its reason."""
 
+import json
 from typing import Any
 
 import pytest
@@ -14,6 +15,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "messages": [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in PLAIN]
     },
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
+    "named by hand": {
+        "conversations": [{"speaker": "Human", "utterance": "Hi"}, {"author": "GPT", "message": "Hello!"}]
+    },
+    "parts with contents": {
+        "messages": [{**message, "content": [{"type": "text", "content": message["content"]}]} for message in PLAIN]
+    },
     "roles in conversations": {"conversations": PLAIN},
     "alpaca": {"instruction": "Hi", "input": "", "output": "Hello!"},
     "prompt": {"prompt": "Hi", "completion": "Hello!"},
@@ -29,6 +36,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "missing_messages": {"prompt": "Hi"},
     "messages_not_a_list": {"messages": "Hi"},
+    "tool_arguments_not_an_object": {
+        "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '"{\\"x\\": 1}"'}}]}]
+    },
+    "reasoning_of_another_form": {
+        "messages": [PLAIN[0], {**PLAIN[1], "reasoning_details": [{"type": "reasoning.text", "text": "hm"}]}]
+    },
     "unknown_role": {"conversations": [{"from": "alien", "value": "Hi"}]},
     "content_not_a_string": {"messages": [{"role": "user", "content": 7}]},
     "tool_call_not_json": {"conversations": [{"from": "function_call", "value": "{"}]},
@@ -49,6 +62,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a_message_that_is_not_the_assistant's_is_to_be_trained": {"messages": [{**PLAIN[0], "train": True}, PLAIN[1]]},
     "content_part_image_url_is_not_text": {
         "messages": [{"role": "user", "content": [{"type": "image_url", "value": "a.jpg"}]}, PLAIN[1]]
+    },
+    "content_part_without_a_text": {
+        "messages": [{"role": "user", "content": [{"type": "text", "body": "Hi"}]}, PLAIN[1]]
     },
     "content_parts_out_of_order": {
         "messages": [PLAIN[0], {"role": "assistant", "content": ["x", {"type": "reasoning", "value": "y"}]}]
@@ -143,9 +159,29 @@ def test_a_label_that_is_no_verdict_does_not_refuse_a_row() -> None:
 
 
 def test_reasoning_goes_by_its_names() -> None:
-    for name in ("reasoning_content", "reasoning", "thinking"):
+    for name in ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "thinking_content"):
         chat = read({"messages": [PLAIN[0], {**PLAIN[1], name: "hm"}]})
         assert chat.messages[1] == {**PLAIN[1], "reasoning_content": "hm"}
+        chat = read({"messages": [{**PLAIN[0], name: "no answer"}, {**PLAIN[1], name: None, "thinking_mode": True}]})
+        assert chat.messages == PLAIN
+    for row in ({"prompt": "Hi", "completion": "Hello!"}, {"instruction": "Hi", "output": "Hello!"}):
+        assert read({**row, "reasoning": "hm"}).messages[1] == {**PLAIN[1], "reasoning_content": "hm"}
+
+
+def test_calls_and_tools_in_the_forms_that_flat_files_and_other_interfaces_have() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    for form in (
+        [call],
+        json.dumps([call]),
+        call,
+        [{"name": "f", "args": {"x": 1}}],
+        [{"name": "f", "input": {"x": 1}}],
+        [{"function": {"name": "f", "parameters": '{"x": 1}'}}],
+    ):
+        chat = read({"messages": [PLAIN[0], {"role": "assistant", "tool_calls": form}]})
+        assert chat.messages[1]["tool_calls"] == [call], form
+    functions = read({"messages": PLAIN, "functions": [{"name": "f"}]})
+    assert functions.tools == [{"type": "function", "function": {"name": "f"}}]
 
 
 def read(row: dict[str, Any]) -> Chat:

@@ -199,6 +199,70 @@ def test_what_a_template_does_not_write_drops_the_row(tiny_chat_tokenizer: Path)
     assert targets(tiny_chat_tokenizer, bare, calls) == "template_does_not_write_tool_arguments"
 
 
+def test_a_user_that_is_not_written_drops_the_row_and_a_system_message_is_noted(tiny_chat_tokenizer: Path) -> None:
+    talk = [{"role": "system", "content": "Be brief."}, *asked()]
+    mute = CHATML.replace("for m in messages", "for m in messages if m.role != 'user'")
+    assert targets(tiny_chat_tokenizer, mute, talk) == "template_does_not_write_the_user"
+    for template, note in (
+        (CHATML.replace("for m in messages", "for m in messages if m.role != 'system'"), True),
+        (CHATML, False),
+    ):
+        rendered = renderer(tiny_chat_tokenizer, template, True).render(talk)
+        assert isinstance(rendered, Rendered) and (rendered.note == "system_message_left_out") == note
+        assert targets(tiny_chat_tokenizer, template, talk) == ["yes<|im_end|>"]
+
+
+def test_what_closes_the_results_of_tools_is_no_target(tiny_chat_tokenizer: Path) -> None:
+    """A template that notices at the answer that the results before it are over, and then asks for the answer."""
+    closing = (
+        "{% set ns = namespace(open=false) %}{% for m in messages %}{% if m.role == 'tool' %}"
+        "{% if not ns.open %}{% set ns.open = true %}[{% endif %}{{ m.content }};"
+        "{% else %}{% if ns.open %}{% set ns.open = false %}]{% endif %}HEAD{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if ns.open %}]{% endif %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]
+    talk = [
+        *asked(content="", tool_calls=call),
+        {"role": "tool", "content": "blue"},
+        {"role": "assistant", "content": "It is."},
+    ]
+    found = targets(tiny_chat_tokenizer, closing.replace("HEAD", "<|im_start|>{{ m.role }}\n"), talk)
+    assert found[-1] == "It is.<|im_end|>"
+
+
+def test_an_answer_looked_up_inside_another_message_says_nothing_there(tiny_chat_tokenizer: Path) -> None:
+    """A template that searches the earlier calls for the name of a result."""
+    search = (
+        "{% if m.role == 'tool' %}{% for n in messages %}{% for c in n.tool_calls or [] %}{{ c.function.name }}"
+        "{% endfor %}{% endfor %}: {% endif %}{{ m.content }}"
+    )
+    template = TOOLS.replace("{{ m.content }}", search)
+    call = [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]
+    talk = [
+        *asked(content="", tool_calls=call),
+        {"role": "tool", "content": "blue"},
+        {"role": "assistant", "content": "It is."},
+    ]
+    found = targets(tiny_chat_tokenizer, template, talk)
+    assert found == ['<call>{"name": "look", "arguments": {"at": "sky"}}</call><|im_end|>', "It is.<|im_end|>"]
+
+
+def test_a_template_for_tools_alone_has_its_turns_found(tiny_chat_tokenizer: Path) -> None:
+    """Alone, and beside one for conversations without tools, as some tokenizers have both."""
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    needy = CHATML.replace("{% for m", "{{ tools | first | tojson }}{% for m", 1)
+    assert targets(tiny_chat_tokenizer, needy, asked(), tools) == ["yes<|im_end|>"]
+    assert renderer(tiny_chat_tokenizer, needy, True).ending() == "<|im_end|>"
+    assert str(targets(tiny_chat_tokenizer, needy, asked())).startswith("template_refuses")
+    encoder = Encoder(read_spec(tiny_chat_tokenizer))
+    encoder.tokenizer.chat_template = {"default": CHATML, "tool_use": needy}
+    for offered in (None, tools):
+        rendered = ChatRenderer(encoder).render(asked(), offered)
+        assert isinstance(rendered, Rendered) and ("look" in rendered.text) == (offered is not None)
+        assert [rendered.text.encode()[slice(*span)].decode() for span in rendered.spans] == ["yes<|im_end|>"]
+
+
 def test_arguments_are_given_as_text_to_a_template_that_joins_them(tiny_chat_tokenizer: Path) -> None:
     joining = TOOLS.replace("c.function | tojson", "c.function.name + c.function.arguments")
     calls = [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]
