@@ -3,9 +3,10 @@
 import logging
 import os
 import resource
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from trainers.job.sections import ScaleSection
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shards travel through files, not through Ray's object store, so a small one is enough."""
+ASK_WAIT_S = 60.0
+"""How long nodes may take to tell the memory of their GPUs."""
 JOIN_WAIT_S = 20.0
 """How long to wait for the nodes of a joined cluster to appear."""
 
@@ -124,3 +127,30 @@ def placement_problem(scale: ScaleSection, gpus: int, cluster: dict[str, float])
         f"{scale.min_workers} workers of {scale.cpus_per_worker} CPUs and {gpus} GPUs need {' and '.join(short)}: "
         "lower scale.workers, scale.cpus_per_worker or scale.gpus_per_worker, or add nodes"
     )
+
+
+def gpu_memory() -> int | None:
+    """Bytes of memory of this machine's smallest GPU; None without one."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return min(int(line) for line in answer.split()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def smallest_gpu(ray: Any) -> int | None:
+    """Bytes of memory of the smallest GPU in a running cluster, as its nodes tell it; None where no node does."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(gpu_memory)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    asked = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
+    ]
+    told, _ = ray.wait(asked, num_returns=len(asked), timeout=ASK_WAIT_S) if asked else ([], [])
+    known: list[int] = []
+    for answer in told:
+        with suppress(ray.exceptions.RayError):  # a node that has just gone has no say
+            known += [memory] if (memory := ray.get(answer)) else []
+    return min(known, default=None)

@@ -33,6 +33,7 @@ from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, evalua
 from trainers.run.goodput import account, share
 from trainers.run.record import run_of
 from trainers.run.row_scores import read_row_scores
+from trainers.shards.worth import check_metric
 from trainers.storage import Folder
 from trainers.training.divergence import read_skipped
 
@@ -62,6 +63,7 @@ def run_job(path: Path, overrides: Sequence[str], address: str | None, screen: S
         return finished
     with open_session(checked, address, screen) as session:
         shards = write_shards(checked, screen.on_shards)
+        check_metric(checked.job, shards)
         with session.hold(run_of(checked.job, checked.model, shards)):
             outcome = train(session)
             best = select(outcome.evaluations, *session.metric)

@@ -12,9 +12,9 @@ import yaml
 
 from orchestrator.evaluation.room import Place, check_room, place_evaluations
 from orchestrator.planning.costs import weight_bytes
-from orchestrator.planning.plan import gpu_memory, plan_job
+from orchestrator.planning.plan import Plan, plan_job
 from orchestrator.planning.preflight import CheckedJob
-from orchestrator.ray_session import check_placement, ray_session
+from orchestrator.ray_session import check_placement, gpu_memory, ray_session, smallest_gpu
 from orchestrator.registry.lineage import lineage
 from orchestrator.report.details import gather
 from orchestrator.report.index import write_index
@@ -59,7 +59,7 @@ class RunSession:
             self.run, self.log = run, RunLog(folder, draw_confusion, job)
             try:
                 self.note_stage("shard", time.monotonic() - self._began)
-                folder.write_bytes("plan.json", plan_job(self.checked).model_dump_json(indent=1).encode())
+                folder.write_bytes("plan.json", plan_here(self.checked).model_dump_json(indent=1).encode())
                 yield
             except TuneyardError as error:
                 self._end(self._summary("preempted" if isinstance(error, Preempted) else "failed", str(error)))
@@ -161,10 +161,20 @@ def open_session(checked: CheckedJob, address: str | None, screen: Screen) -> It
         yield RunSession(checked, screen)
 
 
+def plan_here(checked: CheckedJob) -> Plan:
+    """The plan with the GPUs of the cluster that the job runs on, which may not be those of this machine."""
+    import ray
+
+    told = smallest_gpu(ray) if checked.job.scale.gpus_per_worker != 0 else None
+    return plan_job(checked, None if told == gpu_memory() else told)
+
+
 def evaluation_place(checked: CheckedJob, gpus: int, resources: dict[str, float]) -> Place:
     """Where checkpoints are evaluated on this cluster while the training runs."""
+    import ray
+
     parameters = count_parameters(tensor_shapes(Path(checked.model.path)))
-    size, device_bytes = weight_bytes(checked.job, parameters), gpu_memory() if gpus else None
+    size, device_bytes = weight_bytes(checked.job, parameters), smallest_gpu(ray) if gpus else None
     return place_evaluations(checked.job, gpus, resources, size, device_bytes)
 
 

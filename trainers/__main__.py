@@ -20,6 +20,7 @@ from trainers.evaluation.selection import find_best, out_of_patience
 from trainers.job.load import load_job
 from trainers.job.schema import Job
 from trainers.model.fit import check_fit
+from trainers.model.lora import check_frozen
 from trainers.model.source import find_model
 from trainers.records import Phase, StopReason
 from trainers.run.describe import describe
@@ -28,6 +29,7 @@ from trainers.run.folder import JOB_FILE, promoted_steps, read_evaluations
 from trainers.run.lock import own_folder
 from trainers.run.log import RunLog
 from trainers.run.record import Run, find_run
+from trainers.shards.worth import check_metric
 from trainers.tasks import choose_metric
 from trainers.training.loop import LoopOutcome
 from trainers.verification.packing import decide_packing, with_packing
@@ -109,8 +111,12 @@ def _main() -> int:
     try:
         job = load_job(arguments.job, arguments.set)
         notes, model = check_launcher(job, os.environ), find_model(job)
-        notes += check_fit(job, model.path) if model else []
+        if model:
+            notes += check_fit(job, model.path)
+            check_frozen(job, model.path)
         run = find_run(with_packing(job, decide_packing(job, model)) if model else job, model)
+        if evaluates(job):
+            check_metric(job, run.shards)
         is_first = os.environ.get("RANK", "0") == "0"
         with own_folder(run.folder) if is_first else nullcontext():
             for note in notes if is_first else ():

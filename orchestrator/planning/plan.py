@@ -5,7 +5,6 @@ Exact where the shards are written or the data is small; else sequences are esti
 
 import json
 import re
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import islice
@@ -14,10 +13,11 @@ from typing import Any
 
 from orchestrator.planning.costs import WayMemory, count_flops, measured_speed, way_memory, weight_bytes
 from orchestrator.planning.hardware import smallest_fit
-from orchestrator.planning.notes import all_notes, where_evaluated
+from orchestrator.planning.notes import all_notes, metric_notes, where_evaluated
 from orchestrator.planning.preflight import CheckedJob
 from orchestrator.planning.show import first_example, in_short, view
 from orchestrator.planning.small_data import count_small
+from orchestrator.ray_session import gpu_memory
 from trainers.batching.batch_plan import plan_batches
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
@@ -156,7 +156,7 @@ def plan_job(
         **_memory(job, choice, device_bytes, measure),
         **costs,
         evaluation=where_evaluated(job, costs["parameters"], device_bytes, elsewhere),
-        notes=all_notes(checked, batches, steps, elsewhere),
+        notes=(*all_notes(checked, batches, steps, elsewhere), *metric_notes(job, shards)),
         example=in_short(first) if first else None,
         job=job.model_dump(mode="json"),
     )
@@ -284,13 +284,3 @@ def count_adapters(shapes: Mapping[str, Sequence[int]], lora: LoraSection) -> in
         )
     ]
     return sum(lora.rank * sum(shape) for shape in adapted)
-
-
-def gpu_memory() -> int | None:
-    """Bytes of memory of this machine's smallest GPU; None without one."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        return min(int(line) for line in answer.split()) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from orchestrator.registry.mlflow_client import registry_uri
@@ -10,7 +11,8 @@ from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.choice import choose, settle
 from trainers.model.deepspeed_config import derive_config
-from trainers.model.fit import check_fit
+from trainers.model.fit import check_fit, check_teacher, tensor_shapes
+from trainers.model.lora import check_frozen
 from trainers.model.memory import ModelSize
 from trainers.model.source import ModelFolder, find_teacher, prepare_model
 from trainers.shards.keys import Sources, SplitName, Splits, plan_splits, split_sources
@@ -62,8 +64,12 @@ def check_job(job: Job, weights: bool = True) -> CheckedJob:
     check(lambda: check_batches(job))
     sources: Sources | None = check(lambda: find_data(job))
     model: ModelFolder | None = check(lambda: prepare_model(job, weights))
-    check(lambda: find_teacher(job))
+    teacher = check(lambda: find_teacher(job))
+    if model and teacher:
+        check(lambda: check_teacher(job, model.path, teacher))
     notes: list[str] | None = check(lambda: check_fit(job, model.path)) if model else []
+    if model and tensor_shapes(Path(model.path)):
+        check(lambda: check_frozen(job, model.path))
     splits = check(lambda: plan_splits(job, model.path, sources)) if model and sources else None
     if problems or model is None or splits is None:
         raise JobError(problems)

@@ -4,11 +4,12 @@ from collections import Counter
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
 
 from orchestrator.planning.preflight import CheckedJob
 from trainers.batching.packing import pack_rows
 from trainers.errors import DataError
-from trainers.shards.drop_budget import single_class
+from trainers.shards.worth import single_class
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.tasks import encode_rows, encode_rules, load_task
 from trainers.tokenizer.encoder import load_encoder
@@ -39,11 +40,11 @@ def count_small(checked: CheckedJob) -> tuple[int, int, int] | None:
         batch = encode_rows(task, [fields or {} for fields in chunk], encoder, encode_rules(job), settled)
         parts.append(batch.tokens.lengths)
         outcomes.update(batch.outcomes[code] for code in batch.codes.tolist())
-        labels.update(batch.extra["label"].drop_null().to_pylist() if "label" in batch.extra else ())
-    if single := single_class(job, labels):
+        labels.update(task.count_labels(pa.record_batch(dict(batch.extra))) if task.has_labels else {})
+    lengths = np.concatenate(parts)
+    if single := single_class(job, labels, len(lengths)):
         raise DataError(single)
     _check_dropped(outcomes, job.data.max_drop_fraction)
-    lengths = np.concatenate(parts)
     sequences = len(pack_rows(lengths, job.data.max_length, job.train.seed)) if job.packing else len(lengths)
     return len(lengths), int(lengths.sum()), sequences
 

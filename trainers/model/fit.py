@@ -13,6 +13,7 @@ from typing import Any
 
 from trainers.errors import JobError
 from trainers.job.schema import Job
+from trainers.tasks.options import task_options
 from trainers.tokenizer.encoder import Encoder, load_encoder
 
 POSITIONS = re.compile(r"(?:^|\.)(?:position_embeddings|embed_positions|wpe|position_embedding)\.weight$")
@@ -40,11 +41,35 @@ def check_fit(job: Job, folder: str) -> list[str]:
     rows = [shape[0] for name, shape in shapes.items() if EMBEDDINGS.search(name) and len(shape) == 2]
     if rows or text.get("vocab_size"):
         encoder = load_encoder(folder, job.model.trust_remote_code)
-        more_problems, more_notes = _vocabulary(encoder, max(rows, default=int(text.get("vocab_size", 0))))
+        more_problems, more_notes = _vocabulary(
+            encoder, max(rows, default=int(text.get("vocab_size", 0))), _written(job, encoder)
+        )
         problems, notes = problems + more_problems, notes + more_notes
     if problems:
         raise JobError(problems)
     return notes
+
+
+def check_teacher(job: Job, student: str, teacher: str) -> None:
+    """See that a teacher reads the student's token ids and lengths, where it has a tokenizer to compare.
+
+    Raises:
+        JobError: where the same id is another token to it, or it has fewer positions.
+    """
+    config, shapes = json.loads((Path(teacher) / "config.json").read_text()), tensor_shapes(Path(teacher))
+    problems, _ = _positions(job, config, config.get("text_config") or config, shapes)
+    if (Path(teacher) / "tokenizer.json").is_file():
+        ours, theirs = (
+            load_encoder(folder, job.model.trust_remote_code).tokenizer.get_vocab() for folder in (student, teacher)
+        )
+        others = [token for token, index in sorted(ours.items()) if theirs.get(token) != index]
+        if others:
+            problems.append(
+                f"train.distill.teacher: {teacher} has another vocabulary than the model, or other ids for "
+                f"{', '.join(map(repr, others[:5]))}; teacher and student must read the same token ids"
+            )
+    if problems:
+        raise JobError([problem.replace(job.model.path, teacher) for problem in problems])
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
@@ -102,12 +127,21 @@ def _positions(
     return [], []
 
 
-def _vocabulary(encoder: Encoder, rows: int) -> tuple[list[str], list[str]]:
-    """Problems and notes about ids that have no embedding."""
+def _written(job: Job, encoder: Encoder) -> str:
+    """What stands in every row of sft: the chat template's own text."""
+    return str(task_options(job).chat_template or encoder.tokenizer.chat_template or "") if job.task == "sft" else ""
+
+
+def _vocabulary(encoder: Encoder, rows: int, written: str) -> tuple[list[str], list[str]]:
+    """Problems and notes about ids that have no embedding.
+
+    Args:
+        written: text that is in every row.
+    """
     tokenizer = encoder.tokenizer
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
     added = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
-    used = {token: index for token, index in beyond.items() if token not in added}
+    used = {token: index for token, index in beyond.items() if token not in added or token in written}
     if used or encoder.pad_id >= rows:
         first = ", ".join(f"{token!r} ({used[token]})" for token in sorted(used, key=lambda token: used[token])[:5])
         highest = max([*used.values(), encoder.pad_id])

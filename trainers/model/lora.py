@@ -12,8 +12,9 @@ from typing import Any
 
 from trainers.architecture import linear_layers, transposed_weights
 from trainers.errors import JobError
+from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
-from trainers.tasks import Task
+from trainers.tasks import Task, load_task, task_options
 
 PREFIX = "base_model.model."
 BASE, FACTORS = ".base_layer.", (".lora_A.default.weight", ".lora_B.default.weight")
@@ -44,6 +45,38 @@ def add_adapters(model: Any, lora: LoraSection, task: Task) -> Any:
         if any(name.startswith(f"{PREFIX}{module}.") for module in head):
             parameter.requires_grad_(True)
     return adapted
+
+
+def check_frozen(job: Job, model_path: str) -> None:
+    """See that a folder has every weight that adapters leave frozen. Headers are read, no weights.
+
+    Raises:
+        JobError: where some are missing. They would be drawn at random, and be in no checkpoint and no export.
+    """
+    import torch
+    import transformers
+
+    if job.model.lora is None:
+        return
+    transformers.logging.set_verbosity_error()
+    task, trust = load_task(job.task, task_options(job)), job.model.trust_remote_code
+    config = transformers.AutoConfig.from_pretrained(model_path, trust_remote_code=trust)
+    auto: Any = getattr(transformers, task.head_class(config))
+    if type(config) not in auto._model_mapping and not trust:
+        return  # refused where the model is loaded
+    options = {"device_map": "meta", "dtype": getattr(torch, job.model.dtype), "use_safetensors": True}
+    model, told = auto.from_pretrained(
+        model_path, config=config, trust_remote_code=trust, output_loading_info=True, **options
+    )
+    if not (missing := set(told["missing_keys"])):
+        return
+    frozen = (name for name, weight in add_adapters(model, job.model.lora, task).named_parameters()
+              if not weight.requires_grad)  # fmt: skip
+    if lost := sorted(missing & set(map(plain_name, frozen))):
+        raise JobError(
+            f"model.lora: {len(lost)} weights that stay frozen are not in {model_path}: {', '.join(lost[:5])}. They "
+            "would be drawn at random and never learn: take a folder that has them, or train without model.lora"
+        )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ written long ago for a job with another budget.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from trainers.errors import DataError
 from trainers.job.schema import Job
 from trainers.shards.manifest import ShardManifest, Shards, check_labels, shards_folder
+from trainers.shards.worth import single_class, single_score
 from trainers.sources.files import compression_of, format_of
 from trainers.storage import Folder, filesystem_of
 from trainers.tasks.chat.turns import LEFT_OUT
@@ -28,21 +29,11 @@ def check_shards(job: Job, shards: Shards) -> None:
     """Refuse shards that this job may not train on, with every reason. Raises DataError."""
     refusals = [refusal for manifest in (shards.train, shards.eval) if (refusal := _refusal(job, manifest))]
     refusals += [mixed] if (mixed := _mixed_separators((shards.train, shards.eval))) else []
-    refusals += [single] if (single := single_class(job, shards.train.labels)) else []
+    refusals += [single] if (single := single_class(job, shards.train.labels, shards.train.total("rows"))) else []
+    refusals += [same] if (same := single_score(job, shards.train)) else []
     if refusals:
         raise DataError("\n".join(refusals))
     check_labels(shards)
-
-
-def single_class(job: Job, labels: Mapping[str, int]) -> str | None:
-    """Why training rows with these labels, each with its rows, teach nothing; None where they do."""
-    if job.task != "classify" or job.data.multi_label or len(labels) != 1:
-        return None
-    ((label, rows),) = labels.items()
-    return (
-        f"data.train: all {rows:,} rows have the label {label!r}, so there is nothing to tell apart; "
-        "add rows with other labels, or name the right column for label in data.columns"
-    )
 
 
 def _mixed_separators(manifests: Sequence[ShardManifest]) -> str | None:

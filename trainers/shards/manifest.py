@@ -89,9 +89,9 @@ class ShardManifest(Record):
         total = _summed(shard.labels for shard in self.shards)
         declared = [name for name in self.class_names if name in total]
         rest = [name for name in total if name not in self.class_names]
-        if all(INTEGER.fullmatch(name) for name in rest):
-            rest.sort(key=int)
-        return {name: total[name] for name in (*declared, *rest)}
+        numbers = sorted((name for name in rest if INTEGER.fullmatch(name)), key=int)
+        names = [name for name in rest if not INTEGER.fullmatch(name)]
+        return {name: total[name] for name in (*declared, *numbers, *names)}
 
     @property
     def notes(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ computed beside the student's, in the same micro-batch; every rank holds the tea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainers.errors import JobError
@@ -15,6 +15,7 @@ from trainers.job.schema import Job
 from trainers.model.world import World
 from trainers.tasks import Task
 from trainers.tasks.base import IGNORE
+from trainers.tasks.labels import has_head, head_labels
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 class Distilled:
     """A task's training loss with a teacher."""
 
-    def __init__(self, task: Task, teacher: Any, temperature: float, alpha: float) -> None:
+    def __init__(
+        self, task: Task, teacher: Any, temperature: float, alpha: float, places: Sequence[int] | None = None
+    ) -> None:
+        """With `places`, for each of the task's labels its output of the teacher, where their order differs."""
         self._task, self._teacher, self._temperature, self._alpha = task, teacher, temperature, alpha
+        self._places = places
 
     def step_loss(
         self,
@@ -47,6 +52,7 @@ class Distilled:
                 f"train.distill.teacher: it has {wanted.shape[-1]} outputs, the model {logits.shape[-1]}; "
                 "teacher and student must share vocabulary and labels"
             )
+        wanted = wanted if self._places is None else wanted[..., list(self._places)]
         own = self._task.loss_sum(logits, labels)
         counted = labels != IGNORE
         distance = divergence_sum(logits[counted].float(), wanted[counted].float(), self._temperature)
@@ -93,5 +99,27 @@ def load_objective(job: Job, task: Task, pad_id: int, world: World) -> Task | Di
         teacher: Any = task.load_model(teacher_path, pad_id=pad_id, **load_options(job))
     except (OSError, ValueError) as error:
         raise JobError(f"train.distill.teacher: {wish.teacher} cannot be loaded: {error}") from error
+    places = teacher_places(task, teacher_path, wish.teacher)
     teacher.to(world.device).eval().requires_grad_(False)
-    return Distilled(task, teacher, wish.temperature, wish.alpha)
+    return Distilled(task, teacher, wish.temperature, wish.alpha, places)
+
+
+def teacher_places(task: Task, teacher_path: str, name: str) -> list[int] | None:
+    """For each label its output of the teacher, by name; None where they are the same, or have no names.
+
+    Raises:
+        JobError: where the teacher's head knows other labels, or it has none.
+    """
+    if not task.has_labels:
+        return None
+    if not has_head(teacher_path, task):
+        raise JobError(f"train.distill.teacher: {name} has no head for these labels, so it would answer at random")
+    own = head_labels(teacher_path, task)
+    if own is None or own == task.labels:
+        return None
+    if set(own) != set(task.labels):
+        raise JobError(
+            f"train.distill.teacher: the head of {name} knows the labels {list(own)[:20]}, the job "
+            f"{list(task.labels)[:20]}; name them alike in id2label of its config.json, or take another teacher"
+        )
+    return [own.index(label) for label in task.labels]

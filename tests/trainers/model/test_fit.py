@@ -83,6 +83,20 @@ def test_every_id_of_the_tokenizer_has_an_embedding(tmp_path: Path, tiny_tokeniz
         fitted(tmp_path, other)
 
 
+def test_tokens_of_the_chat_template_need_embeddings(tmp_path: Path, tiny_chat_tokenizer: Path) -> None:
+    """Added for a template, without new rows in the model; that they are no special tokens saves nothing."""
+    model = make_llama(tmp_path / "llama", tiny_chat_tokenizer)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    (model / "tokenizer.json").write_text(json.dumps(with_token(tokenizer, "<|turn|>", rows, special=False)))
+    assert len(fitted(tmp_path, model, "sft")) == len(fitted(tmp_path, model, "pretrain")) == 1
+    template = "{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}"
+    with pytest.raises(
+        JobError, match=rf"gives ids up to {rows}, but the model has only {rows} embeddings.*'<|turn|>'"
+    ):
+        fitted(tmp_path, model, "sft", chat_template=template)
+
+
 def with_token(tokenizer: dict[str, Any], text: str, index: int, special: bool) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
     return {**tokenizer, "added_tokens": [*tokenizer["added_tokens"], {"id": index, "content": text, **flags}]}
