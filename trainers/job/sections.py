@@ -128,9 +128,15 @@ class EvaluateOptions(Section):
     """seq2seq: sacreBLEU's tokenizer."""
 
 
+MOST_NAME = 256
+
+
 def _registry_name(name: str | None) -> str | None:
     if name is not None and (name.strip() in ("", ".", "..") or {"/", ":"} & set(name)):
         raise PydanticCustomError("registry_name", "must be a name without / and :, which registries refuse")
+    if name is not None and (len(name) > MOST_NAME or "'" in name or not name.isprintable()):
+        kinds = f"must be a name of at most {MOST_NAME} characters, without ' and line breaks, which registries refuse"
+        raise PydanticCustomError("registry_name", "{kinds}", {"kinds": kinds})
     return name
 
 

@@ -21,21 +21,11 @@ from trainers.sources.hub import SCHEME, arrow_files
 from trainers.storage import filesystem_of, is_remote
 
 SUFFIXES: dict[str, FormatName] = {
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    "json": "json",
-    "csv": "csv",
-    "tsv": "tsv",
-    "parquet": "parquet",
-    "arrow": "arrow",
-    "feather": "arrow",
-    "conll": "conll",
-    "conllu": "conll",
-    "iob": "conll",
-    "iob2": "conll",
-    "bio": "conll",
-    "txt": "text",
-    "text": "text",
+    **dict.fromkeys(("jsonl", "ndjson"), "jsonl"),
+    **dict.fromkeys(("arrow", "feather"), "arrow"),
+    **dict.fromkeys(("conll", "conllu", "iob", "iob2", "bio"), "conll"),
+    **dict.fromkeys(("txt", "text"), "text"),
+    **{name: name for name in ("json", "csv", "tsv", "parquet")},
 }
 COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 COLUMNAR: frozenset[FormatName] = frozenset({"parquet", "arrow"})
@@ -43,6 +33,8 @@ COLUMNAR: frozenset[FormatName] = frozenset({"parquet", "arrow"})
 WHOLE_DIGEST_BYTES = 2**30
 END_BYTES = 2**20
 BLOCK_BYTES = 4 * 2**20
+SPLITS_RECORD, RECORDS = "dataset_dict.json", ("dataset_info.json", "state.json")
+"""What `datasets` writes beside the data that it saves."""
 WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -270,6 +262,11 @@ def _folder_files(pattern: str, path: str, format: FormatName | None) -> list[pa
     fs, _ = filesystem_of(pattern)
     infos = [info for info in _list(fs, path, recursive=True) if info.type == pafs.FileType.File]
     infos = [info for info in infos if not _hidden(info.path[len(path) :])]
+    if any(info.base_name == SPLITS_RECORD for info in infos):
+        raise JobError(
+            f"{pattern}: `datasets` has saved several splits here; name the folder of one, such as {path}/train"
+        )
+    infos = [info for info in infos if info.base_name not in RECORDS] or infos
     kinds = {kind for info in infos if (kind := format_of(info.base_name))}
     wanted = format or (next(iter(kinds)) if len(kinds) == 1 else None)
     chosen = [info for info in infos if wanted and format_of(info.base_name) == wanted]

@@ -8,6 +8,7 @@ as negatives would depend on how a step is cut into micro-batches, which nothing
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from trainers.tokenizer.token_arrays import EncodedBatch
 if TYPE_CHECKING:
     import torch
 
+DECIMAL_COMMA = re.compile(r"[-+]?\d+,\d+")
 MARGIN = 0.5
 """Cosine distance beyond which an unlike pair costs nothing, as sentence-transformers has it."""
 ALIKE = 0.5
@@ -65,7 +67,8 @@ class Similarity(Task):
         if not first.strip() or not second.strip():
             return "empty_sentence"
         if isinstance(score, bool) or not isinstance(score, int | float):
-            return "score_not_a_number"
+            with_comma = isinstance(score, str) and DECIMAL_COMMA.fullmatch(score.strip())
+            return "score_with_a_decimal_comma" if with_comma else "score_not_a_number"
         low, high = options.score_range
         return None if low <= score <= high else f"score_outside_{low:g}_to_{high:g}"
 

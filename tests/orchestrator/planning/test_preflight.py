@@ -49,6 +49,13 @@ def test_a_name_that_registries_refuse_is_refused_with_the_job(tmp_path: Path, n
         parse_job({**job.model_dump(mode="json"), "registry": {"model": name}})
 
 
+@pytest.mark.parametrize("name", ["it's", "a\nb", "x" * 257])
+def test_a_name_that_a_registry_cannot_look_up_is_refused_with_the_job(tmp_path: Path, name: str) -> None:
+    job = tiny_job(tmp_path, tmp_path, "classify", film_rows(20))
+    with pytest.raises(JobError, match=r"registry.model: must be a name of at most 256 characters, without ' and line"):
+        parse_job({**job.model_dump(mode="json"), "registry": {"model": name}})
+
+
 def test_one_class_is_refused_once_the_rows_are_counted(tmp_path: Path, tiny_tokenizer: Path) -> None:
     rows = [{**row, "label": "good"} for row in film_rows(20)]
     job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", rows)

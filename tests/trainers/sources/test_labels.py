@@ -9,10 +9,11 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
-from trainers.errors import DataError
+from trainers.errors import DataError, JobError
 from trainers.run.record import job_task
 from trainers.shards.drop_budget import check_shards
 from trainers.shards.manifest import ShardManifest
+from trainers.sources.files import find_sources
 from trainers.sources.readers import check_columns, plan_units, read_unit
 
 NAMES = ["weather", "sport", "art"]
@@ -84,7 +85,7 @@ def labels_of(job: Any, shard_here: Any) -> tuple[ShardManifest, tuple[str, ...]
     [
         ([10, 2, 0, -1], ("-1", "0", "2", "10")),
         ([2.0, 10.0, 2], ("2", "10")),
-        (["10", "2", "b"], ("10", "2", "b")),
+        (["b", "10", "2", "a"], ("2", "10", "a", "b")),
         ([True, False], ("False", "True")),
     ],
 )
@@ -130,6 +131,54 @@ def test_the_separator_of_a_csv_is_found_and_said(
     assert rows_of(source, "text", "label")[0]["text"] == "well, no; never| a\tfilm"
 
 
+def test_the_line_that_excel_puts_first_is_no_header(tmp_path: Path, source_of: Any) -> None:
+    for start in ("sep=;\n", "\ufeffsep=;\r\n"):
+        (tmp_path / "x.csv").write_text(f"{start}text;label\na film;1\n", newline="")
+        source = source_of(tmp_path / "x.csv")
+        check_columns([source], {"text": "text", "label": "label"}, [["text", "label"]], "data.train")
+        assert rows_of(source, "text", "label") == [{"text": "a film", "label": "1"}]
+
+
+def test_tsv_without_tabs_is_refused_and_quoted_values_are_told(
+    tmp_path: Path, source_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x.tsv").write_text("text;label\na film;1\n")
+    with pytest.raises(DataError, match=r"no tab in the header 'text;label'. Name it .csv, .* finds the ';'"):
+        check_columns([source_of(tmp_path / "x.tsv")], {"text": "text"}, [["text"]], "data.train")
+    (tmp_path / "y.tsv").write_text('text\tlabel\n"a film ""x"""\t1\n')
+    for _ in range(2):
+        check_columns([source_of(tmp_path / "y.tsv")], {"text": "text"}, [["text"]], "data.train")
+    assert caplog.text.count("values stand in quotation marks") == 1
+    assert rows_of(source_of(tmp_path / "y.tsv", "csv"), "text") == [{"text": 'a film "x"'}]
+    caplog.clear()
+    (tmp_path / "z.tsv").write_text('text\tlabel\nthe "film\t1\na 5" plot\t2\n')
+    check_columns([source_of(tmp_path / "z.tsv")], {"text": "text"}, [["text"]], "data.train")
+    assert "quotation" not in caplog.text
+
+
+def test_a_file_without_a_header_is_told_so(tmp_path: Path, source_of: Any) -> None:
+    (tmp_path / "x.csv").write_text("a film,good\na plot,bad\n")
+    with pytest.raises(JobError, match="Where the first line is no header, write one"):
+        check_columns([source_of(tmp_path / "x.csv")], {"text": "text"}, [["text"]], "data.train")
+
+
+def test_a_folder_that_datasets_saved_is_its_data_and_several_splits_are_refused(tmp_path: Path) -> None:
+    data = classes(text=["a", "b"], label=[2, 0])
+    data.save_to_disk(str(tmp_path / "one"))
+    (source,) = find_sources([str(tmp_path / "one")], None, "data.train")
+    assert [row["label"] for row in rows_of(source, "text", "label")] == ["art", "weather"]
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(JobError, match="several splits here; name the folder of one"):
+        find_sources([str(tmp_path / "two")], None, "data.train")
+    assert find_sources([str(tmp_path / "two" / "test")], None, "data.train")
+
+
+def test_integers_keep_their_order_beside_names(make_job: Any, write_rows: Any, shard_here: Any) -> None:
+    rows = [{"text": "a film", "label": label} for label in ("other", 10, 2, "all", -1)]
+    path = write_rows("x.jsonl", rows)
+    assert labels_of(make_job(train=[path], eval=[path]), shard_here)[1] == ("-1", "2", "10", "all", "other")
+
+
 def test_a_csv_of_one_column_is_not_cut_by_what_stands_in_its_texts(tmp_path: Path, source_of: Any) -> None:
     path = tmp_path / "x.csv"
     path.write_text("text\na;b\nc;d\n")
@@ -142,6 +191,12 @@ def test_scores_written_as_text_are_numbers(kind: str, make_job: Any, write_rows
     path = write_rows(f"x.{kind}", rows)
     job = make_job("similarity", train=[path], eval=[path], score_range=[0, 5], max_drop_fraction=1.0)
     assert shard_here(job).train.outcomes == {"kept": 3, "dropped:score_not_a_number": 1}
+
+
+def test_a_decimal_comma_is_named(make_job: Any, tmp_path: Path, shard_here: Any) -> None:
+    (tmp_path / "x.csv").write_text("sentence1;sentence2;score\na film;a plot;4,5\na film;a plot;4.5\n")
+    job = make_job("similarity", train=[tmp_path / "x.csv"], eval=[tmp_path / "x.csv"], score_range=[0, 5])
+    assert shard_here(job).train.outcomes == {"kept": 1, "dropped:score_with_a_decimal_comma": 1}
 
 
 def write_csv(folder: Path, rows: list[dict[str, str]], name: str = "x.csv") -> Path:

@@ -1,13 +1,15 @@
 """csv and tsv: a header line, then one row a record, numbered from 0. Every value is a string; an empty one is null.
 
 csv quotes as RFC 4180 says, line breaks within quotes included; `;`, tabs or `|` in place of commas are found by the
-first lines, and said. tsv has no quoting at all (IANA text/tab-separated-values), so quotation marks in it are text.
+first lines, and said. tsv has no quoting at all (IANA text/tab-separated-values), so quotation marks in it are text; a
+warning says so where the first lines look quoted. A first line `sep=;`, as Excel writes it, is passed over.
 Read whole, streamed, since quotes forbid splitting.
 """
 
 import csv
 import io
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
@@ -20,6 +22,8 @@ from trainers.sources.formats.sniff import RENAME, read_text_head
 log = logging.getLogger(__name__)
 SEPARATORS = (",", ";", "\t", "|")
 GUESS_LINES = 50
+EXCEL = re.compile(rb"(?:\xef\xbb\xbf)?sep=[,;|\t]\r?\n")
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 MAX_FIELD_CHARS = 2**28
 """Past this an unclosed quotation mark is given up, rather than reading the rest of the file into memory."""
 
@@ -31,10 +35,16 @@ class Delimited:
         read_text_head(source, f"{source.format} in UTF-8 with a header line")
         with _open_text(source) as text:
             header = _read_header(_reader(text, source))
-            if source.format == "csv" and (separator := separator_of(source)) != ",":
-                _say_once(f"{source.uri}: the first lines show that {separator!r} separates the values, not a comma")
+        _tell(source)
         if header is None:
             return None
+        if (
+            source.format == "tsv"
+            and len(header) == 1
+            and (other := next((one for one in ",;|" if one in header[0]), ""))
+        ):
+            remedy = f"Name it .csv, or set data.format: csv, which finds the {other!r}"
+            raise not_as_named(source, "values between tabs", f"no tab in the header {header[0][:60]!r}", remedy)
         if any(has_lone_surrogate(name) for name in header):
             raise not_as_named(source, f"{source.format} in UTF-8", "a header that is not UTF-8", RENAME)
         twice = sorted({name for name in header if header.count(name) > 1})
@@ -55,6 +65,19 @@ class Delimited:
                 yield from enumerate(_records(reader, header))
 
 
+def _tell(source: SourceFile) -> None:
+    """Warn of what the first lines show that a user may not expect."""
+    if source.format == "csv" and (separator := separator_of(source)) != ",":
+        _say_once(f"{source.uri}: the first lines show that {separator!r} separates the values, not a comma")
+    elif source.format == "tsv":
+        with _open_text(source) as text:
+            cells = [cell for line in islice(text, GUESS_LINES) for cell in line.rstrip("\r\n").split("\t")]
+        if any(QUOTED.fullmatch(cell) for cell in cells):
+            _say_once(
+                f"{source.uri}: values stand in quotation marks, which are text in tsv; data.format: csv takes them off"
+            )
+
+
 @cache
 def _say_once(message: str) -> None:
     log.warning(message)
@@ -62,7 +85,10 @@ def _say_once(message: str) -> None:
 
 def _open_text(source: SourceFile) -> io.TextIOWrapper:
     """Characters, with bytes that are not UTF-8 as lone surrogates, so that only their own row is lost."""
-    return io.TextIOWrapper(open_stream(source), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    stream = open_stream(source)
+    first = EXCEL.match(stream.peek(16)) if source.format == "csv" else None
+    stream.read(first.end() if first else 0)
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def separator_of(source: SourceFile) -> str:
