@@ -31,7 +31,6 @@ FormatName = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "text", 
 PAIR = " | "
 """Stands between the two files of a parallel text where both are named in one word."""
 
-
 CHAT_FIELDS = ("prompt", "completion", "conversations", "instruction", "input", "output", "system", "history", "tools",
                "functions", "reasoning_content", "reasoning", "thinking")  # fmt: skip
 TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
