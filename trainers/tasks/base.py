@@ -259,9 +259,8 @@ class Task(ABC):
                 f"model.path: transformers has no {self.head_class(config).removeprefix('AutoModelFor')} head for a "
                 f"{config.model_type} model; choose another model or task"
             )
-        model: torch.nn.Module = auto.from_pretrained(
-            path, config=config, trust_remote_code=trust_remote_code, **options
-        )
+        options |= {"config": config, "trust_remote_code": trust_remote_code}
+        model: torch.nn.Module = auto.from_pretrained(path, **options)
         if self.head_class(config) == "AutoModelForSequenceClassification":
             read_last_tokens(model)
         return model
