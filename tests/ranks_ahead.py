@@ -1,6 +1,7 @@
-"""What ranks of the tests import, for the process that they are forked from: see `ranks.rank_context`."""
+"""What ranks and commands of the tests import, for the process that they are forked from: see `ranks.rank_context`."""
 
 import importlib
+import os
 import sys
 
 sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused in ranks
@@ -18,3 +19,6 @@ for name in (
 ):
     importlib.import_module(name)
 del sys.modules["mlflow"]
+os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}  # as the product imports it
+for name in ("orchestrator.run", "matplotlib.figure", "mlflow.store.tracking.sqlalchemy_store", "sklearn.metrics"):
+    importlib.import_module(name)  # only commands do

@@ -1,5 +1,6 @@
 """A node is lost for real: of two hosts (network namespaces) one is killed whole, or cut off; the run goes on."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.forked import run_command
 from tests.hosts import PORT, UNAVAILABLE, Host, two_hosts
+from tests.ray_head import free_ports
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from trainers.job.schema import Job
 from trainers.model.source import find_model
@@ -21,7 +24,8 @@ from trainers.run.folder import run_folder
 from trainers.storage import Folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE)]
-STEPS, STEP_S, SMALLER_WITHIN_S = 100, 0.25, 30.0
+STEPS, EVERY_STEPS, STEP_S, SMALLER_WITHIN_S = 250, 5, 0.5, 30.0
+"""Enough steps to outlast all that happens; after that they are no longer slow."""
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +45,14 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Job:
         film_rows(120),
         train={"steps": STEPS, "learning_rate": 1e-4},
         scale={"workers": {"min": 1, "max": 2}},
-        checkpoint={"every_steps": 10},
+        checkpoint={"every_steps": EVERY_STEPS},
         evaluate={"while_training": False},
     )
     return job
 
 
-def write_job(job: Job, name: str) -> tuple[Path, Path]:
-    """The job under a name, slowed down. Returns its file and its run folder."""
-    job = job.model_copy(update={"name": name, "storage": f"{job.storage}-{name}"})
+def write_job(job: Job) -> tuple[Path, Path]:
+    """The job, slowed down. Returns its file and its run folder."""
     shards, model = shard_locally(job), find_model(job)
     assert model is not None
     run = run_folder(job, model.digest, shards).path
@@ -65,18 +68,17 @@ def write_job(job: Job, name: str) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def undisturbed(job: Job) -> dict[int, float]:
     """Losses of the same job on one worker that nothing happens to."""
-    raw = job.model_dump(mode="json") | {"name": "undisturbed", "scale": {"workers": 1}}
-    path = Path(job.storage).with_name("undisturbed.yaml")
-    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", "run", str(path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    storage = Path(job.storage).with_name("undisturbed")
+    storage.mkdir()
+    alone = job.model_copy(update={"storage": str(storage), "scale": job.scale.model_copy(update={"workers": 1})})
+    shard_locally(alone)
+    path = storage / "job.yaml"
+    path.write_text(yaml.safe_dump(alone.model_dump(mode="json")), encoding="utf-8")
+    (port,) = free_ports(1)
+    contract = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = run_command([str(path)], storage, "trainers.__main__", **contract)
     assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = Path(raw["storage"]).glob("runs/undisturbed-????????")
+    (run,) = storage.glob("runs/*")
     return {event.step: event.loss for event in events_of(run, "step")}
 
 
@@ -92,82 +94,93 @@ def wait_for(reached: Callable[[], bool], driver: "subprocess.Popen[bytes]", log
         time.sleep(0.1)
 
 
-def test_a_node_that_is_about_to_go_is_left_in_time(hosts: tuple[Host, Host], job: Job, tmp_path: Path) -> None:
-    """A preemption notice: with a fixed number of workers the run commits and exits 75, else it goes on with fewer."""
-    first, second = hosts
-    job_file, run = write_job(job, "drained")
-    log = tmp_path / "driver.log"
-    for workers in ("2", "{min: 1, max: 2}"):
-        launches = len(events_of(run, "start"))
-        command = first.command(
-            sys.executable, "-m", "orchestrator", "run", str(job_file), "--address", f"{first.address}:{PORT}",
-            "--set", f"scale.workers={workers}",
-        )  # fmt: skip
-        with log.open("wb") as stream:
-            driver = subprocess.Popen(command, env=first.environment(), stdout=stream, stderr=stream)
-        try:
-            wait_for(lambda n=launches: len(events_of(run, "start")) > n, driver, log)
-            steps = len(events_of(run, "step"))
-            wait_for(lambda n=steps: len(events_of(run, "step")) > n + 2, driver, log)
-            second.drain(first)
-            if workers == "2":
-                assert driver.wait(timeout=400) == 75, log.read_text()
-                assert events_of(run, "done")[-1].stopped == "preempted"
-            else:
-                wait_for(lambda n=launches: len(events_of(run, "start")) > n + 1, driver, log)
-                assert [event.world_size for event in events_of(run, "start")] == [2, 2, 1]
-                assert events_of(run, "done")[-1].stopped == "resize"
-        finally:
-            driver.kill()
-            driver.wait()
-        second.kill_everything()
-        second.start_ray(first)
-        assert (run / "checkpoints" / f"step-{events_of(run, 'done')[-1].step:08d}" / "COMMITTED").exists()
-    assert not events_of(run, "restart")
-
-
-@pytest.mark.parametrize("how", ["killed", "cut-off"])
-def test_a_lost_node_costs_a_moment_and_no_step(
-    hosts: tuple[Host, Host], how: str, job: Job, undisturbed: dict[int, float], tmp_path: Path
-) -> None:
-    first, second = hosts
-    job_file, run = write_job(job, how)
-    log = tmp_path / "driver.log"
-    command = first.command(
-        sys.executable, "-m", "orchestrator", "run", str(job_file), "--address", f"{first.address}:{PORT}"
-    )
+@contextlib.contextmanager
+def driven(host: Host, job_file: Path, log: Path, workers: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """`tuneyard run` on that host's Ray for the length of the block."""
+    command = host.command(
+        sys.executable, "-m", "orchestrator", "run", str(job_file), "--address", f"{host.address}:{PORT}",
+        "--set", f"scale.workers={workers}",
+    )  # fmt: skip
     with log.open("wb") as stream:
-        driver = subprocess.Popen(command, env=first.environment(), stdout=stream, stderr=stream)
+        driver = subprocess.Popen(command, env=host.environment(), stdout=stream, stderr=stream)
     try:
-        wait_for(lambda: len(events_of(run, "step")) >= 15, driver, log)
-        assert [event.world_size for event in events_of(run, "start")] == [2]
-        if how == "killed":
-            second.kill_everything()
-        else:
-            second.set_link("down")
-        lost_at = time.time()
-        wait_for(lambda: len(events_of(run, "start")) >= 2, driver, log)
-        wait_for(lambda: events_of(run, "step")[-1].time > events_of(run, "start")[1].time, driver, log)
-        seconds = events_of(run, "step")[-1].time - lost_at
-        print(f"\n{how}: {seconds:.1f} s to the first step with one worker")
-        assert events_of(run, "start")[1].world_size == 1
-        assert seconds < SMALLER_WITHIN_S
-        assert "lost the node" in events_of(run, "restart")[0].cause
-
-        second.kill_everything()
-        second.set_link("up")
-        second.start_ray(first)
-        wait_for(lambda: len(events_of(run, "start")) >= 3, driver, log)
-        assert driver.wait(timeout=400) == 0, log.read_text()
+        yield driver
     finally:
         driver.kill()
         driver.wait()
-    starts = events_of(run, "start")
-    assert [start.world_size for start in starts] == [2, 1, 2]
-    assert starts[1].step >= 10
-    resized = [event for event in events_of(run, "done") if event.stopped == "resize"]
-    assert [event.step for event in resized] == [starts[2].step]
+
+
+def test_a_node_that_goes_costs_a_moment_and_no_step(
+    hosts: tuple[Host, Host], job: Job, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    """A preemption notice: with a fixed number of workers the run commits and exits 75, else it goes on with fewer.
+    Then the node is killed, then cut off. Each time it comes back, and so does the second worker."""
+    first, second = hosts
+    job_file, run = write_job(job)
+    log = tmp_path / "driver.log"
+
+    def sizes() -> list[int]:
+        return [event.world_size for event in events_of(run, "start")]
+
+    def wait_for_steps(driver: "subprocess.Popen[bytes]", *expected: int) -> None:
+        """Until the newest launch, of which these are the world sizes so far, has made three steps."""
+        wait_for(lambda: len(sizes()) >= len(expected), driver, log)
+        began = events_of(run, "start")[-1].time
+        wait_for(lambda: sum(event.time > began for event in events_of(run, "step")) >= 3, driver, log)
+        assert sizes() == list(expected)
+
+    def come_back() -> None:
+        second.kill_everything()
+        second.set_link("up")
+        second.start_ray(first)
+
+    with driven(first, job_file, log, "2") as driver:
+        wait_for_steps(driver, 2)
+        second.drain(first)
+        assert driver.wait(timeout=400) == 75, log.read_text()
+        assert committed_end(run).stopped == "preempted"
+    come_back()
+
+    with driven(first, job_file, log, "{min: 1, max: 2}") as driver:
+        wait_for_steps(driver, 2, 2)
+        second.drain(first)
+        wait_for_steps(driver, 2, 2, 1)
+        assert committed_end(run).stopped == "resize"
+        assert not events_of(run, "restart")
+        come_back()
+        wait_for_steps(driver, 2, 2, 1, 2)
+
+        for turn, lose in enumerate((second.kill_everything, lambda: second.set_link("down"))):
+            made = events_of(run, "step")[-1].step
+            lose()
+            lost_at = time.time()
+            wait_for_steps(driver, *sizes(), 1)
+            again = next(
+                event.time for event in events_of(run, "step") if event.time > events_of(run, "start")[-1].time
+            )
+            print(f"\n{('killed', 'cut off')[turn]}: {again - lost_at:.1f} s to the first step with one worker")
+            assert again - lost_at < SMALLER_WITHIN_S
+            assert "lost the node" in events_of(run, "restart")[turn].cause
+            assert events_of(run, "start")[-1].step >= made // EVERY_STEPS * EVERY_STEPS - EVERY_STEPS
+            if turn:
+                (run / "faults.json").write_text("[]")  # the rest at full speed
+            come_back()
+            wait_for_steps(driver, *sizes(), 2)
+        assert driver.wait(timeout=400) == 0, log.read_text()
+
+    assert sizes() == [2, 2, 1, 2, 1, 2, 1, 2]
+    assert len(events_of(run, "restart")) == 2
+    resumed = [start.step for start in events_of(run, "start")]
+    resized = [event.step for event in events_of(run, "done") if event.stopped == "resize"]
+    assert resized == [resumed[2], resumed[3], resumed[5], resumed[7]]
     steps = {event.step: event.loss for event in events_of(run, "step")}
     assert set(steps) == set(range(1, STEPS + 1))
     assert json.loads((run / "result.json").read_text())["status"] == "done"
     assert steps == pytest.approx(undisturbed, abs=1e-5)
+
+
+def committed_end(run: Path) -> Any:
+    """How the last launch ended; its last step is committed."""
+    end = events_of(run, "done")[-1]
+    assert (run / "checkpoints" / f"step-{end.step:08d}" / "COMMITTED").exists()
+    return end

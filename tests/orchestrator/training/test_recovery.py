@@ -30,7 +30,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Job:
         make_bert(folder / "model", tiny_tokenizer),
         "classify",
         film_rows(120),
-        train={"steps": STEPS, "learning_rate": 1e-3},
+        train={"steps": STEPS, "learning_rate": 1e-3, "schedule": "constant"},  # more steps begin as fewer do
         scale={"workers": 2},
         checkpoint={"every_steps": 4},
         evaluate={"while_training": False},
@@ -53,6 +53,7 @@ def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing
         {"kind": "kill", "rank": 1, "step": 5},
         {"kind": "raise", "rank": 0, "step": 6},
         {"kind": "memory", "rank": 1, "step": 9},
+        {"kind": "mismatch", "rank": 0, "step": 10},
     ]
     run = run_training(job, "failing", *faults)
     assert losses(run) == undisturbed
@@ -64,6 +65,10 @@ def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing
     assert "sitecustomize.py" in causes[1]
     assert "cannot allocate 1 TiB" in causes[2]
     assert "train.micro_batch_size" in causes[2]
+    assert "collective mismatch" in causes[3]
+    assert "A rank left out a collective" in causes[3]
+    assert "loop.py:" in causes[3]
+    assert len(causes) == 4
     starts = [event.step for event in events_of(run, "start")]
     assert starts == sorted(starts)
     assert set(starts) <= {0, 4, 8}  # a checkpoint that was still being written when its rank died is lost
@@ -110,50 +115,36 @@ def test_a_rank_that_always_fails_ends_the_run_with_its_own_words(job: Job) -> N
     assert caught.value.exit_code == 5
 
 
-@pytest.mark.parametrize(
-    ("kind", "rank", "said"),
-    [
-        ("stop", 1, "its process is stopped"),
-        ("sleep_loader", 0, "phase data"),
-        ("endless_forward", 1, "the others wait for it in a collective"),
-        ("skip", 0, "it waits in another collective than the others"),
-    ],
-)
-def test_a_rank_that_hangs_is_named_with_its_line_and_the_run_goes_on(
-    job: Job, undisturbed: dict[int, float], kind: str, rank: int, said: str
+HANGS = {
+    "sleep_loader": (0, "phase data"),
+    "stop": (1, "its process is stopped"),
+    "endless_forward": (1, "the others wait for it in a collective"),
+    "skip": (0, "it waits in another collective than the others"),
+}
+"""Rank, and what is said of it. The loader is the first: it works ahead, and would sleep before another hang's turn."""
+
+
+def test_a_rank_that_hangs_is_named_with_its_line_and_the_run_goes_on(job: Job, undisturbed: dict[int, float]) -> None:
+    hanging = with_(job, scale={"hang_after_s": 3.0, "max_failures": len(HANGS)}, checkpoint={"every_steps": 2})
+    faults = [
+        {"kind": kind, "rank": rank, "step": 3 + 2 * turn} for turn, (kind, (rank, _)) in enumerate(HANGS.items())
+    ]
+    run = run_training(hanging, "hanging", *faults)
+    hangs = events_of(run, "hang")
+    for hang, (rank, said) in zip(hangs, HANGS.values(), strict=True):
+        assert hang.rank == rank
+        assert said in hang.report
+        assert ".py:" in hang.line
+    assert losses(run) == undisturbed
+
+
+def test_a_loss_that_is_not_finite_rolls_back_and_leaves_that_step_out_and_a_slow_rank_is_no_hang_but_a_straggler(
+    job: Job, undisturbed: dict[int, float]
 ) -> None:
-    run = run_training(with_(job, scale={"hang_after_s": 3.0}), kind, {"kind": kind, "rank": rank, "step": 5})
-    (hang,) = events_of(run, "hang")
-    assert hang.rank == rank
-    assert said in hang.report
-    assert ".py:" in hang.line
-    assert losses(run) == undisturbed
-
-
-def test_a_collective_that_one_rank_leaves_out_is_named_as_what_it_is(job: Job, undisturbed: dict[int, float]) -> None:
-    run = run_training(job, "mismatch", {"kind": "mismatch", "rank": 0, "step": 5})
-    (restart,) = events_of(run, "restart")
-    assert "collective mismatch" in restart.cause
-    assert "A rank left out a collective" in restart.cause
-    assert "loop.py:" in restart.cause
-    assert losses(run) == undisturbed
-
-
-def test_a_slow_rank_is_no_hang_but_a_straggler(job: Job, undisturbed: dict[int, float]) -> None:
     slow = {"kind": "slow", "rank": 1, "step": 0, "seconds": 0.2, "always": True}
-    run = run_training(with_(job, train={"steps": 20}), "slow", slow)
-    assert not events_of(run, "hang")
-    assert not events_of(run, "restart")
-    found = events_of(run, "straggler")
-    assert found
-    assert {event.rank for event in found} == {1}
-    assert found[-1].lag_s > 0.1  # half of what it sleeps; a busy machine only adds to it
-
-
-def test_a_loss_that_is_not_finite_rolls_back_and_leaves_that_step_out(job: Job, undisturbed: dict[int, float]) -> None:
-    run = run_training(job, "diverging", {"kind": "nan", "rank": 1, "step": 6})
+    run = run_training(with_(job, train={"steps": 20}), "diverging", {"kind": "nan", "rank": 1, "step": 6}, slow)
     found = losses(run)
-    assert set(found) == set(range(1, STEPS + 1)) - {7}
+    assert set(found) == set(range(1, 21)) - {7}
     assert {step: loss for step, loss in found.items() if step < 7} == {
         step: loss for step, loss in undisturbed.items() if step < 7
     }
@@ -164,6 +155,11 @@ def test_a_loss_that_is_not_finite_rolls_back_and_leaves_that_step_out(job: Job,
     assert len(skipped["sequences"]) == 8
     assert len({tuple(row) for row in skipped["rows"]}) == 8
     assert not events_of(run, "restart")
+    assert not events_of(run, "hang")
+    lagging = events_of(run, "straggler")
+    assert lagging
+    assert {event.rank for event in lagging} == {1}
+    assert lagging[-1].lag_s > 0.1  # half of what it sleeps; a busy machine only adds to it
 
 
 def test_a_run_that_diverges_again_and_again_ends_with_the_rows_to_look_at(job: Job) -> None:
@@ -173,35 +169,32 @@ def test_a_run_that_diverges_again_and_again_ends_with_the_rows_to_look_at(job: 
 
 
 def test_sigterm_to_one_rank_is_agreed_by_all_and_goes_on_bit_for_bit(job: Job, undisturbed: dict[int, float]) -> None:
-    """Told at different moments, one rank or the other: committed, exit 75, and the same losses in the end."""
+    """Told at different moments, one rank or the other, at last one whose peer waits for data: committed, exit 75, and
+    the same losses in the end."""
     run = Path(job.storage) / "runs" / "preempted"
-    for attempt in range(3):
+
+    def stop_after(step: int, rank: int, delay_s: float, *faults: dict[str, Any]) -> int:
+        """Tell one rank once that step was made. Returns the last step."""
         sent = threading.Event()
 
-        def send(event: Event, attempt: int = attempt, sent: threading.Event = sent) -> None:
-            if isinstance(event, StepEvent) and not sent.is_set():
+        def send(event: Event) -> None:
+            if isinstance(event, StepEvent) and event.step >= step and not sent.is_set():
                 sent.set()
-                os.kill(rank_processes()[f"rank-{attempt % 2}"], signal.SIGTERM)
+                threading.Timer(delay_s, lambda: os.kill(rank_processes()[f"rank-{rank}"], signal.SIGTERM)).start()
 
         with pytest.raises(Preempted) as caught:
-            run_training(job, "preempted", on_event=send)
+            run_training(job, "preempted", *faults, on_event=send)
         assert caught.value.exit_code == 75
         stopped = max(losses(run))
         assert stopped in committed_steps(Folder(str(run)) / "checkpoints")
+        return stopped
+
+    slow = {"kind": "slow", "rank": 0, "step": 0, "seconds": 0.1, "always": True}
+    stopped = stop_after(1, 0, 0.0, slow)
+    stopped = stop_after(stopped + 1, 1, 0.0, slow)
+    waits_at = stopped + 2
+    assert stop_after(waits_at, 1, 1.0, {"kind": "sleep_loader", "rank": 0, "step": waits_at}) == waits_at < STEPS
     assert losses(run_training(job, "preempted")) == undisturbed
-
-
-def test_a_rank_that_waits_for_data_hears_sigterm(job: Job, undisturbed: dict[int, float]) -> None:
-    def send(event: Event) -> None:
-        if isinstance(event, StepEvent) and event.step == 5:
-            threading.Timer(1.0, lambda: os.kill(rank_processes()["rank-1"], signal.SIGTERM)).start()
-
-    with pytest.raises(Preempted):
-        run_training(job, "waiting", {"kind": "sleep_loader", "rank": 0, "step": 5}, on_event=send)
-    run = Path(job.storage) / "runs" / "waiting"
-    assert max(losses(run)) == 5
-    assert 5 in committed_steps(Folder(str(run)) / "checkpoints")
-    assert losses(run_training(job, "waiting")) == undisturbed
 
 
 def test_a_rank_that_cannot_commit_within_the_grace_time_ends(job: Job) -> None:
