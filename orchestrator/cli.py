@@ -189,6 +189,40 @@ def run(job_path: JobPath, overrides: Overrides = None, address: Address = None)
 
 
 @app.command()
+def sweep(
+    path: Annotated[Path, typer.Argument(metavar="JOB|SWEEP", help="Job file, or a sweep file (job:, space:).")],
+    grids: Annotated[
+        list[str] | None,
+        typer.Option("--set-grid", metavar="section.key=v1,v2", help="Values of a field; several give a grid."),
+    ] = None,
+    halving: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Successive halving: the best 1/N goes on at each pause.")
+    ] = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a job with several values of its fields and register the best. Goes on where it was stopped."""
+    from rich.console import Console
+
+    from orchestrator.report.page import REPORT
+    from orchestrator.sweep.page import trial_table
+    from orchestrator.sweep.spec import read_spec
+    from orchestrator.sweep.sweep import run_sweep
+    from orchestrator.terminal.progress import Screen
+    from orchestrator.terminal.table import show_table
+
+    screen = Screen(Console(stderr=True, soft_wrap=True) if as_json else None)
+    folder, record = run_sweep(read_spec(path, grids or (), halving), overrides or (), address, screen)
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+        return
+    show_table(trial_table(record))
+    screen.registered(record.registry)
+    screen.say(f"report  {folder}/{REPORT}")
+
+
+@app.command()
 def submit(
     job_path: JobPath,
     address: Annotated[str, typer.Option(help="Ray dashboard, e.g. http://head:8265.")],

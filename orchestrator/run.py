@@ -4,7 +4,8 @@ Each stage leaves a record on storage and is skipped where its record is there, 
 killed one began and does nothing twice. What the stages share stands in `run_session`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from orchestrator.registry.manage import registry_lock
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.promotion import Promotion, RowScores, baselines_of, decide
 from orchestrator.registry.read import champion, row_scores_of
-from orchestrator.run_session import RunSession, evaluation_place, finished_run, open_session, stop_asked_for
+from orchestrator.run_session import Asked, RunSession, evaluation_place, finished_run, open_session, stop_asked_for
 from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
 from orchestrator.training import controller
@@ -71,8 +72,12 @@ def run_job(path: Path, overrides: Sequence[str], address: str | None, screen: S
             return session.run.folder, session.finish(outcome.evaluations, best, version)
 
 
-def train(session: RunSession) -> TrainOutcome:
-    """Train, with evaluations beside it, then evaluate what is left; no training where it has ended for good before."""
+def train(session: RunSession, stop: Callable[[], AbstractContextManager[Asked]] = stop_asked_for) -> TrainOutcome:
+    """Train, with evaluations beside it, then evaluate what is left; no training where it has ended for good before.
+
+    Args:
+        stop: tells whether the training should stop at the next step; by default on SIGTERM and Ctrl-C.
+    """
     gpus = check_placement(session.run.job.scale)
     run = session.run.evaluated_on(evaluation_place(session.checked, gpus, ray.cluster_resources()).on)
     pool = EvaluationPool(run, gpus)
@@ -82,7 +87,7 @@ def train(session: RunSession) -> TrainOutcome:
             session.screen.on_event(event, session.steps(event))
 
         session.screen.wait("starting the workers: self-tests and loading")
-        with session.timed("train"), stop_asked_for() as asked:
+        with session.timed("train"), stop() as asked:
             controller.train(run, pool, gpus, session.log, show, asked)
         events = session.events()
         last = max((event.step for event in events if isinstance(event, StepEvent)), default=0)

@@ -34,6 +34,9 @@ from trainers.storage import Folder
 from trainers.tasks import choose_metric
 from trainers.training.divergence import read_skipped
 
+Asked = Callable[[], bool]
+"""Whether somebody wants the work to stop."""
+
 
 class RunSession:
     """One command at work on one run; `run` and `log` are there while the run folder is held."""
@@ -47,15 +50,18 @@ class RunSession:
         self._began, self._steps = time.monotonic(), 0
 
     @contextmanager
-    def hold(self, run: Run) -> Iterator[None]:
+    def hold(self, run: Run, wait_s: float = 0.2) -> Iterator[None]:
         """Own the run folder for the length of the block; result.json says how the block ended, also where badly.
+
+        Args:
+            wait_s: how long another owner, such as a driver that was just killed, may take to let go.
 
         Raises:
             JobError: where another process is at work on it, or it cannot be locked.
         """
         folder, job = run.folder, run.job
         folder.write_bytes("job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
-        with own_folder(folder):
+        with own_folder(folder, wait_s):
             self.run, self.log = run, RunLog(folder, draw_confusion, job)
             try:
                 self.note_stage("shard", time.monotonic() - self._began)
@@ -193,7 +199,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def stop_asked_for() -> Iterator[Callable[[], bool]]:
+def stop_asked_for() -> Iterator[Asked]:
     """Whether SIGTERM or Ctrl-C came; a second Ctrl-C ends at once."""
     signalled: list[float] = []
 

@@ -14,7 +14,7 @@ evaluate: scoring a batch of the evaluation set."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
-StopReason = Literal["preempted", "early_stopping", "resize"]
+StopReason = Literal["preempted", "early_stopping", "resize", "paused"]
 
 
 STOPS: tuple[StopReason, ...] = get_args(StopReason)

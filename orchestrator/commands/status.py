@@ -44,8 +44,9 @@ QUIET_S = 180.0
 PACE_STEPS = 50
 """Steps whose median pace gives the time left."""
 
-State = Literal["running", "trained", "done", "failed", "preempted", "interrupted"]
-"""trained: every step is done and committed, but the run is not evaluated and registered: `tuneyard run` goes on."""
+State = Literal["running", "trained", "done", "failed", "preempted", "paused", "interrupted"]
+"""paused: by its sweep, at a committed step. trained: every step is done and committed, but the run is not evaluated
+and registered: `tuneyard run` goes on."""
 
 
 class RunStatus(Record):
@@ -165,7 +166,7 @@ def _state(run: Folder, result: RunResult | None, age_s: float | None, events: S
         return result.status
     ends = [event for event in events if isinstance(event, StartEvent | StepEvent | DoneEvent)][-1:]
     if ends and isinstance(ends[0], DoneEvent) and ends[0].stopped != "resize":
-        return "preempted" if ends[0].stopped == "preempted" else "trained"
+        return ends[0].stopped if ends[0].stopped in ("preempted", "paused") else "trained"
     if locked is None and age_s is not None and age_s < QUIET_S:
         return "running"
     return "interrupted"

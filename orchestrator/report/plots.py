@@ -109,7 +109,7 @@ def _loss(
     axes.legend(loc="best")
     ends = "".join(f"; {name} from {line[1][0]:.4g} to {line[1][-1]:.4g}"
                    for name, line in (("training", train), ("evaluation", evaluated)) if line[1])  # fmt: skip
-    return _svg(figure, f"Loss by step{ends}")
+    return as_svg(figure, f"Loss by step{ends}")
 
 
 def _deciding(
@@ -140,7 +140,7 @@ def _deciding(
     best = dict(zip(*points, strict=True)).get(float(best_step)) if best_step is not None else None
     told = f", {best:.4g} at the best step {best_step}" if best is not None else ""
     against = "".join(f"; {name} {value:.4g}" for name, value in details.references.items())
-    return _svg(figure, f"{metric} by step, from {points[1][0]:.4g} to {points[1][-1]:.4g}{told}{against}")
+    return as_svg(figure, f"{metric} by step, from {points[1][0]:.4g} to {points[1][-1]:.4g}{told}{against}")
 
 
 def _single(steps: Sequence[StepEvent], name: str, title: str, restarts: list[float], smooth: bool) -> str | None:
@@ -150,7 +150,7 @@ def _single(steps: Sequence[StepEvent], name: str, title: str, restarts: list[fl
     figure, axes = _axes(title, restarts)
     _noisy(axes, points, SERIES[2], None, smooth)
     axes.set_ylim(bottom=0)
-    return _svg(figure, f"{title} by step, from {points[1][0]:.4g} to {points[1][-1]:.4g}")
+    return as_svg(figure, f"{title} by step, from {points[1][0]:.4g} to {points[1][-1]:.4g}")
 
 
 def _axes(title: str, restarts: list[float]) -> tuple[Any, Any]:
@@ -191,7 +191,7 @@ def _mark_best(axes: Any, best_step: int | None) -> None:
         axes.axvline(best_step, color=INK, linewidth=1, linestyle="--", alpha=0.6, label=f"best, step {best_step}")
 
 
-def _svg(figure: Any, title: str) -> str:
+def as_svg(figure: Any, title: str) -> str:
     """The figure as one <svg> element without prolog, metadata or fixed colours."""
     import matplotlib as mpl
 

@@ -30,7 +30,7 @@ from trainers.run.events import (
     StragglerEvent,
     VerificationEvent,
 )
-from trainers.run.folder import RunResult
+from trainers.run.folder import RegisteredVersion, RunResult
 from trainers.storage import Folder
 
 WAIT = ""
@@ -128,9 +128,14 @@ class Screen:
         show_evaluations(
             result.evaluations, str(best.get("metric", "")), step if isinstance(step, int) else None, self.console
         )
-        if result.registry:
-            alias = f" ({result.registry.alias})" if result.registry.alias else ""
-            self.say(f"model   {result.registry.model} version {result.registry.version}{alias}")
-            self.say(f"folder  {result.registry.source}")
+        self.registered(result.registry)
         self.say(f"report  {run}/report.html")
         self.say(f"curves  tensorboard --logdir {run}/tensorboard")
+
+    def registered(self, version: RegisteredVersion | None) -> None:
+        """The registered version, and its folder."""
+        if version:
+            self.say(
+                f"model   {version.model} version {version.version}{f' ({version.alias})' if version.alias else ''}"
+            )
+            self.say(f"folder  {version.source}")

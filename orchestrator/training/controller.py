@@ -43,7 +43,7 @@ PLACE_WAIT_S = 300.0
 LAST_WORDS_S, LOST_WAIT_S = 0.5, 3.0
 """Seconds to collect further exits after the first, so that the root cause is not taken from the first to report; and
 seconds until a lost node shows, if all that reported are victims."""
-GOES_ON = ("preempted", "resize")
+GOES_ON = ("preempted", "resize", "paused")
 """Reasons to stop after which the training is not over."""
 
 

@@ -33,7 +33,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         JobError: with every problem found at once.
     """
     path = Path(path)
-    raw = _read_yaml(path)
+    raw = read_yaml(path)
     problems = [problem for item in overrides if (problem := _override(raw, item))]
     if problems:
         raise JobError([hide_credentials(problem) for problem in problems], "--set")
@@ -53,7 +53,7 @@ def parse_job(raw: dict[str, Any], where: str = "job", base: Path | None = None)
     try:
         job = Job.model_validate(raw, context={"base": base})
     except ValidationError as error:
-        problems = [_explain(detail) for detail in error.errors() if not _other_branch(detail)] + problems
+        problems = explain(error) + problems
     if problems or job is None:
         raise JobError(list(dict.fromkeys(problems)), where)
     return job
@@ -93,7 +93,7 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
         problems.append(f"scale.workers: min ({low}) is larger than max ({high})")
     if task in TASK_FIELDS and isinstance(data.get("columns"), dict):
         known = TASK_FIELDS[task][0] + TASK_FIELDS[task][1]
-        problems += [_unknown(f"data.columns.{key}", key, known) for key in data["columns"] if key not in known]
+        problems += [unknown_key(f"data.columns.{key}", key, known) for key in data["columns"] if key not in known]
     if task in TASK_FIELDS and task not in PACKING_TASKS and data.get("packing"):
         problems.append(f"data.packing: {task} reads one row a sequence; leave packing out")
     if task == "extract" and data.get("overlong") == "truncate":
@@ -137,7 +137,9 @@ def _misplaced(raw: dict[str, Any], task: str) -> list[str]:
 
 def _prompt_problems(prompt: str) -> list[str]:
     held = PLACE.findall(prompt)
-    problems = [_unknown(f"data.prompt: {{{name}}}", name, PROMPT_FIELDS) for name in held if name not in PROMPT_FIELDS]
+    problems = [
+        unknown_key(f"data.prompt: {{{name}}}", name, PROMPT_FIELDS) for name in held if name not in PROMPT_FIELDS
+    ]
     if held.count("source") != 1:
         problems.append("data.prompt: must hold {source} once, where the source text goes")
     return problems
@@ -188,9 +190,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def parse_yaml(text: str) -> Any:
+    """The values of a YAML text. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise JobError("no such job file; `tuneyard init quickstart` writes one to start from", str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -215,7 +222,7 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
             nested = section_values[section] = {}
         section_values = nested
     try:
-        section_values[key] = yaml.load(text, _Loader)
+        section_values[key] = parse_yaml(text)
     except yaml.YAMLError as error:
         return f"{item!r}: the value is not valid YAML: {error}"
     if (
@@ -243,18 +250,23 @@ def _other_branch(detail: ErrorDetails) -> bool:
     return in_union and isinstance(detail["input"], shape.get(detail["type"], ()))
 
 
-def _explain(detail: ErrorDetails) -> str:
-    """One pydantic error as a line a user can act on."""
+def explain(error: ValidationError, root: type[BaseModel] = Job) -> list[str]:
+    """A line that a user can act on for each thing that is wrong with the fields of `root`."""
+    return [_explain(detail, root) for detail in error.errors() if not _other_branch(detail)]
+
+
+def _explain(detail: ErrorDetails, root: type[BaseModel]) -> str:
     location = [str(part) for part in detail["loc"] if part not in BRANCHES and "[" not in str(part)]
     where = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        return _unknown(where, location[-1], _known_keys(location[:-1]))
+        return unknown_key(where, location[-1], _known_keys(location[:-1], root))
     if detail["type"] == "missing":
         return f"{where}: required, and missing"
     return f"{where}: {detail['msg'].replace('Input should be', 'must be', 1)}, got {detail['input']!r}"
 
 
-def _unknown(where: str, key: str, known: Sequence[str]) -> str:
+def unknown_key(where: str, key: str, known: Sequence[str]) -> str:
+    """What to say of a key that is not known, with the nearest that is."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if key in RENAMED and RENAMED[key] in known:
         return f"{where}: this key is called {RENAMED[key]} now"
@@ -262,8 +274,7 @@ def _unknown(where: str, key: str, known: Sequence[str]) -> str:
     return f"{where}: unknown key; {hint}"
 
 
-def _known_keys(location: Sequence[str]) -> list[str]:
-    model: type[BaseModel] = Job
+def _known_keys(location: Sequence[str], model: type[BaseModel]) -> list[str]:
     for part in location:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         options: tuple[Any, ...] = (annotation, *get_args(annotation))

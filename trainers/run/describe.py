@@ -20,6 +20,7 @@ STOPPED = {
     "preempted": "on request; the same command goes on from there",
     "early_stopping": "early: evaluate.early_stopping is out of patience",
     "resize": "to go on with another number of workers",
+    "paused": "as its sweep asked",
 }
 
 

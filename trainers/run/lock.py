@@ -16,17 +16,22 @@ UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def own_folder(folder: Folder) -> Iterator[None]:
+def own_folder(folder: Folder, wait_s: float = 0.2) -> Iterator[None]:
     """Own a run folder for the length of the block.
+
+    Args:
+        wait_s: how long another owner may take to let go; `tuneyard status` is one for a moment.
 
     Raises:
         JobError: another process is at work on it, or its file system knows no locks.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
     with (folder.path / LOCK).open("w") as lock:
-        if not _lock(lock, folder):
-            time.sleep(0.2)  # `tuneyard status` holds it for a moment when it looks
-        if not _lock(lock, folder):
+        deadline = time.monotonic() + wait_s
+        while not _lock(lock, folder):
+            if time.monotonic() < deadline:
+                time.sleep(min(wait_s, 0.2))
+                continue
             raise JobError(f"another process is at work on {folder}; wait for it or stop it first")
         yield
 

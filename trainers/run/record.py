@@ -22,6 +22,8 @@ class Run(Record):
     model: ModelFolder
     shards: Shards
     folder: Folder
+    until: int | None = None
+    """Pause, committed and evaluated, after this step; None trains to the last. No part of what the run is."""
 
     @property
     def checkpoints(self) -> Folder:

@@ -38,6 +38,13 @@ class LoopSettings:
     """A loss over this many times the largest of the last HISTORY steps has diverged."""
     skip: frozenset[int] = frozenset()
     """Steps, counted from 0, that pass without training."""
+    until: int | None = None
+    """Pause after this step; None goes on to the last."""
+
+    @property
+    def end(self) -> int:
+        """The step after which this launch ends."""
+        return self.steps if self.until is None else min(self.until, self.steps)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def train(
     saver: Saver,
     evaluate: Evaluate,
 ) -> LoopOutcome:
-    """Run steps start.step ... settings.steps, saving every `every_steps` and at the end.
+    """Run steps start.step ... settings.end, saving every `every_steps` and at the end.
 
     Raises:
         Diverged: on every rank, before anything of the step is saved.
@@ -71,7 +78,7 @@ def train(
     history = deque(start.history, maxlen=HISTORY)
     stragglers = StragglerDetector(world.size)
     with closing(ComputeSampler()) as meter:
-        while step < settings.steps:
+        while step < settings.end:
             began = time.perf_counter()
             hooks.at("data", step)
             source.ready(step, hooks.stop_reason)
@@ -98,7 +105,7 @@ def train(
             step, tokens = step + 1, tokens + batch.tokens
             history.append(_step_event(step, loss, schedule.rate(step - 1), norm, batch, seconds, waited, tokens))
             _tell(hooks, history[-1], stragglers.note(seconds, busy), world)
-            if step == settings.steps or step % settings.every_steps == 0:
+            if step == settings.end or step % settings.every_steps == 0:
                 saved = _save(Progress(step, tokens, tuple(history)), hooks, saver, evaluate)
                 meter.share()  # what stands between two steps belongs to neither
             saver.poll()
@@ -108,7 +115,7 @@ def train(
     saver.finish()
     if world.rank == 0 and step > start.step and saver.committed != step:
         raise OSError(errno.EIO, f"the checkpoint of step {step}, the last, was not committed")
-    return LoopOutcome(Progress(step, tokens), stopped if step < settings.steps else None)
+    return LoopOutcome(Progress(step, tokens), None if step >= settings.steps else stopped or "paused")
 
 
 def _save(progress: Progress, hooks: Hooks, saver: Saver, evaluate: Evaluate) -> int:

@@ -108,7 +108,7 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     if world.rank == 0:
         _tell_start(hooks, start, order.steps, world.size, host_bytes, choice)
     settings = LoopSettings(
-        order.steps, job.checkpoint.every_steps, job.train.seed, job.train.spike_factor, skipped.numbers
+        order.steps, job.checkpoint.every_steps, job.train.seed, job.train.spike_factor, skipped.numbers, run.until
     )
     evaluate: Evaluate = elsewhere
     if run.job.evaluate.on == "ranks":

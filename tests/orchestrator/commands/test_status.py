@@ -190,7 +190,8 @@ def append(run, *events):
 
 
 @pytest.mark.parametrize(
-    ("stopped", "state"), [(None, "trained"), ("early_stopping", "trained"), ("preempted", "preempted")]
+    ("stopped", "state"),
+    [(None, "trained"), ("early_stopping", "trained"), ("preempted", "preempted"), ("paused", "paused")],
 )
 @pytest.mark.parametrize("age_s", [5, 10_000])
 def test_a_run_of_torchrun_says_at_once_that_it_has_ended(storage, stopped, state, age_s):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,23 @@ def test_a_second_owner_is_refused_until_the_first_is_done(tmp_path: Path) -> No
         raise AssertionError("two owners")
     with own_folder(folder):
         pass
+
+
+def test_an_owner_who_lets_go_in_time_is_waited_for(tmp_path: Path) -> None:
+    folder, owned, let_go = Folder(str(tmp_path / "run")), threading.Event(), threading.Event()
+
+    def own() -> None:
+        with own_folder(folder):
+            owned.set()
+            let_go.wait()
+
+    owner = threading.Thread(target=own)
+    owner.start()
+    owned.wait()
+    threading.Timer(0.5, let_go.set).start()
+    with own_folder(folder, wait_s=60):
+        assert let_go.is_set()
+    owner.join()
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

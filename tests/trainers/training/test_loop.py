@@ -28,12 +28,18 @@ class Saver:
         self.committed = self._step if self.commits else None
 
 
-def run_loop(monkeypatch: pytest.MonkeyPatch, saver: Saver, rank: int = 0, ready: Any = lambda *_: None) -> Any:
+def run_loop(
+    monkeypatch: pytest.MonkeyPatch,
+    saver: Saver,
+    rank: int = 0,
+    ready: Any = lambda *_: None,
+    until: int | None = None,
+) -> Any:
     """A loop whose two steps are both left out, so that it needs no engine."""
     monkeypatch.setattr(loop, "agree_to_stop", lambda *_: None)
     world: Any = SimpleNamespace(rank=rank, size=1)
     hooks: Any = SimpleNamespace(at=lambda *_: None, stop_reason=lambda: None, emit=lambda *_: None)
-    settings = loop.LoopSettings(2, 10, 0, None, frozenset({0, 1}))
+    settings = loop.LoopSettings(2, 10, 0, None, frozenset({0, 1}), until)
     nothing: Any = None
     source: Any = SimpleNamespace(ready=ready)
     start = Progress(0, 0)
@@ -61,3 +67,12 @@ def test_a_loop_that_fails_leaves_no_sampler_behind(monkeypatch: pytest.MonkeyPa
     while samplers() > before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_pause_ends_the_loop_at_its_step_committed_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(commits=True)
+    outcome = run_loop(monkeypatch, saver, until=1)
+    assert (outcome.progress.step, outcome.stopped, saver.committed) == (1, "paused", 1)
+    for until in (2, 5, None):
+        outcome = run_loop(monkeypatch, Saver(commits=True), until=until)
+        assert (outcome.progress.step, outcome.stopped) == (2, None)

@@ -1,0 +1,134 @@
+"""One leg of a trial: from its newest committed checkpoint to its next pause or its end, in a process of its own.
+
+A trial is an ordinary run in its own folder; nothing is registered here. The process takes no cores: the node agents of
+the run place its ranks.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from rich.console import Console
+
+from orchestrator.planning.preflight import check_job
+from orchestrator.run import train
+from orchestrator.run_session import Asked, RunSession
+from orchestrator.sharding.stage import write_shards
+from orchestrator.terminal.progress import Screen
+from orchestrator.training.controller import finished_training
+from trainers.checkpoint.reading import committed_steps
+from trainers.errors import PlacementError, Preempted, describe, to_record
+from trainers.job.schema import Job
+from trainers.records import Record
+from trainers.run.events import EvaluationEvent, Event, read_events, steps_of
+from trainers.run.folder import read_evaluations
+from trainers.run.record import Run, run_of
+from trainers.storage import Folder
+
+STOP = "stop"
+"""A file in the sweep's folder that asks all legs to stop at a committed step."""
+STOP_LOOK_S = 1.0
+LOCK_WAIT_S = 120.0
+"""How long the leg of a command that was killed may hold the run folder: it ends with its Ray."""
+
+
+class Leg(Record):
+    """What a trial's process is told."""
+
+    sweep: Folder
+    job: Job
+    until: int | None
+
+
+class LegEnd(Record):
+    """What it says at its end."""
+
+    step: int = 0
+    curve: tuple[tuple[int, float], ...] = ()
+    error: str | None = None
+    trained: bool = False
+    """To the end of its training, and not to a pause."""
+    stopped: bool = False
+    """On request, before the leg's end."""
+
+
+class LegScreen(Screen):
+    """Passes evaluations on to the sweep; the rest stands in the run's own log."""
+
+    def __init__(self, say: Callable[[str], None], metric: str) -> None:
+        super().__init__(Console(quiet=True))
+        self._tell, self.metric = say, metric
+
+    def on_event(self, event: Event, steps: int) -> None:
+        """Tell of an evaluation."""
+        if isinstance(event, EvaluationEvent):
+            value = event.metrics.get(self.metric)
+            known = event.error or f"no {self.metric}" if value is None else f"{self.metric} {value:.4f}"
+            self._tell(f"step {event.step:,} of {steps:,}: {known}")
+
+
+def run_leg(leg: Leg, say: Callable[[str], None]) -> LegEnd:
+    """Train to the leg's end, evaluate, and say how far it came; a failure is the trial's, not the sweep's.
+
+    Args:
+        leg: of a trial whose shards are written.
+        say: takes a line for the sweep's terminal.
+    """
+    checked = check_job(leg.job)
+    screen = LegScreen(say, "")
+    session = RunSession(checked, screen)
+    screen.metric = session.metric[0]
+    run = run_of(checked.job, checked.model, write_shards(checked)).model_copy(update={"until": leg.until})
+    try:
+        with session.hold(run, LOCK_WAIT_S):
+            if not committed_steps(run.checkpoints):  # what an earlier sweep trained and cleaned away is trained anew
+                (run.folder / "evals").delete()
+            _train_where_there_is_room(session, leg, say)
+    except Preempted:
+        return _end(run, session.metric[0], stopped=True)
+    except Exception as error:
+        logging.getLogger(__name__).exception("the trial failed")
+        return _end(run, session.metric[0], error=describe(to_record(error)))
+    return _end(run, session.metric[0])
+
+
+def _train_where_there_is_room(session: RunSession, leg: Leg, say: Callable[[str], None]) -> None:
+    """Other work on the cluster may hold its room for long: a sweep waits for it."""
+    asked = partial(_stop_asked_for, leg.sweep)
+    while True:
+        try:
+            train(session, asked)
+            return
+        except PlacementError as error:
+            say(f"waits for room: {error}")
+            with asked() as stop:
+                if stop():
+                    raise Preempted("stopped before there was room for it") from error
+
+
+@contextmanager
+def _stop_asked_for(sweep: Folder) -> Iterator[Asked]:
+    """As `run_session.stop_asked_for`, told by a file: this process may be on another host than the command."""
+    looked, there = 0.0, threading.Event()
+
+    def look() -> bool:
+        nonlocal looked
+        if not there.is_set() and time.monotonic() - looked > STOP_LOOK_S:
+            looked = time.monotonic()
+            if sweep.exists(STOP):
+                there.set()
+        return there.is_set()
+
+    yield look
+
+
+def _end(run: Run, metric: str, error: str | None = None, stopped: bool = False) -> LegEnd:
+    last = max((event.step for event in steps_of(read_events(run.folder))), default=0)
+    step = min(last, run.until or last)
+    done = [one for one in read_evaluations(run.folder, run.shards.eval.key) if one.status == "done"]
+    curve = tuple((one.step, one.metrics[metric]) for one in done if 0 < one.step <= step and metric in one.metrics)
+    trained = finished_training(run.folder, run.checkpoints) is not None
+    return LegEnd(step=step, curve=curve, error=error, trained=trained, stopped=stopped)

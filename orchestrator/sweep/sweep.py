@@ -1,0 +1,246 @@
+"""The sweep: read, check, run the trials, register the best, clean up after the others. Begin at `run_sweep`.
+
+Its record says what every trial has come to, so the same command goes on with what is left; each trial's own progress
+stands in its run folder.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from orchestrator.planning.plan import plan_job
+from orchestrator.planning.preflight import CheckedJob, check_job, check_run_storage
+from orchestrator.ray_session import check_placement, ray_session
+from orchestrator.run import register
+from orchestrator.run_session import Asked, RunSession, stop_asked_for
+from orchestrator.sharding.stage import write_shards
+from orchestrator.sweep.halving import next_stop, next_trial, pause_steps
+from orchestrator.sweep.leg import Leg, LegEnd
+from orchestrator.sweep.page import write_page
+from orchestrator.sweep.points import extreme_points, first_points
+from orchestrator.sweep.record import SweepRecord, Trial, read_sweep, write_sweep
+from orchestrator.sweep.spec import SweepSpec, told, trial_job
+from orchestrator.sweep.tpe import check_optuna, propose
+from orchestrator.sweep.tuner import run_legs
+from orchestrator.terminal.progress import Screen
+from orchestrator.training.placement import slots_of
+from trainers.errors import JobError, Preempted, TrainingError, TuneyardError, describe, to_record
+from trainers.evaluation.selection import select
+from trainers.job.schema import Job
+from trainers.run.folder import checkpoints_folder, promoted_steps, read_evaluations
+from trainers.run.lock import own_folder
+from trainers.run.record import run_of
+from trainers.storage import Folder
+from trainers.tasks import choose_metric
+
+MOST_DEATHS = 3
+"""Times that a trial's process may die without a word before the trial counts as failed."""
+
+
+@dataclass
+class Sweep:
+    """One command at work on one sweep: the desk that legs are given out from."""
+
+    spec: SweepSpec
+    overrides: Sequence[str]
+    folder: Folder
+    record: SweepRecord
+    screen: Screen
+    wants_stop: Asked
+    busy: set[int] = field(default_factory=set)
+    deaths: dict[int, int] = field(default_factory=dict)
+
+    def next_leg(self) -> tuple[int, Leg] | None:
+        """See `tuner.Desk`."""
+        self._add_trial()
+        while (number := next_trial(self.record.trials, self.busy, self.spec.halving, self.record.mode)) is not None:
+            try:
+                trial = self._begun(self.trial(number))
+            except TuneyardError as error:  # data that this trial's values make unfit, say
+                self.take(number, LegEnd(error=describe(to_record(error))))
+                continue
+            self.busy.add(number)
+            return number, Leg(sweep=self.folder, job=self.job_of(trial), until=next_stop(trial))
+        return None
+
+    def _add_trial(self) -> None:
+        """One more, where the values of trials come from those before and nobody waits."""
+        trials, most = self.record.trials, self.spec.trials or 0
+        waits = any(trial.state == "waiting" and trial.number not in self.busy for trial in trials)
+        if self.spec.method == "tpe" and not waits and len(trials) < most:
+            values = propose(self.spec, trials, self.record.mode)
+            if values is not None:
+                self._note(Trial(number=len(trials) + 1, values=values, run=""))
+
+    def _begun(self, trial: Trial) -> Trial:
+        """With its shards written, its run's name and its pauses known."""
+        if trial.run:
+            return trial
+        checked = check_job(self.job_of(trial))
+        run = run_of(checked.job, checked.model, write_shards(checked, self.screen.on_shards))
+        job, steps, count = run.job, plan_job(checked).steps, self.spec.trials or len(self.record.trials)
+        pauses = pause_steps(steps, job.checkpoint.every_steps, self.spec.halving, count)
+        return self._note(trial.model_copy(update={"run": run.folder.name, "steps": steps, "pauses": pauses}))
+
+    def take(self, number: int, end: LegEnd | None) -> None:
+        """See `tuner.Desk`."""
+        self.busy.discard(number)
+        trial = self.trial(number)
+        if end is None:
+            self.deaths[number] = self.deaths.get(number, 0) + 1
+            if self.deaths[number] < MOST_DEATHS or self.wants_stop():
+                return
+            end = LegEnd(step=trial.step, curve=trial.curve, error=f"its process died {MOST_DEATHS} times")
+        if end.stopped:
+            return
+        state = "failed" if end.error else "trained" if end.trained else "paused"
+        trial = self._note(
+            trial.model_copy(update={**end.model_dump(include={"step", "curve", "error"}), "state": state})
+        )
+        best = trial.best(self.record.mode)
+        value = f"{self.record.metric} {best[1]:.4f} at step {best[0]}" if best else end.error or "no evaluation"
+        self.say(number, f"{state} after step {trial.step} of {trial.steps}: {value}")
+        self.clean(self.record.ranked()[0].number)
+
+    def _note(self, trial: Trial) -> Trial:
+        self.record = self.record.updated(trial)
+        write_sweep(self.folder, self.record)
+        return trial
+
+    def trial(self, number: int) -> Trial:
+        """The trial of a number."""
+        return next(trial for trial in self.record.trials if trial.number == number)
+
+    def job_of(self, trial: Trial) -> Job:
+        """As it runs: all devices may be taken by trials, so the ranks evaluate unless the job says otherwise."""
+        job = trial_job(self.spec, self.overrides, trial.values)
+        on_ranks = job.evaluate.on == "auto" and job.evaluate.while_training
+        place = {"evaluate": job.evaluate.model_copy(update={"on": "ranks"})} if on_ranks else {}
+        return job.model_copy(update=place)
+
+    def say(self, number: int, line: str) -> None:
+        """See `tuner.Desk`."""
+        self.screen.say(f"trial {number} ({told(self.trial(number).values)}): {line}")
+
+    def clean(self, best: int, everything: bool = False) -> None:
+        """Delete checkpoints and exports of trials that have ended and are not the best; a registered one's stay."""
+        for trial in self.record.trials:
+            ended = everything or trial.state in ("trained", "failed")
+            if not trial.run or trial.number == best or not ended:
+                continue
+            run = self.folder.parent.parent / "runs" / trial.run
+            if not promoted_steps(run):
+                checkpoints_folder(self.job_of(trial), run).delete()
+                (run / "export").delete()
+
+
+def run_sweep(
+    spec: SweepSpec, overrides: Sequence[str], address: str | None, screen: Screen
+) -> tuple[Folder, SweepRecord]:
+    """Run a sweep to its registered model, or go on with it.
+
+    Returns:
+        Its folder, and the record that stands in it.
+
+    Raises:
+        JobError: with every problem of any trial, before anything starts.
+        Preempted: on SIGTERM or Ctrl-C; every trial stands at a committed step.
+        TrainingError: no trial came to an evaluation.
+    """
+    checked, points = check_trials(spec, overrides)
+    folder = sweep_folder(spec, checked)
+    record = read_sweep(folder) or _new_record(spec, checked, points)
+    if record.registry:
+        screen.say(f"already done: {folder}")
+        return folder, record
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with ray_session(address), stop_asked_for() as asked, own_folder(folder), screen.live():
+        gpus = check_placement(checked.job.scale)
+        sweep = Sweep(spec, overrides, folder, record, screen, asked)
+        write_sweep(folder, record)
+        if not any(trial.run for trial in record.trials):
+            write_shards(checked, screen.on_shards)  # data that is refused ends the sweep before its first trial
+        run_legs(sweep, folder, _at_once(checked.job, gpus))
+        if asked():
+            raise Preempted("stopped on request; the same command goes on from there")
+        best = _register_best(sweep)
+        write_page(folder, sweep.record)
+        sweep.clean(best, everything=True)
+        return folder, sweep.record
+
+
+def check_trials(spec: SweepSpec, overrides: Sequence[str]) -> tuple[CheckedJob, list[dict[str, Any]]]:
+    """Check the job of every trial.
+
+    Returns:
+        The first one's job, and the values of all trials that are known.
+
+    Raises:
+        JobError: with every problem, and the trial that has it where not all have.
+    """
+    if spec.method == "tpe":
+        check_optuna()
+    points = first_points(spec)
+    probes = points or extreme_points(spec)
+    problems: dict[str, list[str]] = {}
+    checked: list[CheckedJob] = []
+    for point in probes:
+        try:
+            job = trial_job(spec, overrides, point)
+            check_run_storage(job)
+            checked.append(check_job(job))
+        except JobError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, []).append(told(point))
+    if problems:
+        raise JobError([problem if len(where) == len(probes) else f"with {where[0]}: {problem}"
+                        for problem, where in problems.items()], spec.job)  # fmt: skip
+    runs: dict[tuple[str, str], str] = {}
+    for one, point in zip(checked, points, strict=False):
+        same = runs.setdefault((one.job.identity(), one.model.digest), told(point))
+        if same != told(point):
+            raise JobError(f"{same} and {told(point)} are one run: what is varied changes nothing of what is trained")
+    return checked[0], points
+
+
+def sweep_folder(spec: SweepSpec, checked: CheckedJob) -> Folder:
+    """Where the sweep's record lies: another job, model, data or space is another sweep."""
+    job = checked.job
+    parts = (spec.digest(), job.identity(), checked.model.digest, *(split.key for split in checked.splits))
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return Folder(job.storage) / "sweeps" / f"{job.name}-{digest[:8]}"
+
+
+def _new_record(spec: SweepSpec, checked: CheckedJob, points: Sequence[dict[str, Any]]) -> SweepRecord:
+    metric, mode = choose_metric(checked.job)
+    trials = tuple(Trial(number=number, values=values, run="") for number, values in enumerate(points, 1))
+    return SweepRecord(job=checked.job.name, fields=tuple(spec.space), method=spec.method, halving=spec.halving,
+                       metric=metric, mode=mode, trials=trials)  # fmt: skip
+
+
+def _at_once(job: Job, gpus: int) -> int:
+    """Trials that the cluster holds beside each other, each with all its workers."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    slots = sum(slots_of(node, job.scale.cpus_per_worker, gpus) for node in nodes)
+    return max(slots // job.scale.max_workers, 1)
+
+
+def _register_best(sweep: Sweep) -> int:
+    """Register the best checkpoint of all trials, through every run's gate. Returns its trial's number."""
+    record = sweep.record
+    winner = record.ranked()[0]
+    if winner.best(record.mode) is None:
+        raise TrainingError("; ".join(f"trial {one.number} ({told(one.values)}): {one.error}" for one in record.trials))
+    checked = check_job(sweep.job_of(winner))
+    session = RunSession(checked, sweep.screen)
+    with session.hold(run_of(checked.job, checked.model, write_shards(checked))):
+        evaluations = read_evaluations(session.run.folder, session.run.shards.eval.key)
+        best = select([one for one in evaluations if one.step <= winner.step], *session.metric)
+        version = register(session, best)
+        session.finish(evaluations, best, version)
+    sweep.record = record.model_copy(update={"best": winner.number, "registry": version})
+    write_sweep(sweep.folder, sweep.record)
+    return winner.number
