@@ -3,7 +3,9 @@
 import logging
 import os
 import resource
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -40,11 +42,21 @@ def ray_session(address: str | None = None) -> Iterator[Any]:
         yield ray
         return
     with guarded() if address is None else nullcontext():
-        _start(ray, address)
+        with _own_handler(signal.SIGTERM):
+            _start(ray, address)
         try:
             yield ray
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_handler(number: int) -> Iterator[None]:
+    """Keep a handler that this program has set: ray.init puts one in its place that exits with the signal's number."""
+    before = signal.getsignal(number)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(number, before)
 
 
 def _start(ray: Any, address: str | None) -> None:

@@ -1,5 +1,8 @@
 """A Ray that does not start is tried once more, then one message; a cluster that lets nobody in is one too."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -7,6 +10,18 @@ import ray
 
 from orchestrator.ray_session import _start
 from trainers.errors import PlacementError
+
+HANDLER_SET_BEFORE = """
+import os, signal
+from orchestrator.ray_session import ray_session
+
+def stop(*_):
+    raise SystemExit(75)
+
+signal.signal(signal.SIGTERM, stop)
+with ray_session(None):
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
 
 
 class Stubborn:
@@ -49,3 +64,11 @@ def test_a_cluster_that_wants_a_token_is_told_of() -> None:
     with pytest.raises(PlacementError, match="RAY_AUTH_MODE and the token"):
         _start(closed, "10.0.0.1:6379")
     assert closed.calls == ["init"]
+
+
+@pytest.mark.cluster
+def test_a_handler_of_sigterm_that_was_set_before_is_the_one_that_acts() -> None:
+    """As `tuneyard run` has it while it evaluates and registers: exit code 75, not Ray's 15."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", HANDLER_SET_BEFORE], env=kept, timeout=400, check=False)
+    assert done.returncode == 75
