@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from tests.gpu import MARKS
-from tests.orchestrator.test_run import environment, find_run, losses, result_of, tuneyard
 from tests.tiny import chat_rows, film_rows, make_bert, make_llama, tiny_job
 from tests.trainers.training.test_training import with_
+from tests.whole_run import environment, find_run, losses, result_of, tuneyard
 from trainers.run.events import read_events
 from trainers.storage import Folder
 
