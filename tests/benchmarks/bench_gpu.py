@@ -8,8 +8,8 @@ All train the same Llama of random weights on the same sequences in the same ord
 contender is a process that imports, says so and waits; then one after the other trains, round by round, so nothing is
 timed beside an import. Losses of the first step are compared before any time is shown. Medians over the rounds; the
 first two steps are left out. `ours` keeps fp32 masters and moments, the peers keep all in bf16 (DeepSpeed: masters).
-With documents the Trainer pads each batch to its longest one, of as many positions as ours has tokens, and tokens
-that are no padding count.
+With documents the Trainer pads each batch to its longest one; a quarter of the documents that ours has in a
+micro-batch is what fits then. Tokens that are no padding count.
 """
 
 import argparse
@@ -306,12 +306,13 @@ def trainer(job: Any, asked: argparse.Namespace, _: str) -> Steps:
         return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, -100)}
 
     data = documents(job) if asked.documents else [row for step in batches(job) for row in step]
-    rows = asked.micro * (asked.documents or 1)
-    per_step = rows * asked.accumulation
+    rows = max(asked.micro * (asked.documents or 1) // (4 if asked.documents else 1), 1)
+    accumulation = asked.accumulation * (4 if asked.documents else 1)
+    per_step = rows * accumulation
     tokens += [sum(map(len, data[at : at + per_step])) for at in range(0, len(data), per_step)]
     arguments = TrainingArguments(
         str(asked.folder / "trainer"), per_device_train_batch_size=rows, max_steps=asked.steps,
-        gradient_accumulation_steps=asked.accumulation, logging_steps=1, save_strategy="no", bf16=True, report_to=[],
+        gradient_accumulation_steps=accumulation, logging_steps=1, save_strategy="no", bf16=True, report_to=[],
         learning_rate=1e-5, lr_scheduler_type="constant", weight_decay=0.01, optim="adamw_torch_fused",
         max_grad_norm=1.0, disable_tqdm=True, use_cpu=asked.device == "cpu",
     )  # fmt: skip
