@@ -1,5 +1,6 @@
 """What ranks and commands of the tests import, for the process that they are forked from: see `ranks.rank_context`."""
 
+import gc
 import importlib
 import os
 import sys
@@ -22,3 +23,4 @@ del sys.modules["mlflow"]
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}  # as the product imports it
 for name in ("orchestrator.run", "matplotlib.figure", "mlflow.store.tracking.sqlalchemy_store", "sklearn.metrics"):
     importlib.import_module(name)  # only commands do
+gc.freeze()  # as the rank server does

@@ -85,6 +85,7 @@ def release_engine(engine: Any) -> None:
         from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
         parameter_offload.FWD_MODULE_STACK.clear()
+        gc.unfreeze()  # the cache is among what the rank server froze
         for each in gc.get_objects():
             if isinstance(each, CachedMethod) and each.__module__ == partitioned_param_coordinator.__name__:
                 each.cache_clear()
