@@ -80,7 +80,8 @@ def read_unit(unit: Unit, source: SourceFile, columns: Mapping[str, str]) -> Ite
     Args:
         unit: what to read.
         source: its file.
-        columns: for each field of the task, the data's column; a column that a row lacks leaves its field out.
+        columns: for each field of the task, the data's column; a column that a row lacks leaves its field out. With
+            dots, what stands in a structure: translation.en.
 
     Yields:
         (row, fields): `row` is the byte offset of the line for jsonl and text, the row number from 0 for the others;
@@ -92,12 +93,17 @@ def read_unit(unit: Unit, source: SourceFile, columns: Mapping[str, str]) -> Ite
     convert = {field: TEXT_VALUES[field] for field in columns if field in TEXT_VALUES}
     if source.format not in ("csv", "tsv"):
         convert.pop("label", None)
+    wanted = list(dict.fromkeys(name for column in columns.values() for name in (column, column.split(".")[0])))
+    dotted = {field: column.split(".") for field, column in columns.items() if "." in column}
     try:
-        for row, record in FORMATS[source.format].read(source, unit.span, list(columns.values())):
+        for row, record in FORMATS[source.format].read(source, unit.span, wanted):
             if record is None:
                 yield row, None
                 continue
             fields = {field: record[column] for field, column in columns.items() if column in record}
+            for field, names in dotted.items():
+                if field not in fields and names[0] in record:
+                    fields[field] = _inside(record, names)
             for field, parse in convert.items():
                 if isinstance(value := fields.get(field), str):
                     fields[field] = parse(value)
@@ -107,6 +113,13 @@ def read_unit(unit: Unit, source: SourceFile, columns: Mapping[str, str]) -> Ite
             f"{source.uri}: the file is damaged or cannot be read to its end ({error}). "
             "Fetch or write it again, or leave it out"
         ) from error
+
+
+def _inside(value: Any, names: Sequence[str]) -> Any:
+    """What stands under names, one in another; None where something is missing on the way."""
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _number(text: str) -> Any:
@@ -197,7 +210,7 @@ def _missing(present: Sequence[str], columns: Mapping[str, str], needed: Sequenc
     """What a file lacks, with the nearest column it has; None where nothing."""
 
     def lacking(fields: Sequence[str]) -> list[str]:
-        return [field for field in fields if columns[field] not in present]
+        return [field for field in fields if not {columns[field], columns[field].split(".")[0]} & set(present)]
 
     named = [field for field, column in columns.items() if field != column]
     fullest = min(needed, key=lambda fields: len(lacking(fields)) / len(fields) - len(set(fields) & set(named)))

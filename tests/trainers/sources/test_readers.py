@@ -292,6 +292,23 @@ def test_sft_needs_messages_or_prompt_and_completion(
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_fields_may_stand_inside_a_structure(kind: str, write_rows: Any, source_of: Callable[..., Any]) -> None:
+    rows = [
+        {"id": 1, "translation": {"en": "a film", "fr": "un film"}},
+        {"id": 2, "translation": {"en": "b", "fr": None}},
+    ]
+    source = source_of(write_rows(f"x.{kind}", rows))
+    columns = {"source": "translation.en", "target": "translation.fr"}
+    check_columns([source], columns, [("source", "target")], "data.train")
+    found = [fields for _, fields in read_all(source, 2**20, columns)]
+    assert found == [{"source": "a film", "target": "un film"}, {"source": "b", "target": None}]
+    with pytest.raises(JobError, match=r"no column 'translations\.en'"):
+        check_columns([source], {**columns, "source": "translations.en"}, [("source", "target")], "data.train")
+    plain = source_of(write_rows("y.jsonl", [{"a.b": "x"}]))
+    assert [fields for _, fields in read_all(plain, 2**20, {"text": "a.b"})] == [{"text": "x"}]
+
+
 def test_nested_values_that_flat_files_hold_as_text_are_read(tmp_path: Path, source_of: Any) -> None:
     rows = [{"tokens": ["it's", 'a "film"'], "tags": ["O", "B-x"]}, {"tokens": ["a, b"], "tags": ["O"]}]
     for write in (json.dumps, repr):
