@@ -72,7 +72,7 @@ def check_job(job: Job, weights: bool = True) -> CheckedJob:
         check(lambda: check_frozen(job, model.path))
     splits = check(lambda: plan_splits(job, model.path, sources)) if model and sources else None
     if problems or model is None or splits is None:
-        raise JobError(problems)
+        raise JobError(list(dict.fromkeys(problems)))
     packing = decide_packing(job, model)
     return CheckedJob(with_packing(job, packing), model, splits, packing, tuple(notes or ()))
 

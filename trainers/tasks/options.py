@@ -33,6 +33,11 @@ def task_options(job: Job, label_counts: dict[str, int] | None = None) -> TaskOp
 def read_template(template: str | None) -> str | None:
     """A chat template given as text or as the path of a .jinja file. Raises JobError where there is no such file."""
     if template is None or not template.endswith(".jinja"):
+        if template is not None and "{" not in template:
+            raise JobError(
+                f"data.chat_template: {template[:60]!r} is no template (nothing in it is in braces); give a Jinja "
+                "template, or the path of one that ends in .jinja"
+            )
         return template
     try:
         return Path(template).read_text(encoding="utf-8")

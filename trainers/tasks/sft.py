@@ -4,6 +4,7 @@ A row: {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "c
 other shapes that `trainers.tasks.chat.conversations` reads.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow as pa
 from trainers.records import Array
 from trainers.tasks.base import EncodeRules, Example, Serving
 from trainers.tasks.causal import CausalTask, token_metrics
-from trainers.tasks.chat.conversations import read_chat
+from trainers.tasks.chat.conversations import Chat, read_chat
 from trainers.tasks.chat.render import Rendered, renderer_of
 from trainers.tasks.chat.spans import HIDDEN, NOTES, UNSAID
 from trainers.tasks.chat.turns import join_renderings, only_turns, render_each
@@ -45,12 +46,20 @@ class Sft(CausalTask):
 
     def encode(self, rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> EncodedBatch:
         """Render each conversation with the chat template, tokenize it, and find the assistant's tokens."""
-        rendered = [_render(row, encoder, rules.options) for row in rows]
+        chats = [read_chat(row) for row in rows]
+        rendered = [_render(chat, encoder, rules.options) for chat in chats]
+        unread = Counter(
+            f"{key} in messages, which is not read"
+            for chat in chats
+            if not isinstance(chat, str)
+            for key in chat.unread
+        )
         usable = [index for index, result in enumerate(rendered) if not isinstance(result, str)]
         renderings = [result for result in rendered if not isinstance(result, str)]
         batch = _encode([one for some in renderings for one in some], encoder, rules)
         if rules.options.each_turn and renderings:
             batch = join_renderings(batch, [len(some) for some in renderings])
+        batch = replace(batch, notes={**batch.notes, **unread})
         for note, said in SAID.items():
             noted = [code for code, name in enumerate(batch.outcomes) if name.endswith(f":{note}")]
             if count := int(np.isin(batch.codes, noted).sum()):
@@ -101,9 +110,8 @@ class Sft(CausalTask):
         return {**token_metrics(row_scores), **(overlap_metrics(row_scores) if "rougeL" in row_scores else {})}
 
 
-def _render(row: Mapping[str, Any], encoder: Encoder, options: TaskOptions) -> Sequence[Rendered] | str:
+def _render(chat: Chat | str, encoder: Encoder, options: TaskOptions) -> Sequence[Rendered] | str:
     """The conversation as text with the assistant's spans, or the reason for dropping the row."""
-    chat = read_chat(row)
     if isinstance(chat, str):
         return chat
     renderer = renderer_of(encoder, encoder.fast, options.chat_template)

@@ -242,3 +242,11 @@ def test_a_causal_source_begins_as_a_document_of_pretraining_does(tiny_tokenizer
     assert list(sequence.input_ids) == [1, *whole[len(whole) - kept :]]
     assert (kept == len(whole)) == (longest == 64)
     assert len(sequence.input_ids) + len(sequence.extra["target"]) <= longest
+
+
+def test_what_messages_hold_that_is_not_read_is_counted_by_rows(encoder: Encoder) -> None:
+    rows = [
+        {"messages": [{**message, "rating": 5, "tone": None} for message in row["messages"]]} for row in chat_rows(3)
+    ]
+    batch = encode_rows(load_task("sft"), [*rows, *chat_rows(2), {}], encoder, EncodeRules(256, "truncate"))
+    assert batch.notes == {"rating in messages, which is not read": 3}

@@ -23,6 +23,7 @@ from trainers.model.param_groups import layer_depths, parameter_groups
 from trainers.tasks import TaskOptions, load_task
 from trainers.tasks.classify import class_weights
 from trainers.tasks.losses import cross_entropy_sum
+from trainers.tasks.options import read_template
 from trainers.training.distill import Distilled, divergence_sum
 
 
@@ -248,3 +249,9 @@ def test_options_that_cannot_be_are_refused_at_once(task: str, section: str, key
 def test_a_resolved_job_reads_back_as_itself(task: str) -> None:
     read = parse_job({**GOOD, "task": task})
     assert parse_job(read.model_dump(mode="json")) == read
+
+
+def test_a_chat_template_that_is_only_a_name_is_refused() -> None:
+    with pytest.raises(JobError, match=r"data.chat_template: 'chatml' is no template .* ends in .jinja"):
+        read_template("chatml")
+    assert read_template("{{ messages }}") == "{{ messages }}"

@@ -28,7 +28,7 @@ OTHER_KINDS = {
     **dict.fromkeys(("kto_tag", "label"), "preference_labels: {} says which answers are liked, sft learns each"),
 }
 """What a row with one of these fields is; `label` only where it is true or false."""
-TRAINED = ("train", "weight", "loss_weight")
+TRAINED = ("train", "weight", "loss_weight", "training", "trainable")
 """Names of what says whether a message is trained: true or 1, false or 0."""
 PARTS = {
     **dict.fromkeys(("reasoning", "thinking"), 0),
@@ -43,6 +43,7 @@ TEXTS = ("content", "value", "text", "message", "utterance")
 """and of what is said."""
 ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")
 """Names of what a call is given."""
+READ = frozenset((*KEPT_KEYS, *SPEAKERS, *TEXTS, *REASONING, *TRAINED, "function_call", "train_detail"))
 Message = dict[str, Any]
 
 
@@ -58,6 +59,8 @@ class Chat:
     tools: list[Any] | None = None
     muted: frozenset[int] = frozenset()
     """Messages of the assistant that are not trained: `weight: 0` or `train: false`."""
+    unread: frozenset[str] = frozenset()
+    """Names of what its messages hold beside, which no template is given."""
 
 
 def read_chat(row: Mapping[str, Any]) -> Chat | str:
@@ -67,11 +70,14 @@ def read_chat(row: Mapping[str, Any]) -> Chat | str:
         messages = [_checked(message) for message in raw]
         tools = _tools(row.get("tools") or row.get("functions"))
         muted = frozenset(index for index, message in enumerate(raw) if _is_muted(message))
+        unread = frozenset(
+            str(key) for message in raw if len(message) > 2 for key in message.keys() - READ if message[key]
+        )
     except NotAConversation as reason:
         return str(reason)
     if not any(_speaks(message) for index, message in enumerate(messages) if index not in muted):
         return "no_target"
-    return Chat(messages, tools, muted)
+    return Chat(messages, tools, muted, unread)
 
 
 def _find(row: Mapping[str, Any]) -> list[Any]:

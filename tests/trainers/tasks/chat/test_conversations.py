@@ -133,6 +133,16 @@ def test_messages_without_weight_are_read_and_not_trained() -> None:
     assert read_chat({"messages": [PLAIN[0], {**PLAIN[1], "weight": 0.0}]}) == "no_target"
 
 
+def test_what_messages_hold_beside_is_told() -> None:
+    assert read({"messages": [{**PLAIN[0], "id": 7, "tone": None}, {**PLAIN[1], "rating": 5}]}).unread == {
+        "id",
+        "rating",
+    }
+    for name in ("training", "trainable"):
+        chat = read({"messages": [PLAIN[0], {**PLAIN[1], name: False}, *PLAIN]})
+        assert chat.muted == {1} and not chat.unread
+
+
 def test_parts_without_text_are_no_text_and_other_parts_refuse_the_row() -> None:
     parts = [{"type": "text", "text": "H", "image": None}, {"type": "text", "text": None}, {"text": "i"}]
     assert read({"messages": [{"role": "user", "content": parts}, PLAIN[1]]}).messages == PLAIN
