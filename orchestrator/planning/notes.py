@@ -49,19 +49,22 @@ def architecture_notes(checked: CheckedJob) -> list[str]:
 
 
 def chat_notes(job: Job, model_path: str) -> list[str]:
-    """Whether a chat template ends the assistant's turns."""
+    """What to know of a chat template: how it ends the assistant's turns, whether it writes the date."""
     if job.task != "sft":
         return []
-    encoder = load_encoder(model_path, job.model.trust_remote_code)
-    ending = renderer_of(encoder, encoder.fast, encode_rules(job).options.chat_template).ending()
+    encoder, template = load_encoder(model_path, job.model.trust_remote_code), encode_rules(job).options.chat_template
+    ending = renderer_of(encoder, encoder.fast, template).ending()
+    found = []
     if not ending:
-        return ["the chat template writes nothing behind the assistant's last turn: the model does not learn to stop"]
-    if not ending.startswith(tuple(encoder.tokenizer.added_tokens_encoder)):
-        return [
+        found = ["the chat template writes nothing behind the assistant's last turn: the model does not learn to stop"]
+    elif not ending.startswith(tuple(encoder.tokenizer.added_tokens_encoder)):
+        found = [
             f"the chat template ends turns with {ending[:40]!r}, which is no token of its own: generation does not "
             "stop there; end them with an added token, such as the tokenizer's eos_token"
         ]
-    return []
+    if "strftime_now" in str(template or encoder.tokenizer.chat_template):
+        found.append("the chat template writes today's date: shards hold the day on which they are written")
+    return found
 
 
 def notes(job: Job, batches: BatchPlan, steps: int, elsewhere: bool) -> list[str]:

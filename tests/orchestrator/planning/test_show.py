@@ -151,3 +151,19 @@ def test_a_template_without_an_end_of_turn_is_told(job: Any) -> None:
     changed = job.model_copy(update={"data": job.data.model_copy(update={"chat_template": endless})})
     (note,) = chat_notes(changed, job.model.path)
     assert "does not learn to stop" in note
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}END{% endfor %}",
+            "ends turns with 'END', which is no token",
+        ),
+        ("{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "writes today's date"),
+    ],
+)
+def test_what_to_know_of_a_template_is_told(template: str, said: str, job: Any) -> None:
+    changed = job.model_copy(update={"data": job.data.model_copy(update={"chat_template": template})})
+    (note,) = chat_notes(changed, job.model.path)
+    assert said in note
