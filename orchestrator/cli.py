@@ -206,7 +206,7 @@ def sweep(
     from rich.console import Console
 
     from orchestrator.report.page import REPORT
-    from orchestrator.sweep.page import trial_table
+    from orchestrator.sweep.page import ERROR_CHARS, trial_table
     from orchestrator.sweep.spec import read_spec
     from orchestrator.sweep.sweep import run_sweep
     from orchestrator.terminal.progress import Screen
@@ -217,7 +217,7 @@ def sweep(
     if as_json:
         print_json(record.model_dump(mode="json"))
         return
-    show_table(trial_table(record))
+    show_table(trial_table(record, ERROR_CHARS))
     screen.registered(record.registry)
     screen.say(f"report  {folder}/{REPORT}")
 

@@ -1,6 +1,7 @@
 """report.html of a sweep: its trials as a table and in parallel coordinates, on one page without scripts."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ TEMPLATE = Path(__file__).parent / "sweep.html"
 LOG_SPAN = 20
 """Numbers above 0 whose largest is so many times the smallest stand on a logarithmic axis."""
 MOST_TICKS = 8
+ERROR_CHARS = 60
+"""Of a failure in the terminal; the page and the run's own result have it whole."""
 
 
-def trial_table(record: SweepRecord) -> Table:
-    """A line a trial, the best first."""
+def trial_table(record: SweepRecord, error_chars: int | None = None) -> Table:
+    """A line a trial, the best first; so many characters of why it failed."""
     rows = []
     for trial in record.ranked():
         best = trial.best(record.mode) or (None, None)
-        state = f"failed: {trial.error.splitlines()[0]}" if trial.error else trial.state
+        why = trial.error.splitlines()[0] if trial.error else ""
+        why = why if error_chars is None else textwrap.shorten(why, error_chars, placeholder=" ...")
+        state = f"failed: {why}" if trial.error else trial.state
         taken = f"{trial.step:,}/{trial.steps:,}" if trial.steps else None
         values = (trial.values.get(name) for name in record.fields)
         rows.append((trial.number, *values, best[1], best[0], taken, "best" if trial.number == record.best else state))

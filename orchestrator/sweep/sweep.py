@@ -11,11 +11,10 @@ from typing import Any
 
 import ray
 
-from orchestrator.planning.plan import plan_job
 from orchestrator.planning.preflight import CheckedJob, check_job, check_run_storage
 from orchestrator.ray_session import check_placement, ray_session
 from orchestrator.run import register
-from orchestrator.run_session import Asked, RunSession, stop_asked_for
+from orchestrator.run_session import Asked, RunSession, plan_here, stop_asked_for
 from orchestrator.sharding.stage import write_shards
 from orchestrator.sweep.halving import next_stop, next_trial, pause_steps
 from orchestrator.sweep.leg import Leg, LegEnd
@@ -33,6 +32,8 @@ from trainers.job.schema import Job
 from trainers.run.folder import checkpoints_folder, promoted_steps, read_evaluations
 from trainers.run.lock import own_folder
 from trainers.run.record import run_of
+from trainers.shards.manifest import Shards
+from trainers.shards.worth import check_metric
 from trainers.storage import Folder
 from trainers.tasks import choose_metric
 
@@ -52,6 +53,7 @@ class Sweep:
     wants_stop: Asked
     busy: set[int] = field(default_factory=set)
     deaths: dict[int, int] = field(default_factory=dict)
+    cleaned: set[int] = field(default_factory=set)
 
     def next_leg(self) -> tuple[int, Leg] | None:
         """See `tuner.Desk`."""
@@ -80,8 +82,8 @@ class Sweep:
         if trial.run:
             return trial
         checked = check_job(self.job_of(trial))
-        run = run_of(checked.job, checked.model, write_shards(checked, self.screen.on_shards))
-        job, steps, count = run.job, plan_job(checked).steps, self.spec.trials or len(self.record.trials)
+        run = run_of(checked.job, checked.model, _write_shards(checked, self.screen))
+        job, steps, count = run.job, plan_here(checked).steps, self.spec.trials or len(self.record.trials)
         pauses = pause_steps(steps, job.checkpoint.every_steps, self.spec.halving, count)
         return self._note(trial.model_copy(update={"run": run.folder.name, "steps": steps, "pauses": pauses}))
 
@@ -129,8 +131,9 @@ class Sweep:
         """Delete checkpoints and exports of trials that have ended and are not the best; a registered one's stay."""
         for trial in self.record.trials:
             ended = everything or trial.state in ("trained", "failed")
-            if not trial.run or trial.number == best or not ended:
+            if not trial.run or trial.number in {best, *self.cleaned} or not ended:
                 continue
+            self.cleaned.add(trial.number)
             run = self.folder.parent.parent / "runs" / trial.run
             if not promoted_steps(run):
                 checkpoints_folder(self.job_of(trial), run).delete()
@@ -162,7 +165,7 @@ def run_sweep(
         sweep = Sweep(spec, overrides, folder, record, screen, asked)
         write_sweep(folder, record)
         if not any(trial.run for trial in record.trials):
-            write_shards(checked, screen.on_shards)  # data that is refused ends the sweep before its first trial
+            _write_shards(checked, screen)  # data that is refused ends the sweep before its first trial
         run_legs(sweep, folder, _at_once(checked.job, gpus))
         if asked():
             raise Preempted("stopped on request; the same command goes on from there")
@@ -219,6 +222,13 @@ def _new_record(spec: SweepSpec, checked: CheckedJob, points: Sequence[dict[str,
     trials = tuple(Trial(number=number, values=values, run="") for number, values in enumerate(points, 1))
     return SweepRecord(job=checked.job.name, fields=tuple(spec.space), method=spec.method, halving=spec.halving,
                        metric=metric, mode=mode, trials=trials)  # fmt: skip
+
+
+def _write_shards(checked: CheckedJob, screen: Screen) -> Shards:
+    """Raises DataError where the job refuses what they hold."""
+    shards = write_shards(checked, screen.on_shards)
+    check_metric(checked.job, shards)
+    return shards
 
 
 def _at_once(job: Job, gpus: int) -> int:

@@ -28,6 +28,7 @@ def test_trials_are_ranked_and_failures_say_why() -> None:
         job="j", fields=("a.b",), method="grid", halving=None, metric="loss", mode="min", trials=trials, best=3
     )
     table = trial_table(record)
+    assert trial_table(record, 9).rows[2][-1] == "failed: loss ..."
     assert [(row[0], row[-1]) for row in table.rows] == [(3, "best"), (2, "waiting"), (1, "failed: loss is nan")]
     assert [row[2] for row in table.rows] == [0.4, 0.5, None]
     assert list(table.kinds) == ["best", "", "failure"]

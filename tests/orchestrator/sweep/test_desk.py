@@ -1,0 +1,108 @@
+"""What becomes of a trial when its leg comes back, without training: the record, the checkpoints, the next leg."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from orchestrator.sweep.leg import LegEnd
+from orchestrator.sweep.record import SweepRecord, Trial, read_sweep
+from orchestrator.sweep.spec import SweepSpec
+from orchestrator.sweep.sweep import Sweep
+from orchestrator.terminal.progress import Screen
+from tests.tiny import film_rows, tiny_job
+from trainers.run.folder import RegisteredVersion, RunResult
+from trainers.storage import Folder
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Sweep:
+    """Three trials, each with a checkpoint and an export in its run folder."""
+    job = tiny_job(tmp_path, tmp_path / "model", "classify", film_rows(10))
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")), encoding="utf-8")
+    values: list[float] = [1e-5, 1e-4, 1e-3]
+    trials = [Trial(number=n, values={"train.learning_rate": rate}, run=f"tiny-{n}", steps=6, pauses=(3,))
+              for n, rate in enumerate(values, 1)]  # fmt: skip
+    for trial in trials:
+        for name in ("checkpoints", "export"):
+            (tmp_path / "storage" / "runs" / trial.run / name / "step-00000003").mkdir(parents=True)
+    record = SweepRecord(job="tiny", fields=("train.learning_rate",), method="grid", halving=2, metric="accuracy",
+                         mode="max", trials=tuple(trials))  # fmt: skip
+    spec = SweepSpec(job=str(tmp_path / "job.yaml"), space={"train.learning_rate": tuple(values)}, halving=2)
+    folder = Folder(str(tmp_path / "storage" / "sweeps" / "tiny-0"))
+    return Sweep(spec, (), folder, record, Screen(Console(quiet=True)), lambda: False)
+
+
+def with_checkpoints(desk: Sweep) -> list[int]:
+    runs = desk.folder.parent.parent / "runs"
+    held = [trial.number for trial in desk.record.trials if (runs / trial.run / "checkpoints").exists()]
+    assert held == [trial.number for trial in desk.record.trials if (runs / trial.run / "export").exists()]
+    return held
+
+
+def end(step: int, value: float) -> LegEnd:
+    return LegEnd(step=step, curve=((step, value),), trained=step == 6)
+
+
+def test_legs_go_to_the_pause_and_on_from_it(desk: Sweep) -> None:
+    first = desk.next_leg()
+    assert first is not None and first[0] == 1 and first[1].until == 3
+    assert first[1].job.train.learning_rate == 1e-5 and first[1].job.evaluate.on == "ranks"
+    second = desk.next_leg()
+    assert second is not None and second[0] == 2, "the first is under way"
+    desk.take(1, end(3, 0.4))
+    desk.take(2, end(3, 0.5))
+    third = desk.next_leg()
+    assert third is not None and third[0] == 3
+    desk.take(3, end(3, 0.3))
+    best = desk.next_leg()
+    assert best is not None and (best[0], best[1].until) == (2, None)
+    assert read_sweep(desk.folder) == desk.record
+
+
+def test_who_has_ended_and_is_not_the_best_is_cleaned_and_a_paused_trial_is_not(desk: Sweep) -> None:
+    desk.take(1, end(6, 0.9))
+    desk.take(2, end(3, 0.5))
+    assert with_checkpoints(desk) == [1, 2, 3]
+    desk.take(3, end(6, 0.95))
+    assert with_checkpoints(desk) == [2, 3]
+    desk.clean(best=3, everything=True)
+    assert with_checkpoints(desk) == [3]
+
+
+def test_a_run_that_was_registered_before_keeps_what_it_has(desk: Sweep) -> None:
+    version = RegisteredVersion(model="tiny", version=1, alias=None, step=3, source="", decision="")
+    result = RunResult(status="done", registry=version)
+    (desk.folder.parent.parent / "runs" / "tiny-1").write_bytes("result.json", result.model_dump_json().encode())
+    desk.take(2, end(6, 0.9))
+    desk.take(1, end(6, 0.1))
+    assert with_checkpoints(desk) == [1, 2, 3]
+
+
+def test_a_process_that_dies_is_started_again_and_at_the_third_time_its_trial_has_failed(desk: Sweep) -> None:
+    for _ in range(2):
+        leg = desk.next_leg()
+        assert leg is not None and leg[0] == 1
+        desk.take(1, None)
+    assert desk.trial(1).state == "waiting"
+    assert desk.next_leg() is not None
+    desk.take(1, None)
+    assert desk.trial(1).state == "failed" and "died 3 times" in str(desk.trial(1).error)
+    following = desk.next_leg()
+    assert following is not None and following[0] == 2
+
+
+def test_a_leg_that_was_stopped_is_given_out_again(desk: Sweep) -> None:
+    for _ in range(2):
+        leg = desk.next_leg()
+        assert leg is not None and leg[0] == 1
+        desk.take(1, LegEnd(step=2, stopped=True))
+    assert desk.trial(1).step == 0
+
+
+def test_a_failure_is_told_and_ranks_last(desk: Sweep) -> None:
+    desk.take(1, LegEnd(step=1, error="TrainingError: the loss diverged"))
+    desk.take(2, end(3, 0.0))
+    assert desk.trial(1).state == "failed"
+    assert [trial.number for trial in desk.record.ranked()] == [2, 1, 3]
