@@ -10,7 +10,9 @@ from orchestrator.sweep.record import Trial
 from trainers.tasks import Mode
 
 
-def pause_steps(steps: int, every_steps: int, factor: int | None, trials: int) -> tuple[int, ...]:
+def pause_steps(
+    steps: int, every_steps: int, factor: int | None, trials: int, most: int | None = None
+) -> tuple[int, ...]:
     """Steps at which a trial pauses: 1/factor of the whole, 1/factor^2 ..., at checkpoints.
 
     Args:
@@ -18,9 +20,10 @@ def pause_steps(steps: int, every_steps: int, factor: int | None, trials: int) -
         every_steps: steps between checkpoints.
         factor: 1/factor goes on at a pause; None: no pauses.
         trials: in the sweep; no more pauses than leave one of them.
+        most: pauses, the late ones.
     """
     pauses: list[int] = []
-    while factor and factor ** (len(pauses) + 1) <= trials:
+    while factor and factor ** (len(pauses) + 1) <= trials and (most is None or len(pauses) < most):
         share = factor ** (len(pauses) + 1) * every_steps
         pauses.insert(0, min(-(-steps // share) * every_steps, steps))
     return tuple(pauses)

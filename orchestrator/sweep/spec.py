@@ -43,6 +43,8 @@ class SweepSpec(Record):
     seed: int = 0
     halving: Annotated[int, Field(ge=2)] | None = None
     """Successive halving (ASHA): of so many trials one goes on at each pause; null trains each to its end."""
+    pauses: Annotated[int, Field(ge=1)] | None = None
+    """At most so many, the late ones; null: as many as leave one trial."""
 
     def digest(self) -> str:
         """Of all that makes the sweep but for where its job file lies."""
@@ -70,6 +72,8 @@ def read_spec(path: Path, grids: Sequence[str], halving: int | None) -> SweepSpe
         problems.append(f"trials: {spec.method} needs to know how many to draw")
     if spec.method == "grid" and spec.trials is not None:
         problems.append("trials: a grid has all its points; leave trials out, or choose method: random or tpe")
+    if spec.pauses is not None and spec.halving is None:
+        problems.append("pauses: trials pause for halving alone; say how many there are to one that goes on")
     if problems:
         raise JobError(problems, str(path))
     return spec.model_copy(update={"job": str(path.absolute().parent / spec.job)})

@@ -84,7 +84,7 @@ class Sweep:
         checked = check_job(self.job_of(trial))
         run = run_of(checked.job, checked.model, _write_shards(checked, self.screen))
         job, steps, count = run.job, plan_here(checked).steps, self.spec.trials or len(self.record.trials)
-        pauses = pause_steps(steps, job.checkpoint.every_steps, self.spec.halving, count)
+        pauses = pause_steps(steps, job.checkpoint.every_steps, self.spec.halving, count, self.spec.pauses)
         return self._note(trial.model_copy(update={"run": run.folder.name, "steps": steps, "pauses": pauses}))
 
     def take(self, number: int, end: LegEnd | None) -> None:

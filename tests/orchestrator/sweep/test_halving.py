@@ -29,6 +29,7 @@ def play(quality: list[float], factor: int | None, at_once: int, steps: int = 81
 def test_pauses_are_shares_of_the_whole_at_checkpoints() -> None:
     assert pause_steps(810, 45, 3, 12) == (90, 270)
     assert pause_steps(100, 8, 3, 12) == (16, 40)
+    assert pause_steps(810, 45, 3, 12, 1) == (270,) and pause_steps(810, 45, 3, 12, 9) == (90, 270)
     assert pause_steps(810, 45, 3, 2) == () == pause_steps(810, 45, None, 12)
     assert pause_steps(6, 4, 3, 27) == (4, 4, 4)
 

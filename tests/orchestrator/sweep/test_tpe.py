@@ -23,6 +23,7 @@ def trained(number: int, values: dict[str, object], value: float) -> Trial:
 
 
 def test_proposals_come_near_the_best_and_are_the_same_each_time() -> None:
+    pytest.importorskip("optuna")
     trials: list[Trial] = []
     for number in range(1, 31):
         values = propose(SPEC, trials, "max")
@@ -36,6 +37,7 @@ def test_proposals_come_near_the_best_and_are_the_same_each_time() -> None:
 
 
 def test_failed_trials_and_those_under_way_are_taken_in() -> None:
+    pytest.importorskip("optuna")
     values = [{"train.learning_rate": rate, "train.schedule": "cosine"} for rate in (1e-2, 1e-3, 1e-4)]
     failed = Trial(number=1, values=values[0], run="r", state="failed", error="diverged")
     running = Trial(number=2, values=values[1], run="r")
@@ -44,6 +46,7 @@ def test_failed_trials_and_those_under_way_are_taken_in() -> None:
 
 
 def test_a_space_with_nothing_new_gives_none() -> None:
+    pytest.importorskip("optuna")
     spec = SPEC.model_copy(update={"space": {"train.seed": (1, [2])}})
     trials = [trained(1, {"train.seed": 1}, 0.1)]
     assert propose(spec, trials, "max") == {"train.seed": [2]}
