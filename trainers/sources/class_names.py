@@ -23,6 +23,14 @@ def read_features(schema: pa.Schema) -> Mapping[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
+def feature_of(features: Mapping[str, Any], column: str) -> Any:
+    """What a column holds; with dots, what stands in a structure. None if it is not there."""
+    feature: Any = features
+    for name in [column] if column in features else column.split("."):
+        feature = feature.get(name) if isinstance(feature, Mapping) else None
+    return feature
+
+
 def class_names(feature: Any) -> tuple[str, ...]:
     """The names of a column's classes, in order, at whatever depth; empty for other columns."""
     if isinstance(feature, Mapping):

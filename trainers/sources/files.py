@@ -18,6 +18,7 @@ import xxhash
 from trainers.errors import JobError
 from trainers.job.schema import PAIR, FormatName
 from trainers.sources.hub import SCHEME, arrow_files
+from trainers.sources.splits import check_one_split
 from trainers.storage import filesystem_of, is_remote
 
 SUFFIXES: dict[str, FormatName] = {
@@ -33,7 +34,7 @@ COLUMNAR: frozenset[FormatName] = frozenset({"parquet", "arrow"})
 WHOLE_DIGEST_BYTES = 2**30
 END_BYTES = 2**20
 BLOCK_BYTES = 4 * 2**20
-SPLITS_RECORD, RECORDS = "dataset_dict.json", ("dataset_info.json", "state.json")
+RECORDS = ("dataset_info.json", "state.json")
 """What `datasets` writes beside the data that it saves."""
 WILDCARD = re.compile(r"[*?\[]")
 
@@ -262,10 +263,7 @@ def _folder_files(pattern: str, path: str, format: FormatName | None) -> list[pa
     fs, _ = filesystem_of(pattern)
     infos = [info for info in _list(fs, path, recursive=True) if info.type == pafs.FileType.File]
     infos = [info for info in infos if not _hidden(info.path[len(path) :])]
-    if any(info.base_name == SPLITS_RECORD for info in infos):
-        raise JobError(
-            f"{pattern}: `datasets` has saved several splits here; name the folder of one, such as {path}/train"
-        )
+    check_one_split(pattern, [info.path[len(path) :].lstrip("/") for info in infos])
     infos = [info for info in infos if info.base_name not in RECORDS] or infos
     kinds = {kind for info in infos if (kind := format_of(info.base_name))}
     wanted = format or (next(iter(kinds)) if len(kinds) == 1 else None)

@@ -119,3 +119,28 @@ def test_buckets_are_listed_with_their_options_kept(tree: Path, monkeypatch: pyt
     assert find_sources(["s3://bucket?region=eu"], None, "data.train") == found
     with pytest.raises(JobError, match=r"did you mean s3://bucket/a.jsonl"):
         find_sources(["s3://bucket/aa.jsonl?region=eu"], None, "data.train")
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (("train.jsonl", "test.jsonl"), True),
+        (("train-00000-of-00002.jsonl", "validation-00000-of-00001.jsonl"), True),
+        (("train/a.jsonl", "dev/a.jsonl"), True),
+        (("my_train_1.jsonl", "my_eval_1.jsonl"), True),
+        (("train.jsonl", "train-2.jsonl"), False),
+        (("latest.jsonl", "trained.jsonl", "contest.jsonl"), False),
+        (("test.jsonl", "dev.jsonl"), False),
+    ],
+)
+def test_a_folder_with_files_of_several_splits_is_refused(
+    names: tuple[str, ...], refused: bool, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text('{"text": "a"}\n')
+    if refused:
+        with pytest.raises(JobError, match=r"files of several splits .*; name those that are meant"):
+            find_sources([str(tmp_path / "data")], None, "data.train")
+    else:
+        assert len(find_sources([str(tmp_path / "data")], None, "data.train")) == len(names)

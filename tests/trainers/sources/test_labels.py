@@ -173,6 +173,16 @@ def test_a_folder_that_datasets_saved_is_its_data_and_several_splits_are_refused
     assert find_sources([str(tmp_path / "two" / "test")], None, "data.train")
 
 
+def test_classes_inside_a_structure_keep_their_names_and_order(make_job: Any, tmp_path: Path, shard_here: Any) -> None:
+    inner = {"kind": datasets.ClassLabel(names=NAMES), "text": datasets.Value("string")}
+    rows = {"part": [{"kind": kind, "text": "a film"} for kind in (2, 0, 1)]}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features({"part": inner}))
+    data.to_parquet(str(tmp_path / "x.parquet"))
+    path = tmp_path / "x.parquet"
+    job = make_job(train=[path], eval=[path], columns={"text": "part.text", "label": "part.kind"})
+    assert labels_of(job, shard_here)[1] == tuple(NAMES)
+
+
 def test_integers_keep_their_order_beside_names(make_job: Any, write_rows: Any, shard_here: Any) -> None:
     rows = [{"text": "a film", "label": label} for label in ("other", 10, 2, "all", -1)]
     path = write_rows("x.jsonl", rows)

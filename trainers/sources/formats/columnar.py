@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainers.sources.class_names import Decode, class_names, decoders, read_features
+from trainers.sources.class_names import Decode, class_names, decoders, feature_of, read_features
 from trainers.sources.files import SourceFile
 from trainers.sources.formats.base import SLICE_BYTES, SLICE_ROWS, RawRow, Span, not_as_named, open_whole
 from trainers.sources.formats.sniff import RENAME, describe_file
@@ -130,8 +130,8 @@ def declared_classes(source: SourceFile, column: str) -> tuple[str, ...]:
     """The names of the classes in a column of a columnar file, in order; empty if it declares none."""
     if source.format == "parquet":
         with pq.ParquetFile(open_whole(source)) as file:
-            return class_names(read_features(file.schema_arrow).get(column))
+            return class_names(feature_of(read_features(file.schema_arrow), column))
     if source.format == "arrow":
         with _open_ipc(source) as reader:
-            return class_names(read_features(reader.schema).get(column))
+            return class_names(feature_of(read_features(reader.schema), column))
     return ()
