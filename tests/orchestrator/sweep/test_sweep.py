@@ -30,8 +30,8 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
 
 
-def call(job_file: Path) -> subprocess.CompletedProcess[str]:
-    words, env = command(job_file), environment()
+def call(job_file: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    words, env = [*command(job_file), *more], environment()
     return subprocess.run(words, env=env, capture_output=True, text=True, timeout=400, check=False)
 
 
@@ -50,7 +50,7 @@ def job_file(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> 
         make_bert(folder / "model", tiny_tokenizer, dropout=0.0),
         "classify",
         [row for row in film_rows(240) if "not" not in row["text"]],
-        train={"steps": 16, "global_batch_size": 16},
+        train={"steps": 16, "global_batch_size": 16, "verify": False},
         scale={"workers": 2},
         checkpoint={"every_steps": 4},
     )
@@ -131,6 +131,7 @@ def test_the_same_command_again_does_nothing_twice(storage: Path, job_file: Path
         return {path: path.stat().st_mtime_ns for path in storage.rglob("*") if path.is_file()}
 
     before = state()
-    again = call(job_file)
-    assert again.returncode == 0 and "already done" in again.stdout
+    again = call(job_file, "--json")
+    assert again.returncode == 0 and "already done" in again.stderr
+    assert SweepRecord.model_validate_json(again.stdout) == record_of(storage)
     assert state() == before
