@@ -179,13 +179,21 @@ def shard(job_path: JobPath, overrides: Overrides = None, address: Address = Non
 
 
 @app.command()
-def run(job_path: JobPath, overrides: Overrides = None, address: Address = None) -> None:
+def run(
+    job_path: JobPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Tell what takes the time of a step, with a trace (train.profile).")
+    ] = False,
+) -> None:
     """Run the whole job: shard, train, evaluate, select, register. Goes on where an earlier run of it stopped."""
     from orchestrator.run import run_job
     from orchestrator.terminal.progress import Screen
 
     screen = Screen()
-    screen.results(*run_job(job_path, overrides or (), address, screen))
+    also = ["train.profile=true"] if profile else []
+    screen.results(*run_job(job_path, [*(overrides or ()), *also], address, screen))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from orchestrator.report.table import Table
 from trainers.evaluation.confusion import count_pairs
 from trainers.evaluation.selection import why_not
 from trainers.records import Array
+from trainers.run.events import Event, ProfileEvent
 from trainers.run.folder import Evaluation
 from trainers.shards.manifest import ShardManifest
 
@@ -51,6 +52,25 @@ def ledger_table(splits: Sequence[ShardManifest]) -> Table:
     rows += [(title, *(split.total(field) for split in splits)) for title, field in totals]
     rows.append(("shards", *(split.key for split in splits)))
     return Table("ledger: every input row", ("", *(split.split for split in splits)), rows)
+
+
+def profile_table(events: Sequence[Event]) -> Table | None:
+    """What took the time of the steps that were profiled last; None where none were."""
+    told = [event for event in events if isinstance(event, ProfileEvent)]
+    if not told:
+        return None
+    last = told[-1]
+    rows: list[tuple[Any, ...]] = [("a step", f"{last.step_s * 1e3:,.1f}", "100 %", None)]
+    if last.busy_s is not None:
+        rows.append(("the GPU computes", f"{last.busy_s * 1e3:,.1f}", f"{last.busy_s / last.step_s:.0%}", None))
+        rows.append(("waits for the GPU", None, None, last.waits))
+    rows += [
+        (name, f"{seconds * 1e3:,.1f}", f"{seconds / last.step_s:.0%}", calls)
+        for name, seconds, calls in last.operators
+    ]
+    use = "" if last.mfu is None else f", {last.mfu:.1%} of the GPUs' peak"
+    title = f"profile up to step {last.step}: {last.tokens_per_s:,.0f} tokens/s{use}; trace: {last.trace}"
+    return Table(title, ("", "milliseconds a step", "share", "calls a step"), rows)
 
 
 def class_table(counts: Array, names: Sequence[str]) -> Table:

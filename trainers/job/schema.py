@@ -173,6 +173,8 @@ class TrainSection(TrainOptions):
     """Uniform noise on the embeddings of causal models while training (NEFTune); 0 is none."""
     distill: Annotated[DistillSection | None, For(*TOKEN_TASKS)] = None
     """Learn from a teacher too."""
+    profile: bool = False
+    """Look at three steps with torch's profiler: what takes the time, and a trace in the run folder's profile/."""
     deterministic: bool = False
     """The same bits in every run on the same cards, at some speed; on CPUs that is so anyway."""
     verify: bool = True
@@ -264,7 +266,15 @@ class Job(Section):
     def identity(self) -> str:
         """Digest of all that changes the trained weights or how they are scored, `evaluate.metric` included: another
         metric is another run. Where and how large the job runs does not count."""
-        how = {"verify", "deterministic", "compile", "deepspeed", "micro_batch_size", "activation_checkpointing"}
+        how = {
+            "verify",
+            "deterministic",
+            "compile",
+            "profile",
+            "deepspeed",
+            "micro_batch_size",
+            "activation_checkpointing",
+        }
         how |= {"activation_offload"}
         parts = self.model_dump(mode="json", include={"task", "model", "data", "train"}, exclude={"train": how})
         parts["model"]["attention"] = parts["model"]["attention"].replace("documents", "auto")  # what auto comes to

@@ -8,6 +8,7 @@ from trainers.run.events import (
     EvaluationEvent,
     Event,
     HangEvent,
+    ProfileEvent,
     RestartEvent,
     RolledBackEvent,
     StartEvent,
@@ -51,11 +52,20 @@ def describe(event: Event, metric: str = "") -> str | None:
             return f"self-tests: all {event.passed} passed in {event.seconds:.0f} s"
         case VerificationEvent():
             return f"self-tests: {event.passed} passed, {len(event.failed)} failed: {', '.join(event.failed)}"
+        case ProfileEvent():
+            return _describe_profile(event)
         case DoneEvent(stopped=None):
             return f"training is done: step {event.step:,}, {event.tokens:,} tokens"
         case DoneEvent():
             return f"training stopped after step {event.step:,} {STOPPED[str(event.stopped)]}"
     return _describe_trouble(event)
+
+
+def _describe_profile(event: ProfileEvent) -> str:
+    busy = "" if event.busy_s is None else f", the GPU computes for {event.busy_s / event.step_s:.0%} of it"
+    share = "" if event.mfu is None else f" at {event.mfu:.1%} of its peak"
+    most = ", ".join(f"{name} {seconds:.3f} s" for name, seconds, _ in event.operators[:3])
+    return f"profile: a step takes {event.step_s:.3f} s{busy}{share}; most go to {most}; trace: {event.trace}"
 
 
 def _describe_trouble(event: Event) -> str | None:

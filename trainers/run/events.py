@@ -8,6 +8,7 @@ event of a step counts.
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -16,8 +17,7 @@ from trainers.records import StopReason
 from trainers.storage import Folder
 
 EVENTS = "events.jsonl"
-HEAD_BYTES = 1 << 14
-TAIL_BYTES = 1 << 18
+HEAD_BYTES, TAIL_BYTES = 1 << 14, 1 << 18
 
 
 class BaseEvent(BaseModel):
@@ -90,6 +90,22 @@ class StepEvent(BaseEvent):
     step_s: float = 0.0
     data_wait_s: float = 0.0
     memory_gib: float | None = None
+
+
+class ProfileEvent(BaseEvent):
+    """Where the time of a few steps, up to `step`, went on rank 0. Of a step: seconds, for which the GPU computed, and
+    how often the host waited for it; None on a CPU. mfu: share of the peak, at 6 operations a parameter and token."""
+
+    kind: Literal["profile"] = "profile"
+    step: int
+    step_s: float
+    busy_s: float | None = None
+    waits: int | None = None
+    tokens_per_s: float = 0.0
+    mfu: float | None = None
+    operators: tuple[tuple[str, float, int], ...] = ()
+    """Name, seconds (of the GPU where there is one) and calls a step."""
+    trace: str = ""
 
 
 class HistoryEvent(BaseEvent):
@@ -231,6 +247,7 @@ Event = (
     | StartEvent
     | StepEvent
     | HistoryEvent
+    | ProfileEvent
     | StragglerEvent
     | CheckpointEvent
     | CheckpointSkippedEvent
@@ -251,19 +268,16 @@ def parse_events(lines: Iterable[bytes]) -> list[Event]:
     """The events among some lines, in order."""
     events = []
     for line in lines:
-        try:
+        with suppress(ValidationError):
             events.append(_ADAPTER.validate_json(line))
-        except ValidationError:
-            continue
     return events
 
 
 def read_events(run: Folder) -> list[Event]:
     """Every event of a run, oldest first."""
-    try:
+    with suppress(FileNotFoundError):
         return parse_events(run.read_bytes(EVENTS).splitlines())
-    except FileNotFoundError:
-        return []
+    return []
 
 
 def outer_events(run: Folder) -> list[Event]:

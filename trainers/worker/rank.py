@@ -23,6 +23,7 @@ from trainers.training.distill import load_objective
 from trainers.training.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
 from trainers.training.hooks import Evaluate, Hooks
 from trainers.training.loop import LoopOutcome, LoopSettings, train
+from trainers.training.profiling import Profiled
 from trainers.training.rank_evaluation import RankEvaluation, elsewhere
 from trainers.training.schedule import Schedule
 from trainers.verification.isolation import check_isolation
@@ -113,9 +114,12 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     evaluate: Evaluate = elsewhere
     if run.job.evaluate.on == "ranks":
         evaluate = RankEvaluation(run, task, encoder, engine, world, hooks, checkpointer, start.step)
+    looked: Hooks = hooks
+    if job.train.profile and world.rank == 0:
+        looked = Profiled(hooks, run.folder.path / "profile", engine, world, start.step, order.steps)
     try:
         evaluate(start.step)
-        outcome = train(engine, objective, source, schedule, settings, start, world, hooks, checkpointer, evaluate)
+        outcome = train(engine, objective, source, schedule, settings, start, world, looked, checkpointer, evaluate)
     except Diverged as error:
         checkpointer.finish()
         listed = add_skipped(skipped, skipped_step(error, source.sequences(error.step), source.origins(error.step)))

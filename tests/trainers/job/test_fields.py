@@ -11,7 +11,7 @@ from trainers.job.task_fields import For
 from trainers.shards.keys import plan_splits
 from trainers.tasks import TASKS, task_options
 
-VALUES: list[Any] = [True, 7, 0.25, "balanced", "cosine", "intl", "a {source}", [1.0, 2.0], {"fraction": 0.3},
+VALUES: list[Any] = [True, 7, 0.25, "{{ messages }}", "balanced", "cosine", "intl", "a {source}", [1.0, 2.0], {"fraction": 0.3},
                      {"teacher": "a/b"}, {"num_beams": 2}]  # fmt: skip
 FIELDS = list(task_fields())
 
@@ -60,7 +60,7 @@ def test_a_field_is_for_the_tasks_it_names_and_shapes_the_shards_it_says(
 def test_every_task_option_is_declared_for_tasks_or_for_all() -> None:
     marked = {key for _, key, _ in FIELDS}
     own = set(type(task_options(parse_job(JOB))).model_fields)
-    assert own - marked == {"seed", "dropout", "label_counts", "packing"}
+    assert own - marked == {"seed", "dropout", "label_counts", "packing", "pack_length"}
 
 
 JOB = {"name": "x", "task": "mlm", "model": {"path": "m/x"}, "data": {"train": "t.txt", "eval": "e.txt"},
