@@ -11,8 +11,8 @@ from trainers.job.task_fields import For
 from trainers.shards.keys import plan_splits
 from trainers.tasks import TASKS, task_options
 
-VALUES: list[Any] = [True, 7, 0.25, "{{ messages }}", "balanced", "cosine", "intl", "a {source}", [1.0, 2.0], {"fraction": 0.3},
-                     {"teacher": "a/b"}, {"num_beams": 2}]  # fmt: skip
+VALUES: list[Any] = [True, 7, 0.25, "{{ messages }}", "balanced", "cosine", "intl", "a {source}", [1.0, 2.0],
+                     {"fraction": 0.3}, {"teacher": "a/b"}, {"num_beams": 2}]  # fmt: skip
 FIELDS = list(task_fields())
 
 
