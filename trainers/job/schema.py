@@ -39,7 +39,18 @@ TASK_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sft": (
         ("messages",),
         # beside the conversation, what says that a row is something else
-        (*CHAT_FIELDS, "chosen", "rejected", "images", "image", "videos", "audios", "kto_tag", "label"),
+        (
+            *CHAT_FIELDS,
+            "chosen",
+            "rejected",
+            "images",
+            "image",
+            "videos",
+            "audios",
+            "kto_tag",
+            "label",
+            "chat_template_kwargs",
+        ),
     ),
     "classify": (("text", "label"), ("text_pair",)),
     "tag": (("tokens", "tags"), ()),

@@ -62,8 +62,8 @@ def check_frozen(job: Job, model_path: str) -> None:
     task, trust = load_task(job.task, task_options(job)), job.model.trust_remote_code
     config = transformers.AutoConfig.from_pretrained(model_path, trust_remote_code=trust)
     auto: Any = getattr(transformers, task.head_class(config))
-    if type(config) not in auto._model_mapping and not trust:
-        return  # refused where the model is loaded
+    if trust or type(config) not in auto._model_mapping:
+        return  # a repository's own code may not run without weights: its export is looked at; others load nowhere
     options = {"device_map": "meta", "dtype": getattr(torch, job.model.dtype), "use_safetensors": True}
     model, told = auto.from_pretrained(
         model_path, config=config, trust_remote_code=trust, output_loading_info=True, **options

@@ -25,6 +25,8 @@ UNREAD_REASONING = re.compile("reason|think|thought")
 OTHER_KINDS = {
     **dict.fromkeys(("chosen", "rejected"), "preference_pairs: rows hold chosen and rejected answers, sft wants one"),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "media: rows hold {}, sft reads text"),
+    "chat_template_kwargs": "template_arguments: rows hold {}, which no template is given; write them into "
+    "data.chat_template",
     **dict.fromkeys(("kto_tag", "label"), "preference_labels: {} says which answers are liked, sft learns each"),
 }
 """What a row with one of these fields is; `label` only where it is true or false."""
@@ -82,7 +84,9 @@ def read_chat(row: Mapping[str, Any]) -> Chat | str:
 
 def _find(row: Mapping[str, Any]) -> list[Any]:
     for field, kind in () if OTHER_KINDS.keys().isdisjoint(row) else OTHER_KINDS.items():
-        if row.get(field) not in (None, [], "") and (field != "label" or isinstance(row[field], bool)):
+        if _without_nulls(row.get(field)) not in (None, [], "", {}) and (
+            field != "label" or isinstance(row[field], bool)
+        ):
             raise NotAConversation(kind.format(field))
     if row.get("messages") is not None:
         messages = row["messages"]

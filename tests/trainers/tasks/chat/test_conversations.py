@@ -54,6 +54,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "tool_call_without_a_name": {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
     "preference_pairs": {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
     "media": {"messages": PLAIN, "images": ["a.png"]},
+    "template_arguments": {"messages": PLAIN, "chat_template_kwargs": {"enable_thinking": False}},
     "preference_labels": {"messages": PLAIN, "label": False},
     "message_weight_is_neither_0_nor_1": {"messages": [PLAIN[0], {**PLAIN[1], "weight": 0.5}]},
     "train_detail_masks_parts_of_a_message": {
@@ -161,6 +162,13 @@ def test_parts_may_be_thoughts_and_calls() -> None:
     assert [call["function"]["arguments"] for call in answer["tool_calls"]] == [{"at": 1}, {"at": 2}]
     thinking = {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "x"}]}
     assert read({"messages": [PLAIN[0], thinking]}).messages[1]["reasoning_content"] == "hm"
+
+
+def test_columns_that_hold_nothing_refuse_no_row() -> None:
+    empty = {"images": [], "chat_template_kwargs": {}, "kto_tag": None, "chosen": ""}
+    assert read({"messages": PLAIN, **empty}).messages == PLAIN
+    filled = {"chat_template_kwargs": {"enable_thinking": None}}  # as columnar files have it
+    assert read({"messages": PLAIN, **filled}).messages == PLAIN
 
 
 def test_a_label_that_is_no_verdict_does_not_refuse_a_row() -> None:
