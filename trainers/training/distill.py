@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trainers.architecture import DOCUMENTS
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.world import World
@@ -95,8 +96,11 @@ def load_objective(job: Job, task: Task, pad_id: int, world: World) -> Task | Di
         return task
     if job.data.multi_label:
         raise JobError("train.distill: a teacher's distribution is over one label; data.multi_label must be off")
+    options = load_options(job)
+    if options.get("attn_implementation") == DOCUMENTS:  # asked of the student's architecture alone
+        del options["attn_implementation"]
     try:
-        teacher: Any = task.load_model(teacher_path, pad_id=pad_id, **load_options(job))
+        teacher: Any = task.load_model(teacher_path, pad_id=pad_id, **options)
     except (OSError, ValueError) as error:
         raise JobError(f"train.distill.teacher: {wish.teacher} cannot be loaded: {error}") from error
     places = teacher_places(task, teacher_path, wish.teacher)

@@ -115,6 +115,18 @@ def test_a_teacher_pulls_towards_its_distribution() -> None:
     assert float(divergence_sum(teacher, teacher, 2.0)) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_teacher_attends_as_its_own_architecture_does(tmp_path: Path, models: dict[str, Path]) -> None:
+    from trainers.model.world import World
+    from trainers.training.distill import load_objective
+
+    rows, teacher = [{"text": "the film is good ."}] * 10, str(models["llama"])
+    job = tiny_job(tmp_path, models["llama"], "pretrain", rows, train={"distill": {"teacher": teacher}})
+    job = job.model_copy(update={"model": job.model.model_copy(update={"attention": "documents"})})
+    objective = load_objective(job, load_task("pretrain"), 0, World(0, 1, torch.device("cpu")))
+    assert isinstance(objective, Distilled)
+    assert objective._teacher.config._attn_implementation == "sdpa"
+
+
 def test_a_teacher_of_another_size_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     task = load_task("classify")
     task.labels = ("a", "b")
