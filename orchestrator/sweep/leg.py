@@ -33,6 +33,8 @@ STOP = "stop"
 STOP_LOOK_S = 1.0
 LOCK_WAIT_S = 120.0
 """How long the leg of a command that was killed may hold the run folder: it ends with its Ray."""
+ROOM_PAUSE_S = 10.0
+"""Between two looks for room, beside the time that the training itself waits for it."""
 
 
 class Leg(Record):
@@ -86,7 +88,7 @@ def run_leg(leg: Leg, say: Callable[[str], None]) -> LegEnd:
         with session.hold(run, LOCK_WAIT_S):
             if not committed_steps(run.checkpoints):  # what an earlier sweep trained and cleaned away is trained anew
                 (run.folder / "evals").delete()
-            _train_where_there_is_room(session, leg, say)
+            train_where_there_is_room(session, leg, say)
     except Preempted:
         return _end(run, session.metric[0], stopped=True)
     except Exception as error:
@@ -95,18 +97,23 @@ def run_leg(leg: Leg, say: Callable[[str], None]) -> LegEnd:
     return _end(run, session.metric[0])
 
 
-def _train_where_there_is_room(session: RunSession, leg: Leg, say: Callable[[str], None]) -> None:
+def train_where_there_is_room(session: RunSession, leg: Leg, say: Callable[[str], None]) -> None:
     """Other work on the cluster may hold its room for long: a sweep waits for it."""
-    asked = partial(_stop_asked_for, leg.sweep)
+    asked, said = partial(_stop_asked_for, leg.sweep), ""
     while True:
         try:
             train(session, asked)
             return
         except PlacementError as error:
-            say(f"waits for room: {error}")
-            with asked() as stop:
+            if str(error) != said:
+                said = str(error)
+                say(f"waits for room: {error}")
+        with asked() as stop:
+            again_at = time.monotonic() + ROOM_PAUSE_S
+            while time.monotonic() < again_at:
                 if stop():
-                    raise Preempted("stopped before there was room for it") from error
+                    raise Preempted("stopped before there was room for it")
+                time.sleep(STOP_LOOK_S)
 
 
 @contextmanager
