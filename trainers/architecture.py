@@ -227,17 +227,24 @@ def transposed_weights(model: Any) -> frozenset[str]:
 def linear_layers(model: Any) -> list[str]:
     """Full names of the linear layers that train, without what makes logits of states and without those that an adapter
     would not reach."""
+    output, fused = model.get_output_embeddings(), fused_layers(model)
+    layers = {name: model.get_submodule(name) for name in adaptable_layers(model)}
+    return [
+        name for name, part in layers.items() if part is not output and part.weight.requires_grad and name not in fused
+    ]
+
+
+def adaptable_layers(model: Any) -> list[str]:
+    """Full names of all that gives a linear image of what it reads and nothing else: routers of experts that are
+    linear layers by class give their choice of experts beside it."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    output, fused = model.get_output_embeddings(), fused_layers(model)
     return [
         name
         for name, part in model.named_modules()
         if isinstance(part, torch.nn.Linear | Conv1D)
-        and part is not output
-        and part.weight.requires_grad
-        and name not in fused
+        and not re.search(r"return \w+,", inspect.getsource(type(part).forward))
     ]
 
 

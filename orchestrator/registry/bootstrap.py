@@ -31,7 +31,8 @@ class Interval:
 
 
 def resample(scores: RowScores, task: Task, metric: str, seed: int, resamples: int = RESAMPLES) -> Array:
-    """A metric over rows drawn again with replacement, [resamples]. One seed draws the same rows of every model.
+    """A metric over rows drawn again with replacement, [resamples]; nan for a draw that leaves it undefined, as one of
+    equal values does a correlation. One seed draws the same rows of every model.
 
     Args:
         scores: per-row numbers of `Task.score`, each [rows], in the order of the rows.
@@ -44,9 +45,11 @@ def resample(scores: RowScores, task: Task, metric: str, seed: int, resamples: i
 
 
 def percentiles(draws: Array) -> tuple[float, float]:
-    """The interval that holds the middle `CONFIDENCE` of some draws."""
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(draws, [tail, 100 - tail])
+    """The interval that holds the middle `CONFIDENCE` of the draws that define the metric; nan where none does."""
+    tail, defined = 100 * (1 - CONFIDENCE) / 2, draws[~np.isnan(draws)]
+    if len(defined) == 0:
+        return np.nan, np.nan
+    low, high = np.percentile(defined, [tail, 100 - tail])
     return float(low), float(high)
 
 

@@ -149,6 +149,8 @@ def _weigh(
     interval = compare(first, second, task, metric, seed, len(draws), draws)
     better = interval.low > 0 if mode == "max" else interval.high < 0
     mine, theirs = task.metric_value(metric, first), task.metric_value(metric, second)
+    if np.isnan(theirs):
+        return True, f"{metric} is {mine:.6g}, and undefined for {other.name}, which scores these rows alike"
     return better, (
         f"{metric} {mine:.6g} {'beats' if better else 'does not beat'} {theirs:.6g} of {other.name}: "
         f"difference {interval.difference:+.4g}, {CONFIDENCE:.0%} interval [{interval.low:+.4g}, {interval.high:+.4g}] "

@@ -291,3 +291,24 @@ def test_a_task_that_a_family_has_no_head_for_is_refused_by_name(samples: Sample
     task = load_task("extract")
     with pytest.raises(JobError, match="no QuestionAnswering head for a gemma model"):
         model_of("gemma", samples, task)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "llama4_text", "phimoe", "falcon"])
+def test_adapters_stand_beside_linear_layers_alone(samples: Samples, family: str) -> None:
+    """Not beside the experts of a mixture, whose dense layers have the names that they once had, nor beside a router
+    that chooses experts by itself."""
+    task = load_task("pretrain")
+    model = model_of(family, samples, task)
+    linear = linear_layers(model)
+    adapted = add_adapters(model, LoraSection(rank=2), task)
+    adapted(torch.arange(5, 12)[None])
+    factors = {name for name, _ in adapted.named_parameters() if ".lora_" in name}
+    assert factors == {f"base_model.model.{name}.lora_{part}.default.weight" for name in linear for part in "AB"}
+
+
+def test_names_of_layers_that_cannot_have_adapters_are_refused(samples: Samples) -> None:
+    """One that matches is no excuse for one that does not."""
+    task = load_task("pretrain")
+    model = model_of("mixtral", samples, task)
+    with pytest.raises(JobError, match=r"gate_up_proj match no linear layer.*k_proj, o_proj, q_proj, v_proj"):
+        add_adapters(model, LoraSection(target_modules=("q_proj", "gate_up_proj")), task)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from trainers.architecture import linear_layers, transposed_weights
+from trainers.architecture import adaptable_layers, linear_layers, transposed_weights
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
@@ -25,22 +25,20 @@ def add_adapters(model: Any, lora: LoraSection, task: Task) -> Any:
     """The model with adapters beside its linear layers; everything else but a new head is frozen.
 
     Raises:
-        JobError: where `model.lora.target_modules` match no layer.
+        JobError: where a name of `model.lora.target_modules` matches no layer that can have one.
     """
     from peft import LoraConfig, get_peft_model
 
     head = [name for name, _ in model.named_children() if name != model.base_model_prefix] if task.new_head else []
-    linear = [name for name in linear_layers(model) if name.split(".")[0] not in head]
-    targets = linear if lora.target_modules == ALL_LINEAR else list(lora.target_modules)
+    targets = set(_targets(model, lora, head))
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     try:
-        adapted = get_peft_model(model, settings)
+        with _names_as_they_are():
+            adapted = get_peft_model(model, settings)
     except ValueError as error:
-        known = ", ".join(sorted({name.split(".")[-1] for name in linear})) or "none"
-        raise JobError(
-            f"model.lora.target_modules: {str(error).splitlines()[0]} This model's linear layers are named {known}; "
-            "all-linear takes every one"
-        ) from error
+        raise JobError(f"model.lora.target_modules: {str(error).splitlines()[0]} {_known(model, head)}") from error
+    adapters = {name.removeprefix(PREFIX) for name, part in adapted.named_modules() if hasattr(part, "lora_A")}
+    assert adapters == targets, sorted(adapters ^ targets)
     for name, parameter in adapted.named_parameters():
         if any(name.startswith(f"{PREFIX}{module}.") for module in head):
             parameter.requires_grad_(True)
@@ -77,6 +75,42 @@ def check_frozen(job: Job, model_path: str) -> None:
             f"model.lora: {len(lost)} weights that stay frozen are not in {model_path}: {', '.join(lost[:5])}. They "
             "would be drawn at random and never learn: take a folder that has them, or train without model.lora"
         )
+
+
+def _targets(model: Any, lora: LoraSection, head: list[str]) -> list[str]:
+    """Full names of the layers that get adapters."""
+    if lora.target_modules == ALL_LINEAR:
+        return _of_body(linear_layers(model), head)
+    layers = _of_body(adaptable_layers(model), head)
+    found = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in lora.target_modules}
+    idle = [target for target, names in found.items() if not names]
+    if idle:
+        raise JobError(f"model.lora.target_modules: {', '.join(idle)} match no linear layer. {_known(model, head)}")
+    return [name for names in found.values() for name in names]
+
+
+def _of_body(names: list[str], head: list[str]) -> list[str]:
+    """Without a new head's layers, which train in full."""
+    return [name for name in names if name.split(".")[0] not in head]
+
+
+def _known(model: Any, head: list[str]) -> str:
+    names = ", ".join(sorted({name.split(".")[-1] for name in _of_body(linear_layers(model), head)})) or "none"
+    return f"This model's linear layers are named {names}; all-linear takes every one"
+
+
+@contextmanager
+def _names_as_they_are() -> Iterator[None]:
+    """peft 0.21 reads a mixture's `gate_proj`, `up_proj` and `down_proj` as its experts, as they were named before
+    transformers 5, also where they are its dense layers and shared experts."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    convert = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = convert
 
 
 @contextmanager

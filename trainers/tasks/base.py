@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -211,8 +212,8 @@ class Task(ABC):
         """Metrics over the documents that `score` saw, in any order."""
 
     def metric_value(self, name: str, row_scores: Mapping[str, Array]) -> float:
-        """One of `metrics` alone, for callers that need it a thousand times."""
-        return self.metrics(row_scores)[name]
+        """One of `metrics` alone, for callers that need it a thousand times; nan where these rows leave it undefined."""
+        return self.metrics(row_scores).get(name, math.nan)
 
     def notes(self) -> dict[str, str]:
         """What makes the metrics comparable, by metric, where a name and a number do not say it all."""

@@ -161,3 +161,20 @@ def test_row_scores_twice_or_missing_are_refused(tmp_path):
     run.write_bytes("evals/step-00000001.arrow", b"torn")
     with pytest.raises(EvaluationError, match="damaged"):
         read_row_scores(run, 1)
+
+
+def similarity_rows(said):
+    score = np.array([1.0, 1.0, 1.0, 5.0])
+    numbers = {"row": np.arange(4), "score": score, "said": np.asarray(said), "loss_sum": (score - said) ** 2}
+    return RowScores("the pretrained model", "k", numbers)
+
+
+@pytest.mark.parametrize(
+    "other, says", [([2.0, 1.9, 2.1, 0.5], "paired resamples"), ([2.0] * 4, "undefined for the pretrained model")]
+)
+def test_draws_of_equal_scores_leave_a_correlation_undefined_and_do_not_count(other, says):
+    """Of four rows with one other score every third draw or so has none of it."""
+    task = load_task("similarity")
+    candidate = similarity_rows([1.1, 0.9, 1.0, 4.8])
+    decision = decide("if_better", candidate, None, task, "spearman", "max", 0, [similarity_rows(other)], RESAMPLES)
+    assert decision.promote and says in decision.reason
