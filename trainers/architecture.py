@@ -10,14 +10,13 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from trainers.errors import JobError
-
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-DROPOUT_RATE = re.compile(r"(dropout(_rate|_prob)?|_pdrop)$")
 DOCUMENTS = "documents"
 """The attention backend of `trainers.document_attention`."""
+POSITIONS = re.compile(r"(?:^|\.)(?:position_embeddings?|embed_positions|wpe)(?:\.weight)?$")
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 """Lists of a configuration with an entry a layer."""
 
@@ -103,6 +102,20 @@ def token_types(config: Any) -> int:
     return int(getattr(text_config(config), "type_vocab_size", 0) or 0)
 
 
+def table_positions(model: Any) -> int | None:
+    """Tokens of a sequence that a model has a table of positions for; None where it works positions out."""
+    inner = plain_model(model)
+    skipped = set(other_modalities(inner))
+    rooms = []
+    for name, table in chain(inner.named_parameters(), inner.named_buffers()):
+        if POSITIONS.search(name) and name not in skipped:
+            owner = inner.get_submodule(name.rpartition(".")[0])
+            padding = getattr(owner, "padding_idx", None)  # some count from the padding id on, others from an offset
+            first = getattr(owner, "offset", 0 if padding is None else padding + 1)
+            rooms.append(int(getattr(table, "ds_shape", table.shape)[0]) - first)
+    return min(rooms, default=None)
+
+
 def layer_drop(config: Any) -> tuple[float, ...]:
     """Rates at which whole layers are left out while training, the encoder's and the decoder's or one for all."""
     names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
@@ -147,20 +160,6 @@ def cut_layers(config: Any, layers: int) -> None:
                 setattr(part, name, kinds[:layers])
 
 
-def set_dropout(config: Any, rate: float) -> None:
-    """Set every dropout rate of a configuration. Raises JobError where it has none."""
-    places = [
-        (part, name)
-        for part in configs(config)
-        for name, value in part.to_dict().items()
-        if DROPOUT_RATE.search(name) and (isinstance(value, float | int) or value is None)
-    ]
-    if not places:
-        raise JobError(f"model.dropout: a {config.model_type} configuration has no dropout rate; leave it out")
-    for part, name in places:
-        setattr(part, name, rate)
-
-
 def shift_right(model: Any, target: Any) -> Any:
     """What a decoder reads in order to write `target` [batch, seq], padded with the padding id: most begin with the
     configuration's start token, those of many languages with the target's last token, which names its language."""
@@ -169,35 +168,6 @@ def shift_right(model: Any, target: Any) -> Any:
     shifted = target.roll(1, dims=1)
     shifted[:, 0] = model.config.decoder_start_token_id
     return shifted
-
-
-def read_last_tokens(model: Any) -> None:
-    """Make a head that picks a row's last token pick it by the attention mask.
-
-    The classification heads of decoders compute logits at every position and pick those of the last token that is not
-    the padding id, which is another where a text ends with that id. Here the logits of the row's last token are put at
-    every position, so that it does not matter which one is picked. A head that reads one state a row is left alone.
-    """
-    backbone = getattr(model, model.base_model_prefix, None)
-    if backbone is None or backbone is model:
-        return
-    last: list[Any] = [None]
-
-    def note_mask(module: Any, args: Any, kwargs: Any) -> None:
-        mask = kwargs.get("attention_mask")
-        last[0] = None if mask is None or mask.dim() != 2 else mask.long().cumsum(-1).argmax(-1)
-
-    def spread(module: Any, args: Any, logits: Any) -> Any:
-        rows = last[0]
-        if rows is None or logits.dim() != 3 or len(logits) != len(rows):
-            return logits
-        picked = logits.gather(1, rows[:, None, None].expand(-1, 1, logits.shape[-1]))
-        return picked.expand_as(logits)
-
-    backbone.register_forward_pre_hook(note_mask, with_kwargs=True)
-    for name, part in model.named_children():
-        if name != model.base_model_prefix:
-            part.register_forward_hook(spread)
 
 
 def other_modalities(model: Any) -> list[str]:

@@ -20,7 +20,6 @@ import transformers
 from tests.architectures.single import PACKED, Cell, job_of, kind_of, tasks_of
 from tests.ranks import free_port, run_ranks
 from tests.tiny import shard_locally
-from trainers.architecture import set_dropout
 from trainers.batching.batch_plan import plan_batches
 from trainers.batching.batches import StepSource
 from trainers.batching.order import job_order
@@ -31,6 +30,7 @@ from trainers.checkpoint.records import Progress, Save
 from trainers.checkpoint.slices import rank_share
 from trainers.checkpoint.tensor_file import write_tensors
 from trainers.checkpoint.writing import commit, write_share
+from trainers.dropout import set_dropout
 from trainers.errors import JobError
 from trainers.job.sections import LoraSection
 from trainers.model.deepspeed_config import derive_config

@@ -12,13 +12,18 @@ import transformers
 
 from tests.architectures.single import Samples, job_of, keeps_apart, kind_of, look_at
 from tests.trainers.tasks import small
-from trainers.architecture import describe, linear_layers, other_modalities, packs_as_one_row, transposed_weights
+from trainers.architecture import (
+    describe,
+    other_modalities,
+    packs_as_one_row,
+    table_positions,
+)
 from trainers.errors import JobError
-from trainers.job.sections import LoraSection
+from trainers.job.sections import GenerateSection
 from trainers.model.engine import prepare_model
 from trainers.model.layer_drop import seed_layer_drop
-from trainers.model.lora import add_adapters, merged_reader
 from trainers.tasks import Example, TaskOptions, load_task
+from trainers.tasks.generation import generate_texts
 from trainers.verification import checks
 from trainers.verification.pack_probe import ask
 from trainers.verification.packing import PackingDecision, decide_packing, with_packing
@@ -115,43 +120,6 @@ def test_layers_are_dropped_alike_on_every_rank_and_in_every_micro_batch(samples
     assert 0 < np.mean([len(each) for each in by_step]) < 4 and len({tuple(each) for each in by_step}) > 2
     model.eval()
     assert layers_of(0, 0) == [0, 1, 2, 3]
-
-
-def test_adapters_find_convolutions_that_are_linear_layers_and_merge_their_transposed_weights(samples: Samples) -> None:
-    task = load_task("pretrain")
-    model = model_of("gpt2", samples, task)
-    with pytest.raises(JobError, match=r"q_proj.*c_attn, c_fc, c_proj"):
-        add_adapters(model, LoraSection(target_modules=("q_proj",)), task)
-    assert {name.split(".")[-1] for name in linear_layers(model)} == {"c_attn", "c_fc", "c_proj"}
-    transposed, lora = transposed_weights(model), LoraSection(rank=2)
-    adapted = add_adapters(model, lora, task)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
-    ids = torch.arange(5, 12)[None]
-    with torch.no_grad():
-        reference = adapted(ids).logits
-    weights = {name: parameter.detach() for name, parameter in adapted.named_parameters()}
-    read = merged_reader({name: list(w.shape) for name, w in weights.items()}, weights.__getitem__, lora, transposed)
-    plain: Any = transformers.AutoModelForCausalLM.from_pretrained(samples.folder / "models" / "gpt2").eval()
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            parameter.copy_(read(name))
-        assert torch.allclose(plain(ids).logits, reference, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", ["mamba2", "granitemoehybrid", "qwen3_next"])
-def test_no_adapter_goes_where_a_kernel_takes_the_weight_past_it(samples: Samples, family: str) -> None:
-    """The output projection of Mamba's mixer; that of Qwen3-Next's is called as a layer."""
-    task = load_task("pretrain")
-    adapted = add_adapters(model_of(family, samples, task), LoraSection(rank=2), task)
-    targets = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
-    mixers = {
-        name.split(".")[-1] for name in targets if ".mixer." in name or ".mamba." in name or "linear_attn" in name
-    }
-    assert "in_proj" in mixers or "in_proj_qkvz" in mixers
-    assert ("out_proj" in mixers) == (family == "qwen3_next")
 
 
 def test_packing_gives_way_by_itself_where_documents_would_see_each_other(samples: Samples, tmp_path: Path) -> None:
@@ -293,22 +261,37 @@ def test_a_task_that_a_family_has_no_head_for_is_refused_by_name(samples: Sample
         model_of("gemma", samples, task)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next", "llama4_text", "phimoe", "falcon"])
-def test_adapters_stand_beside_linear_layers_alone(samples: Samples, family: str) -> None:
-    """Not beside the experts of a mixture, whose dense layers have the names that they once had, nor beside a router
-    that chooses experts by itself."""
-    task = load_task("pretrain")
+@pytest.mark.parametrize(
+    "family, positions",
+    [("opt", 128), ("gpt2", 128), ("gptj", 128), ("bart", 128), ("pegasus", 128), ("roberta", None), ("llama", None)],
+)
+def test_texts_are_generated_as_far_as_there_are_positions(
+    samples: Samples, family: str, positions: int | None
+) -> None:
+    """A table of positions may begin at an offset, or after the padding id; rotary ones go on."""
+    task = load_task("mlm" if family == "roberta" else "seq2seq" if kind_of(family) == "pair" else "pretrain")
     model = model_of(family, samples, task)
-    linear = linear_layers(model)
-    adapted = add_adapters(model, LoraSection(rank=2), task)
-    adapted(torch.arange(5, 12)[None])
-    factors = {name for name, _ in adapted.named_parameters() if ".lora_" in name}
-    assert factors == {f"base_model.model.{name}.lora_{part}.default.weight" for name in linear for part in "AB"}
+    if family == "roberta":  # 132 rows
+        assert table_positions(model) == 131 - model.config.pad_token_id
+        return
+    assert table_positions(model) == positions
+    model.generation_config.eos_token_id = -1
+    settings = GenerateSection(max_new_tokens=150, num_beams=1).model_dump()
+    prompts = [np.full(length, 7, np.int32) for length in (3, 120)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(samples.folder / "models" / family)
+    said = generate_texts(model, prompts, tokenizer, 0, settings, [0])
+    assert len(said) == 2
 
 
-def test_names_of_layers_that_cannot_have_adapters_are_refused(samples: Samples) -> None:
-    """One that matches is no excuse for one that does not."""
-    task = load_task("pretrain")
-    model = model_of("mixtral", samples, task)
-    with pytest.raises(JobError, match=r"gate_up_proj match no linear layer.*k_proj, o_proj, q_proj, v_proj"):
-        add_adapters(model, LoraSection(target_modules=("q_proj", "gate_up_proj")), task)
+def test_a_head_that_drops_at_a_rate_of_its_own_takes_the_jobs(samples: Samples) -> None:
+    """Gemma's configuration has one rate, that of attention, and its head for words another; MPT's has its own inside
+    another configuration, and takes whole numbers alone."""
+
+    def rates(family: str, rate: float) -> set[float]:
+        task = load_task("tag", TaskOptions(dropout=rate))
+        task.labels = ("O", "B-a")
+        return {part.p for part in model_of(family, samples, task).modules() if isinstance(part, torch.nn.Dropout)}
+
+    assert (rates("gemma", 0.25), rates("bert", 0.25), rates("mpt", 0.0)) == ({0.25}, {0.25}, {0.0})
+    with pytest.raises(JobError, match=r"mpt takes no 0.25 as its attn_pdrop"):
+        rates("mpt", 0.25)

@@ -16,15 +16,15 @@ import pyarrow as pa
 from trainers.architecture import (
     cut_layers,
     plain_model,
-    read_last_tokens,
     router_loss,
     router_loss_weight,
-    set_dropout,
     set_pad,
     token_types,
 )
+from trainers.dropout import set_dropout
 from trainers.errors import JobError
 from trainers.job.schema import Job, Overlong
+from trainers.last_tokens import read_last_tokens
 from trainers.records import Array
 from trainers.tasks.batch import Batch as Batch
 from trainers.tasks.batch import Example as Example
@@ -212,7 +212,7 @@ class Task(ABC):
         """Metrics over the documents that `score` saw, in any order."""
 
     def metric_value(self, name: str, row_scores: Mapping[str, Array]) -> float:
-        """One of `metrics` alone, for callers that need it a thousand times; nan where these rows leave it undefined."""
+        """One of `metrics` alone, for callers that need it a thousand times; nan where rows leave it undefined."""
         return self.metrics(row_scores).get(name, math.nan)
 
     def notes(self) -> dict[str, str]:
@@ -236,7 +236,7 @@ class Task(ABC):
         changes = self.config_changes()
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **changes)
         if self.options.dropout is not None:
-            set_dropout(config, self.options.dropout)
+            set_dropout(config, self.options.dropout, self._class_for(config))
         set_pad(config, pad_id)
         return config
 
@@ -268,9 +268,11 @@ class Task(ABC):
 
     def model_class(self, path: str, pad_id: int, trust_remote_code: bool) -> type:
         """transformers' class that `load_model` gives an instance of; object where it is the model's own code."""
+        return self._class_for(self.load_config(path, pad_id, trust_remote_code))
+
+    def _class_for(self, config: Any) -> type:
         import transformers
 
-        config = self.load_config(path, pad_id, trust_remote_code)
         classes = getattr(transformers, self.head_class(config))._model_mapping
         known: Any = classes.get(type(config), object)
         first: type = known[0] if isinstance(known, tuple | list) else known

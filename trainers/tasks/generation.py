@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from trainers.architecture import table_positions
 from trainers.records import Array
 from trainers.tasks.padding import pad_left, pad_right
 
@@ -14,7 +15,8 @@ from trainers.tasks.padding import pad_left, pad_right
 def generate_texts(
     model: Any, prompts: Sequence[Array], tokenizer: Any, pad_id: int, settings: Mapping[str, Any], seed: Sequence[int]
 ) -> list[str]:
-    """What the model says to each prompt, special tokens left out.
+    """What the model says to each prompt, special tokens left out; no more than it has positions for beside the longest
+    prompt.
 
     Args:
         model: a causal model or an encoder-decoder.
@@ -32,6 +34,10 @@ def generate_texts(
     inputs = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
     torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
     is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    room = table_positions(model)
+    if room is not None:  # what is said last has no position: nothing reads it
+        most = max(room - (1 if whole else ids.shape[1]) + 1, 1)
+        settings = {**settings, "max_new_tokens": min(settings["max_new_tokens"], most)}
     with torch.no_grad():
         arguments = _arguments(settings, tokenizer.eos_token_id, pad_id, model)
         found = model.generate(**inputs, **arguments, synced_gpus=is_sharded and dist.get_world_size() > 1)
