@@ -14,7 +14,8 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from tests.architectures.families import FAMILIES, unlisted
 from tests.architectures.matrix import Matrix, run_matrix
 from tests.architectures.single import Cell
-from tests.architectures.trained import TRAINED
+from tests.architectures.trials import SPREAD
+from trainers.verification.packing import PackingDecision
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, TESTED = ROOT / "docs" / "models.md", ROOT / "trainers" / "model" / "families.json"
@@ -32,15 +33,17 @@ separate, the model class's own loss, reload). `tuneyard plan` says whether a jo
 may train as well, and `tuneyard verify` tells. `make matrix` runs each through `tuneyard run` with two ZeRO-3
 workers.
 
-Some also train in the tests, in full, with adapters and with a frozen layer: a checkpoint of one or two ranks of ZeRO-3
-goes on at the other size with the same loss, and the export reloads in plain transformers with every key and the same
-logits. They are {trained}.
+In the tests each also trains in full with ZeRO-3: a checkpoint of one or two ranks goes on at the other size with the
+same loss (but for families that draw their experts at random), and the export reloads in plain transformers with every
+key and the same logits. So does the export after a step with adapters; after one with a frozen layer, for every third
+family. {trained} resume at the other size with adapters and with a frozen layer too.
 
-- **packing**: what keeps documents of a sequence apart, on a CPU with transformers {transformers}. Position ids that
-  begin anew with each document give attention a mask of blocks. Layers that carry a state along want the bounds of
-  documents, which only kernels for GPUs respect: the table names the package that transformers asks for first, and
-  packs with those kernels are untested here. Where documents are not kept apart, `data.packing: null` does not pack,
-  and `true` is refused by the self-test of isolation.
+- **packing**: what keeps documents of a sequence apart, on a CPU with transformers {transformers}. Bounds: attention
+  computes each document by itself, without a mask (`model.attention: documents`, which `auto` comes to here). Position
+  ids that begin anew with each document give attention a mask of blocks. Layers that carry a state along want the
+  bounds of documents, which only kernels for GPUs respect: the table names the package that transformers asks for
+  first, and packs with those kernels are untested here. Where documents are not kept apart, `data.packing: null` does
+  not pack, and `true` is refused by the self-test of isolation.
 - **adapters**: layers that get one by default (`model.lora.target_modules: [all-linear]`), by the last part of their
   names; GPT-2's convolutions of width 1 are among them. The experts of a mixture are no linear layers and stay as they
   are. So does the output projection of Mamba's mixer: on a GPU its weight goes to the mixer's kernel, past an adapter.
@@ -80,7 +83,7 @@ def _passed(cell: Cell) -> bool:
 
 def document_of(matrix: Matrix) -> str:
     """docs/models.md."""
-    head = HEAD.replace("{transformers}", transformers.__version__).replace("{trained}", ", ".join(TRAINED))
+    head = HEAD.replace("{transformers}", transformers.__version__).replace("{trained}", ", ".join(SPREAD))
     return head + "\n".join(_rows(matrix)) + "\n"
 
 
@@ -91,19 +94,21 @@ def _rows(matrix: Matrix) -> list[str]:
     for family in FAMILIES:
         marks = ["x" if task in tested.get(family, ()) else "" for task in TASKS]
         gguf = "x" if family.removesuffix("_text") in readable else ""
-        cells = [family, *marks, _packing(matrix.apart.get(family)), ", ".join(matrix.adapted[family]), gguf]
+        cells = [family, *marks, _packing(matrix.packing.get(family)), ", ".join(matrix.adapted[family]), gguf]
         lines.append(f"| {' | '.join(cells)} |")
     count = len(unlisted())
     lines.append(f"| {count} more families of transformers {transformers.__version__} are not listed |" + " |" * 11)
     return lines
 
 
-def _packing(why: str | None) -> str:
-    """What keeps a family's documents apart, from why they are not; None where the family's tasks do not pack."""
-    if why is None:
+def _packing(decision: PackingDecision | None) -> str:
+    """What keeps a family's documents apart; None where the family's tasks do not pack."""
+    if decision is None:
         return ""
-    package = re.search(r"without `([\w-]+)`", why)
-    return "position ids" if not why else f"kernels of {package[1]}" if package else "not kept apart"
+    if decision.apart:
+        return "bounds" if decision.attention else "position ids"
+    package = re.search(r"without `([\w-]+)`", decision.reason)
+    return f"kernels of {package[1]}" if package else "not kept apart"
 
 
 def main() -> None:

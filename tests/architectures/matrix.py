@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.architectures.families import FAMILIES
 from tests.architectures.single import Cell, Samples, adapted_layers, keeps_apart, kind_of, look_at
 from tests.ranks import run_ranks
+from trainers.verification.packing import PackingDecision
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,8 @@ class Matrix:
     """What was seen."""
 
     cells: tuple[Cell, ...]
-    apart: dict[str, str]
-    """Why packed documents of a decoder see each other; empty where they do not."""
+    packing: dict[str, PackingDecision]
+    """Whether packed documents of a decoder see each other."""
     adapted: dict[str, tuple[str, ...]]
     """Last parts of the names of the layers that get adapters by default."""
 
@@ -24,14 +25,14 @@ def run_matrix(folder: Path, families: tuple[str, ...] = tuple(FAMILIES)) -> Mat
     """Each of two processes looks at half of the families; they have no process group."""
     halves = run_ranks(_look, 2, str(folder), families, patience_s=1800)
     cells = tuple(cell for half in halves for cell in half.cells)
-    apart, adapted = ({**getattr(halves[0], name), **getattr(halves[1], name)} for name in ("apart", "adapted"))
-    return Matrix(cells, apart, adapted)
+    packing, adapted = ({**getattr(halves[0], name), **getattr(halves[1], name)} for name in ("packing", "adapted"))
+    return Matrix(cells, packing, adapted)
 
 
 def _look(folder: str, families: tuple[str, ...]) -> Matrix:
     rank = int(os.environ["RANK"])
     samples = Samples(Path(folder), f"looking {rank}")
     mine = families[rank::2]
-    apart = {family: keeps_apart(family, samples) for family in mine if kind_of(family) == "decoder"}
-    cells = tuple(cell for family in mine for cell in look_at(family, samples, apart.get(family) == ""))
-    return Matrix(cells, apart, {family: adapted_layers(family, samples) for family in mine})
+    packing = {family: keeps_apart(family, samples) for family in mine if kind_of(family) == "decoder"}
+    cells = tuple(cell for family in mine for cell in look_at(family, samples, packing.get(family)))
+    return Matrix(cells, packing, {family: adapted_layers(family, samples) for family in mine})

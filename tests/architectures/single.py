@@ -18,6 +18,7 @@ from trainers.tokenizer.encoder import load_encoder
 from trainers.verification import gradients
 from trainers.verification.checks import CHECKS
 from trainers.verification.pack_probe import ask
+from trainers.verification.packing import PackingDecision
 from trainers.verification.sample import CheckContext, make_context
 
 OF_DECODERS = ("pretrain", "sft", "classify", "tag", "extract", "seq2seq", "cosine")
@@ -115,11 +116,10 @@ class Samples:
         return self._made[key]
 
 
-def keeps_apart(family: str, samples: Samples) -> str:
-    """Why packed documents of a family see each other; empty where they do not."""
+def keeps_apart(family: str, samples: Samples) -> PackingDecision:
+    """Whether packed documents of a family see each other, and by which attention they do not."""
     path = samples.model(family)
-    decision = ask(job_of("pretrain", samples.folder / samples.own / "ask", path), str(path))
-    return "" if decision.apart else decision.reason
+    return ask(job_of("pretrain", samples.folder / samples.own / "ask", path), str(path))
 
 
 def adapted_layers(family: str, samples: Samples) -> tuple[str, ...]:
@@ -131,21 +131,26 @@ def adapted_layers(family: str, samples: Samples) -> tuple[str, ...]:
     return tuple(sorted({name.split(".")[-1] for name in linear_layers(model)}))
 
 
-def look_at(family: str, samples: Samples, apart: bool) -> list[Cell]:
+def look_at(family: str, samples: Samples, packing: PackingDecision | None) -> list[Cell]:
     """Every task of a family, packed where it keeps documents apart."""
+    apart = packing is not None and packing.apart
+    by = {"attn_implementation": packing.attention} if packing and packing.attention else {}
     kind, path = kind_of(family), samples.model(family)
     cells = []
     for task in tasks_of(family):
         for packed in (True, False) if task in PACKED and apart else (False,):
-            cells.append(_look(family, str(path), task, packed, samples.get(kind, task, packed)))
+            cells.append(_look(family, str(path), task, samples.get(kind, task, packed), by if packed else {}))
     return cells
 
 
-def _look(family: str, path: str, task: str, packed: bool, sample: CheckContext) -> Cell:
+def _look(family: str, path: str, task: str, sample: CheckContext, attention: dict[str, str]) -> Cell:
+    packed = sample.packing
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     try:
-        model = sample.task.load_model(path, pad_id=sample.pad_id, trust_remote_code=False, dtype=torch.float32).eval()
+        model = sample.task.load_model(
+            path, pad_id=sample.pad_id, trust_remote_code=False, dtype=torch.float32, **attention
+        ).eval()
     except JobError as error:
         return Cell(family, task, packed, refused=str(error))
     context = replace(sample, model=model)

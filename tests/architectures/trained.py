@@ -1,8 +1,7 @@
 """Some families as they train, without Ray: by two ranks of ZeRO-3 and by one, a checkpoint resumed at the other size,
 an export that plain transformers reloads. Begin at `train_all`.
 
-A family has three trials: in full, with adapters, with its first layer frozen; each in another task where it has some.
-Each takes a step, saves, takes another; at the other size that other step has the same loss.
+Each trial takes a step, saves, takes another; at the other size that other step has the same loss.
 """
 
 import gc
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 import transformers
 
-from tests.architectures.single import PACKED, Cell, job_of, kind_of, tasks_of
+from tests.architectures.matrix import Matrix
+from tests.architectures.single import PACKED, job_of, kind_of
+from tests.architectures.trials import WAYS, Outcome, Trial, trials_of
 from tests.ranks import free_port, run_ranks
 from tests.tiny import shard_locally
 from trainers.batching.batch_plan import plan_batches
@@ -30,9 +31,7 @@ from trainers.checkpoint.records import Progress, Save
 from trainers.checkpoint.slices import rank_share
 from trainers.checkpoint.tensor_file import write_tensors
 from trainers.checkpoint.writing import commit, write_share
-from trainers.dropout import set_dropout
 from trainers.errors import JobError
-from trainers.job.sections import LoraSection
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine, release_engine
 from trainers.model.layer_drop import seed_layer_drop
@@ -41,88 +40,30 @@ from trainers.model.world import World, join_world
 from trainers.run.folder import step_name
 from trainers.run.record import Run
 from trainers.storage import Folder
+from trainers.tasks import TaskOptions, load_task
 from trainers.tokenizer.encoder import load_encoder
 from trainers.training.loop import run_micro_batches, seed_step
 
-WAYS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "adapters": {"lora": LoraSection(rank=2)},
-    "frozen": {"freeze": ("*.0.*",)},
-}
-"""Options of the model by the way that it is trained."""
-TRAINED = ("gpt2", "gemma3", "qwen3_moe", "mamba2", "roberta", "pegasus", "m2m_100")
-"""Families that differ in what training meets: transposed weights, a multimodal wrapper, experts, states that are
-carried along, no token types, weights made while loading, layers dropped at random."""
-TEXT = ("pretrain", "sft", "mlm", "seq2seq")
 RATE = 1e-3
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One model to train."""
-
-    family: str
-    task: str
-    way: str
-    packed: bool
-    ranks: int
-    """With which it begins."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.family} {self.task} {self.way}{' packed' if self.packed else ''} from {self.ranks}"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a trial."""
-
-    trial: Trial
-    loss: float = 0.0
-    """Of the second step."""
-    loss_error: float = 0.0
-    """Relative, of the second step's loss at the other size."""
-    logits_error: float = 0.0
-    """Of the export in plain transformers, as a share of the largest."""
-    keys: tuple[str, ...] = ()
-    """Missing and unexpected ones."""
-    error: str = ""
-
-
-def trials_of(cells: tuple[Cell, ...]) -> list[Trial]:
-    """Three trials for each family, in tasks that it has heads for. Ranks, tasks and packing turn
-    from family to family, so that each is met."""
-    trials = []
-    for index, family in enumerate(TRAINED):
-        own = [cell for cell in cells if cell.family == family and not cell.refused and not cell.failed]
-        tasks = [task for task in tasks_of(family) if any(cell.task == task for cell in own)]
-        packs = {cell.task for cell in own if cell.packed}
-        turned = [tasks[(index + turn) % len(tasks)] for turn in range(len(tasks))] if tasks else []
-        turned.sort(key=lambda task: task not in (packs or TEXT))
-        for turn, way in enumerate(WAYS if turned else ()):
-            task = turned[(0, -1, 1)[turn] % len(turned)]
-            packed = task in packs and (turn == 0 or index % 2 == 0)
-            trials.append(Trial(family, task, way, packed, 2 - (index + turn) % 2))
-    return trials
-
-
-def train_all(folder: Path, cells: tuple[Cell, ...]) -> list[Outcome]:
+def train_all(folder: Path, matrix: Matrix) -> list[Outcome]:
     """All trials, begun and gone on with by two ranks together and by two that are alone.
 
     Args:
         folder: as `run_matrix` left it, with the models.
-        cells: what it saw.
+        matrix: what it saw.
     """
-    trials = trials_of(cells)
+    trials = trials_of(matrix.cells)
     models = {(kind_of(trial.family), trial.task): folder / "models" / trial.family for trial in trials}
-    place = Place(folder, {key: shard_locally(_job(*key, folder, model)) for key, model in models.items()})
+    shards = {key: shard_locally(_job(*key, folder, model)) for key, model in models.items()}
+    place = Place(folder, shards, {family: one.attention for family, one in matrix.packing.items() if one.attention})
     pairs = [trial for trial in trials if trial.ranks == 2]
     begun = run_ranks(_begin_together, 2, place, pairs, patience_s=900)[0]
     alone = [outcome for half in run_ranks(_alone, 2, place, trials, begun, patience_s=900) for outcome in half]
-    resumed = run_ranks(_resume_together, 2, place, [each for each in alone if each.trial.ranks == 1], patience_s=900)[
-        0
-    ]
-    return [each for each in alone if each.trial.ranks == 2] + resumed
+    first = [each for each in alone if each.trial.ranks == 1 and each.trial.resumes]
+    resumed = run_ranks(_resume_together, 2, place, first, patience_s=900)[0]
+    return [each for each in alone if each not in first] + resumed
 
 
 def _job(kind: str, task: str, folder: Path, model: Path) -> Any:
@@ -135,13 +76,18 @@ class Place:
 
     folder: Path
     shards: dict[tuple[str, str], Any]
+    attention: dict[str, str]
+    """Backends that keep a family's documents apart, where position ids alone do not."""
 
     def run(self, trial: Trial) -> Run:
         path = self.folder / "models" / trial.family
         job = _job(kind_of(trial.family), trial.task, self.folder, path)
         data = {"packing": trial.packed} if trial.task in PACKED else {}
+        attention = (
+            {"attention": self.attention[trial.family]} if trial.packed and trial.family in self.attention else {}
+        )
         updates = {
-            "model": job.model.model_copy(update=WAYS[trial.way] | without_dropout(path)),
+            "model": job.model.model_copy(update=WAYS[trial.way] | attention | without_dropout(path, trial.task)),
             "data": job.data.model_copy(update=data),
             "train": job.train.model_copy(update={"deepspeed": "zero3", "global_batch_size": 4, "steps": 2}),
         }
@@ -154,10 +100,11 @@ class Place:
         )
 
 
-def without_dropout(model: Path) -> dict[str, float]:
+def without_dropout(model: Path, task: str) -> dict[str, float]:
     """Options of a model with which its ranks draw nothing at random, so that it trains alike at any world size."""
+    name = "similarity" if task in ("regression", "cosine") else task
     try:
-        set_dropout(transformers.AutoConfig.from_pretrained(model), 0.0)
+        load_task(name, TaskOptions(dropout=0.0)).load_config(str(model), 0, trust_remote_code=False)
     except JobError:  # it has none
         return {}
     return {"dropout": 0.0}
@@ -177,9 +124,7 @@ class Trainee:
         order = job_order(job, len(packs))
         self.engine = build_engine(job, self.task, run.model.path, encoder.pad_id, derive_config(job, plan), world)
         self.source = StepSource(shards, packs, order, plan, world.rank, self.task, encoder.pad_id)
-        self.batch = self.task.collate(
-            [[shards.row(int(row)) for row in packs.pack(at)] for at in (0, 1)], encoder.pad_id
-        )
+        self.batch = self.task.collate([[shards.row(int(packs.pack(at)[0]))] for at in (0, 1)], encoder.pad_id)
 
     def step(self, number: int) -> float:
         """One update; the loss over all ranks."""
@@ -265,7 +210,7 @@ def _begun(trial: Trial, place: Place, world: World) -> Outcome:
         trainee.step(0)
         trainee.save(1)
         error, keys = exported(trainee, 1) if world.size == 1 else (0.0, ())
-        loss = trainee.step(1)
+        loss = trainee.step(1) if trial.resumes else 0.0
         trainee.close()
     except Exception:  # of whatever kind a model's code raises, alike on each rank
         return Outcome(trial, error=traceback.format_exc())

@@ -71,8 +71,8 @@ def test_a_head_reads_the_last_token_of_a_row_also_where_that_is_the_padding_id(
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "roberta", "gpt_oss"])
 def test_the_self_tests_raise_no_false_alarm(samples: Samples, family: str) -> None:
     """A head that finds a row's end, a nested configuration, no token types, a pack that cannot be."""
-    apart = kind_of(family) == "decoder" and not keeps_apart(family, samples)
-    for cell in look_at(family, samples, apart):
+    packing = keeps_apart(family, samples) if kind_of(family) == "decoder" else None
+    for cell in look_at(family, samples, packing):
         assert cell.failed == () and (cell.loss_error or 0.0) <= 1e-5, cell
 
 

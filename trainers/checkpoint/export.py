@@ -27,6 +27,7 @@ from trainers.checkpoint.tensor_file import TensorSpec, spec_of, write_parts
 from trainers.errors import EvaluationError
 from trainers.job.schema import Job
 from trainers.model.lora import PREFIX, merged_reader, merged_shapes, plain_name
+from trainers.pretrained import load_pretrained
 from trainers.records import Record
 from trainers.storage import Folder
 from trainers.tasks import Task
@@ -203,15 +204,14 @@ def _frozen_weights(job: Job, task: Task, config: Any, model_path: str) -> dict[
     import transformers
 
     auto: Any = getattr(transformers, task.head_class(config))
-    model, info = auto.from_pretrained(
+    model, missing = load_pretrained(
+        auto,
         model_path,
         config=config,
         dtype=getattr(torch, job.model.dtype),
         use_safetensors=True,
         trust_remote_code=job.model.trust_remote_code,
-        output_loading_info=True,
     )
-    missing = set(info["missing_keys"])
     return {name: parameter.detach() for name, parameter in model.named_parameters() if name not in missing}
 
 

@@ -14,6 +14,7 @@ from trainers.architecture import adaptable_layers, linear_layers, transposed_we
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
+from trainers.pretrained import load_pretrained
 from trainers.tasks import Task, load_task, task_options
 
 PREFIX = "base_model.model."
@@ -63,10 +64,8 @@ def check_frozen(job: Job, model_path: str) -> None:
     if trust or type(config) not in auto._model_mapping:
         return  # a repository's own code may not run without weights: its export is looked at; others load nowhere
     options = {"device_map": "meta", "dtype": getattr(torch, job.model.dtype), "use_safetensors": True}
-    model, told = auto.from_pretrained(
-        model_path, config=config, trust_remote_code=trust, output_loading_info=True, **options
-    )
-    if not (missing := set(told["missing_keys"])):
+    model, missing = load_pretrained(auto, model_path, config=config, trust_remote_code=trust, **options)
+    if not missing:
         return
     frozen = (name for name, weight in add_adapters(model, job.model.lora, task).named_parameters()
               if not weight.requires_grad)  # fmt: skip

@@ -25,6 +25,7 @@ from trainers.dropout import set_dropout
 from trainers.errors import JobError
 from trainers.job.schema import Job, Overlong
 from trainers.last_tokens import read_last_tokens
+from trainers.pretrained import class_for, load_pretrained
 from trainers.records import Array
 from trainers.tasks.batch import Batch as Batch
 from trainers.tasks.batch import Example as Example
@@ -236,7 +237,7 @@ class Task(ABC):
         changes = self.config_changes()
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **changes)
         if self.options.dropout is not None:
-            set_dropout(config, self.options.dropout, self._class_for(config))
+            set_dropout(config, self.options.dropout, class_for(self.head_class(config), config))
         set_pad(config, pad_id)
         return config
 
@@ -261,22 +262,15 @@ class Task(ABC):
                 f"{config.model_type} model; choose another model or task"
             )
         options |= {"config": config, "trust_remote_code": trust_remote_code}
-        model: torch.nn.Module = auto.from_pretrained(path, **options)
+        model: torch.nn.Module = load_pretrained(auto, path, **options)[0]
         if self.head_class(config) == "AutoModelForSequenceClassification":
             read_last_tokens(model)
         return model
 
     def model_class(self, path: str, pad_id: int, trust_remote_code: bool) -> type:
         """transformers' class that `load_model` gives an instance of; object where it is the model's own code."""
-        return self._class_for(self.load_config(path, pad_id, trust_remote_code))
-
-    def _class_for(self, config: Any) -> type:
-        import transformers
-
-        classes = getattr(transformers, self.head_class(config))._model_mapping
-        known: Any = classes.get(type(config), object)
-        first: type = known[0] if isinstance(known, tuple | list) else known
-        return first
+        config = self.load_config(path, pad_id, trust_remote_code)
+        return class_for(self.head_class(config), config)
 
     def head_class(self, config: Any) -> str:
         return self.auto_class

@@ -1,0 +1,49 @@
+"""Reads a pretrained folder into a model, and knows which weights it did not find there.
+
+transformers draws those at random and goes on. For a new head that is right. Where the head's class calls the body by
+another name than the folder does (question answering on Llama and Qwen), it would draw the whole body; here the
+folder's name is given to it.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from trainers.errors import JobError
+
+
+def load_pretrained(auto: Any, path: str, **options: Any) -> tuple[Any, frozenset[str]]:
+    """What transformers' from_pretrained gives, and the parameters that the folder lacks.
+
+    Raises:
+        JobError: where the folder has no weight of the model's body.
+    """
+    model, info = auto.from_pretrained(path, output_loading_info=True, **options)
+    body = f"{model.base_model_prefix}."
+    if names := _other_names(info["missing_keys"], info["unexpected_keys"], body):
+        renamed = {f"^{re.escape(name)}": body for name in names}
+        model, info = auto.from_pretrained(path, output_loading_info=True, key_mapping=renamed, **options)
+    fresh = frozenset(info["missing_keys"])
+    own = {name for name, _ in model.named_parameters() if name.startswith(body)}
+    if own and own <= fresh:
+        raise JobError(
+            f"model.path: none of the {len(own)} weights of {type(model).__name__}'s body is in {path} (it looked for "
+            f"{min(own)}), so all would be drawn at random; choose a folder with its weights, or another task"
+        )
+    return model, fresh
+
+
+def class_for(auto: str, config: Any) -> type:
+    """transformers' class that one of its automatic ones gives for a configuration; object where it has none."""
+    import transformers
+
+    known: Any = getattr(transformers, auto)._model_mapping.get(type(config), object)
+    first: type = known[0] if isinstance(known, tuple | list) else known
+    return first
+
+
+def _other_names(missing: Iterable[str], unexpected: Iterable[str], body: str) -> set[str]:
+    """What the folder calls the body, where the parts of both are named alike."""
+    tails = {name.removeprefix(body) for name in missing if name.startswith(body)}
+    parts = [name.partition(".") for name in unexpected]
+    return {f"{first}." for first, _, tail in parts if tail in tails}
