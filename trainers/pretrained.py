@@ -7,6 +7,7 @@ folder's name is given to it.
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from trainers.errors import JobError
@@ -20,7 +21,7 @@ def load_pretrained(auto: Any, path: str, **options: Any) -> tuple[Any, frozense
     """
     model, info = auto.from_pretrained(path, output_loading_info=True, **options)
     body = f"{model.base_model_prefix}."
-    if names := _other_names(info["missing_keys"], info["unexpected_keys"], body):
+    if names := _other_names(path, info["missing_keys"], body):
         renamed = {f"^{re.escape(name)}": body for name in names}
         model, info = auto.from_pretrained(path, output_loading_info=True, key_mapping=renamed, **options)
     fresh = frozenset(info["missing_keys"])
@@ -42,8 +43,15 @@ def class_for(auto: str, config: Any) -> type:
     return first
 
 
-def _other_names(missing: Iterable[str], unexpected: Iterable[str], body: str) -> set[str]:
-    """What the folder calls the body, where the parts of both are named alike."""
+def _other_names(path: str, missing: Iterable[str], body: str) -> set[str]:
+    """What a folder calls the body, where the parts of both are named alike. Its files are asked: under ZeRO-3
+    transformers does not tell which of their weights it left out."""
+    from safetensors import safe_open
+
     tails = {name.removeprefix(body) for name in missing if name.startswith(body)}
-    parts = [name.partition(".") for name in unexpected]
-    return {f"{first}." for first, _, tail in parts if tail in tails}
+    names: set[str] = set()
+    for file in Path(path).glob("*.safetensors") if tails else ():
+        with safe_open(file, "pt") as weights:
+            parts = [key.partition(".") for key in weights.keys()]  # noqa: SIM118  # it is no dict
+            names |= {f"{first}." for first, _, tail in parts if tail in tails}
+    return names - {body}
