@@ -3,7 +3,8 @@
     python -m tests.benchmarks.bench_sweep --data DIR      (DIR holds train.jsonl and dev.jsonl)
 
 MiniLM fully fine-tuned with the settings of bench_sentiment.py; learning rates from 1e-6 to 3e-3 by magnitude. Each
-sweep has its own storage, so that the second takes nothing from the first. `--rows` makes it short, and the outcome noise.
+sweep has its own storage, so that the second takes nothing from the first. `--rows` makes it short, and its outcome
+noise.
 """
 
 import argparse
