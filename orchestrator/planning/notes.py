@@ -45,6 +45,8 @@ def architecture_notes(checked: CheckedJob) -> list[str]:
         found = [f"{family} is in docs/models.md with task {checked.job.task}"]
     if checked.packing is not None and not checked.job.packing:
         found.append(f"packing is off, for documents of a pack would see each other here: {checked.packing.reason}")
+    if checked.packing is not None and checked.job.model.attention == checked.packing.attention:
+        found.append("packed documents attend each by its bounds, without a mask (model.attention: documents)")
     return found
 
 

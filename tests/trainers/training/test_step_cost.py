@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
 ATEN = torch.ops.aten
 FORWARD, BACKWARD = 2 * 2, 5 * 2
 """Products of length x length x width that attention takes, two operations each."""
@@ -131,7 +132,7 @@ def test_a_step_computes_what_a_loop_by_hand_computes(costs: dict[int, Any]) -> 
 
 
 def test_packed_documents_cost_less_arithmetic_than_whole_rows(costs: dict[int, Any]) -> None:
-    """By seven eighths of what attention takes of a step, and by the first token of each document, which is no target."""
+    """By seven eighths of what attention takes of a step, and by each document's first token, which is no target."""
     whole, packed = costs[1][0][2], costs[8][0][2]
     work = 2 * ROWS * 4 * LENGTH**2 * 16 * (FORWARD + BACKWARD)
     head = 3 * 2 * 64 * VOCABULARY * ROWS * 7
