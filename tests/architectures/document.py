@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from textwrap import fill
 
 import transformers
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
@@ -21,6 +22,11 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT, TESTED = ROOT / "docs" / "models.md", ROOT / "trainers" / "model" / "families.json"
 REFUSED = ("xlnet",)
 """Families that a self-test refuses, rightly: padding stands on their left."""
+COMMANDED = (
+    *("gpt2", "opt", "falcon", "gemma2", "gemma3", "apertus", "gpt_oss", "deepseek_v3", "llama4_text", "qwen3_moe"),
+    *("qwen3_5", "mamba2", "modernbert", "deberta-v2", "xlnet", "t5", "m2m_100", "pegasus"),
+)
+"""Families that went through `make matrix` by hand, which takes half a minute each."""
 TASKS = ("pretrain", "sft", "mlm", "classify", "tag", "extract", "seq2seq", "similarity")
 NAMES = {"regression": "similarity", "cosine": "similarity"}
 HEAD = """# Models
@@ -31,12 +37,15 @@ Every family below is made as a tiny model of random weights. In each of its tas
 plain transformers' within 1e-5, packed and not, and no self-test raises an alarm (isolation, padding, packed as
 separate, the model class's own loss, reload). `tuneyard plan` says whether a job's family is here; one that is not
 may train as well, and `tuneyard verify` tells. `make matrix` runs each through `tuneyard run` with two ZeRO-3
-workers.
+workers; so seen, in a task each:
+{commanded}.
+The others were not run that way. No model of real size and no GPU takes part in any of this.
 
 In the tests each also trains in full with ZeRO-3: a checkpoint of one or two ranks goes on at the other size with the
 same loss (but for families that draw their experts at random), and the export reloads in plain transformers with every
 key and the same logits. So does the export after a step with adapters; after one with a frozen layer, for every third
-family. {trained} resume at the other size with adapters and with a frozen layer too.
+family. With adapters and with a frozen layer too resume at the other size:
+{trained}.
 
 - **packing**: what keeps documents of a sequence apart, on a CPU with transformers {transformers}. Bounds: attention
   computes each document by itself, without a mask (`model.attention: documents`, which `auto` comes to here). Position
@@ -83,7 +92,8 @@ def _passed(cell: Cell) -> bool:
 
 def document_of(matrix: Matrix) -> str:
     """docs/models.md."""
-    head = HEAD.replace("{transformers}", transformers.__version__).replace("{trained}", ", ".join(SPREAD))
+    names = {"trained": ", ".join(SPREAD), "commanded": fill(", ".join(COMMANDED), 119)}
+    head = HEAD.format(transformers=transformers.__version__, **names)
     return head + "\n".join(_rows(matrix)) + "\n"
 
 
