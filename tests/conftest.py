@@ -12,6 +12,7 @@ from tests.ray_head import ray_head
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none may wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as ranks and evaluations have it; here others may compute first
 FAULTS = str(Path(__file__).parent / "faults")
 os.environ["PYTHONPATH"] = os.pathsep.join([FAULTS, *filter(None, [os.environ.get("PYTHONPATH")])])
 

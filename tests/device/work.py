@@ -23,6 +23,7 @@ def more_jobs(folder: Path) -> dict[str, Any]:
     """Jobs for what the small ones leave out of the training loss."""
     encoder, decoder = small.bert(folder / "bert", dropout=0.1), small.llama(folder / "llama")
     words = [{"text": row["source"], "label": row["source"][:3]} for row in small.echo_rows(40)]
+    teacher = with_head(encoder, folder / "teacher", sorted({row["label"] for row in words[8:]}))
     jobs = {
         "class weights": tiny_job(folder / "weights", encoder, "classify", words,
                                   train={"class_weights": "balanced", "label_smoothing": 0.1}),
@@ -31,7 +32,7 @@ def more_jobs(folder: Path) -> dict[str, Any]:
         "distilled": tiny_job(folder / "distilled", decoder, "pretrain", small.plain_rows(40),
                               train={"distill": {"teacher": str(decoder)}}),
         "distilled labels": tiny_job(folder / "labels", encoder, "classify", words,
-                                     train={"distill": {"teacher": str(encoder)}}),
+                                     train={"distill": {"teacher": str(teacher)}}),
         "noise": tiny_job(folder / "noise", decoder, "pretrain", small.plain_rows(40), train={"neftune_alpha": 5.0}),
         "smoothed": tiny_job(folder / "smoothed", decoder, "pretrain", small.plain_rows(40),
                              train={"label_smoothing": 0.1}),
@@ -59,6 +60,18 @@ def look(folder: str) -> dict[str, dict[str, Any]]:
         "waits": {"micro-batches": guarded(waits_of_a_step, FAR)},
         "saves": {"copy and export": guarded(save, jobs["pretrain"], Path(folder) / "save", FAR)},
     }
+
+
+def with_head(encoder: Path, folder: Path, labels: list[str]) -> Path:
+    """The encoder with a head of those labels, as a teacher has it."""
+    import shutil
+
+    from transformers import AutoModelForSequenceClassification
+
+    shutil.copytree(encoder, folder)
+    names = dict(enumerate(labels))
+    AutoModelForSequenceClassification.from_pretrained(encoder, id2label=names).save_pretrained(folder)
+    return folder
 
 
 def guarded(part: Callable[..., Any], *arguments: Any) -> Any:

@@ -68,6 +68,7 @@ def pick_device(gpus_per_worker: int | Literal["auto"], threads: int | None = No
 
     if gpus_per_worker != 0 and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else sums depend on where in memory a weight happens to lie
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.device("cpu")
