@@ -7,6 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,6 @@ POSITIONS = re.compile(r"(?:^|\.)(?:position_embeddings|embed_positions|wpe|posi
 """Names of tables of learned (or stored) positions: a sequence longer than the table is an error in the model."""
 EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|tok_embeddings|wte|embed_in|shared)\.weight$")
 OTHER_SENSES = re.compile("vision|visual|image|audio")
-FROM_PADDING = ("roberta", "camembert", "longformer", "mpnet", "xmod", "data2vec-text", "luke", "layoutlmv3")
-"""Model types (or parts of them) that number positions from the padding id + 1 on."""
-OFFSET_TWO = ("opt", "bart", "mbart", "plbart", "biogpt")
-"""Model types whose table has two rows more than positions."""
 
 
 def check_fit(job: Job, folder: str) -> list[str]:
@@ -88,6 +85,16 @@ def count_parameters(shapes: Mapping[str, Sequence[int]]) -> int:
     return sum(prod(shape) for shape in shapes.values())
 
 
+def counts_from_padding(family: str) -> bool:
+    """Whether a family numbers positions from the padding id + 1 on, as its code in transformers says, which is read
+    and not imported: that would bring torch along."""
+    spec = find_spec("transformers")
+    assert spec is not None and spec.origin is not None, "transformers is a requirement"
+    models, names = Path(spec.origin).parent / "models", (family.replace("-", "_"), family.partition("-")[0])
+    files = (file for name in dict.fromkeys(filter(None, names)) for file in (models / name).glob("modeling_*.py"))
+    return any("create_position_ids_from_input_ids" in file.read_text(encoding="utf-8") for file in files)
+
+
 def _positions(
     job: Job, config: dict[str, Any], text: dict[str, Any], shapes: dict[str, list[int]]
 ) -> tuple[list[str], list[str]]:
@@ -97,11 +104,9 @@ def _positions(
     if job.task == "seq2seq" and config.get("is_encoder_decoder"):
         longest = max(longest, job.data.max_target_length)
     if tables and text.get("position_embedding_type") != "rotary":
-        kind, limit = str(text.get("model_type", "")), min(tables)
-        if any(part in kind for part in FROM_PADDING):
+        limit = min(min(tables), int(text.get("max_position_embeddings") or min(tables)))  # some tables begin later
+        if counts_from_padding(str(text.get("model_type", ""))):
             limit -= int(text.get("pad_token_id") or 0) + 1
-        elif kind in OFFSET_TWO:
-            limit -= 2
         if longest > limit:
             key = "data.max_length" if job.data.max_length > limit else "data.max_target_length"
             return [
