@@ -15,7 +15,7 @@ import yaml
 
 from trainers.checkpoint.cleaning import finish_removals
 from trainers.checkpoint.retention import KeptCheckpoints
-from trainers.errors import Preempted, TuneyardError
+from trainers.errors import JobError, Preempted, TuneyardError
 from trainers.evaluation.selection import find_best, out_of_patience
 from trainers.job.load import load_job
 from trainers.job.schema import Job
@@ -111,6 +111,11 @@ def _main() -> int:
     try:
         job = load_job(arguments.job, arguments.set)
         notes, model = check_launcher(job, os.environ), find_model(job)
+        if job.evaluate.early_stopping and not evaluates(job):
+            raise JobError(
+                f"evaluate.early_stopping: under this launcher the ranks alone evaluate, and evaluate.on is "
+                f"{job.evaluate.on}; set it to ranks or auto, or leave early_stopping out"
+            )
         if model:
             notes += check_fit(job, model.path)
             check_frozen(job, model.path)

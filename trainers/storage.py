@@ -1,7 +1,7 @@
 """A folder on any file system that pyarrow knows (local, s3://, gs://, hdfs://); writes are whole or absent.
 
-On a local file system a file is written under a temporary name, synced and renamed; on hdfs:// it is renamed too; on an
-object store a put is atomic by itself. A `Folder` is a name, not a connection, so it travels between processes.
+A local file is written under a temporary name, synced and renamed; on hdfs:// it is renamed too; on an object store a
+put is atomic by itself. A `Folder` is a name, not a connection, so it travels between processes.
 """
 
 import io
@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EIO
 from functools import cache
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -38,7 +39,7 @@ def is_remote(path: str) -> bool:
 
 
 def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
-    """The file system that holds `path`, and the path as that file system writes it."""
+    """The file system that holds `path`, and the path as it writes it; OSError where it cannot be reached now."""
     if not is_remote(path):
         return pafs.LocalFileSystem(), str(Path(path.removeprefix("file://")).absolute())
     shown, path = take_out(path), put_back(take_out(path))
@@ -53,16 +54,15 @@ def filesystem_of(path: str) -> tuple[pafs.FileSystem, str]:
         fs, inner = pafs.FileSystem.from_uri(path)
     except (pa.ArrowInvalid, OSError, NotImplementedError) as error:
         cause = hide_credentials(str(error))
-        raise JobError(f"cannot use {shown!r}: {cause}. Local paths, s3://, gs:// and hdfs:// are understood") from None
+        said = f"cannot use {shown!r}: {cause}. Local paths, s3://, gs:// and hdfs:// are understood"
+        raise (OSError(error.errno or EIO, said) if isinstance(error, OSError) else JobError(said)) from None
     return fs, str(inner)
 
 
 @cache
 def _hdfs(host: str, options: str) -> pafs.FileSystem:
     """One connection a process: a stream does not keep its file system, and ends with it. No host: fs.defaultFS.
-
-    Raises OSError where no name node answers: pyarrow calls each file of such a place absent.
-    """
+    Raises OSError where no name node answers: pyarrow calls each file of such a place absent."""
     fs = pafs.FileSystem.from_uri(f"{HDFS}{host}/{options}")[0] if host else pafs.HadoopFileSystem("default")
     if fs.get_file_info("/").type == pafs.FileType.NotFound:
         raise OSError("no name node answers")

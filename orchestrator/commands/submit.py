@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CODE = ("orchestrator", "trainers", "ds_configs")
 """Packages sent along, so that the cluster runs this version."""
-PASSED_ON = ("HF_HUB_OFFLINE", "DS_ACCELERATOR")
+PASSED_ON = ("HF_HUB_OFFLINE",)
 """Environment variables that go with the job. Tokens never do: they are set on the cluster."""
 JOB_FILE = "job.yaml"
 START = Path(__file__).parent / "templates" / "start.sh"

@@ -9,9 +9,9 @@ from functools import wraps
 from typing import Any
 
 from trainers.checkpoint.export import export_checkpoint
+from trainers.errors import may_pass
 from trainers.evaluation.evaluate import RowScores, keep_scores, score_share
 from trainers.model.world import hide_gpus
-from trainers.patience import LASTING
 from trainers.run.folder import Evaluation, failed_evaluation, step_name, write_evaluation
 from trainers.run.record import Run
 from trainers.storage import Folder
@@ -60,8 +60,7 @@ def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:
         except Exception as error:  # whatever the model or its metrics raise belongs into the record
             cause = getattr(error, "cause", None) or error  # Ray wraps that of a share
             record = failed_evaluation(step, key, cause)
-            may_pass = isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, LASTING)
-            if attempt == RETRIES or not may_pass:
+            if attempt == RETRIES or not may_pass(cause):
                 break
             time.sleep(RETRY_PAUSE_S * attempt)
     write_evaluation(run.folder, record)

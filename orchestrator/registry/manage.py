@@ -28,6 +28,7 @@ from trainers.checkpoint.records import FileRecord
 from trainers.errors import JobError
 from trainers.job.load import parse_job
 from trainers.records import Record
+from trainers.run.lock import hold
 from trainers.run.row_scores import read_labels
 from trainers.storage import Folder
 from trainers.tasks import choose_metric, load_task
@@ -64,11 +65,9 @@ def registry_lock(uri: str) -> Iterator[None]:
     if path is None:
         yield
         return
-    import fcntl
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        hold(lock, Folder(str(path.parent)), wait=True)
         yield
 
 

@@ -149,6 +149,7 @@ def test_pods_live_longer_than_the_notice_to_the_trainers_and_that_longer_than_a
         notice_s = float(environment(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert checkpoint_grace_s < notice_s < pod["terminationGracePeriodSeconds"]
         assert {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} <= environment(pod).keys()
+        assert environment(pod)["NCCL_SOCKET_IFNAME"].startswith("="), "else eth0 means eth01 too"
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -51,7 +51,7 @@ def test_every_ray_start_has_token_and_interfaces_in_its_environment(path: Path)
         starts = [line for line in config[f"{kind}_start_ray_commands"] if "ray start" in line]
         assert len(starts) == 1
         environment = starts[0].split("ray start")[0]
-        for variable in ("RAY_AUTH_MODE=token", "GLOO_SOCKET_IFNAME=", "NCCL_SOCKET_IFNAME="):
+        for variable in ("RAY_AUTH_MODE=token", "GLOO_SOCKET_IFNAME=", "NCCL_SOCKET_IFNAME='="):
             assert variable in environment
     assert any(remote.endswith("/.ray/auth_token") for remote in config["file_mounts"])
 

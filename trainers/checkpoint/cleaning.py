@@ -27,7 +27,7 @@ def remove_checkpoint(checkpoints: Folder, step: int) -> None:
     folder = checkpoints / step_name(step)
     if folder.is_local:
         doomed = _unique(folder.path)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone already, or storage fails for a moment: a later start removes it
             folder.path.rename(doomed)
         work = threading.Thread(target=_delete_tree, args=(doomed,), name=REMOVAL)
     else:
@@ -70,7 +70,8 @@ def quarantined(checkpoints: Folder) -> list[str]:
     """Folders of checkpoints that were set aside."""
     names = retrying(checkpoints.list, f"listing {checkpoints}")
     here = [name for name in names if name.startswith(ASIDE)]
-    return here or [name for name in names if parse_step(name) and QUARANTINED in (checkpoints / name).list()]
+    inside = ((name, retrying((checkpoints / name).list, f"listing {name}")) for name in names if parse_step(name))
+    return here or [name for name, files in inside if QUARANTINED in files]
 
 
 def clean_leftovers(checkpoints: Folder) -> list[CheckpointEvent | CheckpointSkippedEvent]:
@@ -114,7 +115,7 @@ def _names(checkpoints: Folder, name: str) -> list[str]:
     """What a listed folder holds, seen anew; waits while this host still takes the folder itself for absent."""
     folder = checkpoints / name
     if not folder.is_local:
-        return folder.list()
+        return retrying(folder.list, f"listing {folder}")
     deadline = time.monotonic() + view_delay_s(checkpoints.path)
     while not folder.path.is_dir():
         if time.monotonic() >= deadline:

@@ -80,6 +80,8 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
         problems.append("train.activation_offload: needs train.activation_checkpointing, which is none")
     if train.get("compile") and str(train.get("deepspeed", "")).startswith("zero3"):
         problems.append("train.compile: not under ZeRO-3, whose hooks stand between a layer's operators; leave it out")
+    if section["evaluate"].get("early_stopping") and section["evaluate"].get("while_training") is False:
+        problems.append("evaluate.early_stopping: nothing is evaluated while_training; leave out one of the two")
     if section["evaluate"].get("on") == "ranks" and section["evaluate"].get("while_training") is False:
         problems.append("evaluate.on: the ranks evaluate while they train; leave out while_training: false")
     if (train.get("epochs") is None) == (train.get("steps") is None):

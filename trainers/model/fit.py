@@ -69,10 +69,15 @@ def check_teacher(job: Job, student: str, teacher: str) -> None:
         raise JobError([problem.replace(job.model.path, teacher) for problem in problems])
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder, without a second copy under the names of its maker's own code (`consolidated`)."""
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
+
+
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     """Shape by name of every tensor in a folder's safetensors, from their headers alone."""
     shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))

@@ -17,11 +17,12 @@ import xxhash
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.job.task_fields import names_folder
+from trainers.model.fit import weight_files
 from trainers.model.hub import hub_folder
 from trainers.storage import Folder
 from trainers.tokenizer.encoder import TOKENIZER_FILES
 
-EDGE_BYTES, BLOCK_BYTES = 1 << 20, 16 << 20
+BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def find_teacher(job: Job) -> str | None:
 def _checked(path: Path, job: Job, needs_weights: bool = True) -> ModelFolder:
     if not (path / "config.json").is_file():
         raise JobError(f"model.path: {path} has no config.json, so it is not a Hugging Face model folder")
-    weights = sorted(path.glob("*.safetensors"))
+    weights = weight_files(path)
     pickles = sorted(item.name for pattern in ("*.bin", "*.pt", "*.gguf") for item in path.glob(pattern))
     if not weights and (needs_weights or pickles):
         found = f" ({', '.join(pickles)} found: pickles are never loaded, a GGUF file needs model.gguf_file)"
@@ -121,15 +122,6 @@ def _digest(path: Path, cache: Folder) -> str:
     return str(hasher.hexdigest())
 
 
-def _edges(path: Path) -> bytes:
-    """Size and both ends of a file, which tell two sets of weights apart without reading gigabytes."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        head = stream.read(EDGE_BYTES)
-        stream.seek(max(size - EDGE_BYTES, 0))
-        return str(size).encode() + head + stream.read(EDGE_BYTES)
-
-
 def _gguf_target(job: Job, source: Path) -> Path:
     storage = Folder(job.storage)
     if not storage.is_local:
@@ -137,7 +129,8 @@ def _gguf_target(job: Job, source: Path) -> Path:
             f"model.gguf_file: convert the model to safetensors first; storage {storage} is not a local folder"
         )
     assert job.model.gguf_file is not None
-    name = f"{Path(job.model.gguf_file).stem}-{xxhash.xxh3_64_hexdigest(_edges(source / job.model.gguf_file))}"
+    cache = storage / "models" / "digests"
+    name = f"{Path(job.model.gguf_file).stem}-{_digest(source / job.model.gguf_file, cache)[:16]}"
     return storage.path / "models" / name
 
 

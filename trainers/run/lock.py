@@ -28,7 +28,7 @@ def own_folder(folder: Folder, wait_s: float = 0.2) -> Iterator[None]:
     folder.path.mkdir(parents=True, exist_ok=True)
     with (folder.path / LOCK).open("w") as lock:
         deadline = time.monotonic() + wait_s
-        while not _lock(lock, folder):
+        while not hold(lock, folder):
             if time.monotonic() < deadline:
                 time.sleep(min(wait_s, 0.2))
                 continue
@@ -36,16 +36,21 @@ def own_folder(folder: Folder, wait_s: float = 0.2) -> Iterator[None]:
         yield
 
 
-def _lock(file: TextIO, folder: Folder) -> bool:
+def hold(file: TextIO, folder: Folder, wait: bool = False) -> bool:
+    """Lock a file for this process; False where another has it, unless it is waited for.
+
+    Raises:
+        JobError: its file system knows no locks.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
         if error.errno not in UNKNOWN:
             raise
         raise JobError(
-            f"storage: {folder} cannot be locked ({error.strerror}), so that two commands could write to one run; "
+            f"storage: {folder} cannot be locked ({error.strerror}), so that two commands could write there at once; "
             "mount it with locks (NFS: without nolock, lockd running; Lustre: -o flock), or name another storage"
         ) from error
     return True

@@ -167,11 +167,7 @@ class Task(ABC):
         labels: torch.Tensor,
         targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The training loss of a micro-batch, summed over targets, whose places `Batch.targets` tells.
-
-        A mixture's balancing loss counts where the model's configuration says so (`output_router_logits`). It is a mean
-        over a micro-batch, so it alone depends on how a step is cut up.
-        """
+        """The training loss of a micro-batch, summed over targets, whose places `Batch.targets` tells."""
         passed: list[Any] = []
 
         def forward() -> torch.Tensor:
@@ -184,9 +180,16 @@ class Task(ABC):
 
             loss = loss_in_place(model, forward, labels, self.options.label_smoothing, targets)
         loss = self.loss_sum(forward(), labels) if loss is None else loss
-        if not router_loss_weight(plain_model(model).config) or getattr(passed[-1], "router_logits", None) is None:
+        return self.with_router_loss(loss, model, passed[-1], inputs, labels)
+
+    def with_router_loss(
+        self, loss: torch.Tensor, model: Any, outputs: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
+    ) -> torch.Tensor:
+        """A mixture's balancing loss counts where the model's configuration says so (`output_router_logits`). It is a
+        mean over a micro-batch, so it alone depends on how a step is cut up."""
+        if not router_loss_weight(plain_model(model).config) or getattr(outputs, "router_logits", None) is None:
             return loss
-        return loss + router_loss(model, passed[-1], self.real_tokens(inputs)) * (labels != IGNORE).sum()
+        return loss + router_loss(model, outputs, self.real_tokens(inputs)) * (labels != IGNORE).sum()
 
     def real_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[batch, seq], 0 where there is padding."""

@@ -7,7 +7,7 @@ computed beside the student's, in the same micro-batch; every rank holds the tea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainers.architecture import DOCUMENTS
@@ -40,12 +40,19 @@ class Distilled:
         targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The training loss of a micro-batch, summed over targets. Raises JobError where the two do not fit."""
+        passed: list[Any] = []
+
+        def forward() -> torch.Tensor:
+            passed.append(self._task.outputs(model, inputs))
+            return self._task.read(passed[-1], inputs)
+
+        loss = self._loss_in_chunks(forward, model, inputs, labels, targets)
+        loss = self._loss_of(forward(), inputs, labels) if loss is None else loss
+        return self._task.with_router_loss(loss, model, passed[-1], inputs, labels)
+
+    def _loss_of(self, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         import torch
 
-        loss = self._loss_in_chunks(model, inputs, labels, targets)
-        if loss is not None:
-            return loss
-        logits = self._task.forward(model, inputs)
         with torch.no_grad():
             wanted = self._task.forward(self._teacher, inputs)
         if wanted.shape != logits.shape:
@@ -60,7 +67,12 @@ class Distilled:
         return self._alpha * distance + (1 - self._alpha) * own
 
     def _loss_in_chunks(
-        self, model: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, targets: torch.Tensor | None
+        self,
+        forward: Callable[[], torch.Tensor],
+        model: Any,
+        inputs: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        targets: torch.Tensor | None,
     ) -> Any:
         """The same where both models end in a large vocabulary; None where they do not, or their sizes differ."""
         from trainers.tasks.losses.chunked import head_loss, head_of
@@ -69,8 +81,7 @@ class Distilled:
         if not self._task.over_vocabulary or head is None or other is None or head.out_features != other.out_features:
             return None
         teacher = (lambda: self._task.forward(self._teacher, inputs), other, self._temperature, self._alpha)
-        smoothing = self._task.options.label_smoothing
-        return head_loss(lambda: self._task.forward(model, inputs), head, labels, smoothing, targets, teacher)
+        return head_loss(forward, head, labels, self._task.options.label_smoothing, targets, teacher)
 
 
 def divergence_sum(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from tests.tiny import film_rows, make_bert, tiny_job
-from trainers.model import source
 from trainers.model.source import find_model
 
 
@@ -11,7 +10,7 @@ def test_a_byte_in_the_middle_is_another_model_and_nothing_is_read_twice(tmp_pat
     model = make_bert(tmp_path / "model", tiny_tokenizer)
     job = tiny_job(tmp_path, model, "classify", film_rows(10))
     weights = model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes() + bytes(3 * source.EDGE_BYTES))
+    weights.write_bytes(weights.read_bytes() + bytes(3 << 20))
     before = find_model(job)
     (kept,) = (Path(job.storage) / "models" / "digests").iterdir()
     assert find_model(job) == before
