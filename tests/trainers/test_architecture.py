@@ -255,6 +255,20 @@ def test_a_second_look_that_is_not_to_be_had_is_no_finding_and_hides_none(sample
     assert context.model.dtype == torch.float32
 
 
+def test_the_router_s_loss_counts_beside_a_teacher_too(samples: Samples) -> None:
+    from trainers.training.distill import Distilled
+
+    task = load_task("pretrain", TaskOptions(packing=True))
+    model = model_of("mixtral", samples, task)
+    rows = [Example(at, np.arange(5, 5 + size, dtype=np.int32), {}) for at, size in enumerate((6, 9, 4))]
+    inputs, labels = task.collate([rows], 0).to("cpu")
+    with torch.no_grad():  # a teacher of no weight
+        beside = Distilled(task, model, 1.0, 0.0).step_loss(model, inputs, labels)
+        alone, bare = task.step_loss(model, inputs, labels), task.loss_sum(task.forward(model, inputs), labels)
+    assert float(beside) == pytest.approx(float(alone), rel=1e-6)
+    assert float(alone) > float(bare)
+
+
 def test_a_task_that_a_family_has_no_head_for_is_refused_by_name(samples: Samples) -> None:
     task = load_task("extract")
     with pytest.raises(JobError, match="no QuestionAnswering head for a gemma model"):

@@ -69,6 +69,11 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"data": {"eval_fraction": 0.1}}, "data: give either eval (files) or eval_fraction"),
         ({"data": {"eval_fraction": 1.5, "eval": []}}, "data.eval_fraction: must be less than 1, got 1.5"),
         ({"data": {"columns": {"txt": "review"}}}, "data.columns.txt: unknown key; did you mean 'text'?"),
+        (
+            {"evaluate": {"early_stopping": {"patience": 1}, "while_training": False}},
+            "evaluate.early_stopping: nothing is evaluated while_training",
+        ),
+        ({"train": {"compile": True, "deepspeed": "zero3"}}, "train.compile: not under ZeRO-3"),
         ({"data": {"packing": True}}, "data.packing: classify reads one row a sequence"),
         ({"data": {"overlong": "split"}}, "data.overlong: split cuts one row into several, which classify cannot use"),
         ({"model": {"dtype": "float16"}}, "model.dtype: must be 'float32' or 'bfloat16', got 'float16'"),

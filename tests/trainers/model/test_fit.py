@@ -10,7 +10,8 @@ from transformers import BartConfig, BartForConditionalGeneration, RobertaConfig
 
 from tests.tiny import film_rows, make_bert, make_llama, tiny_job
 from trainers.errors import JobError
-from trainers.model.fit import check_fit
+from trainers.model.fit import check_fit, count_parameters, tensor_shapes
+from trainers.model.source import find_model
 
 
 def fitted(folder: Path, model: Path, task: str = "classify", **data: Any) -> list[str]:
@@ -36,6 +37,19 @@ def test_learned_positions_bound_the_length(tmp_path: Path, tiny_tokenizer: Path
     assert fitted(tmp_path, model, max_length=64) == []
     with pytest.raises(JobError, match=r"data\.max_length: 65 tokens are more than the 64 positions"):
         fitted(tmp_path, model, max_length=65)
+
+
+def test_a_second_copy_of_the_weights_under_their_maker_s_names_does_not_count(
+    tmp_path: Path, tiny_tokenizer: Path
+) -> None:
+    model = make_bert(tmp_path / "bert", tiny_tokenizer)
+    job = tiny_job(tmp_path, model, "classify", film_rows(10))
+    before, digest = count_parameters(tensor_shapes(model)), find_model(job)
+    (model / "consolidated.safetensors").write_bytes(
+        (model / "model.safetensors").read_bytes().replace(b"bert", b"brt_")
+    )
+    assert count_parameters(tensor_shapes(model)) == before
+    assert find_model(job) == digest
 
 
 def test_roberta_counts_its_positions_from_the_padding_on(tmp_path: Path, tiny_tokenizer: Path) -> None:

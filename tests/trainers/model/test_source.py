@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.tiny import film_rows, make_bert, tiny_job
-from trainers.model.source import find_model
+from trainers.model.source import _gguf_target, find_model
 
 
 def test_a_byte_in_the_middle_is_another_model_and_nothing_is_read_twice(tmp_path: Path, tiny_tokenizer: Path) -> None:
@@ -22,3 +22,14 @@ def test_a_byte_in_the_middle_is_another_model_and_nothing_is_read_twice(tmp_pat
     weights.write_bytes(data)
     after = find_model(job)
     assert before and after and before.digest != after.digest
+
+
+def test_a_gguf_file_that_differs_in_its_middle_is_converted_anew(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(10))
+    job = job.model_copy(update={"model": job.model.model_copy(update={"gguf_file": "m.gguf"})})
+    targets = []
+    for name, middle in (("a", b"0"), ("b", b"1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.gguf").write_bytes(bytes(3 << 20) + middle + bytes(3 << 20))
+        targets.append(_gguf_target(job, tmp_path / name))
+    assert targets[0] != targets[1]

@@ -161,6 +161,22 @@ def test_a_place_that_cannot_be_reached_is_told_before_anything_starts(
     assert says in str(caught.value)
 
 
+def test_a_bucket_that_cannot_be_reached_now_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its file system is made, pyarrow asks the network for the region; no address shows a key."""
+    from trainers.errors import may_pass
+
+    class Away:
+        @staticmethod
+        def from_uri(uri: str) -> Any:
+            raise OSError(f"When resolving the region of {uri}: timeout")
+
+    monkeypatch.setattr(storage.pafs, "FileSystem", Away)
+    with pytest.raises(OSError, match="cannot use 's3://") as caught:
+        Folder("s3://K:SECRETS@yard/x").list()
+    assert may_pass(caught.value) and not isinstance(caught.value, JobError)
+    assert "SECRETS" not in str(caught.value)
+
+
 def test_a_data_set_of_the_hubs_library_is_read_offline(tmp_path: Path, make_job: Any, shard_here: Any) -> None:
     import datasets
 

@@ -46,8 +46,7 @@ def test_three_steps_are_looked_at_and_train_as_ever(tmp_path: Path, tiny_tokeni
         (found,) = [event for event in events if isinstance(event, ProfileEvent)]
         assert found.step == last
         assert Path(found.trace).name == f"steps-{last - count + 1}-{last}.json.gz"
-        names = {name for name, _, _ in found.operators}
-        assert "aten::addmm" in names, "a linear layer"
+        assert len(found.operators) == 12 and all(calls > 0 for _, _, calls in found.operators)
         assert 0 < sum(seconds for _, seconds, _ in found.operators) <= found.step_s * 1.05
         assert found.tokens_per_s > 0
         said = describe(found)
@@ -55,5 +54,5 @@ def test_three_steps_are_looked_at_and_train_as_ever(tmp_path: Path, tiny_tokeni
         trace = json.loads(gzip.decompress(Path(found.trace).read_bytes()))
         assert any("addmm" in str(each.get("name")) for each in trace["traceEvents"])
     table = profile_table(profiled)
-    assert table is not None and any("aten::addmm" in row for row in table.rows)
+    assert table is not None and len(table.rows) == 13
     assert profile_table(plain) is None
