@@ -61,6 +61,7 @@ class Controller:
     changed: bool = True
     """Whether checkpoints or evaluations came since the last decision about them."""
     step_times: list[float] = field(default_factory=list)
+    step: int = 0
     """Seconds of the steps of this launch."""
     commits: int = 0
     done: DoneEvent | None = None
@@ -73,6 +74,7 @@ class Controller:
                 self.step_times.clear()
             case StepEvent():
                 self.step_times.append(event.step_s)
+                self.step = event.step
             case CheckpointEvent():
                 self.commits, self.changed = self.commits + 1, True
             case EvaluationEvent():
@@ -132,7 +134,7 @@ def _train(controller: Controller) -> None:
             return
         failures = 1 if controller.commits > commits else failures + 1
         controller.note(RestartEvent(cause=failure.cause, lost_nodes=failure.lost_nodes, failures=failures))
-        failure = replace(failure, stepped=bool(controller.step_times))
+        failure = replace(failure, step=controller.step if controller.step_times else None)
         end = why_end(failure, before, failures, controller.run.job.scale.max_failures)
         if end:
             raise TrainingError(end)

@@ -13,8 +13,8 @@ class Failure:
     lost_nodes: tuple[str, ...] = ()
     error: str | None = None
     """What a rank raised and where, if neither storage, memory nor a lost peer is behind it: it can come again."""
-    stepped: bool = False
-    """Whether the launch made a step."""
+    step: int | None = None
+    """The last step that the launch made; None where it made none."""
 
 
 def why_end(failure: Failure, before: Failure | None, failures: int, allowed: int) -> str | None:
@@ -30,9 +30,10 @@ def why_end(failure: Failure, before: Failure | None, failures: int, allowed: in
             f"training failed {failures} times in a row without a new checkpoint (scale.max_failures is {allowed}). "
             f"The last time, {failure.cause}"
         )
-    if before and failure.error and failure.error == before.error and not (failure.stepped or before.stepped):
+    if before and failure.error and failure.error == before.error and failure.step == before.step:
+        place = "before its first step" if failure.step is None else f"after step {failure.step}"
         return (
-            "training failed twice in the same way before its first step, so it would fail again: "
+            f"training failed twice in the same way {place}, so it would fail again: "
             f"{failure.cause}. Mend the cause and give the same command"
         )
     return None
@@ -40,4 +41,4 @@ def why_end(failure: Failure, before: Failure | None, failures: int, allowed: in
 
 def pause_s(failure: Failure, failures: int) -> float:
     """Seconds to wait before the next launch: none after a step; else memory or storage may need time to recover."""
-    return 0.0 if failure.stepped else min(2.0 ** (failures - 1), LONGEST_PAUSE_S)
+    return 0.0 if failure.step is not None else min(2.0 ** (failures - 1), LONGEST_PAUSE_S)

@@ -12,18 +12,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainers.batching.packing import PackIndex
 from trainers.errors import TrainingError
 from trainers.shards.dataset import ShardSet
 from trainers.tasks import Example, Task
 from trainers.tasks.base import IGNORE, Batch
+from trainers.tasks.losses.chunked import head_of, hidden_states
 
 DOCUMENTS = 3
 TOLERANCE = 1e-5
 """Share of the largest logit that rounding may move; a leak moves logits by tenths (0.39 in a packed Llama)."""
 
 
-def check_isolation(model: Any, task: Task, shards: ShardSet, pad_id: int, backend: str, device: Any) -> None:
-    """Change one packed document and look at the logits of the others. Every rank calls this with the same shards.
+def check_isolation(
+    model: Any,
+    task: Task,
+    shards: ShardSet,
+    packs: PackIndex,
+    micro_batch_size: int,
+    pad_id: int,
+    backend: str,
+    device: Any,
+) -> None:
+    """Change one packed document and look at what the model says of the others, in micro-batches as the training has
+    them: the longest packs, the first of them with short documents in its place. Every rank calls this with the same
+    shards.
 
     Args:
         model: the engine, or any model; its mode is restored afterwards.
@@ -32,23 +45,30 @@ def check_isolation(model: Any, task: Task, shards: ShardSet, pad_id: int, backe
     Raises:
         TrainingError: where a document sees another.
     """
-    rows = _short_rows(shards)
-    changed, moved = worst_leak(model, task, rows, pad_id, device)
+    rows, longest = _short_rows(shards), _longest_packs(shards, packs, micro_batch_size)
+    batches = [[rows, *longest[1:]]]
+    if len(longest[0]) > 1:  # a leak may need the length
+        batches.append(longest)
+    changed, moved = max(
+        (worst_leak(model, task, batch, pad_id, device) for batch in batches), key=lambda pair: pair[1]
+    )
     if moved > TOLERANCE:
         raise TrainingError(
-            f"packed documents see each other: changing document {changed + 1} of {len(rows)} moved logits of "
+            f"packed documents see each other: changing document {changed + 1} of a pack moved logits of "
             f"the others by {moved:.3g} of the largest. The attention backend (model.attention: {backend}) "
             "does not keep them apart in this model: choose another, such as sdpa, or set data.packing: false"
         )
 
 
-def worst_leak(model: Any, task: Task, rows: list[Example], pad_id: int, device: Any) -> tuple[int, float]:
-    """The document of a pack whose change moves the others most, and by how much: of the first, which those after it
-    must not see, and of the last."""
+def worst_leak(
+    model: Any, task: Task, packs: Sequence[Sequence[Example]], pad_id: int, device: Any
+) -> tuple[int, float]:
+    """The document of the first pack whose change moves the others most, and by how much: of the first, which those
+    after it must not see, and of the last."""
     moves = []
     with _evaluating(model):
-        for changed in (0, len(rows) - 1):
-            moved, _ = logit_change(lambda batch: logits_of(model, task, batch, device), task, [rows], changed, pad_id)
+        for changed in (0, len(packs[0]) - 1):
+            moved, _ = logit_change(lambda batch: states_of(model, task, batch, device), task, packs, changed, pad_id)
             moves.append((changed, moved))
     return max(moves, key=lambda pair: pair[1])
 
@@ -58,6 +78,18 @@ def logits_of(model: Any, task: Task, batch: Batch, device: Any) -> torch.Tensor
     inputs, _ = batch.to(device)
     with torch.no_grad():
         return task.forward(model, inputs).float().cpu()
+
+
+def states_of(model: Any, task: Task, batch: Batch, device: Any) -> torch.Tensor:
+    """What logits over a large vocabulary are made of, which no training ever holds whole; smaller logits themselves.
+    fp32 on the host."""
+    head = head_of(model) if task.over_vocabulary else None
+    if head is None:
+        return logits_of(model, task, batch, device)
+    inputs, _ = batch.to(device)
+    with torch.no_grad():
+        hidden = hidden_states(head, lambda: task.forward(model, inputs))
+    return hidden.reshape(*batch.labels.shape, -1).float().cpu()
 
 
 def logit_change(
@@ -103,6 +135,12 @@ def _by_document(batch: Batch, logits: torch.Tensor) -> list[torch.Tensor]:
     real = batch.labels != IGNORE if "target_ids" in batch.inputs else batch.inputs["attention_mask"]
     lengths = real.sum(1)
     return [logits[index, : int(lengths[index])] for index in range(count)]
+
+
+def _longest_packs(shards: ShardSet, packs: PackIndex, count: int) -> list[list[Example]]:
+    """The packs with the most tokens, as a micro-batch holds so many; of equally long ones those of more documents."""
+    order = np.lexsort((-np.diff(packs.offsets), -packs.sums(shards.lengths)))
+    return [[shards.row(int(row)) for row in packs.pack(int(index))] for index in order[:count]]
 
 
 def _short_rows(shards: ShardSet) -> list[Example]:

@@ -47,7 +47,7 @@ def ask(job: Job, model_path: str) -> PackingDecision:
             torch.manual_seed(0)
             model: Any = transformers.AutoModelForCausalLM.from_config(small, **attention).eval()
             by_bounds = job.model.attention == "auto" and _computes_alone(model, rows)
-            _, moved = worst_leak(model, task, rows, 0, CPU)
+            _, moved = worst_leak(model, task, [rows], 0, CPU)
         except Exception as error:  # of whatever kind a model's code raises; the next size may do
             reason = _first_line(error)
             continue

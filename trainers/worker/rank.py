@@ -88,7 +88,7 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     skipped = world.broadcast(read_skipped(run.folder) if world.rank == 0 else SkippedSteps())
     engine = build_engine(job, task, run.model.path, pad_id, derive_config(job, plan), world)
     if job.packing:
-        check_isolation(engine, task, shards, pad_id, job.model.attention, world.device)
+        check_isolation(engine, task, shards, packs, plan.micro_batch_size, pad_id, job.model.attention, world.device)
     if job.train.compile:
         compile_layers(engine, task, job.data.max_length)
     source = StepSource(shards, packs, order, plan, world.rank, task, pad_id)

@@ -28,13 +28,15 @@ def test_what_is_sure_to_come_again_is_not_tried_a_third_time():
     assert "twice in the same way before its first step" in why_end(SAME, SAME, 2, allowed=3)
     other = Failure("rank 0 raised KeyError: 'b'", error="KeyError: 'b' at model.py:7")
     assert why_end(other, SAME, 2, allowed=3) is None
-    stepped = Failure(SAME.cause, error=SAME.error, stepped=True)
+    stepped, further = (Failure(SAME.cause, error=SAME.error, step=step) for step in (7, 8))
     assert why_end(stepped, SAME, 2, allowed=3) is None, "it got further"
+    assert why_end(further, stepped, 2, allowed=3) is None, "and further"
+    assert "twice in the same way after step 7" in str(why_end(stepped, stepped, 2, allowed=3))
 
 
 def test_storage_and_memory_get_time_and_a_failed_step_none():
     assert [pause_s(PASSING, failures) for failures in (1, 2, 3, 9)] == [1.0, 2.0, 4.0, LONGEST_PAUSE_S]
-    assert pause_s(Failure("killed", stepped=True), 3) == 0.0
+    assert pause_s(Failure("killed", step=3), 3) == 0.0
 
 
 def caused(error: BaseException, cause: BaseException) -> BaseException:

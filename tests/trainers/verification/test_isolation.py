@@ -10,6 +10,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.tiny import make_bert, make_llama
+from trainers.batching.packing import PackIndex
 from trainers.errors import TrainingError
 from trainers.tasks import Example, load_task
 from trainers.tasks.base import Batch
@@ -17,6 +18,9 @@ from trainers.tasks.pretrain import Pretrain
 from trainers.verification.isolation import check_isolation, logit_change
 
 ROWS = [Example(index, np.arange(5, 5 + length, dtype=np.int32), {}) for index, length in enumerate((6, 9, 4, 7))]
+
+
+PACKS = PackIndex(np.array([0, 2, 4]), np.arange(4))
 
 
 class FewRows:
@@ -58,7 +62,7 @@ class EncodedRow(Pretrain):
 
 def check(model: Any, task: Any) -> None:
     model.train()
-    check_isolation(model, task, FewRows(), 0, "sdpa", torch.device("cpu"))  # type: ignore[arg-type]
+    check_isolation(model, task, FewRows(), PACKS, 2, 0, "sdpa", torch.device("cpu"))  # type: ignore[arg-type]
     assert model.training
 
 
@@ -72,6 +76,35 @@ def llama(tmp_path_factory: pytest.TempPathFactory, tiny_chat_tokenizer: Path) -
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory, tiny_chat_tokenizer: Path) -> Path:
     return make_bert(tmp_path_factory.mktemp("bert"), tiny_chat_tokenizer)
+
+
+class Across(torch.nn.Module):
+    """A model whose rows see each other where there are several, as kernels for one row make it of flat batches."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, **inputs: Any) -> Any:
+        outputs = self.model(**inputs)
+        outputs.logits = outputs.logits + 0.1 * outputs.logits.flip(0)
+        return outputs
+
+
+def test_a_leak_that_only_the_micro_batch_of_the_training_has_is_found(llama: Any) -> None:
+    task, device = load_task("pretrain"), torch.device("cpu")
+    model = Across(llama)
+    check_isolation(model, task, FewRows(), PACKS, 1, 0, "sdpa", device)  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match="packed documents see each other"):
+        check_isolation(model, task, FewRows(), PACKS, 2, 0, "sdpa", device)  # type: ignore[arg-type]
+
+
+def test_no_logits_are_made_where_the_vocabulary_is_large(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainers.tasks.losses.chunked.LEAST_VOCABULARY", 1)
+    monkeypatch.setattr("trainers.verification.isolation.logits_of", None)
+    check(llama, load_task("pretrain"))
+    with pytest.raises(TrainingError, match="packed documents see each other"):
+        check(llama, Cached())
 
 
 def test_documents_of_the_causal_tasks_are_apart(llama: Any) -> None:
@@ -129,7 +162,7 @@ def _under_zero3(model_path: str) -> list[str]:
     found = []
     for task in (load_task("pretrain"), Masked()):
         try:
-            check_isolation(engine, task, FewRows(), 0, "auto", world.device)  # type: ignore[arg-type]
+            check_isolation(engine, task, FewRows(), PACKS, 2, 0, "auto", world.device)  # type: ignore[arg-type]
             found.append("apart")
         except TrainingError:
             found.append("refused")

@@ -259,15 +259,22 @@ def _watch_teacher(
     forward: Callable[[], torch.Tensor], head: torch.nn.Linear, temperature: float, alpha: float, targets: torch.Tensor
 ) -> Teacher:
     """Run a teacher without a gradient, up to its output layer."""
-    hidden_states: list[torch.Tensor] = []
+    with torch.no_grad():
+        hidden = hidden_states(head, forward).flatten(0, -2).index_select(0, targets)
+    return Teacher(hidden, head.weight, head.bias, temperature, alpha)
+
+
+def hidden_states(head: torch.nn.Linear, forward: Callable[[], Any]) -> torch.Tensor:
+    """What a forward pass gives its output layer, [batch, seq, width]; no logits are made."""
+    found: list[torch.Tensor] = []
 
     def keep(hidden: torch.Tensor) -> torch.Tensor:
-        hidden_states.append(hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets))
+        found.append(hidden)
         return hidden.new_zeros(1, 1, 1)
 
-    with torch.no_grad(), _replaced(head, keep):
+    with _replaced(head, keep):
         forward()
-    return Teacher(hidden_states[0], head.weight, head.bias, temperature, alpha)
+    return found[0]
 
 
 @contextmanager
