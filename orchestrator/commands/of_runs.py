@@ -96,7 +96,8 @@ def chat(
     found = find_model(model, storage, step, uri, [])
     if not load_task(found.job.task).auto_class.endswith("CausalLM"):
         raise JobError(f"{model} was trained for {found.job.task}, which does not talk: `tuneyard predict` asks it")
-    talk(Conversation(found.path, max_new_tokens, temperature, system, found.job.model.trust_remote_code))
+    code, gpus = found.job.model.trust_remote_code, found.job.scale.gpus_per_worker
+    talk(Conversation(found.path, max_new_tokens, temperature, system, code, gpus))
 
 
 @app.command()

@@ -1,9 +1,10 @@
 """A conversation with an exported causal model: its template asks, its generation settings end an answer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from trainers.errors import JobError
+from trainers.model.world import pick_device
 
 
 class Conversation:
@@ -23,15 +24,16 @@ class Conversation:
         temperature: float = 0.0,
         system: str | None = None,
         trust_remote_code: bool = False,
+        gpus: int | Literal["auto"] = "auto",
     ) -> None:
-        import torch
+        """`gpus`: as scale.gpus_per_worker says; 0 leaves them alone."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()  # it warns of sampling settings that a greedy answer does not use
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
-        self._model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self._model = model.to(pick_device(gpus)).eval()
         self._sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         self._max_new_tokens, self._system = max_new_tokens, system
         self.reset()

@@ -15,7 +15,7 @@ from trainers.job.schema import Job
 from trainers.storage import Folder
 
 pytestmark = pytest.mark.slow
-WAYS = ("zero3", "zero3-cpu-offload")
+WAYS = ("zero0", "zero1", "zero2", "zero3", "zero3-cpu-offload")
 
 
 def roll_back(jobs: list[Job]) -> list[tuple[list[int], list[bool]]]:
