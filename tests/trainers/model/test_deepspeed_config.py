@@ -97,6 +97,12 @@ def test_auto_and_agreeing_values_are_fine(tmp_path: Path) -> None:
     assert derive(job_with(path))["train_batch_size"] == 32
 
 
+@pytest.mark.parametrize(("stage", "parts", "summed"), [(1, 4, None), (2, 4, "fp32"), (3, 4, "fp32"), (3, 1, None)])
+def test_bf16_gradients_of_several_micro_batches_are_summed_in_fp32(stage: int, parts: int, summed: str | None) -> None:
+    config = derive_config(job_with(f"zero{stage}", dtype="bfloat16"), plan_batches(parts, 1, 1, 64))
+    assert config.get("data_types", {}).get("grad_accum_dtype") == summed
+
+
 @pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 4}}, {"zero_optimization": {}}])
 def test_a_stage_that_is_none_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     with pytest.raises(JobError, match=r"must set zero_optimization\.stage to 0, 1, 2 or 3"):
