@@ -95,9 +95,18 @@ def test_an_evaluation_that_fails_says_of_which_type_and_exit_code(tmp_path: Pat
     assert kept.error == f"EvaluationError: {back}"
 
 
+def behind(error: Exception) -> Exception:
+    """A refusal that a storage in trouble has caused."""
+    error.__cause__ = OSError(errno.EIO, "Input/output error")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ESTALE, "Stale file handle"), behind(JobError("no tokenizer")), MemoryError()], ids=repr
+)
 @pytest.mark.parametrize(("times", "status"), [(2, "done"), (3, "failed")])
 def test_a_storage_in_trouble_is_no_verdict_on_a_checkpoint(
-    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, times: int, status: str
+    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, times: int, status: str, error: Exception
 ) -> None:
     job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(20))
     shard_locally(job)
@@ -106,7 +115,7 @@ def test_a_storage_in_trouble_is_no_verdict_on_a_checkpoint(
     def measure(*_: Any) -> Any:
         tries.append(1)
         if len(tries) <= times:
-            raise OSError(errno.ESTALE, "Stale file handle")
+            raise error
         return {"f1_macro": 1.0}, {}, 4
 
     monkeypatch.setattr(evaluation, "_measure", measure)

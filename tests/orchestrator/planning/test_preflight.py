@@ -15,6 +15,7 @@ from trainers.__main__ import _main as trainers_main
 from trainers.errors import DataError, JobError
 from trainers.job.load import parse_job
 from trainers.run.folder import RegisteredVersion, RunResult
+from trainers.run.lock import own_folder
 from trainers.run.record import find_run
 
 
@@ -40,6 +41,23 @@ def test_under_torchrun_and_before_sharding_it_is_told_too(
     assert "than the 64 positions" in capsys.readouterr().err
     refused = CliRunner().invoke(app, ["shard", *command])
     assert isinstance(refused.exception, JobError) and "than the 64 positions" in str(refused.exception)
+
+
+def test_torchrun_refuses_early_stopping_that_nobody_feeds_and_a_run_that_another_is_at_work_on(
+    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(20))
+    shard_locally(job)
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    idle = ["--set", "evaluate.on=free", "--set", "evaluate.early_stopping={patience: 1}"]
+    monkeypatch.setattr(sys, "argv", ["trainers", str(file), *idle])
+    assert trainers_main() == 2
+    assert "evaluate.early_stopping: under this launcher the ranks alone evaluate" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["trainers", str(file)])
+    with own_folder(find_run(job).folder):
+        assert trainers_main() == 2
+    assert "another process is at work" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a/b:c", "", " ", ".."])

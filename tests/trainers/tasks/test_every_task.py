@@ -316,6 +316,16 @@ def losses(folder, rows):
     return sums
 
 
+def hidden(folder, rows):
+    _, model = opened(folder, "AutoModelForMaskedLM")
+    losses = []
+    for row in rows:
+        logits, labels = model(input_ids=torch.tensor([row["ids"]])).logits[0], torch.tensor(row["labels"])
+        wanted = labels != -100
+        losses.append(float(torch.nn.functional.cross_entropy(logits[wanted], labels[wanted], reduction="sum")))
+    return losses
+
+
 def spans(folder, rows):
     tokenizer, model = opened(folder, "AutoModelForQuestionAnswering")
     found = []
@@ -358,6 +368,7 @@ PLAINLY = {
     "regression": "scores",
     "tag": "tags",
     "pretrain": "losses",
+    "mlm": "hidden",
     "extract": "spans",
     "T5": "texts",
     "sft": "answers",
@@ -365,12 +376,23 @@ PLAINLY = {
 """How each job's predictions are had in PLAIN."""
 
 
+def masked_rows(job: Job) -> list[dict[str, Any]]:
+    """The evaluation rows as their masks were drawn."""
+    from trainers.tokenizer.encoder import load_encoder
+
+    task, shards = held_out(job)
+    task.prepare(load_encoder(job.model.path))
+    batches = [task.collate([[shards.row(index)]], 0) for index in range(len(shards))]
+    return [{"ids": each.inputs["input_ids"][0].tolist(), "labels": each.labels[0].tolist()} for each in batches]
+
+
 def test_a_plain_process_gives_the_predictions_that_the_evaluation_recorded(trained: dict[str, Trained]) -> None:
-    """transformers alone, from the raw rows and the exported folder."""
+    """transformers alone, from the raw rows and the exported folder; of mlm, whose masks are drawn, from their ids."""
     asked = []
     for name, how in PLAINLY.items():
         job = trained[name].job
         rows = [json.loads(line) for line in Path(job.data.eval[0]).read_text().splitlines()]
+        rows = masked_rows(job) if how == "hidden" else rows
         asked.append((name, how, str(Path(job.storage) / "runs" / "run" / "export"), rows))
     done = subprocess.run([sys.executable, "-I", "-c", PLAIN], input=json.dumps(asked), capture_output=True, text=True,
                           check=False, timeout=300, cwd="/")  # fmt: skip
@@ -381,6 +403,7 @@ def test_a_plain_process_gives_the_predictions_that_the_evaluation_recorded(trai
     assert plain["classify causal"] == [causal.labels[index] for index in recorded["classify causal"]["prediction"]]
     assert plain["tag"] == recorded["tag"]["words_right"].tolist()
     assert plain["pretrain"] == pytest.approx(recorded["pretrain"]["loss_sum"].tolist(), rel=1e-4)
+    assert plain["mlm"] == pytest.approx(recorded["mlm"]["loss_sum"].tolist(), rel=1e-4)
     assert plain["regression"] == pytest.approx(recorded["regression"]["said"].tolist(), abs=1e-4)
     assert plain["T5"] == recorded["T5"]["said"].tolist()
     assert plain["sft"] == recorded["sft"]["said"].tolist()
