@@ -26,6 +26,7 @@ from orchestrator.sweep.tpe import check_optuna, propose
 from orchestrator.sweep.tuner import run_legs
 from orchestrator.terminal.progress import Screen
 from orchestrator.training.placement import slots_of
+from trainers.checkpoint.cleaning import finish_removals, remove_beside
 from trainers.errors import JobError, Preempted, TrainingError, TuneyardError, describe, to_record
 from trainers.evaluation.selection import select
 from trainers.job.schema import Job
@@ -128,7 +129,8 @@ class Sweep:
         self.screen.say(f"trial {number} ({told(self.trial(number).values)}): {line}")
 
     def clean(self, best: int, everything: bool = False) -> None:
-        """Delete checkpoints and exports of trials that have ended and are not the best; a registered one's stay."""
+        """Delete checkpoints and exports of trials that have ended and are not the best; a registered one's stay. In
+        threads: Tune's loop goes on meanwhile."""
         for trial in self.record.trials:
             ended = everything or trial.state in ("trained", "failed")
             if not trial.run or trial.number in {best, *self.cleaned} or not ended:
@@ -136,8 +138,7 @@ class Sweep:
             self.cleaned.add(trial.number)
             run = self.folder.parent.parent / "runs" / trial.run
             if not promoted_steps(run):
-                checkpoints_folder(self.job_of(trial), run).delete()
-                (run / "export").delete()
+                remove_beside(checkpoints_folder(self.job_of(trial), run), run / "export")
 
 
 def run_sweep(
@@ -172,6 +173,7 @@ def run_sweep(
         best = _register_best(sweep)
         write_page(folder, sweep.record)
         sweep.clean(best, everything=True)
+        finish_removals()
         return folder, sweep.record
 
 

@@ -37,6 +37,12 @@ def remove_checkpoint(checkpoints: Folder, step: int) -> None:
     work.start()
 
 
+def remove_beside(*folders: Folder) -> None:
+    """Delete whole folders in a thread, for a caller whose loop must go on."""
+    for folder in folders:
+        threading.Thread(target=folder.delete, name=REMOVAL).start()
+
+
 def finish_removals() -> None:
     """For a process that ends without the interpreter's own end, which waits for threads."""
     for thread in threading.enumerate():

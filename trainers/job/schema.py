@@ -69,7 +69,7 @@ class ModelSection(Section):
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     gguf_file: str | None = None
-    """File name inside `path`; its weights are dequantized once into safetensors."""
+    """File name inside `path`; its weights are dequantized once, whole and in fp32 on the driver, into safetensors."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the working weights and activations; the optimizer always keeps fp32."""
     attention: str = "auto"

@@ -353,10 +353,15 @@ def server(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tracking_server_takes_the_version_and_a_copy_of_the_export(storage, server, tmp_path):
+def test_a_tracking_server_takes_the_version_and_a_copy_of_the_export(storage, server, tmp_path, capfd):
+    """And nothing of the password in its address, here or there."""
     for _ in range(2):
-        entered = enter(storage, registry={"uri": server})
+        entered = enter(storage, registry={"uri": server.replace("//", "//me:verysecret@")})
     assert (entered.version, entered.alias) == (1, "champion")
     (shown,) = show_model(server, "topics")
     assert shown.champion
     assert list(tmp_path.glob("art/**/model/config.json"))
+    files = [path for folder in (tmp_path, storage.path) for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name == "server.log" for path in files) and any(path.suffix == ".db" for path in files)
+    assert not [path for path in files if b"verysecret" in path.read_bytes()]
+    assert "verysecret" not in "".join(capfd.readouterr())

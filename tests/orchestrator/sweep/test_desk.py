@@ -12,6 +12,7 @@ from orchestrator.sweep.spec import SweepSpec
 from orchestrator.sweep.sweep import Sweep
 from orchestrator.terminal.progress import Screen
 from tests.tiny import film_rows, tiny_job
+from trainers.checkpoint.cleaning import finish_removals
 from trainers.run.folder import RegisteredVersion, RunResult
 from trainers.storage import Folder
 
@@ -35,6 +36,7 @@ def desk(tmp_path: Path) -> Sweep:
 
 
 def with_checkpoints(desk: Sweep) -> list[int]:
+    finish_removals()
     runs = desk.folder.parent.parent / "runs"
     held = [trial.number for trial in desk.record.trials if (runs / trial.run / "checkpoints").exists()]
     assert held == [trial.number for trial in desk.record.trials if (runs / trial.run / "export").exists()]
