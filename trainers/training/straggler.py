@@ -39,14 +39,18 @@ class ComputeSampler:
         self._thread = threading.get_ident()
         self._busy = self._looks = 0
         self._open = True
-        threading.Thread(target=self._sample, name="busy-meter", daemon=True).start()
+        self._sampler = threading.Thread(target=self._sample, name="busy-meter", daemon=True)
+        self._sampler.start()
 
     def _sample(self) -> None:
         while self._open:
             time.sleep(INTERVAL_S)
-            frame = sys._current_frames().get(self._thread)
             self._looks += 1
-            self._busy += not in_collective(_frames(frame))
+            self._busy += not in_collective(self._stack())
+
+    def _stack(self) -> list[tuple[str, str]]:
+        """Names alone: a frame that is kept while this thread sleeps would keep an engine that is let go of."""
+        return _frames(sys._current_frames().get(self._thread))
 
     def share(self) -> float:
         """Share of the time since the last call that was not spent waiting for other ranks."""
@@ -55,8 +59,9 @@ class ComputeSampler:
         return busy / looks if looks else 1.0
 
     def close(self) -> None:
-        """Stop sampling."""
+        """Stop sampling; no frame is held from then on."""
         self._open = False
+        self._sampler.join()
 
 
 def _frames(frame: FrameType | None) -> list[tuple[str, str]]:
