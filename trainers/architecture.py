@@ -17,6 +17,7 @@ DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_laye
 DOCUMENTS = "documents"
 """The attention backend of `trainers.document_attention`."""
 POSITIONS = re.compile(r"(?:^|\.)(?:position_embeddings?|embed_positions|wpe)(?:\.weight)?$")
+"""Names of tables of learned (or stored) positions: a sequence longer than the table is an error in the model."""
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 """Lists of a configuration with an entry a layer."""
 

@@ -29,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.ranks import free_port
 from tests.tiny import shard_locally, tiny_job, write_rows
+from trainers.training.profiling import PEAK_FLOPS
 
 CONTENDERS = ("ours zero0", "ours compiled", "ours zero2", "ours zero3", "torch", "trainer", "deepspeed")
 OF_DOCUMENTS = ("ours zero0", "ours compiled", "trainer")
@@ -42,8 +43,6 @@ SIZES: dict[str, dict[str, int]] = {
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16 peak by a part of the card's name, from NVIDIA's data sheets."""
 Steps = tuple[list[float], list[float], list[int]]
 """Of each step: seconds, loss, tokens that are no padding."""
 WARM_UP, BEGIN, END = 2, "<!-- bench_gpu: begin -->", "<!-- bench_gpu: end -->"

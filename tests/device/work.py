@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.tiny import shard_locally, tiny_job
+from tests.trainers.evaluation.test_label_order import with_head
 from tests.trainers.tasks import small
 from trainers.job.sections import GenerateSection, LoraSection
 
@@ -23,7 +26,8 @@ def more_jobs(folder: Path) -> dict[str, Any]:
     """Jobs for what the small ones leave out of the training loss."""
     encoder, decoder = small.bert(folder / "bert", dropout=0.1), small.llama(folder / "llama")
     words = [{"text": row["source"], "label": row["source"][:3]} for row in small.echo_rows(40)]
-    teacher = with_head(encoder, folder / "teacher", sorted({row["label"] for row in words[8:]}))
+    labels = sorted({row["label"] for row in words[8:]})
+    teacher = with_head(encoder, folder / "teacher", labels, np.random.default_rng(0).normal(size=(len(labels), 32)))
     jobs = {
         "class weights": tiny_job(folder / "weights", encoder, "classify", words,
                                   train={"class_weights": "balanced", "label_smoothing": 0.1}),
@@ -60,18 +64,6 @@ def look(folder: str) -> dict[str, dict[str, Any]]:
         "waits": {"micro-batches": guarded(waits_of_a_step, FAR)},
         "saves": {"copy and export": guarded(save, jobs["pretrain"], Path(folder) / "save", FAR)},
     }
-
-
-def with_head(encoder: Path, folder: Path, labels: list[str]) -> Path:
-    """The encoder with a head of those labels, as a teacher has it."""
-    import shutil
-
-    from transformers import AutoModelForSequenceClassification
-
-    shutil.copytree(encoder, folder)
-    names = dict(enumerate(labels))
-    AutoModelForSequenceClassification.from_pretrained(encoder, id2label=names).save_pretrained(folder)
-    return folder
 
 
 def guarded(part: Callable[..., Any], *arguments: Any) -> Any:

@@ -12,13 +12,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from trainers.architecture import POSITIONS
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.tasks.options import task_options
 from trainers.tokenizer.encoder import Encoder, load_encoder
 
-POSITIONS = re.compile(r"(?:^|\.)(?:position_embeddings|embed_positions|wpe|position_embedding)\.weight$")
-"""Names of tables of learned (or stored) positions: a sequence longer than the table is an error in the model."""
 EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|tok_embeddings|wte|embed_in|shared)\.weight$")
 OTHER_SENSES = re.compile("vision|visual|image|audio")
 

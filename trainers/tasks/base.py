@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.architecture import (
-    cut_layers,
-    plain_model,
-    router_loss,
-    router_loss_weight,
-    set_pad,
-    token_types,
-)
+from trainers.architecture import cut_layers, plain_model, set_pad, token_types
 from trainers.dropout import set_dropout
 from trainers.errors import JobError
 from trainers.job.schema import Job, Overlong
@@ -32,6 +25,7 @@ from trainers.tasks.batch import Example as Example
 from trainers.tasks.losses import IGNORE as IGNORE
 from trainers.tasks.losses import TokenScores as TokenScores
 from trainers.tasks.losses import cross_entropy_sum
+from trainers.tasks.losses.router import with_router_loss
 from trainers.tasks.options import DEFAULTS, TaskOptions, task_options
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.token_arrays import EncodedBatch, insert_rows
@@ -168,28 +162,16 @@ class Task(ABC):
         targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The training loss of a micro-batch, summed over targets, whose places `Batch.targets` tells."""
-        passed: list[Any] = []
 
-        def forward() -> torch.Tensor:
-            passed.append(self.outputs(model, inputs))
-            return self.read(passed[-1], inputs)
+        def own_loss(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+            loss = None
+            if self.over_vocabulary:
+                from trainers.tasks.losses.chunked import loss_in_place
 
-        loss = None
-        if self.over_vocabulary:
-            from trainers.tasks.losses.chunked import loss_in_place
+                loss = loss_in_place(model, forward, labels, self.options.label_smoothing, targets)
+            return self.loss_sum(forward(), labels) if loss is None else loss
 
-            loss = loss_in_place(model, forward, labels, self.options.label_smoothing, targets)
-        loss = self.loss_sum(forward(), labels) if loss is None else loss
-        return self.with_router_loss(loss, model, passed[-1], inputs, labels)
-
-    def with_router_loss(
-        self, loss: torch.Tensor, model: Any, outputs: Any, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor
-    ) -> torch.Tensor:
-        """A mixture's balancing loss counts where the model's configuration says so (`output_router_logits`). It is a
-        mean over a micro-batch, so it alone depends on how a step is cut up."""
-        if not router_loss_weight(plain_model(model).config) or getattr(outputs, "router_logits", None) is None:
-            return loss
-        return loss + router_loss(model, outputs, self.real_tokens(inputs)) * (labels != IGNORE).sum()
+        return with_router_loss(self, own_loss, model, inputs, labels)
 
     def real_tokens(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[batch, seq], 0 where there is padding."""

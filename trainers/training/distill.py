@@ -17,6 +17,7 @@ from trainers.model.world import World
 from trainers.tasks import Task
 from trainers.tasks.base import IGNORE
 from trainers.tasks.labels import has_head, head_labels
+from trainers.tasks.losses.router import with_router_loss
 
 if TYPE_CHECKING:
     import torch
@@ -40,15 +41,12 @@ class Distilled:
         targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The training loss of a micro-batch, summed over targets. Raises JobError where the two do not fit."""
-        passed: list[Any] = []
 
-        def forward() -> torch.Tensor:
-            passed.append(self._task.outputs(model, inputs))
-            return self._task.read(passed[-1], inputs)
+        def loss_of(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+            loss: torch.Tensor | None = self._loss_in_chunks(forward, model, inputs, labels, targets)
+            return self._loss_of(forward(), inputs, labels) if loss is None else loss
 
-        loss = self._loss_in_chunks(forward, model, inputs, labels, targets)
-        loss = self._loss_of(forward(), inputs, labels) if loss is None else loss
-        return self._task.with_router_loss(loss, model, passed[-1], inputs, labels)
+        return with_router_loss(self._task, loss_of, model, inputs, labels)
 
     def _loss_of(self, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         import torch
