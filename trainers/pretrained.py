@@ -34,6 +34,11 @@ def load_pretrained(auto: Any, path: str, **options: Any) -> tuple[Any, frozense
     return model, fresh
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder, without a second copy under the names of its maker's own code (`consolidated`)."""
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
+
+
 def class_for(auto: str, config: Any) -> type:
     """transformers' class that one of its automatic ones gives for a configuration; object where it has none."""
     import transformers
@@ -50,7 +55,7 @@ def _other_names(path: str, missing: Iterable[str], body: str) -> set[str]:
 
     tails = {name.removeprefix(body) for name in missing if name.startswith(body)}
     names: set[str] = set()
-    for file in Path(path).glob("*.safetensors") if tails else ():
+    for file in weight_files(Path(path)) if tails else ():
         with safe_open(file, "pt") as weights:
             parts = [key.partition(".") for key in weights.keys()]  # noqa: SIM118  # it is no dict
             names |= {f"{first}." for first, _, tail in parts if tail in tails}

@@ -15,6 +15,7 @@ from typing import Any
 from trainers.architecture import POSITIONS
 from trainers.errors import JobError
 from trainers.job.schema import Job
+from trainers.pretrained import weight_files
 from trainers.tasks.options import task_options
 from trainers.tokenizer.encoder import Encoder, load_encoder
 
@@ -66,11 +67,6 @@ def check_teacher(job: Job, student: str, teacher: str) -> None:
             )
     if problems:
         raise JobError([problem.replace(job.model.path, teacher) for problem in problems])
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a folder, without a second copy under the names of its maker's own code (`consolidated`)."""
-    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:

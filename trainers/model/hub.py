@@ -6,6 +6,7 @@ hub again, so that a job goes on with the weights it began with although the bra
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -80,7 +81,6 @@ def _snapshot(
     """All wanted files in a folder, or in the user's own cache; what that cache holds is copied, not downloaded."""
     from huggingface_hub import snapshot_download
 
-    patterns = list(wanted)
-    return Path(
-        snapshot_download(name, revision=revision, allow_patterns=patterns, local_dir=into, local_files_only=offline)
-    )
+    place: dict[str, Any] = {"revision": revision, "local_dir": into, "local_files_only": offline}
+    place |= {"allow_patterns": list(wanted), "ignore_patterns": ["consolidated*"]}  # as `weight_files` has them
+    return Path(snapshot_download(name, **place))

@@ -17,8 +17,8 @@ import xxhash
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.job.task_fields import names_folder
-from trainers.model.fit import weight_files
 from trainers.model.hub import hub_folder
+from trainers.pretrained import weight_files
 from trainers.storage import Folder
 from trainers.tokenizer.encoder import TOKENIZER_FILES
 

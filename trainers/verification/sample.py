@@ -12,6 +12,7 @@ from trainers.batching.packing import PackIndex, one_row_each, pack_rows
 from trainers.errors import DataError
 from trainers.job.schema import Job
 from trainers.model.engine import load_options
+from trainers.pretrained import weight_files
 from trainers.shards.dataset import ShardSet
 from trainers.shards.keys import SplitPlan, manifest_of
 from trainers.shards.manifest import ShardRecord
@@ -93,7 +94,7 @@ def _labels(record: ShardRecord) -> tuple[str, ...]:
 
 def weight_bytes(model_path: str) -> int:
     """Size of a model folder's weights."""
-    return sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(Path(model_path)))
 
 
 def _load(job: Job, task: Task, path: str, pad_id: int, layers: int | None, device: Any) -> Any:

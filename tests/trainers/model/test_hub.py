@@ -62,12 +62,14 @@ def test_nodes_at_once_download_each_file_once_and_later_ones_none(tmp_path: Pat
 
 def test_the_code_of_a_model_comes_with_it_where_the_job_trusts_it(tmp_path: Path, model: Path) -> None:
     (model / "own.py").write_text("# a model's own code\n")
+    (model / "consolidated.safetensors").write_bytes((model / "model.safetensors").read_bytes())
     with serve_hub(model) as hub:
         for trusts in (False, True):
             job = hub_job(tmp_path / str(trusts))
             job = job.model_copy(update={"model": job.model.model_copy(update={"trust_remote_code": trusts})})
             path, _, _ = found(node(job, hub, tmp_path / f"home {trusts}"))
             assert (Path(path) / "own.py").is_file() == trusts
+        assert not [name for name in hub.sent if "consolidated" in name], "a second copy of the weights"
 
 
 def test_without_a_network_the_user_s_own_cache_goes_to_storage(tmp_path: Path, model: Path) -> None:
