@@ -183,6 +183,20 @@ def other_modalities(model: Any) -> list[str]:
     return [name for name, _ in model.named_parameters() if not name.startswith(used)] if bodies else []
 
 
+def unread_by_states(model: Any) -> frozenset[str]:
+    """Trainable parameters that a body's last states do not depend on, such as a pooler's; none where its forward pass
+    does not run. The model may be on the meta device."""
+    import torch
+
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    try:
+        states = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device)).last_hidden_state
+    except Exception:  # of whatever kind a model's code raises
+        return frozenset()
+    slopes = torch.autograd.grad(states.sum(), list(weights.values()), allow_unused=True)
+    return frozenset(name for name, slope in zip(weights, slopes, strict=True) if slope is None)
+
+
 def makes_weights(model_class: type) -> bool:
     """Whether a model computes some of its weights while it loads (sinusoids) from the shape that they have."""
     return any(hasattr(part, "create_weight") for part in vars(sys.modules[model_class.__module__]).values())

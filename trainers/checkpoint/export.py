@@ -26,7 +26,7 @@ from trainers.checkpoint.records import FileRecord
 from trainers.checkpoint.tensor_file import TensorSpec, spec_of, write_parts
 from trainers.errors import EvaluationError
 from trainers.job.schema import Job
-from trainers.model.lora import PREFIX, merged_reader, merged_shapes, plain_name
+from trainers.model.lora import PREFIX, merged_reader, merged_shapes, plain_name, unread_weights
 from trainers.pretrained import load_pretrained
 from trainers.records import Record
 from trainers.storage import Folder
@@ -89,7 +89,7 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
     if takes_types and any(encoder.encode([("a", "b")])[0].type_ids):
         _name_token_types(out, encoder.tokenizer.model_input_names)
     out.write_bytes("config.json", str(config.to_json_string(use_diff=True)).encode())
-    weights = _weights(reader, job, task, config, model_path, transposed_weights(empty))
+    weights = _weights(reader, job, task, config, model_path, empty)
     files = _write_weights(published_weights(empty, weights), out)
     _reopen(out, task.head_class(config), weights, job.model.trust_remote_code)
     files |= {name: _record(out, name) for name in out.list() if name not in files}
@@ -159,13 +159,17 @@ def _name_token_types(out: Folder, names: Sequence[str]) -> None:
 
 
 def _weights(
-    reader: CheckpointReader, job: Job, task: Task, config: Any, model_path: str, transposed: frozenset[str]
+    reader: CheckpointReader, job: Job, task: Task, config: Any, model_path: str, empty: Any
 ) -> dict[str, Weight]:
-    """The weights as the model in memory has them, adapters merged, and its persistent buffers; by name."""
+    """The weights as the model in memory has them, adapters merged, and its persistent buffers; by name.
+
+    Args:
+        empty: the model on the meta device.
+    """
     import torch
 
     dtype, shapes, lora = getattr(torch, job.model.dtype), reader.state.shapes, job.model.lora
-    base = _frozen_weights(job, task, config, model_path) if lora else {}
+    base = _frozen_weights(job, task, config, model_path, empty) if lora else {}
     if lora:
         _check_frozen([plain_name(name) for name in shapes if not reader.holds("weight", name)], base, model_path)
 
@@ -174,7 +178,7 @@ def _weights(
             return base[plain_name(name)].float()
         return reader.read("weight", name, 0, prod(shapes[name])).view(shapes[name])
 
-    merged = merged_reader(shapes, read, lora, transposed) if lora else read
+    merged = merged_reader(shapes, read, lora, transposed_weights(empty)) if lora else read
     weights: dict[str, Weight] = {}
     for name, shape in (merged_shapes(shapes) if lora else shapes).items():
         spec = TensorSpec(name, job.model.dtype, tuple(shape))
@@ -194,12 +198,9 @@ def _weights(
     return weights
 
 
-def _frozen_weights(job: Job, task: Task, config: Any, model_path: str) -> dict[str, Any]:
+def _frozen_weights(job: Job, task: Task, config: Any, model_path: str, empty: Any) -> dict[str, Any]:
     """Weights of the pretrained model, which checkpoints with adapters do not hold; whole in memory, in its type.
-
-    Raises:
-        EvaluationError: where the pretrained folder lacks some, which then were drawn at random and are nowhere.
-    """
+    Without those that the folder lacks, which were drawn at random; of these, zeros for what the task does not read."""
     import torch
     import transformers
 
@@ -212,7 +213,10 @@ def _frozen_weights(job: Job, task: Task, config: Any, model_path: str) -> dict[
         use_safetensors=True,
         trust_remote_code=job.model.trust_remote_code,
     )
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if name not in missing}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    unread = missing & unread_weights(empty, task) if missing else frozenset()
+    zeros = {name: torch.zeros_like(weights[name]) for name in unread}
+    return {name: weight for name, weight in weights.items() if name not in missing} | zeros
 
 
 def _check_frozen(needed: Sequence[str], base: Mapping[str, Any], model_path: str) -> None:

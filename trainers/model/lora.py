@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from trainers.architecture import adaptable_layers, linear_layers, transposed_weights
+from trainers.architecture import adaptable_layers, linear_layers, transposed_weights, unread_by_states
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
@@ -47,7 +47,7 @@ def add_adapters(model: Any, lora: LoraSection, task: Task) -> Any:
 
 
 def check_frozen(job: Job, model_path: str) -> None:
-    """See that a folder has every weight that adapters leave frozen. Headers are read, no weights.
+    """See that a folder has every weight that adapters leave frozen and the task reads. Headers are read, no weights.
 
     Raises:
         JobError: where some are missing. They would be drawn at random, and be in no checkpoint and no export.
@@ -67,6 +67,7 @@ def check_frozen(job: Job, model_path: str) -> None:
     model, missing = load_pretrained(auto, model_path, config=config, trust_remote_code=trust, **options)
     if not missing:
         return
+    missing -= unread_weights(model, task)
     frozen = (name for name, weight in add_adapters(model, job.model.lora, task).named_parameters()
               if not weight.requires_grad)  # fmt: skip
     if lost := sorted(missing & set(map(plain_name, frozen))):
@@ -74,6 +75,11 @@ def check_frozen(job: Job, model_path: str) -> None:
             f"model.lora: {len(lost)} weights that stay frozen are not in {model_path}: {', '.join(lost[:5])}. They "
             "would be drawn at random and never learn: take a folder that has them, or train without model.lora"
         )
+
+
+def unread_weights(model: Any, task: Task) -> frozenset[str]:
+    """Parameters that nothing which the task reads depends on: a task without a head reads a body's last states."""
+    return unread_by_states(model) if task.head_class(model.config) == "AutoModel" else frozenset()
 
 
 def _targets(model: Any, lora: LoraSection, head: list[str]) -> list[str]:

@@ -261,22 +261,45 @@ def test_the_template_and_the_end_of_a_turn_are_those_of_the_training(
     assert set(record["files"]) == {path.name for path in out.iterdir()} - {"tuneyard.json"}
 
 
-def test_frozen_weights_that_are_nowhere_are_named(tmp_path: Path, tiny_tokenizer: Path) -> None:
+def adapted_without_pooler(tmp_path: Path, tokenizer: Path, task: str, rows: Any, **sections: Any) -> tuple[Job, Any]:
+    """A job with adapters on a folder without a pooler, with a checkpoint of it, and the job's task."""
     from safetensors.torch import load_file, save_file
 
-    from trainers.checkpoint.export import export_checkpoint
     from trainers.model.engine import prepare_model
     from trainers.run.record import find_run
 
-    pretrained = make_bert(tmp_path / "pretrained", tiny_tokenizer)
+    pretrained = make_bert(tmp_path / "pretrained", tokenizer)
     file = pretrained / "model.safetensors"
     kept = {name: weight for name, weight in load_file(file).items() if "pooler" not in name}
     save_file(kept, file, {"format": "pt"})
-    job = tiny_job(tmp_path, pretrained, "classify", film_rows(20))
+    job = tiny_job(tmp_path, pretrained, task, rows, **sections)
     job = job.model_copy(update={"model": job.model.model_copy(update={"lora": LoraSection(rank=2)})})
     shard_locally(job)
-    task = find_run(job).load_task()
-    loaded = task.load_model(str(pretrained), pad_id=0, trust_remote_code=False)
-    write_checkpoint(Folder(str(tmp_path / "checkpoint")), prepare_model(loaded, job, task))
+    own = find_run(job).load_task()
+    loaded = own.load_model(str(pretrained), pad_id=0, trust_remote_code=False)
+    write_checkpoint(Folder(str(tmp_path / "checkpoint")), prepare_model(loaded, job, own))
+    return job, own
+
+
+def test_frozen_weights_that_are_nowhere_are_named(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    from trainers.checkpoint.export import export_checkpoint
+
+    job, task = adapted_without_pooler(tmp_path, tiny_tokenizer, "classify", film_rows(20))
     with pytest.raises(EvaluationError, match=r"2 frozen weights are not in .*bert\.pooler\.dense\.bias.* at random"):
-        export_checkpoint(Folder(str(tmp_path / "checkpoint")), Folder(str(tmp_path / "e")), job, task, str(pretrained))
+        export_checkpoint(Folder(str(tmp_path / "checkpoint")), Folder(str(tmp_path / "e")), job, task, job.model.path)
+
+
+def test_frozen_weights_that_nobody_reads_are_zeros(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    from transformers import AutoModel
+
+    from trainers.checkpoint.export import export_checkpoint
+
+    texts = [row["text"] for row in film_rows(20)]
+    pairs = [{"sentence1": text, "sentence2": text, "score": at % 2} for at, text in enumerate(texts)]
+    train = {"objective": "cosine"}
+    job, task = adapted_without_pooler(tmp_path, tiny_tokenizer, "similarity", pairs, train=train)
+    out = Folder(str(tmp_path / "e"))
+    export_checkpoint(Folder(str(tmp_path / "checkpoint")), out, job, task, job.model.path)
+    model, info = AutoModel.from_pretrained(out.path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not model.pooler.dense.weight.any() and model.encoder.layer[1].output.dense.weight.any()

@@ -40,3 +40,21 @@ def test_a_causal_model_without_its_output_layer_is_refused(tmp_path: Path, tiny
     save_file({name: weight for name, weight in weights.items() if "lm_head" not in name}, model / "model.safetensors")
     with pytest.raises(JobError, match=r"1 weights that stay frozen are not in .*: lm_head.weight"):
         check_frozen(job, str(model))
+
+
+def test_what_a_task_does_not_read_may_be_missing(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    """A similarity of embeddings reads states; a regression over pairs reads the pooler."""
+    model = make_bert(tmp_path / "model", tiny_tokenizer)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if "pooler" not in name}, model / "model.safetensors")
+    pairs = [{"sentence1": row["text"], "sentence2": row["text"], "score": 1.0} for row in film_rows(20)]
+    jobs = {
+        objective: with_adapters(tiny_job(tmp_path, model, "similarity", pairs, train={"objective": objective}))
+        for objective in ("cosine", "regression")
+    }
+    check_frozen(jobs["cosine"], str(model))
+    with pytest.raises(JobError, match=r"2 weights that stay frozen are not in .*: bert.pooler.dense.bias"):
+        check_frozen(jobs["regression"], str(model))
+    save_file({name: weight for name, weight in weights.items() if "layer.1" not in name}, model / "model.safetensors")
+    with pytest.raises(JobError, match=r"16 weights that stay frozen are not in .*: encoder.layer.1.attention"):
+        check_frozen(jobs["cosine"], str(model))
