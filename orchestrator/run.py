@@ -126,5 +126,6 @@ def weigh(session: RunSession, best: Evaluation) -> Promotion:
     candidate = RowScores(f"step {best.step}", best.eval_key, read_row_scores(run.folder, best.step))
     standing = champion(registry_uri(job.storage, job.registry.uri), job.registry.model or job.name)
     before = row_scores_of(standing) if standing else None
-    baselines = baselines_of(run.folder, candidate, job.train.seed)
-    return decide(job.registry.promote, candidate, before, run.load_task(), *session.metric, job.train.seed, baselines)
+    task, seed = run.load_task(), job.train.seed
+    baselines = baselines_of(run.folder, candidate, task, seed)
+    return decide(job.registry.promote, candidate, before, task, *session.metric, seed, baselines)

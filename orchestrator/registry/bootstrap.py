@@ -7,7 +7,8 @@ of language systems Koehn, "Statistical Significance Tests for Machine Translati
 Knows arrays of per-row numbers and the task's metrics; nothing of runs or registries.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,10 +38,7 @@ def resample(scores: RowScores, task: Task, metric: str, seed: int, resamples: i
     Args:
         scores: per-row numbers of `Task.score`, each [rows], in the order of the rows.
     """
-    size = len(next(iter(scores.values())))
-    generator = np.random.default_rng(seed)
-    draws = (generator.integers(0, size, size) for _ in range(resamples))
-    values = (task.metric_value(metric, {name: numbers[rows] for name, numbers in scores.items()}) for rows in draws)
+    values = (task.metric_value(metric, rows) for rows in _draws(scores, seed, resamples))
     return np.fromiter(values, np.float64, resamples)
 
 
@@ -76,8 +74,22 @@ def compare(
     return Interval(task.metric_value(metric, first) - task.metric_value(metric, second), low, high)
 
 
-def metric_interval(
-    scores: RowScores, task: Task, metric: str, seed: int, resamples: int = RESAMPLES
-) -> tuple[float, float]:
+def metric_interval(scores: RowScores, task: Task, metric: str, seed: int, resamples: int) -> tuple[float, float]:
     """Percentile interval of one model's metric over its evaluation rows."""
     return percentiles(resample(scores, task, metric, seed, resamples))
+
+
+def all_intervals(scores: RowScores, task: Task, seed: int, resamples: int) -> dict[str, tuple[float, float]]:
+    """Percentile interval of every metric of one model, by name; nan where no draw defines it."""
+    with warnings.catch_warnings(action="ignore"):  # a draw without one of the classes is no news
+        drawn = [task.metrics(rows) for rows in _draws(scores, seed, resamples)]
+    names = dict.fromkeys(name for metrics in drawn for name in metrics)
+    return {name: percentiles(np.array([metrics.get(name, np.nan) for metrics in drawn])) for name in names}
+
+
+def _draws(scores: RowScores, seed: int, resamples: int) -> Iterator[dict[str, Array]]:
+    """Rows drawn again with replacement."""
+    size, generator = len(next(iter(scores.values()))), np.random.default_rng(seed)
+    for _ in range(resamples):
+        rows = generator.integers(0, size, size)
+        yield {name: numbers[rows] for name, numbers in scores.items()}

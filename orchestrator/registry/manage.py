@@ -135,7 +135,7 @@ def weigh_versions(uri: str, candidate: ModelVersion) -> Promotion:
     )
     task.labels = tuple(read_labels(Folder(candidate.run), candidate.step))
     metric, mode = choose_metric(job)
-    baselines = baselines_of(Folder(candidate.run), rows, job.train.seed)
+    baselines = baselines_of(Folder(candidate.run), rows, task, job.train.seed)
     before = row_scores_of(standing) if standing else None
     return decide("if_better", rows, before, task, metric, mode, job.train.seed, baselines)
 

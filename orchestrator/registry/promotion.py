@@ -2,7 +2,7 @@
 
 By rule `if_better` a version is promoted only where it beats the present champion beyond the 95 % interval of a paired
 bootstrap over the same evaluation rows; what cannot be compared is never promoted. Before that it must beat what
-needs no training: chance, and the pretrained model where that was evaluated.
+needs no training: answers that need no reading, and the pretrained model where that has the task's head.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from orchestrator.registry.bootstrap import CONFIDENCE, RESAMPLES, compare, resample
+from orchestrator.registry.bootstrap import CONFIDENCE, RESAMPLES, compare, percentiles, resample
 from trainers.errors import EvaluationError
 from trainers.evaluation.selection import BASELINE
 from trainers.records import Array, Record
@@ -55,17 +55,17 @@ def decide(
     """Apply a promotion rule to a candidate and the present champion, if there is one.
 
     Args:
-        baselines: what the candidate must beat as well, over the same rows: chance, the pretrained model.
+        baselines: what the candidate must beat as well, over the same rows, as `baselines_of` gives them.
         resamples: draws of the bootstrap.
     """
     if rule == "always":
         return Promotion(promote=True, reason="promoted by rule: registry.promote is always")
     if rule == "never":
         return Promotion(promote=False, reason="not promoted by rule: registry.promote is never")
-    obstacle = champion and _obstacle(candidate, champion)
-    if obstacle:
-        return Promotion(promote=False, reason=f"not promoted: {obstacle}")
     standing = [replace(champion, name=f"the champion ({champion.name})")] if champion else []
+    for other in (*baselines, *standing):
+        if obstacle := _obstacle(candidate, other):
+            return Promotion(promote=False, reason=f"not promoted: {obstacle}")
     reason = "the model has no champion yet"
     if not baselines and not standing:
         return Promotion(promote=True, reason=f"promoted: {reason}")
@@ -81,57 +81,35 @@ def decide(
     return Promotion(promote=True, reason=f"promoted: {reason}")
 
 
-def chance_baselines(candidate: RowScores, seed: int) -> list[RowScores]:
-    """What a classifier scores that knows no text: the majority class, and guesses by the labels' shares.
-
-    Empty for tasks whose rows have no single label. The shares are those of the evaluation rows themselves, so both are
-    as good as chance can be.
-    """
-    if not {"label", "prediction"} <= candidate.numbers.keys():
+def baselines_of(run: Folder, candidate: RowScores, task: Task, seed: int) -> list[RowScores]:
+    """What needs no training, over the candidate's rows: answers that need no reading, and the pretrained model where
+    it has the task's head; without rows where it was not evaluated."""
+    if len(candidate.numbers.get(ROW, ())) == 0:
         return []
-    label = candidate.numbers["label"]
-    shares = np.bincount(label) / len(label)
-    columns = {"loss_sum": -np.log(shares[label])}
-    for name in candidate.numbers:
-        if name.startswith("score_"):
-            index = int(name.removeprefix("score_"))
-            columns[name] = np.full(len(label), shares[index] if index < len(shares) else 0.0)
-    guesses = np.random.default_rng(seed).choice(len(shares), len(label), p=shares)
-    predictions = {"the majority class": np.full(len(label), shares.argmax()), "guesses by the labels' shares": guesses}
-    return [
-        RowScores(name, candidate.eval_key, {**candidate.numbers, **columns, "prediction": prediction})
-        for name, prediction in predictions.items()
-    ]
-
-
-def pretrained_baseline(run: Folder, candidate: RowScores) -> list[RowScores]:
-    """What the pretrained model scores; empty where it was not evaluated on the same rows, or has no head yet."""
+    guesses = task.guesses(candidate.numbers, seed)
+    baselines = [RowScores(name, candidate.eval_key, numbers) for name, numbers in guesses.items()]
+    if task.new_head:
+        return baselines
     try:
         numbers = read_row_scores(run, BASELINE)
     except EvaluationError:
-        return []
-    alike = np.array_equal(numbers[ROW], candidate.numbers[ROW]) and numbers.keys() == candidate.numbers.keys()
-    return [RowScores("the pretrained model", candidate.eval_key, numbers)] if alike else []
+        numbers = {}
+    return [*baselines, RowScores("the pretrained model", candidate.eval_key, numbers)]
 
 
-def baselines_of(run: Folder, candidate: RowScores, seed: int) -> list[RowScores]:
-    """What needs no training, over the candidate's rows."""
-    return [*chance_baselines(candidate, seed), *pretrained_baseline(run, candidate)]
-
-
-def _obstacle(candidate: RowScores, champion: RowScores) -> str | None:
+def _obstacle(candidate: RowScores, other: RowScores) -> str | None:
     """Why the two cannot be compared row by row, or None."""
     remedy = "evaluate both on the same data, or set registry.promote: always"
-    if candidate.eval_key != champion.eval_key:
+    if candidate.eval_key != other.eval_key:
         return (
-            f"the champion ({champion.name}) was evaluated on other data (key {champion.eval_key}, "
-            f"here {candidate.eval_key}), so the two do not compare; {remedy}"
+            f"{other.name} was evaluated on other data (key {other.eval_key}, here {candidate.eval_key}), so the two "
+            f"do not compare; {remedy}"
         )
-    for one in (candidate, champion):
+    for one in (candidate, other):
         if len(one.numbers.get(ROW, ())) == 0:
-            return f"the evaluation rows of {one.name} cannot be read any more; {remedy}"
-    if not np.array_equal(candidate.numbers[ROW], champion.numbers[ROW]):
-        return f"{candidate.name} and the champion ({champion.name}) were scored on different rows; {remedy}"
+            return f"there are no evaluation rows of {one.name}; {remedy}"
+    if not np.array_equal(candidate.numbers[ROW], other.numbers[ROW]):
+        return f"{candidate.name} and {other.name} were scored on different rows; {remedy}"
     return None
 
 
@@ -149,8 +127,11 @@ def _weigh(
     interval = compare(first, second, task, metric, seed, len(draws), draws)
     better = interval.low > 0 if mode == "max" else interval.high < 0
     mine, theirs = task.metric_value(metric, first), task.metric_value(metric, second)
-    if np.isnan(theirs):
-        return True, f"{metric} is {mine:.6g}, and undefined for {other.name}, which scores these rows alike"
+    if np.isnan(theirs):  # as a correlation is with equal answers, which are worth none
+        low, high = percentiles(draws)
+        return mode == "min" or low > 0, (
+            f"{metric} is {mine:.6g}, {CONFIDENCE:.0%} interval [{low:.4g}, {high:.4g}], and undefined for {other.name}"
+        )
     return better, (
         f"{metric} {mine:.6g} {'beats' if better else 'does not beat'} {theirs:.6g} of {other.name}: "
         f"difference {interval.difference:+.4g}, {CONFIDENCE:.0%} interval [{interval.low:+.4g}, {interval.high:+.4g}] "

@@ -3,13 +3,14 @@
 Whatever cannot be read any more is left out: a report of a run that failed has little of it.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from orchestrator.registry.bootstrap import metric_interval
+from orchestrator.registry.bootstrap import all_intervals, metric_interval
 from orchestrator.registry.manage import champions
 from orchestrator.registry.mlflow_client import registry_uri
-from orchestrator.registry.promotion import RowScores, chance_baselines
 from orchestrator.registry.read import find_model
 from trainers.errors import TuneyardError
 from trainers.evaluation.row_views import RowView, costliest_rows, generations
@@ -18,12 +19,13 @@ from trainers.run.folder import RunResult
 from trainers.run.record import Run
 from trainers.run.row_scores import ROW, read_row_scores
 from trainers.shards.shown import ShownSequence, show_sequence
-from trainers.tasks import Task, choose_metric
+from trainers.tasks import choose_metric
 from trainers.tokenizer.encoder import load_encoder
 
 MOST_INTERVALS = 20
 """Evaluated steps that get an interval: the last ones and the best."""
-RESAMPLES = 200
+RESAMPLES, MOST_DRAWN = 200, 4_000_000
+"""Draws of the bootstrap, and rows of all of them together, in as far as 50 draws allow."""
 MOST_ROWS = 20
 
 
@@ -52,13 +54,29 @@ def gather(run: Run, result: RunResult) -> Details:
     intervals = {}
     for step in sorted({*done[-MOST_INTERVALS:], best}):
         if numbers := _numbers(run, step):
-            intervals[step] = metric_interval(numbers, task, metric, seed, RESAMPLES)
-    references = _references(run, task, metric, best, result)
+            intervals[step] = metric_interval(numbers, task, metric, seed, _resamples(numbers))
+    references = _references(run, metric, result)
     try:
         costliest, generated = costliest_rows(run, best, MOST_ROWS), generations(run, best, MOST_ROWS)
     except (TuneyardError, OSError, KeyError):
         costliest, generated = [], []
     return Details(intervals, references, tuple(costliest), tuple(generated), example)
+
+
+def beside(run: Run, step: int) -> dict[str, Any]:
+    """Of an evaluated step, fields of `RunResult`: an interval of each metric, and answers that need no reading."""
+    numbers, task, seed = _numbers(run, step), run.load_task(), run.job.train.seed
+    if not numbers:
+        return {}
+    guesses = task.guesses(numbers, seed)
+    return {
+        "intervals": all_intervals(numbers, task, seed, _resamples(numbers)),
+        "baselines": {name: task.metrics(guess) for name, guess in guesses.items()},
+    }
+
+
+def _resamples(numbers: Mapping[str, Array]) -> int:
+    return min(RESAMPLES, max(MOST_DRAWN // len(next(iter(numbers.values()))), 50))
 
 
 def _first_sequence(run: Run) -> ShownSequence | None:
@@ -91,15 +109,11 @@ def _champion(run: Run, result: RunResult, metric: str) -> Iterator[tuple[str, f
         return
 
 
-def _references(run: Run, task: Task, metric: str, best: int, result: RunResult) -> dict[str, float]:
-    """The champion before, the pretrained model where it was evaluated, and chance where the task has classes."""
+def _references(run: Run, metric: str, result: RunResult) -> dict[str, float]:
+    """The champion before, the pretrained model where it was evaluated, and answers that need no reading."""
     references = dict(_champion(run, result, metric))
     pretrained: Mapping[str, float] = next((one.metrics for one in result.evaluations if one.step == 0), {})
     if metric in pretrained:
         references["pretrained"] = pretrained[metric]
-    numbers = _numbers(run, best)
-    if numbers:
-        chance = chance_baselines(RowScores("best", "", numbers), run.job.train.seed)
-        values = {one.name: task.metrics(one.numbers).get(metric) for one in chance}
-        references |= {name: value for name, value in values.items() if value is not None}
-    return references
+    values = {name: metrics.get(metric, math.nan) for name, metrics in result.baselines.items()}
+    return references | {name: value for name, value in values.items() if math.isfinite(value)}

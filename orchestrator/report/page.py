@@ -72,7 +72,7 @@ def render_report(
         run_name=run.name,
         cards=_cards(result, details),
         plots=[Markup(svg) for svg in curves],  # ours; matplotlib escaped the names in it
-        evaluations=evaluation_table(result.evaluations, metric, best_step),
+        evaluations=evaluation_table(result.evaluations, metric, best_step, None, result.intervals, result.baselines),
         notes=sorted({name: note for one in result.evaluations for name, note in one.notes.items()}.items()),
         classes=_classes(run, job, best_step, shards),
         best_step=best_step,

@@ -1,6 +1,7 @@
 """Evaluations, ledger and classes as tables, for terminal and report alike. Pure: records and arrays in, tables out."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,26 @@ from trainers.shards.manifest import ShardManifest
 MOST_CLASSES = 25
 """A larger confusion matrix cannot be read on a page; the most frequent confusions are listed instead."""
 MOST_CONFUSIONS = 25
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def evaluation_table(
-    evaluations: Sequence[Evaluation], metric: str | None, best_step: int | None, most: int | None = None
+    evaluations: Sequence[Evaluation],
+    metric: str | None,
+    best_step: int | None,
+    most: int | None = None,
+    intervals: Mapping[str, tuple[float, float]] = NOTHING,
+    baselines: Mapping[str, Mapping[str, float]] = NOTHING,
 ) -> Table:
-    """Metrics by step, the deciding one first; failures stand among them with their reason.
+    """Metrics by step, the deciding one first; failures stand among them with their reason. Below them the interval of
+    the best, and answers that need no reading.
 
     Args:
         metric: the one that decides.
         best_step: marked.
         most: number of metrics shown, without rows and seconds; default all but those by class, with both.
+        intervals: of the best, as `RunResult` has them, and so
+        baselines.
     """
     names = {name for evaluation in evaluations for name in evaluation.metrics if "/" not in name or name == metric}
     shown = sorted(names, key=lambda name: (name != metric, name))[:most]
@@ -38,6 +48,11 @@ def evaluation_table(
         effort = () if most else (evaluation.rows, f"{evaluation.seconds:.1f}")
         rows.append((evaluation.step, *(evaluation.metrics.get(name) for name in shown), *effort, state))
         kinds.append(kind)
+    told = {f"95 % of the best, {end}": {name: pair[place] for name, pair in intervals.items()}
+            for place, end in enumerate(("from", "to") if intervals else ())}  # fmt: skip
+    for name, values in {**told, **baselines}.items():
+        rows.append((None, *map(values.get, shown), *(() if most else (None, None)), name))
+        kinds.append("")
     return Table(f"evaluations, by {metric}", ("step", *shown, *(() if most else ("rows", "seconds")), ""), rows, kinds)
 
 

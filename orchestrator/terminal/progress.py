@@ -125,9 +125,9 @@ class Screen:
         best = result.best or {}
         step = best.get("step")
         self._wait_ends()
-        show_evaluations(
-            result.evaluations, str(best.get("metric", "")), step if isinstance(step, int) else None, self.console
-        )
+        chosen, metric = step if isinstance(step, int) else None, str(best.get("metric", ""))
+        beside = result.intervals, result.baselines
+        show_evaluations(result.evaluations, metric, chosen, self.console, *beside)
         self.registered(result.registry)
         self.say(f"report  {run}/report.html")
         self.say(f"curves  tensorboard --logdir {run}/tensorboard")

@@ -1,6 +1,6 @@
 """Records as tables for people; `--json` prints the records themselves. The tables of a command stand with it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -8,7 +8,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from orchestrator.report.table import Table
-from orchestrator.report.tables import evaluation_table
+from orchestrator.report.tables import NOTHING, evaluation_table
 from trainers.run.folder import Evaluation
 
 STYLES = {"best": "bold green", "failure": "red", "ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -32,9 +32,18 @@ def show_table(table: Table, console: Console | None = None) -> None:
     (console or Console()).print(rich)
 
 
-def show_evaluations(evaluations: Sequence[Evaluation], metric: str, best_step: int | None, console: Console) -> None:
+def show_evaluations(
+    evaluations: Sequence[Evaluation],
+    metric: str,
+    best_step: int | None,
+    console: Console,
+    intervals: Mapping[str, tuple[float, float]] = NOTHING,
+    baselines: Mapping[str, Mapping[str, float]] = NOTHING,
+) -> None:
     """Metrics by step, the deciding one first, the best step marked; as many as the terminal has room for."""
-    tables = [evaluation_table(evaluations, metric, best_step, most) for most in range(COLUMNS, 0, -1)]
+    tables = [
+        evaluation_table(evaluations, metric, best_step, most, intervals, baselines) for most in range(COLUMNS, 0, -1)
+    ]
     show_table(next((table for table in tables if _width(table) <= console.width), tables[-1]), console)
 
 

@@ -1,5 +1,6 @@
 """Evaluation rows as a person reads them: text, label, prediction, loss and where each row came from."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from trainers.run.record import Run
 from trainers.run.row_scores import ROW, read_row_scores
 from trainers.tasks import Task
 from trainers.tasks.base import Example
+from trainers.tasks.metrics.spans import spans_said
 from trainers.tokenizer.encoder import load_encoder
 
 MOST_CHARS = 400
@@ -93,10 +95,11 @@ def _label_and_prediction(
     if "true_0" in numbers:
         chosen = [name for i, name in enumerate(task.labels) if numbers[f"score_{i}"][place] >= 0.5]
         return ", ".join(extra["several"]), ", ".join(chosen)
-    if "words_right" in numbers:
-        return " ".join(extra["tags"]), f"{numbers['words_right'][place]} of {numbers['words'][place]} tags right"
-    if "exact_v2" in numbers:
-        return " | ".join(extra["answers"]), f"F1 {numbers['f1_v2'][place]:.2f}"
+    if "said_tags" in numbers:
+        true, said = (" ".join(json.loads(numbers[name][place])) for name in ("true_tags", "said_tags"))
+        return true, said
+    if "span" in numbers:
+        return " | ".join(extra["answers"]), spans_said(numbers, task.options.no_answer_threshold)[place]
     said = numbers["said"][place] if "said" in numbers else ""
     if "score" in numbers:
         return f"{numbers['score'][place]:.3g}", f"{said:.3g}"

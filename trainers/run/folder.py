@@ -125,6 +125,10 @@ class RunResult(Record):
     """step, metric, value, metrics."""
     registry: RegisteredVersion | None = None
     evaluations: tuple[Evaluation, ...] = ()
+    intervals: dict[str, tuple[float, float]] = {}
+    """Of each metric of the best: the 95 % interval of the bootstrap over evaluation rows."""
+    baselines: dict[str, dict[str, float]] = {}
+    """Metrics of answers that need no reading, by what they are."""
     steps: int = 0
     tokens: int = 0
     restarts: int = 0

@@ -201,6 +201,14 @@ class Task(ABC):
         """One of `metrics` alone, for callers that need it a thousand times; nan where rows leave it undefined."""
         return self.metrics(row_scores).get(name, math.nan)
 
+    def guesses(self, row_scores: Mapping[str, Array], seed: int) -> dict[str, dict[str, Array]]:
+        """Row scores of answers that need no reading, by what they are; none where the pretrained model is the measure.
+
+        Args:
+            seed: of guesses that are drawn.
+        """
+        return {}
+
     def notes(self) -> dict[str, str]:
         """What makes the metrics comparable, by metric, where a name and a number do not say it all."""
         return {}

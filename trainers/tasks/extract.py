@@ -17,6 +17,7 @@ from trainers.records import Array
 from trainers.tasks.base import Batch, EncodeRules, Example, Task
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.losses import cross_entropy_sum
+from trainers.tasks.metrics.guesses import guess_no_answer
 from trainers.tasks.metrics.spans import best_span, merge_windows, span_metrics
 from trainers.tasks.metrics.squad import score_v1, score_v2
 from trainers.tasks.options import TaskOptions
@@ -80,19 +81,24 @@ class Extract(Task):
         return cross_entropy_sum(logits, labels, self.options.label_smoothing) / 2
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
-        """Of each window: its loss, its best span's score with exact match and F1, and the score of no answer."""
+        """Of each window: its loss, its best span with score, exact match and F1, and the score of no answer."""
         import torch
 
         logits, labels = logits.detach().cpu(), torch.from_numpy(batch.labels)
         losses = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").mean(-1).double().numpy()
         lines = [_score_window(row, scores) for row, scores in zip(batch.documents, logits.numpy(), strict=True)]
-        return {"loss_sum": losses, **{name: np.array([line[name] for line in lines]) for name in lines[0]}}
+        columns = {name: [line[name] for line in lines] for name in lines[0]}
+        spans = np.array(columns.pop("span"), dtype=object)
+        return {"loss_sum": losses, **{name: np.array(values) for name, values in columns.items()}, "span": spans}
 
     def merge(self, rows: Array, row_scores: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         return merge_windows(rows, row_scores)
 
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         return span_metrics(row_scores, self.options.no_answer_threshold)
+
+    def guesses(self, row_scores: Mapping[str, Array], seed: int) -> dict[str, dict[str, Array]]:
+        return guess_no_answer(row_scores)
 
 
 def read_answers(row: Mapping[str, Any]) -> list[Answer] | str:
@@ -168,7 +174,7 @@ def _find(spans: Sequence[tuple[int, int]], first: int, answers: Sequence[Answer
     return [first + begins, first + max(ends, begins)]
 
 
-def _score_window(row: Example, scores: Array) -> dict[str, float]:
+def _score_window(row: Example, scores: Array) -> dict[str, Any]:
     extra = row.extra
     first, spans = extra["context_start"], np.asarray(extra["offsets"]).reshape(-1, 2)
     start, end, score = best_span(scores[0][first : first + len(spans)], scores[1][first : first + len(spans)])
@@ -177,6 +183,7 @@ def _score_window(row: Example, scores: Array) -> dict[str, float]:
     empty, _ = score_v2("", answers)
     return {
         "window": extra["window"],
+        "span": said,
         "score": score,
         "null_score": float(scores[0][0]) + float(scores[1][0]),
         "exact_v1": exact_v1,

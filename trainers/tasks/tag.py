@@ -8,6 +8,7 @@ tagged O in evaluation, so that a short `max_length` cannot flatter.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.losses import by_line, score_tokens
 from trainers.tasks.metrics.entities import entity_counts, entity_metrics, entity_types
+from trainers.tasks.metrics.guesses import guess_tag
 from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, pad_right, places
 from trainers.tasks.tag_schemes import OUTSIDE, TAG, in_scheme, normalized
@@ -111,17 +113,19 @@ class Tag(Task):
         return Batch(as_inputs(rows, pad_id), pad_right(lines, IGNORE), places(rows), tuple(rows))
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
-        """Of each row: loss, words, words tagged right, and entities true, predicted and right by type."""
+        """Of each row: loss, words, words tagged right, tags (JSON), and entities true, predicted and right by type."""
         numbers = score_tokens(logits, batch.labels, by_line(batch.labels), len(batch.rows))
         guesses = logits.argmax(-1).cpu().numpy()
         predicted = [self.predicted_tags(guesses[line], row) for line, row in enumerate(batch.documents)]
         truth = [self._tags(row) for row in batch.documents]
         right = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(truth, predicted, strict=True)]
+        texts = {"true_tags": truth, "said_tags": predicted}
         return {
             "loss_sum": numbers["loss_sum"],
             "targets": numbers["targets"],
             "words": np.array([len(tags) for tags in truth]),
             "words_right": np.array(right),
+            **{name: np.array(list(map(json.dumps, tags)), dtype=object) for name, tags in texts.items()},
             **entity_counts(truth, predicted, self.labels),
         }
 
@@ -136,6 +140,9 @@ class Tag(Task):
             "accuracy": float(row_scores["words_right"].sum() / row_scores["words"].sum()),
             "loss": float(row_scores["loss_sum"].sum() / row_scores["targets"].sum()),
         }
+
+    def guesses(self, row_scores: Mapping[str, Array], seed: int) -> dict[str, dict[str, Array]]:
+        return guess_tag(row_scores, self.labels)
 
 
 def _fit(encoding: Any, lost: int, tags: list[str], rules: EncodeRules) -> EncodedRow:

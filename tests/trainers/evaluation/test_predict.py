@@ -1,14 +1,13 @@
 """Predictions of every task are what its evaluation scored, row by row, though the rows come without their targets."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.trainers.tasks.small import small_jobs
+from tests.trainers.tasks.small import small_jobs, with_head
 from trainers.evaluation.evaluate import evaluate_model
 from trainers.evaluation.predict import predict
 from trainers.evaluation.row_views import costliest_rows, generations
@@ -26,19 +25,6 @@ TARGETS = {"label", "tags", "answers", "score", "target"}
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return small_jobs(tmp_path_factory.mktemp("predict"))
-
-
-def with_head(run: Run, folder: Path) -> Path:
-    """The pretrained model with a head, as an export has it."""
-    import torch
-
-    torch.manual_seed(0)
-    task, source = run.load_task(), Path(run.job.model.path)
-    task.load_model(str(source), pad_id=0, trust_remote_code=False, dtype=torch.float32).save_pretrained(folder)
-    for file in source.iterdir():
-        if not (folder / file.name).exists():
-            shutil.copy(file, folder / file.name)
-    return folder
 
 
 def rows_of(run: Run) -> list[dict[str, Any]]:

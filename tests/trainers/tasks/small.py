@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,16 @@ SAME_AS_TRAINER = (
 """Jobs whose loss transformers' model classes know too: all but those that compare embeddings."""
 
 __all__ = ["small_jobs", "write_rows"]
+
+
+def with_head(run: Any, folder: Path) -> Path:
+    """The pretrained model with a head, as an export has it."""
+    import torch
+
+    torch.manual_seed(0)
+    task, source = run.load_task(), Path(run.job.model.path)
+    task.load_model(str(source), pad_id=0, trust_remote_code=False, dtype=torch.float32).save_pretrained(folder)
+    for file in source.iterdir():
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder / file.name)
+    return folder

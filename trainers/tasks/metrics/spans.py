@@ -78,6 +78,14 @@ def span_metrics(row_scores: Mapping[str, Array], threshold: float) -> dict[str,
     return metrics
 
 
+def spans_said(row_scores: Mapping[str, Array], threshold: float) -> list[str]:
+    """The answer to each question, empty where "no answer" is said."""
+    if (row_scores["answers"] > 0).all():
+        return list(row_scores["span"])
+    none = row_scores["null_score"] - row_scores["score"] > threshold
+    return [("" if silent else text) for silent, text in zip(none, row_scores["span"], strict=True)]
+
+
 def best_threshold(margin: Array, score: Array, answerable: Array) -> tuple[float, float]:
     """The best total score over all thresholds, in percent, and the threshold that gives it.
 
