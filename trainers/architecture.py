@@ -76,6 +76,11 @@ def plain_model(model: Any) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
+def may_cache(model: Any) -> bool:
+    """Whether a forward pass may keep keys and values for a next token, which training has no use for."""
+    return "use_cache" in inspect.signature(plain_model(model).forward).parameters
+
+
 def vocabulary(config: Any) -> int:
     """Token ids that the model has embeddings for."""
     return int(text_config(config).vocab_size)

@@ -73,7 +73,7 @@ def execute(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         raise RuntimeError(f"Expected all tensors to be on the same device: {name} got far:0 and cpu {near}")
     device = kwargs.get("device")
     stays = bool(far) or not tensors if device is None else torch.device(device).type == "far"
-    if far and (name in WAITING or (name == "_to_copy" and not stays)):
+    if (far and (name in WAITING or (name == "_to_copy" and not stays))) or _copies_to_far(name, args, kwargs, stays):
         waits.append(name)
     result = operator(*pytree.tree_map(_to_host, args), **pytree.tree_map(_to_host, kwargs))
     changed = _written_argument(operator, args, kwargs)
@@ -87,6 +87,16 @@ def execute(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return known[id(leaf)] if id(leaf) in known else FarTensor(leaf)
 
     return pytree.tree_map(wrap, result) if stays else result
+
+
+def _copies_to_far(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], stays: bool) -> bool:
+    """Whether values go from the host to the device and the host stands by; numbers go along with the call."""
+    if name == "_to_copy":
+        return stays and not isinstance(args[0], FarTensor) and not kwargs.get("non_blocking")
+    if name == "copy_":
+        near = not isinstance(args[1], FarTensor) and args[1].dim() > 0
+        return isinstance(args[0], FarTensor) and near and not (kwargs.get("non_blocking") or args[2:3] == (True,))
+    return False
 
 
 def _written_argument(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -148,6 +158,7 @@ def _adapt_torch() -> None:
     FarTensor.library = library  # type: ignore[attr-defined]  # lives as long as this module
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.nn.Module._apply = _keeping_ties(torch.nn.Module._apply)  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
     torch.inference_mode = torch.no_grad  # type: ignore[misc,assignment]
     _Factories().__enter__()
 

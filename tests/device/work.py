@@ -54,6 +54,7 @@ def look(folder: str) -> dict[str, dict[str, Any]]:
     from tests.device.far import FAR
 
     torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     jobs, more = small.small_jobs(Path(folder) / "jobs"), more_jobs(Path(folder) / "more")
     jobs = {name: jobs[name] for name in (*CHECKED, "seq2seq causal")}
     return {
@@ -61,7 +62,7 @@ def look(folder: str) -> dict[str, dict[str, Any]]:
         "self-tests": {name: guarded(self_tests, jobs[name], Path(folder) / f"checks {name}", FAR) for name in CHECKED},
         "losses": {name: guarded(losses, job, FAR) for name, job in {**jobs, **more}.items()},
         "evaluations": {name: guarded(evaluations, job, FAR) for name, job in jobs.items()},
-        "waits": {"micro-batches": guarded(waits_of_a_step, FAR)},
+        "waits": {name: guarded(waits_of_a_step, job, FAR) for name, job in {**jobs, **more}.items()},
         "saves": {"copy and export": guarded(save, jobs["pretrain"], Path(folder) / "save", FAR)},
     }
 
@@ -108,27 +109,33 @@ def self_tests(job: Any, folder: Path, far: Any) -> list[str]:
     ]
 
 
-def losses(job: Any, far: Any) -> list[tuple[float, float]]:
-    """The training loss and the length of its gradient, on the host and far away."""
-    import torch
-
+def opened(job: Any) -> tuple[Any, Any, Any, Any]:
+    """The task, the encoder, the training rows and their packs."""
     from tests.tiny import load_written
     from trainers.batching.packing import index_packs
-    from trainers.model.engine import load_options, prepare_model
-    from trainers.model.world import World
     from trainers.run.record import job_task
     from trainers.shards.dataset import ShardSet
     from trainers.shards.manifest import shards_folder
     from trainers.storage import Folder
     from trainers.tokenizer.encoder import load_encoder
-    from trainers.training.distill import load_objective
 
     shards, encoder = load_written(job), load_encoder(job.model.path)
     assert shards is not None
     task = job_task(job, shards.train)
     task.prepare(encoder)
     rows = ShardSet(shards_folder(Folder(job.storage), shards.train.key), shards.train, task)
-    packs = index_packs(job, rows)
+    return task, encoder, rows, index_packs(job, rows)
+
+
+def losses(job: Any, far: Any) -> list[tuple[float, float]]:
+    """The training loss and the length of its gradient, on the host and far away."""
+    import torch
+
+    from trainers.model.engine import load_options, prepare_model
+    from trainers.model.world import World
+    from trainers.training.distill import load_objective
+
+    task, encoder, rows, packs = opened(job)
     batch = task.collate([[rows.row(int(row)) for row in packs.pack(index)] for index in range(3)], encoder.pad_id, 1)
     found = []
     for device in (torch.device("cpu"), far):
@@ -142,6 +149,37 @@ def losses(job: Any, far: Any) -> list[tuple[float, float]]:
         squares = [float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None]
         found.append((float(loss), sum(squares) ** 0.5))
     return found
+
+
+def waits_of_a_step(job: Any, far: Any) -> list[str]:
+    """What the host waits for in the second step, of two micro-batches of three packs each; the first looks once at
+    what a model does with its logits."""
+    from tests.device.far import waits
+    from trainers.batching.batch_plan import BatchPlan
+    from trainers.batching.batches import StepSource
+    from trainers.batching.order import Order
+    from trainers.model.engine import load_options, prepare_model
+    from trainers.model.param_groups import parameter_groups
+    from trainers.model.plain_engine import PlainEngine
+    from trainers.model.world import World
+    from trainers.training import loop
+    from trainers.training.distill import load_objective
+
+    task, encoder, rows, packs = opened(job)
+    world = World(0, 1, far)
+    objective = load_objective(job, task, encoder.pad_id, world)
+    model = prepare_model(task.load_model(job.model.path, pad_id=encoder.pad_id, **load_options(job)), job, task)
+    config = {"gradient_clipping": 1.0, "gradient_accumulation_steps": 2}
+    engine = PlainEngine(model.to(far).train(), parameter_groups(model, 0.01), {"lr": 1e-3}, config)
+    source = StepSource(rows, packs, Order(len(packs), 6, 12, 0), BatchPlan(6, 1, 3, 2), 0, task, encoder.pad_id)
+    before = 0
+    for step in range(2):
+        before = len(waits)
+        batch = source.next(step)
+        loss_sum = loop.run_micro_batches(engine, objective, batch, world, lambda: None)
+        loop._settle(loss_sum / batch.targets, engine.get_global_grad_norm(), 0.0, world)
+    source.close()
+    return waits[before:]
 
 
 def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
@@ -170,40 +208,6 @@ def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
         torch.manual_seed(0)  # of new heads
         _, scores = evaluate.evaluate_model(job, task, job.model.path, held_out)
         found.append(task.metrics(scores))
-    return found
-
-
-def waits_of_a_step(far: Any) -> dict[int, list[str]]:
-    """What the host waits for in a step of one micro-batch and of four, without the loss and the engine themselves."""
-    import numpy as np
-    import torch
-
-    from tests.device.far import waits
-    from trainers.batching.batches import StepBatch
-    from trainers.model.world import World
-    from trainers.tasks.batch import Batch
-    from trainers.training.loop import run_micro_batches
-
-    class Objective:
-        def step_loss(self, model: Any, inputs: Any, labels: Any, targets: Any) -> Any:
-            return (model(inputs["x"]) - labels).square().sum()
-
-    class Engine(torch.nn.Linear):
-        def backward(self, loss: Any, scale_wrt_gas: bool) -> None:
-            loss.backward()
-
-        def step(self) -> None:
-            """Nothing is updated."""
-
-    engine, found = Engine(3, 1).to(far), {}
-    for count in (1, 4):
-        micro = Batch({"x": np.ones((2, 3), np.float32)}, np.zeros((2, 1), np.float32), (), ())  # type: ignore[arg-type]
-        before = len(waits)
-        total = run_micro_batches(
-            engine, Objective(), StepBatch((micro,) * count, 2, 2), World(0, 1, far), lambda: None
-        )
-        found[count] = waits[before:]
-        assert float(total) > 0 and len(waits) > before  # looking at the sum is what waits
     return found
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.architecture import cut_layers, plain_model, set_pad, token_types
+from trainers.architecture import cut_layers, may_cache, plain_model, set_pad, token_types
 from trainers.dropout import set_dropout
 from trainers.errors import JobError
 from trainers.job.schema import Job, Overlong
@@ -147,7 +147,8 @@ class Task(ABC):
         given = dict(inputs)
         if token_types(plain_model(model).config) < 2:
             given.pop("token_type_ids", None)
-        return model(**given, **self.forward_options)
+        caches = {"use_cache": False} if may_cache(model) else {}
+        return model(**given, **caches | dict(self.forward_options))
 
     def read(self, outputs: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What the loss is computed from, out of what the model class returned."""
@@ -169,7 +170,7 @@ class Task(ABC):
                 from trainers.tasks.losses.chunked import loss_in_place
 
                 loss = loss_in_place(model, forward, labels, self.options.label_smoothing, targets)
-            return self.loss_sum(forward(), labels) if loss is None else loss
+            return self.loss_sum(forward(), labels, targets) if loss is None else loss
 
         return with_router_loss(self, own_loss, model, inputs, labels)
 
@@ -177,9 +178,9 @@ class Task(ABC):
         """[batch, seq], 0 where there is padding."""
         return inputs["attention_mask"]
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Loss summed over targets, fp32 scalar; logits [..., classes] of labels [...]."""
-        return cross_entropy_sum(logits, labels, self.options.label_smoothing)
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Loss summed over targets, fp32 scalar; logits [..., classes] of labels [...]. None looks for the targets."""
+        return cross_entropy_sum(logits, labels, self.options.label_smoothing, targets=targets)
 
     @abstractmethod
     def score(self, logits: Any, batch: Batch) -> dict[str, Array]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainers.known_masks import MaskFacts
 from trainers.records import Array
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ IGNORE = -100
 
 
 def move(array: Array, device: torch.device | str) -> torch.Tensor:
-    """A tensor on a device, from page-locked memory where that is a GPU."""
+    """A tensor on a device; on a GPU from page-locked memory, so that the host does not wait for the copy."""
     import torch
 
-    card = torch.device(device).type == "cuda"
+    card = torch.device(device).type != "cpu"
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return (tensor.pin_memory() if card else tensor).to(device, non_blocking=card)
 
@@ -54,13 +55,21 @@ class Batch:
     """int64 [batch, seq], for packed batches: the document of a position, as an index into `rows`; -1 is padding."""
 
     def to(self, device: torch.device | str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Inputs and labels as tensors on a device; to a GPU from page-locked memory, so that nobody waits."""
+        """Inputs and labels as tensors on a device."""
         return {name: move(array, device) for name, array in self.inputs.items()}, move(self.labels, device)
 
     def targets(self, device: torch.device | str) -> torch.Tensor:
         """int64 [targets] on a device: places of the labels that count, in the flattened batch. Worked out here, for
         a GPU would have to be waited for."""
         return move(np.flatnonzero(self.labels != IGNORE), device)
+
+    def mask_facts(self) -> MaskFacts:
+        """What `masks_known` is told for a forward pass over this batch."""
+        mask, positions = self.inputs.get("attention_mask"), self.inputs.get("position_ids")
+        return MaskFacts(
+            padded=mask is not None and not mask.all(),
+            restarts=positions is not None and bool((np.diff(positions) != 1).any()),
+        )
 
     @property
     def tokens(self) -> int:

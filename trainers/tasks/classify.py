@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 
 from trainers.errors import JobError
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
+from trainers.tasks.base import Batch, EncodeRules, Example, Task
+from trainers.tasks.batch import move
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.labels import read_list
-from trainers.tasks.losses import cross_entropy_sum
+from trainers.tasks.losses import cross_entropy_sum, find_targets
 from trainers.tasks.metrics.classes import (
     MOST_SCORED,
     MULTI_LABEL,
@@ -112,23 +113,22 @@ class Classify(Task):
             labels = np.array([number[row.extra["label"]] for row in rows], dtype=np.int64)
         return Batch(as_inputs(rows, pad_id), labels, places(rows))
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Cross entropy, or with several labels the mean binary one, summed over rows; logits [batch, labels]."""
         weights = self._weights(logits)
         if not self.options.multi_label:
-            return cross_entropy_sum(logits, labels, self.options.label_smoothing, weights)
+            return cross_entropy_sum(logits, labels, self.options.label_smoothing, weights, targets)
         from torch.nn.functional import binary_cross_entropy_with_logits
 
-        wanted = (labels != IGNORE).all(-1)
-        picked, truth, smoothing = logits[wanted].float(), labels[wanted], self.options.label_smoothing
+        width, smoothing = logits.shape[-1], self.options.label_smoothing
+        rows = (find_targets(labels) if targets is None else targets)[::width] // width  # all of a row count, or none
+        picked, truth = logits.index_select(0, rows).float(), labels.index_select(0, rows)
         truth = truth * (1 - smoothing) + smoothing / 2
-        return binary_cross_entropy_with_logits(picked, truth, weight=weights, reduction="sum") / picked.shape[-1]
+        return binary_cross_entropy_with_logits(picked, truth, weight=weights, reduction="sum") / width
 
     def _weights(self, logits: torch.Tensor) -> torch.Tensor | None:
-        import torch
-
         values = class_weights(self.options.class_weights, self.options.label_counts, self.labels)
-        return None if values is None else torch.tensor(values, dtype=torch.float32, device=logits.device)
+        return None if values is None else move(np.array(values, dtype=np.float32), logits.device)
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         import torch

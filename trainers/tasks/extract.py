@@ -16,7 +16,6 @@ import pyarrow as pa
 from trainers.records import Array
 from trainers.tasks.base import Batch, EncodeRules, Example, Task
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
-from trainers.tasks.losses import cross_entropy_sum
 from trainers.tasks.metrics.guesses import guess_no_answer
 from trainers.tasks.metrics.spans import best_span, merge_windows, span_metrics
 from trainers.tasks.metrics.squad import score_v1, score_v2
@@ -76,9 +75,9 @@ class Extract(Task):
         scores = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float()
         return scores.masked_fill(inputs["attention_mask"][:, None] == 0, torch.finfo(scores.dtype).min)
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Mean of the cross entropies of start and end, summed over windows."""
-        return cross_entropy_sum(logits, labels, self.options.label_smoothing) / 2
+        return super().loss_sum(logits, labels, targets) / 2
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
         """Of each window: its loss, its best span with score, exact match and F1, and the score of no answer."""

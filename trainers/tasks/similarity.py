@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
+from trainers.tasks.base import Batch, EncodeRules, Example, Task
 from trainers.tasks.classify import fit_pair
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
+from trainers.tasks.losses import find_targets
 from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, places
 from trainers.tokenizer.encoder import Encoder
@@ -102,10 +103,10 @@ class Similarity(Task):
         low, high = self.options.score_range
         return (scores - low) / (high - low)
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Squared error, of the score or of the cosine with the scaled score, or the contrastive loss; summed."""
-        wanted = labels != IGNORE
-        return self._losses(logits[wanted].float(), labels[wanted]).sum()
+        targets = find_targets(labels) if targets is None else targets
+        return self._losses(logits.index_select(0, targets).float(), labels.index_select(0, targets)).sum()
 
     def _losses(self, predicted: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not self.embeds:

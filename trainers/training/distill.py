@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainers.architecture import DOCUMENTS
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.world import World
 from trainers.tasks import Task
-from trainers.tasks.base import IGNORE
+from trainers.tasks.batch import move
 from trainers.tasks.labels import has_head, head_labels
+from trainers.tasks.losses import find_targets
 from trainers.tasks.losses.router import with_router_loss
 
 if TYPE_CHECKING:
@@ -44,11 +47,17 @@ class Distilled:
 
         def loss_of(forward: Callable[[], torch.Tensor]) -> torch.Tensor:
             loss: torch.Tensor | None = self._loss_in_chunks(forward, model, inputs, labels, targets)
-            return self._loss_of(forward(), inputs, labels) if loss is None else loss
+            return self._loss_of(forward(), inputs, labels, targets) if loss is None else loss
 
         return with_router_loss(self._task, loss_of, model, inputs, labels)
 
-    def _loss_of(self, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    def _loss_of(
+        self,
+        logits: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        targets: torch.Tensor | None,
+    ) -> torch.Tensor:
         import torch
 
         with torch.no_grad():
@@ -58,10 +67,12 @@ class Distilled:
                 f"train.distill.teacher: it has {wanted.shape[-1]} outputs, the model {logits.shape[-1]}; "
                 "teacher and student must share vocabulary and labels"
             )
-        wanted = wanted if self._places is None else wanted[..., list(self._places)]
-        own = self._task.loss_sum(logits, labels)
-        counted = labels != IGNORE
-        distance = divergence_sum(logits[counted].float(), wanted[counted].float(), self._temperature)
+        if self._places is not None:
+            wanted = wanted.index_select(-1, move(np.array(self._places), wanted.device))
+        targets = find_targets(labels) if targets is None else targets
+        own = self._task.loss_sum(logits, labels, targets)
+        said, guide = (every.flatten(0, -2).index_select(0, targets).float() for every in (logits, wanted))
+        distance = divergence_sum(said, guide, self._temperature)
         return self._alpha * distance + (1 - self._alpha) * own
 
     def _loss_in_chunks(

@@ -13,6 +13,7 @@ from typing import Any
 
 from trainers.batching.batches import StepBatch, StepSource
 from trainers.checkpoint.records import Progress
+from trainers.known_masks import masks_known
 from trainers.model.layer_drop import seed_layer_drop
 from trainers.model.world import World
 from trainers.records import STOPS, StopReason
@@ -74,7 +75,7 @@ def train(
         Diverged: on every rank, before anything of the step is saved.
         OSError: on rank 0, if the last step is not committed: the steps since the newest checkpoint would be lost.
     """
-    step, tokens, stopped, saved = start.step, start.tokens, None, start.step
+    step, tokens, stopped, saved, worked = start.step, start.tokens, None, start.step, 0.0
     history = deque(start.history, maxlen=HISTORY)
     stragglers = StragglerDetector(world.size)
     with closing(ComputeSampler()) as meter:
@@ -96,9 +97,9 @@ def train(
             batch = source.next(step)
             loss_sum = run_micro_batches(engine, objective, batch, world, saver.before_update)
             hooks.at("settle", step)
-            loss, norm = _read(loss_sum / batch.targets, engine.get_global_grad_norm())
+            loss, norm, busy = _settle(loss_sum / batch.targets, engine.get_global_grad_norm(), worked, world)
             seconds = time.perf_counter() - began
-            loss, busy = _settle(loss, seconds * meter.share(), world)
+            worked = seconds * meter.share()
             wrong = divergence(loss, norm, [event.loss for event in history], settings.spike_factor)
             if wrong:
                 raise Diverged(step, loss, wrong)
@@ -161,7 +162,8 @@ def run_micro_batches(
 
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for place, micro in enumerate(batch.micro_batches, 1):
-        loss_sum = objective.step_loss(engine, *micro.to(world.device), micro.targets(world.device))
+        with masks_known(micro.mask_facts()):
+            loss_sum = objective.step_loss(engine, *micro.to(world.device), micro.targets(world.device))
         engine.backward(share_of_step(loss_sum, batch.targets, world.size), scale_wrt_gas=False)
         if place == len(batch.micro_batches):
             before_update()
@@ -187,29 +189,24 @@ def agree_to_stop(reason: StopReason | None, world: World) -> StopReason | None:
     return next((name for name, count in zip(STOPS, votes.tolist(), strict=True) if count), None)
 
 
-def _read(loss: Any, norm: Any) -> tuple[float, float]:
-    """Scalars on the device, or a number or None for the norm. The one place where a step waits for a GPU to finish."""
-    import torch
+def _settle(loss: Any, norm: Any, worked_s: float, world: World) -> tuple[float, float, Sequence[float]]:
+    """The loss summed over ranks, the norm, and how long each rank worked in the step before: one collective, and the
+    one place where a step waits for a GPU to finish.
 
-    both = torch.stack(
-        [loss.double(), torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float64, device=loss.device)]
-    )
-    first, second = both.tolist()
-    return first, second
-
-
-def _settle(loss: float, busy_s: float, world: World) -> tuple[float, Sequence[float]]:
-    """The loss summed over ranks, and how long each rank worked, in one collective."""
+    Args:
+        loss: of this rank, a scalar on the device.
+        norm: the same on every rank; a scalar on the device, a number or None.
+    """
     import torch
     import torch.distributed as dist
 
-    if world.size == 1:
-        return loss, [busy_s]
-    shared = torch.zeros(1 + world.size, dtype=torch.float64, device=world.device)
-    shared[0], shared[1 + world.rank] = loss, busy_s
-    dist.all_reduce(shared)
-    total, *busy = shared.tolist()
-    return total, busy
+    shared = torch.zeros(2 + world.size, dtype=torch.float64, device=world.device)
+    shared[0], shared[2 + world.rank] = loss, worked_s
+    if world.size > 1:
+        dist.all_reduce(shared)
+    shared[1] = 0.0 if norm is None else norm
+    total, of_norm, *busy = shared.tolist()
+    return total, of_norm, busy
 
 
 def _step_event(

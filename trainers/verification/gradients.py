@@ -9,6 +9,7 @@ import torch
 from trainers.batching.batch_plan import BatchPlan
 from trainers.batching.batches import StepSource
 from trainers.batching.order import Order
+from trainers.known_masks import masks_known
 from trainers.records import Array
 from trainers.tasks.base import IGNORE, Batch, Example
 from trainers.training import loop
@@ -38,7 +39,9 @@ def loss_of(context: CheckContext, batch: Batch) -> torch.Tensor:
     """The loss summed over targets, ready for backward. A router's balancing loss is left out: it is a mean over the
     micro-batch, so it does depend on the cut of a step."""
     inputs, labels = batch.to(context.device)
-    return context.task.loss_sum(context.task.forward(context.model, inputs), labels)
+    with masks_known(batch.mask_facts()):
+        logits = context.task.forward(context.model, inputs)
+    return context.task.loss_sum(logits, labels, batch.targets(context.device))
 
 
 def count_targets(batch: Batch) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from trainers.tasks.losses import CHUNK_BYTES as CHUNK_BYTES
-from trainers.tasks.losses import TokenScores, join_scores, score_logits
+from trainers.tasks.losses import TokenScores, find_targets, join_scores, score_logits
 
 CARD_CHUNK_BYTES = 2**30
 """The same on a GPU: a chunk's products with the head's weights must outweigh adding up the gradient of those weights.
@@ -174,7 +174,7 @@ def head_loss(
     Args:
         forward: runs the model and gives its logits [batch, seq, vocabulary].
         labels: int64 [batch, seq], IGNORE where there is no target.
-        targets: as `find_targets` gives them; None looks for them, which waits for a GPU.
+        targets: as `Batch.targets` gives them; None looks for them.
         teacher: the same of a teacher, with temperature and alpha.
 
     Returns:
@@ -197,11 +197,6 @@ def head_loss(
     if given.numel() != 1 or len(inside) != 1:
         return None
     return given.reshape(()) if _untouched(head, given, inside[0]) else None
-
-
-def find_targets(labels: torch.Tensor) -> torch.Tensor:
-    """Places of a batch's targets, int64 [targets], counted over the flattened batch."""
-    return (labels.flatten() >= 0).nonzero()[:, 0]
 
 
 def loss_in_place(
