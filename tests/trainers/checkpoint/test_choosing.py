@@ -1,19 +1,20 @@
 """Which checkpoint the ranks go on from: what cannot be read is not damaged, rank 0 decides, nobody follows blindly.
 
 The ranks are threads here, each with its own view of one folder: bindfs mounts that remember for a while what they saw
-or missed, and a mount that fails at random. tests/benchmarks/bench_crashes.py runs hundreds of rounds.
+or missed, two clients of a real NFS server, and a mount that fails at random. tests/benchmarks/bench_crashes.py runs
+hundreds of rounds.
 """
 
 import errno
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.mounts import failing_view, lagging_views, missing_for_mounts
+from tests.nfs import missing_for_nfs, run_on_nfs
 from tests.thread_ranks import ThreadRanks, run_threads
 from tests.trainers.checkpoint.test_files import write_step
 from trainers import patience
@@ -133,29 +134,38 @@ def look_by_name(view: Path, step: int) -> None:
         (view / step_name(step) / name).exists()
 
 
+def follow_rank_0(a: Path, b: Path) -> None:
+    """Host B remembers for a while that step 2 is not there; whoever is rank 0, all go on from step 2."""
+    write_step(Folder(str(a)), 1)
+    (b / step_name(1) / COMMITTED).exists()
+    (a / step_name(2)).mkdir()
+    look_by_name(b, 2)
+    write_step(Folder(str(a)), 2)
+    assert not (b / step_name(2) / COMMITTED).exists(), "the view does not lag: the test would see nothing"
+    events: list[Any] = []
+    assert resume_on([a, b], events) == [(2, 9.0)] * 2
+    look_by_name(a, 3)
+    look_by_name(b, 3)
+    write_step(Folder(str(b)), 3)
+    assert resume_on([a, b, b], events) == [(3, 10.0)] * 3, "rank 0 lags, and a rank came"
+    assert resume_on([b], events) == [(3, 10.0)], "elastic shrink"
+    assert CheckpointReader(LocalCopies(Folder(str(a / step_name(3))))).state.step == 3, "an evaluation"
+    assert events == []
+
+
 @needs_mounts
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_ranks_with_a_view_that_lags_follow_rank_0(tmp_path: Path) -> None:
-    """Host B remembers for a while that step 2 is not there; whoever is rank 0, all go on from step 2."""
     with lagging_views(tmp_path, lag_s=8) as (a, b):
-        write_step(Folder(str(a)), 1)
-        (b / step_name(1) / COMMITTED).exists()
-        (a / step_name(2)).mkdir()
-        look_by_name(b, 2)
-        write_step(Folder(str(a)), 2)
-        assert not (b / step_name(2) / COMMITTED).exists(), "the view does not lag: the test would see nothing"
-        events: list[Any] = []
-        with ThreadPoolExecutor(2) as pool:
-            follower = pool.submit(resume_on, [a, b], events)
-            assert follower.result() == [(2, 9.0)] * 2
-        look_by_name(a, 3)
-        look_by_name(b, 3)
-        write_step(Folder(str(b)), 3)
-        assert resume_on([a, b, b], events) == [(3, 10.0)] * 3, "rank 0 lags, and a rank came"
-        assert resume_on([b], events) == [(3, 10.0)], "elastic shrink"
-        assert CheckpointReader(LocalCopies(Folder(str(a / step_name(3))))).state.step == 3, "an evaluation"
-    assert events == []
+        follow_rank_0(a, b)
+
+
+@pytest.mark.skipif(missing_for_nfs() is not None, reason=str(missing_for_nfs()))
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_ranks_on_two_nfs_clients_follow_rank_0(tmp_path: Path) -> None:
+    assert "followed" in run_on_nfs(tmp_path, 8, "tests.trainers.checkpoint.nfs_views")
 
 
 @needs_mounts
