@@ -25,7 +25,7 @@ test: $(VENV)/dev.stamp
 oldest: $(VENV)/oldest.stamp
 	$(VENV)/oldest/bin/python -m pytest -n 2 --dist loadfile tests/trainers/test_other_device.py \
 		tests/trainers/training/test_training.py tests/trainers/training/test_loop.py \
-		tests/trainers/tasks/test_chunked_loss.py tests/trainers/checkpoint/test_export.py
+		tests/trainers/tasks/test_chunked_loss.py tests/trainers/checkpoint/test_files.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check $(SOURCES)
