@@ -1,10 +1,8 @@
 """Builds the DeepSpeed engine: model, frozen parameters, optimizer, ZeRO partitioning, in that order."""
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Any
 
 from trainers.architecture import DOCUMENTS, makes_weights, other_modalities
@@ -15,11 +13,11 @@ from trainers.model.layer_drop import share_layer_drop
 from trainers.model.lora import add_adapters
 from trainers.model.param_groups import parameter_groups
 from trainers.model.world import World
+from trainers.model.zero_passes import forget
 from trainers.tasks import Task
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
-CachedMethod = type(lru_cache(print))
 
 
 def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dict[str, Any], world: World) -> Any:
@@ -82,13 +80,10 @@ def release_engine(engine: Any) -> None:
     """
     engine.destroy()
     if engine.zero_optimization_stage() == 3:
-        from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+        from deepspeed.runtime.zero import parameter_offload
 
         parameter_offload.FWD_MODULE_STACK.clear()
-        gc.unfreeze()  # the cache is among what the rank server froze
-        for each in gc.get_objects():
-            if isinstance(each, CachedMethod) and each.__module__ == partitioned_param_coordinator.__name__:
-                each.cache_clear()
+        forget()
 
 
 def prepare_model(model: Any, job: Job, task: Task) -> Any:

@@ -19,6 +19,7 @@ from trainers.checkpoint.slices import full_weight
 from trainers.evaluation.evaluate import EvaluationBatches, RowScores, keep_scores, plan_evaluation
 from trainers.model.lora import merged_adapters
 from trainers.model.world import World
+from trainers.model.zero_passes import beside_training
 from trainers.patience import retrying
 from trainers.records import StopReason
 from trainers.run.folder import Evaluation, evaluation_event, failed_evaluation, read_evaluations, write_evaluation
@@ -120,7 +121,7 @@ def evaluated(engine: Any, lora: Any) -> Iterator[Any]:
     model.eval()
     merged = merged_adapters(model, lora, partial(full_weight, engine)) if lora else nullcontext()
     try:
-        with torch.compiler.set_stance("force_eager"), merged:
+        with torch.compiler.set_stance("force_eager"), merged, beside_training(engine):
             yield model
     finally:
         model.train()

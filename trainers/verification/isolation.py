@@ -14,6 +14,7 @@ import torch
 
 from trainers.batching.packing import PackIndex
 from trainers.errors import TrainingError
+from trainers.model.zero_passes import beside_training
 from trainers.shards.dataset import ShardSet
 from trainers.tasks import Example, Task
 from trainers.tasks.base import IGNORE, Batch
@@ -157,6 +158,7 @@ def _evaluating(model: Any) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        yield
+        with beside_training(model):
+            yield
     finally:
         model.train(was_training)
