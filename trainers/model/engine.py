@@ -14,6 +14,7 @@ from trainers.model.lora import add_adapters
 from trainers.model.param_groups import parameter_groups
 from trainers.model.world import World
 from trainers.model.zero_passes import forget
+from trainers.model.zero_settings import mark_experts, with_settings
 from trainers.tasks import Task
 
 ADAM_BETAS = (0.9, 0.999)
@@ -47,6 +48,8 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
         return PlainEngine(model, groups, settings, config)
     import deepspeed
 
+    mark_experts(config, model)
+    config = with_settings(config, model, world.size)
     optimizer = torch.optim.AdamW(groups, **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

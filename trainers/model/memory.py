@@ -9,14 +9,15 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from trainers.job.schema import Job
+from trainers.model.zero_settings import sizes_of, zero_settings
 
 GIB = 2**30
 RESERVE_BYTES = int(1.5 * GIB)
 """CUDA context, libraries' workspaces and what collectives hold."""
 MARGIN = 0.08
 """Share of activations and state that an allocator loses to fragments."""
-BUCKET_ELEMENTS, LIVE_ELEMENTS = 500_000_000, 1_000_000_000
-"""DeepSpeed's defaults: elements of a reduction bucket, and of gathered parameters that ZeRO-3 keeps alive."""
+UPDATE_ELEMENTS = 500_000_000
+"""Of a partition, whose gradients are in fp32 while it is updated."""
 
 HEAD = "lm_head.weight"
 
@@ -51,6 +52,10 @@ class ModelSize:
     layers: int = 1
     input_bytes: int = 0
     """Of one layer, for one sequence."""
+    tensors: tuple[int, ...] = ()
+    """Elements of each tensor,"""
+    largest_layer: int = 0
+    """and of the largest layer."""
     checkpoints: bool = True
     """Whether the model's class can compute layers again."""
 
@@ -98,9 +103,10 @@ def needs(size: ModelSize, world_size: int, step: StepShape) -> tuple[Need, ...]
     masters = 0 if width == 4 else 4 * trainable
     adam = masters + 8 * trainable
     mine = adam // world_size
-    update = min(masters, 4 * BUCKET_ELEMENTS) // world_size  # a partition's gradients in fp32
-    bucket = min(BUCKET_ELEMENTS, trainable) * width
-    live = min(LIVE_ELEMENTS, total) * width
+    update = min(masters, 4 * UPDATE_ELEMENTS) // world_size  # a partition's gradients in fp32
+    settings = zero_settings(3, size.tensors, size.largest_layer, world_size)
+    bucket = settings["reduce_bucket_size"].value * width
+    live = min(settings["stage3_max_live_parameters"].value, total) * width
     state = {  # weights, gradients, optimizer, working memory, host
         "zero0": (weights, gradients, adam, masters, 0),
         "zero1": (weights, gradients, mine, update + bucket, 0),
@@ -129,7 +135,8 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
     vocabulary, row = text.vocab_size if _predicts_tokens(job) else 0, length * text.hidden_size * width
     chunked, chunk = vocabulary >= LEAST_VOCABULARY, max(3 * CHUNK_BYTES, CARD_CHUNK_BYTES // 2)
     head = vocabulary * text.hidden_size if not getattr(config, "tie_word_embeddings", True) else 0
-    total = sum(parameter.numel() for parameter in model.parameters()) + head
+    tensors, largest = sizes_of(model)
+    total = sum(tensors) + head
     return ModelSize(
         parameters=total,
         trainable=_trainable(job, model) + _learns(job, HEAD) * head if job.model.freeze or job.model.lora else total,
@@ -139,6 +146,8 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         once_bytes=chunk + vocabulary * text.hidden_size * (4 + width) if chunked else 0,
         layers=text.num_hidden_layers,
         input_bytes=row,
+        tensors=(*tensors, *([head] if head else [])),
+        largest_layer=largest,
         checkpoints=model.supports_gradient_checkpointing,
     )
 
