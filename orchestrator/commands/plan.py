@@ -29,6 +29,7 @@ def plan_table(plan: Plan, full: bool) -> None:
         ("memory", f"{plan.state_gib_per_worker:.2f} GiB of state a worker, activations on top"),
         ("host memory", f"{plan.host_gib_per_worker:.2f} GiB a worker for copies of the state"),
         ("disk", f"{plan.disk_gib:.2f} GiB at the most for checkpoints and the exported model"),
+        *([("messages", f"{sent:.2f} GiB that each worker sends a step")] if (sent := plan.sent_gib_per_step) else []),
         ("arithmetic", f"{about}{plan.flops:.3g} floating-point operations"),
         *([("time", _hours(plan))] if plan.hours else []),
         ("evaluation", plan.evaluation),
@@ -41,6 +42,9 @@ def plan_table(plan: Plan, full: bool) -> None:
         _memory_table(plan)
         print(_verdict(plan))
     if full:
+        if plan.settings:
+            settings = [(name, f"{value:,}", reason) for name, value, reason in plan.settings]
+            show("DeepSpeed's settings, from the model's sizes", ("setting", "value", "why"), settings)
         print(yaml.safe_dump(plan.job, sort_keys=False))
 
 

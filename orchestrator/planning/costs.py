@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from trainers.job.schema import Job
-from trainers.model.memory import GIB, Need
+from trainers.model.choice import Choice
+from trainers.model.deepspeed_config import read_template
+from trainers.model.memory import GIB, ModelSize, Need
+from trainers.model.zero_settings import LIVE, Setting, sent_bytes, unsaid
 from trainers.records import Record
 from trainers.run.events import read_events, steps_of
 from trainers.storage import Folder
@@ -38,6 +42,20 @@ def way_memory(need: Need, device_bytes: int) -> WayMemory:
     gib = {name: getattr(need, name) / GIB for name in parts}
     fits = need.device <= device_bytes
     return WayMemory(way=need.way, **gib, device_gib=need.device / GIB, host_gib=need.host / GIB, fits=fits)
+
+
+def messages(choice: Choice, size: ModelSize, world_size: int) -> dict[str, Any]:
+    """The plan's fields on what workers send each other, and in messages of what size."""
+    zero = read_template(choice.way)["zero_optimization"]
+    stage, accumulation = zero["stage"], choice.step.accumulation
+    gradients = size.trainable * (size.weight_bytes if stage else 4)
+    weights = (size.parameters if stage == 3 else size.trainable) * size.weight_bytes
+    sent = sent_bytes(stage, weights, gradients, accumulation, 2 * size.parameters <= LIVE)
+    settings: dict[str, Setting] = unsaid(zero, size.tensors, size.largest_layer, world_size)
+    return {
+        "sent_gib_per_step": sent * (world_size - 1) / world_size / GIB,
+        "settings": tuple((name, each.value, each.reason) for name, each in settings.items()),
+    }
 
 
 def count_flops(job: Job, model_path: str, parameters: int, trainable: int, every: int) -> float:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from orchestrator.planning.costs import WayMemory, count_flops, measured_speed, way_memory, weight_bytes
+from orchestrator.planning.costs import WayMemory, count_flops, measured_speed, messages, way_memory, weight_bytes
 from orchestrator.planning.hardware import smallest_fit
 from orchestrator.planning.notes import all_notes, metric_notes, where_evaluated
 from orchestrator.planning.preflight import CheckedJob
@@ -71,6 +71,10 @@ class Plan(Record):
     """Of how many layers one is computed again in the backward pass; none, full (every one)."""
     ways: tuple[WayMemory, ...]
     """What each way would need with that step; empty where no device's memory is known."""
+    sent_gib_per_step: float | None
+    """What each worker sends the others in a step, weights and gradients; null where no device's memory is known."""
+    settings: tuple[tuple[str, int, str], ...]
+    """DeepSpeed's settings that follow from the model: name, value, reason."""
     device_gib: float | None
     """Memory of a worker's device, where it is known."""
     fits: bool | None
@@ -153,7 +157,7 @@ def plan_job(
         metric=metric,
         mode=mode,
         checkpoints=-(-steps // job.checkpoint.every_steps),
-        **_memory(job, choice, device_bytes, measure),
+        **_memory(job, choice, device_bytes, world_size, measure),
         **costs,
         evaluation=where_evaluated(job, costs["parameters"], device_bytes, elsewhere),
         notes=(*all_notes(checked, batches, steps, elsewhere), *metric_notes(job, shards)),
@@ -162,10 +166,14 @@ def plan_job(
     )
 
 
-def _memory(job: Job, choice: Choice, device_bytes: int | None, measure: Callable[[], ModelSize]) -> dict[str, Any]:
+def _memory(
+    job: Job, choice: Choice, device_bytes: int | None, world_size: int, measure: Callable[[], ModelSize]
+) -> dict[str, Any]:
     """The plan's fields on how the step is cut and what it needs."""
     refused = device_bytes is not None and choice.fits is False
+    sent = messages(choice, measure(), world_size) if choice.needs else {"sent_gib_per_step": None, "settings": ()}
     return {
+        **sent,
         "deepspeed": choice.way,
         "deepspeed_reason": choice.reason,
         "activation_checkpointing": settle(job, choice).train.activation_checkpointing,

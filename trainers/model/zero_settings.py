@@ -77,12 +77,17 @@ def sizes_of(model: Any) -> tuple[list[int], int]:
 
 
 def with_settings(config: dict[str, Any], model: Any, world_size: int) -> dict[str, Any]:
-    """A configuration with what follows from the model where it says nothing or "auto" itself."""
+    """A configuration with what follows from the model where it says nothing, or "auto"."""
     given = {name: value for name, value in config["zero_optimization"].items() if value != "auto"}
-    known = {name.removeprefix("stage3_") for name in given}
-    found = zero_settings(given["stage"], *sizes_of(model), world_size)
-    ours = {name: each.value for name, each in found.items() if name.removeprefix("stage3_") not in known}
+    ours = {name: each.value for name, each in unsaid(given, *sizes_of(model), world_size).items()}
     return {**config, "zero_optimization": {**given, **ours}}
+
+
+def unsaid(zero: dict[str, Any], tensors: Sequence[int], layer: int, world_size: int) -> dict[str, Setting]:
+    """The settings that a zero_optimization does not make itself, by either of DeepSpeed's names."""
+    said = {name.removeprefix("stage3_") for name, value in zero.items() if value != "auto"}
+    found = zero_settings(zero["stage"], tensors, layer, world_size)
+    return {name: each for name, each in found.items() if name.removeprefix("stage3_") not in said}
 
 
 def mark_experts(config: dict[str, Any], model: Any) -> None:

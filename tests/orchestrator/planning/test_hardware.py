@@ -84,6 +84,18 @@ def test_a_plan_needs_no_weights_and_tells_memory_time_and_cost(big: Path) -> No
     assert any("holds no weights" in note for note in told["notes"])
 
 
+def test_a_plan_tells_what_workers_send_and_the_settings_that_follow_from_the_model(big: Path) -> None:
+    asked = ["--gpu", "h100-80", "--nodes", "1", "--set", "train.micro_batch_size=2"]
+    sent = {}
+    for way in ("zero0", "zero1", "zero2", "zero3"):
+        _, told = plan(big, *asked, "--set", f"train.deepspeed={way}")
+        sent[way] = told["sent_gib_per_step"] * 2**30 / (2 * told["parameters"] * 7 / 8)
+    assert sent == pytest.approx({"zero0": 4, "zero1": 2, "zero2": 3, "zero3": 6}), "gradients of stage 0 are in fp32"
+    assert {name for name, _, reason in told["settings"] if reason} >= {"reduce_bucket_size"}
+    shown = CliRunner().invoke(app, ["plan", str(big), "--full", *asked, "--set", "train.deepspeed=zero3"])
+    assert "stage3_prefetch_bucket_size" in shown.stdout
+
+
 def test_what_does_not_fit_ends_with_the_smallest_change_that_does(big: Path) -> None:
     asked = ["--memory", "20GiB", "--set", "train.deepspeed=zero1", "--set", "train.activation_checkpointing=none"]
     code, told = plan(big, *asked)
