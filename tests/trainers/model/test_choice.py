@@ -12,9 +12,11 @@ from trainers.job.schema import Job
 from trainers.model.choice import WAYS, choose, settle
 from trainers.model.memory import GIB, ModelSize, StepShape, needs
 
-BILLION = ModelSize(1_240_000_000, 1_240_000_000, 2, int(6.6 * GIB), layers=16, input_bytes=2048 * 2048 * 2)
+BUCKET = {"largest_layer": 500_000_000}
+"""As large as buckets get."""
+BILLION = ModelSize(1_240_000_000, 1_240_000_000, 2, int(6.6 * GIB), layers=16, input_bytes=2048 * 2048 * 2, **BUCKET)
 """A Llama of 1.24 billion parameters in bf16 at 2,048 tokens."""
-EIGHT = ModelSize(8_000_000_000, 8_000_000_000, 2, 9 * GIB, layers=32, input_bytes=2048 * 4096 * 2)
+EIGHT = ModelSize(8_000_000_000, 8_000_000_000, 2, 9 * GIB, layers=32, input_bytes=2048 * 4096 * 2, **BUCKET)
 
 
 def job_of(**train: Any) -> Job:
