@@ -122,10 +122,11 @@ def _expert_counts(child: Any) -> list[int]:
     """How many experts a module may hold."""
     import torch
 
-    if isinstance(child, torch.nn.ModuleList):
-        alike = {tuple(map(_shape, each.parameters())) for each in child}
+    if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict):
+        alike = {tuple(map(_shape, each.parameters())) for each in child.children()}
         return [len(child)] if len(alike) == 1 and alike != {()} else []
-    return [_shape(each)[0] for each in child.parameters(recurse=False) if len(_shape(each)) == 3]
+    stacked = (_shape(each) for each in child.parameters(recurse=False))
+    return [shape[0] for shape in stacked if len(shape) == 3 and min(shape) > 1]  # a convolution by channel has a 1
 
 
 def _routes(module: Any, experts: Any, count: int) -> bool:

@@ -92,9 +92,12 @@ def test_experts_are_found_by_their_shapes() -> None:
         ("qwen3_moe", "Qwen3MoeSparseMoeBlock"),
         ("deepseek_v3", "DeepseekV3MoE"),
         ("gpt_oss", "GptOssMLP"),
+        ("switch_transformers", "SwitchTransformersSparseMLP"),
         ("llama", None),
         ("bert", None),
         ("gpt2", None),
+        ("mamba", None),
+        ("t5", None),
     ],
 )
 def test_families_with_experts(family: str, block: str | None) -> None:
