@@ -139,7 +139,7 @@ def show(
         shown_pack = view(_load(job_path, overrides)).packs().show(pack)
         print_json(shown_pack.model_dump(mode="json")) if as_json else print_pack(shown_pack)
         return
-    rows = examples(_load(job_path, overrides), split, row, number, reason)  # type: ignore[arg-type]
+    rows = examples(_load(job_path, overrides), split, row, number, reason)
     print_json([shown.model_dump(mode="json") for shown in rows]) if as_json else print_examples(rows)
 
 
@@ -175,7 +175,7 @@ def shard(job_path: JobPath, overrides: Overrides = None, address: Address = Non
     checked, screen = check_job(_load(job_path, overrides)), Screen()
     with nullcontext() if is_small(checked.splits) else ray_session(address), screen.live():
         shards = write_shards(checked, screen.on_shards)
-    show_table(ledger_table([shards.train, shards.eval]))
+    show_table(ledger_table(shards.all))
 
 
 @app.command()

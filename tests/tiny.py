@@ -107,23 +107,23 @@ def load_written(job: Any, model: str | Path | None = None) -> Any:
 
 def shard_locally(job: Any, unit_bytes: int | None = None) -> Any:
     """A job's shards, written in this process as the data stage's tasks would: no Ray, no checks, and no cache."""
-    from trainers.shards.keys import manifest_of, plan_splits
-    from trainers.shards.manifest import Shards, shards_folder, write_manifest
+    from trainers.shards.keys import gather_shards, manifest_of, plan_splits
+    from trainers.shards.manifest import shards_folder, write_manifest
     from trainers.shards.writer import ShardWork, write_unit
     from trainers.sources.readers import plan_units, task_columns
     from trainers.storage import Folder
     from trainers.tasks import encode_rules
     from trainers.tokenizer.encoder import read_spec
 
-    manifests = []
+    manifests = {}
     for plan in plan_splits(job, job.model.path):
         folder = shards_folder(Folder(job.storage), plan.key)
         rules = encode_rules(job)
         work = ShardWork(folder, plan, job.task, task_columns(job), rules, read_spec(job.model.path))
         records = {unit.index: write_unit(work, unit).commit() for unit in plan_units(plan.sources, unit_bytes)}
-        manifests.append(manifest_of(plan, job.task, records))
-        write_manifest(folder, manifests[-1])
-    return Shards(train=manifests[0], eval=manifests[1])
+        manifests[plan.name] = manifest_of(plan, job.task, records)
+        write_manifest(folder, manifests[plan.name])
+    return gather_shards(manifests)
 
 
 def tiny_job(folder: Path, model: Path, task: str, rows: list[dict[str, Any]], **sections: Any) -> Any:

@@ -30,7 +30,7 @@ from trainers.run.lock import own_folder
 from trainers.run.log import RunLog
 from trainers.run.record import Run, find_run
 from trainers.shards.worth import check_metric
-from trainers.tasks import choose_metric
+from trainers.tasks import check_measures, choose_metric
 from trainers.training.loop import LoopOutcome
 from trainers.verification.packing import decide_packing, with_packing
 from trainers.worker.launcher import check_launcher
@@ -110,6 +110,7 @@ def _main() -> int:
     arguments = parser.parse_args()
     try:
         job = load_job(arguments.job, arguments.set)
+        check_measures(job)
         notes, model = check_launcher(job, os.environ), find_model(job)
         if job.evaluate.early_stopping and not evaluates(job):
             raise JobError(

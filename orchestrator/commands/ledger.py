@@ -38,7 +38,7 @@ def ledger_report(job: Job, run: Folder, reason: str | None, step: int | None) -
         JobError: where there is no such outcome or step.
     """
     shards = shards_of(job, run)
-    report: dict[str, Any] = {"splits": ledger_rows([shards.train, shards.eval]), **_beside(job, shards)}
+    report: dict[str, Any] = {"splits": ledger_rows(shards.all), **_beside(job, shards)}
     skipped = read_skipped(run).steps
     report["skipped_steps"] = [
         {"step": one.step + 1, "reason": one.reason, "file": file, "row": row}
@@ -48,7 +48,7 @@ def ledger_report(job: Job, run: Folder, reason: str | None, step: int | None) -
     if reason is not None:
         report["rows"] = [line.model_dump() for line in rows_of(job, shards, reason)]
         if not report["rows"]:
-            known = sorted({name for split in (shards.train, shards.eval) for name in split.outcomes})
+            known = sorted({name for split in shards.all for name in split.outcomes})
             raise JobError(f"--reason {reason}: no row has that outcome; there are {', '.join(known)}")
     if step is not None:
         report["step"] = [piece.model_dump() for piece in pieces_of(job, shards, step)]
@@ -56,9 +56,8 @@ def ledger_report(job: Job, run: Folder, reason: str | None, step: int | None) -
 
 
 def rows_of(job: Job, shards: Shards, reason: str) -> Iterator[LedgerLine]:
-    """Rows of both splits with an outcome."""
-    splits = (shards.train, shards.eval)
-    return chain.from_iterable(ledger_lines(_folder(job, split), split, reason) for split in splits)
+    """Rows of all splits with an outcome."""
+    return chain.from_iterable(ledger_lines(_folder(job, split), split, reason) for split in shards.all)
 
 
 def pieces_of(job: Job, shards: Shards, step: int) -> list[TracedPiece]:

@@ -168,7 +168,7 @@ def ledger(
         print_json(report)
         return
     shards = shards_of(job, folder)
-    print_ledger(report, [shards.train, shards.eval])
+    print_ledger(report, shards.all)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from trainers.run.row_scores import row_scores_name
 from trainers.shards.keys import load_shards, plan_splits
 from trainers.shards.manifest import Shards
 from trainers.storage import Folder
-from trainers.tasks import choose_metric
+from trainers.tasks import SET, choose_metric
 
 
 def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Screen) -> list[Evaluation]:
@@ -62,9 +62,13 @@ def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:
     checked = check_job(job)
     run = find_run(checked.job, checked.model, checked.splits)
     task = job_task(job, run.shards.train, str(model))
-    rows, row_scores = evaluate_model(job, task, str(model), run.open_shards("eval", task))
-    key = run.shards.eval.key
-    return [Evaluation(step=0, status="done", metrics=task.metrics(row_scores), eval_key=key, rows=len(rows))]
+    metrics: dict[str, float] = {}
+    total = 0
+    for name, shards in run.open_held(task).items():
+        rows, row_scores = evaluate_model(job, task, str(model), shards)
+        metrics |= {f"{metric}{name and SET}{name}": value for metric, value in task.measure(row_scores).items()}
+        total += len(rows)
+    return [Evaluation(step=0, status="done", metrics=metrics, eval_key=run.shards.eval.key, rows=total)]
 
 
 def shards_of(job: Job, run: Folder) -> Shards:

@@ -10,7 +10,14 @@ from typing import Any
 
 from trainers.checkpoint.export import export_checkpoint
 from trainers.errors import may_pass
-from trainers.evaluation.evaluate import RowScores, keep_scores, score_share
+from trainers.evaluation.evaluate import (
+    Measured,
+    SetScores,
+    done_evaluation,
+    keep_scores,
+    score_batches,
+)
+from trainers.evaluation.warm import keep_warm, open_warm
 from trainers.model.world import hide_gpus
 from trainers.run.folder import Evaluation, failed_evaluation, step_name, write_evaluation
 from trainers.run.record import Run
@@ -51,11 +58,8 @@ def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:
     began, key = time.perf_counter(), run.shards.eval.key
     for attempt in range(1 + RETRIES):
         try:
-            metrics, notes, rows = _measure(run, step, gpus)
-            seconds = time.perf_counter() - began
-            record = Evaluation(
-                step=step, status="done", metrics=metrics, notes=notes, eval_key=key, rows=rows, seconds=seconds
-            )
+            measured = _measure(run, step, gpus)
+            record = done_evaluation(step, key, measured, time.perf_counter() - began)
             break
         except Exception as error:  # whatever the model or its metrics raise belongs into the record
             cause = getattr(error, "cause", None) or error  # Ray wraps that of a share
@@ -67,8 +71,7 @@ def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:
     return record
 
 
-def _measure(run: Run, step: int, gpus: int) -> tuple[dict[str, float], dict[str, str], int]:
-    """Metrics, their notes, and the number of rows they were computed over."""
+def _measure(run: Run, step: int, gpus: int) -> Measured:
     task = run.load_task()
     path = str(export_step(run, step).path) if step else run.model.path
     return keep_scores(run, task, step, _score_all(run, path, gpus))
@@ -81,7 +84,7 @@ def export_step(run: Run, step: int) -> Folder:
     return out
 
 
-def _score_all(run: Run, path: str, gpus: int) -> list[RowScores]:
+def _score_all(run: Run, path: str, gpus: int) -> list[SetScores]:
     """The scores of every worker's share of the rows."""
     workers = run.job.evaluate.workers
     if workers == 1:
@@ -89,11 +92,13 @@ def _score_all(run: Run, path: str, gpus: int) -> list[RowScores]:
     import ray
 
     task = _with_resources(run, gpus, score)
-    shares: list[RowScores] = ray.get([task.remote(run, path, share) for share in range(workers)])
+    shares: list[SetScores] = ray.get([task.remote(run, path, share) for share in range(workers)])
     return shares
 
 
-def score(run: Run, path: str, share: int) -> RowScores:
+def score(run: Run, path: str, share: int) -> SetScores:
     """Score one share of the rows with the model in folder `path`."""
-    task = run.load_task()
-    return score_share(run.job, task, path, run.open_shards("eval", task), share, run.job.evaluate.workers)
+    loaded, batches = open_warm(run, path)
+    scores = score_batches(loaded, batches, share, run.job.evaluate.workers)
+    keep_warm(run, path, loaded, batches)
+    return scores

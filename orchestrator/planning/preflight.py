@@ -15,10 +15,10 @@ from trainers.model.fit import check_fit, check_teacher, tensor_shapes
 from trainers.model.lora import check_frozen
 from trainers.model.memory import ModelSize
 from trainers.model.source import ModelFolder, find_teacher, prepare_model
-from trainers.shards.keys import Sources, SplitName, Splits, plan_splits, split_sources
+from trainers.shards.keys import Sources, Splits, plan_splits, split_sources
 from trainers.sources.readers import check_columns, needed_fields, task_columns
 from trainers.storage import Folder
-from trainers.tasks import choose_metric
+from trainers.tasks import check_measures, choose_metric
 from trainers.verification.packing import PackingDecision, decide_packing, with_packing
 
 
@@ -60,6 +60,7 @@ def check_job(job: Job, weights: bool = True) -> CheckedJob:
     if job.checkpoint.storage is not None:
         check(Folder(job.checkpoint.storage).check_writable)
     check(lambda: choose_metric(job))
+    check(lambda: check_measures(job))
     check(lambda: check_registry(job))
     check(lambda: check_batches(job))
     sources: Sources | None = check(lambda: find_data(job))
@@ -118,11 +119,10 @@ def check_batches(job: Job) -> None:
 
 
 def find_data(job: Job) -> Sources:
-    """The files of both splits. Every one is there, is what its name says, and has the task's columns, or JobError."""
+    """The files of all splits. Every one is there, is what its name says, and has the task's columns, or JobError."""
     sources = split_sources(job)
     problems: list[str] = []
-    names: tuple[SplitName, ...] = ("train",) if job.data.eval_fraction else ("train", "eval")
-    for name in names:
+    for name in (name for name in sources if name != "eval" or not job.data.eval_fraction):
         where = f"data.{name}"
         try:
             check_columns(sources[name], task_columns(job), needed_fields(job.task, job.data.prompt), where)

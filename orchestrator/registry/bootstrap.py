@@ -82,7 +82,7 @@ def metric_interval(scores: RowScores, task: Task, metric: str, seed: int, resam
 def all_intervals(scores: RowScores, task: Task, seed: int, resamples: int) -> dict[str, tuple[float, float]]:
     """Percentile interval of every metric of one model, by name; nan where no draw defines it."""
     with warnings.catch_warnings(action="ignore"):  # a draw without one of the classes is no news
-        drawn = [task.metrics(rows) for rows in _draws(scores, seed, resamples)]
+        drawn = [task.measure(rows) for rows in _draws(scores, seed, resamples)]
     names = dict.fromkeys(name for metrics in drawn for name in metrics)
     return {name: percentiles(np.array([metrics.get(name, np.nan) for metrics in drawn])) for name in names}
 

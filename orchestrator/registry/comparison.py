@@ -95,10 +95,18 @@ def compare_sides(sides: Sequence[Side], seed: int = 0) -> Comparison:
     obstacles = [_obstacle(first, other) for other in others]
     task = load_task(first.job.task, task_options(first.job))
     task.labels = first.labels
+    weighed = deciding if deciding in task.metrics_known else None  # code that a job brings is not run to compare
     lines = []
     for name in sorted(names, key=lambda name: (name != deciding, name)):
         differences = [
-            _difference(first, other, task, name, seed, paired=obstacle is None and name == deciding)
+            _difference(
+                first,
+                other,
+                task,
+                name,
+                seed,
+                paired=obstacle is None and name == weighed,
+            )
             for other, obstacle in zip(others, obstacles, strict=True)
         ]
         values = [side.metrics.get(name) for side in sides]

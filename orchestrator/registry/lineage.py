@@ -34,6 +34,7 @@ def lineage(job: Job, shards: Shards, model_digest: str, skipped: SkippedSteps) 
         "seed": str(job.train.seed),
         **_data("train", shards.train),
         **_data("eval", shards.eval),
+        **{key: value for held in shards.beside.values() for key, value in _data(held.split, held).items()},
         **({"evaluate.metric": metric} if metric else {}),
         **({"train.skipped": left_out} if left_out else {}),
         **versions(),

@@ -135,6 +135,9 @@ def weigh_versions(uri: str, candidate: ModelVersion) -> Promotion:
     )
     task.labels = tuple(read_labels(Folder(candidate.run), candidate.step))
     metric, mode = choose_metric(job)
+    if metric in job.evaluate.metrics:  # code that a registry names is not run
+        reason = f"{metric} is the job's own metric, whose code is not run from a registry; promote it by hand"
+        return Promotion(promote=False, reason=f"not promoted: {reason}")
     baselines = baselines_of(Folder(candidate.run), rows, task, job.train.seed)
     before = row_scores_of(standing) if standing else None
     return decide("if_better", rows, before, task, metric, mode, job.train.seed, baselines)

@@ -18,6 +18,7 @@ from trainers.records import Array, Record
 from trainers.run.row_scores import ROW, read_row_scores
 from trainers.storage import Folder
 from trainers.tasks import Task
+from trainers.tasks.metrics.own import TEXT
 
 Rule = Literal["if_better", "always", "never"]
 
@@ -69,9 +70,12 @@ def decide(
     reason = "the model has no champion yet"
     if not baselines and not standing:
         return Promotion(promote=True, reason=f"promoted: {reason}")
-    values = task.metrics(_columns(candidate))
+    values = task.measure(_columns(candidate))
     if metric not in values:
         raise EvaluationError(f"evaluate.metric: the task knows no {metric!r}, only {', '.join(values)}")
+    if champion and metric in task.options.metrics and TEXT not in champion.numbers:
+        reason = f"the champion ({champion.name}) was evaluated without {metric}, so the two do not compare"
+        return Promotion(promote=False, reason=f"not promoted: {reason}; set registry.promote: always")
     draws = resample(_columns(candidate), task, metric, seed, resamples)
     for other in (*baselines, *standing):
         better, reason_of_pair = _weigh(candidate, draws, other, task, metric, mode, seed)

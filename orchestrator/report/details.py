@@ -19,7 +19,7 @@ from trainers.run.folder import RunResult
 from trainers.run.record import Run
 from trainers.run.row_scores import ROW, read_row_scores
 from trainers.shards.shown import ShownSequence, show_sequence
-from trainers.tasks import choose_metric
+from trainers.tasks import SET, choose_metric
 from trainers.tokenizer.encoder import load_encoder
 
 MOST_INTERVALS = 20
@@ -65,14 +65,19 @@ def gather(run: Run, result: RunResult) -> Details:
 
 def beside(run: Run, step: int) -> dict[str, Any]:
     """Of an evaluated step, fields of `RunResult`: an interval of each metric, and answers that need no reading."""
-    numbers, task, seed = _numbers(run, step), run.load_task(), run.job.train.seed
-    if not numbers:
-        return {}
-    guesses = task.guesses(numbers, seed)
-    return {
-        "intervals": all_intervals(numbers, task, seed, _resamples(numbers)),
-        "baselines": {name: task.metrics(guess) for name, guess in guesses.items()},
-    }
+    task, seed = run.load_task(), run.job.train.seed
+    intervals: dict[str, tuple[float, float]] = {}
+    baselines: dict[str, dict[str, float]] = {}
+    for held in run.shards.held:
+        if not (numbers := _numbers(run, step, held)):
+            continue
+        where = f"{held and SET}{held}"
+        found = all_intervals(numbers, task, seed, _resamples(numbers))
+        intervals |= {f"{name}{where}": interval for name, interval in found.items()}
+        for guess, scores in task.guesses(numbers, seed).items():
+            values = {f"{name}{where}": value for name, value in task.measure(scores).items()}
+            baselines[guess] = baselines.get(guess, {}) | values
+    return {"intervals": intervals, "baselines": baselines}
 
 
 def _resamples(numbers: Mapping[str, Array]) -> int:
@@ -88,9 +93,9 @@ def _first_sequence(run: Run) -> ShownSequence | None:
         return None
 
 
-def _numbers(run: Run, step: int) -> dict[str, Array]:
+def _numbers(run: Run, step: int, held: str = "") -> dict[str, Array]:
     try:
-        return {name: values for name, values in read_row_scores(run.folder, step).items() if name != ROW}
+        return {name: values for name, values in read_row_scores(run.folder, step, held).items() if name != ROW}
     except TuneyardError:
         return {}
 

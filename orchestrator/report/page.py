@@ -80,7 +80,7 @@ def render_report(
         generated=_row_table("generated texts", details.generated),
         example=_example(details.example),
         loading=_loading(job, result),
-        ledger=ledger_table([shards.train, shards.eval]) if shards else None,
+        ledger=ledger_table(shards.all) if shards else None,
         stages=stage_table(result.seconds),
         profile=profile_table(events),
         origin=[(name, value) for name, value in origin.items() if name not in folded],

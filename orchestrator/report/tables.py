@@ -28,8 +28,8 @@ def evaluation_table(
     intervals: Mapping[str, tuple[float, float]] = NOTHING,
     baselines: Mapping[str, Mapping[str, float]] = NOTHING,
 ) -> Table:
-    """Metrics by step, the deciding one first; failures stand among them with their reason. Below them the interval of
-    the best, and answers that need no reading.
+    """Metrics by step, the deciding one first, then the guards; failures stand among them with their reason. Below
+    them the interval of the best, and answers that need no reading.
 
     Args:
         metric: the one that decides.
@@ -39,7 +39,8 @@ def evaluation_table(
         baselines.
     """
     names = {name for evaluation in evaluations for name in evaluation.metrics if "/" not in name or name == metric}
-    shown = sorted(names, key=lambda name: (name != metric, name))[:most]
+    guards = {name for evaluation in evaluations for name in evaluation.guards}
+    shown = sorted(names | guards, key=lambda name: (name != metric, name not in guards, name))[:most]
     rows, kinds = [], []
     for evaluation in sorted(evaluations, key=lambda each: each.step):
         reason = why_not(evaluation, metric) if metric else evaluation.error

@@ -16,7 +16,7 @@ from trainers.shards.contamination import EXAMPLES, Contamination, contamination
 from trainers.shards.drop_budget import check_shards
 from trainers.shards.duplicates import DedupMode, DuplicateSearch, find_duplicates, print_unit
 from trainers.shards.files import record_name
-from trainers.shards.keys import SplitPlan, manifest_of
+from trainers.shards.keys import SplitPlan, gather_shards, manifest_of
 from trainers.shards.manifest import (
     MANIFEST,
     ShardManifest,
@@ -62,7 +62,7 @@ Report = Callable[[ShardProgress], None]
 
 
 def write_shards(checked: CheckedJob, on_progress: Report | None = None) -> Shards:
-    """Write what is not yet written of both splits, and check that the job accepts it.
+    """Write what is not yet written of the splits, and check that the job accepts it.
 
     Args:
         checked: the job, its model for the tokenizer, and its splits.
@@ -79,8 +79,10 @@ def write_shards(checked: CheckedJob, on_progress: Report | None = None) -> Shar
         start_workers()
     for plan in reversed(missing) if job.data.decontaminate == "drop" else missing:
         committed[plan.name] = SplitStage(job, plan, checked.model.path, on_progress, on_driver).write()
-    shards = Shards(train=_there(committed["train"]), eval=_there(committed["eval"]))
-    check_contamination(storage, shards, on_driver)
+    shards = gather_shards({name: manifest for name, manifest in committed.items() if manifest})
+    assert shards is not None
+    for held in shards.held.values():
+        check_contamination(storage, shards.train, held, on_driver)
     check_shards(job, shards)
     return shards
 
@@ -90,11 +92,6 @@ def is_small(splits: Sequence[SplitPlan]) -> bool:
     if sum(source.size for split in splits for source in split.sources) > SMALL_BYTES:
         return False
     return sum(len(plan_units(split.sources)) for split in splits) <= SMALL_UNITS
-
-
-def _there(manifest: ShardManifest | None) -> ShardManifest:
-    assert manifest is not None
-    return manifest
 
 
 class SplitStage:
@@ -195,11 +192,12 @@ def print_group(work: ShardWork, units: Sequence[Unit]) -> list[tuple[int, int]]
     return counts
 
 
-def check_contamination(storage: Folder, shards: Shards, here: bool = False) -> Contamination:
-    """Count the training rows that the evaluation set holds too, once for a pair of splits, and warn of them."""
-    train = shards.train
-    folder, eval_folder = shards_folder(storage, train.key), shards_folder(storage, shards.eval.key)
-    name = contamination_name(shards.eval.key)
+def check_contamination(
+    storage: Folder, train: ShardManifest, held: ShardManifest, here: bool = False
+) -> Contamination:
+    """Count the training rows that an evaluation set holds too, once for a pair of splits, and warn of them."""
+    folder, eval_folder = shards_folder(storage, train.key), shards_folder(storage, held.key)
+    name = contamination_name(held.key)
     if folder.exists(name):
         return Contamination.model_validate(folder.read_json(name))
     groups = [train.shards[start : start + SCAN_SHARDS] for start in range(0, len(train.shards), SCAN_SHARDS)]
@@ -207,12 +205,14 @@ def check_contamination(storage: Folder, shards: Shards, here: bool = False) -> 
     examples = [example for index in sorted(by_group) for example in by_group[index].examples][:EXAMPLES]
     total = Contamination(rows=sum(part.rows for part in by_group.values()), examples=tuple(examples))
     folder.write_json(name, total.model_dump(mode="json"))
-    kept = total.rows - train.outcomes.get(CONTAMINATED, 0)
+    decides = held.split == "eval"
+    kept = total.rows - (train.outcomes.get(CONTAMINATED, 0) if decides else 0)
     if kept > 0:
+        one = "an evaluation row" if decides else f"a row of data.{held.split}"
+        remedy = "data.decontaminate: drop leaves them out" if decides else "take them out of data.train"
         log.warning(
-            f"{kept:,} of {train.rows_in:,} training rows say what an evaluation row says (first: "
-            f"{', '.join(map(str, examples[0]))}); "
-            "data.decontaminate: drop leaves them out"
+            f"{kept:,} of {train.rows_in:,} training rows say what {one} says (first: "
+            f"{', '.join(map(str, examples[0]))}); {remedy}"
         )
     return total
 

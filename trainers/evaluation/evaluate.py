@@ -1,7 +1,8 @@
 """Evaluates one model folder on the evaluation shards, every row exactly once. No Ray, no process group."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from trainers.job.schema import Job
 from trainers.model.engine import load_options
 from trainers.model.world import pick_device
 from trainers.records import Array
+from trainers.run.folder import Evaluation
 from trainers.run.record import Run
 from trainers.run.row_scores import write_row_scores
 from trainers.shards.dataset import ShardSet
-from trainers.tasks import Task
-from trainers.tokenizer.encoder import load_encoder
+from trainers.tasks import SET, Task, guard_margins
+from trainers.tasks.metrics.own import TEXT
+from trainers.tokenizer.encoder import Encoder, load_encoder
 
 
 def evaluate_model(
@@ -50,6 +53,29 @@ class RowScores:
         self.numbers.append(numbers)
 
 
+SetScores = dict[str, RowScores]
+"""By evaluation set; the deciding one has no name."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be scored."""
+
+    task: Task
+    model: Any
+    encoder: Encoder
+    device: Any
+
+
+def load_for_scoring(job: Job, task: Task, model_path: str) -> Loaded:
+    """The model of a folder in evaluation mode."""
+    device = pick_device(job.scale.gpus_per_worker, job.scale.cpus_per_worker)
+    encoder = load_encoder(model_path, job.model.trust_remote_code)
+    task.prepare(encoder)
+    model: Any = task.load_model(model_path, pad_id=encoder.pad_id, **load_options(job)).to(device).eval()
+    return Loaded(task, model, encoder, device)
+
+
 def score_share(
     job: Job,
     task: Task,
@@ -59,19 +85,27 @@ def score_share(
     shares: int,
     on_progress: Callable[[float], None] | None = None,
 ) -> RowScores:
-    """Run the model over every `shares`-th batch, from batch `share` on.
+    """Run the model over every `shares`-th batch of one set, from batch `share` on."""
+    loaded = load_for_scoring(job, task, model_path)
+    batches = plan_sets(job, task, {"": shards}, loaded.encoder)
+    return score_batches(loaded, batches, share, shares, on_progress)[""]
+
+
+def score_batches(
+    loaded: Loaded,
+    batches: "SetBatches",
+    share: int,
+    shares: int,
+    on_progress: Callable[[float], None] | None = None,
+) -> SetScores:
+    """Run a model over every `shares`-th batch, from batch `share` on.
 
     Batches are the same whatever the number of shares, so that any number of processes gives the same numbers.
     """
-
-    device = pick_device(job.scale.gpus_per_worker, job.scale.cpus_per_worker)
-    encoder = load_encoder(model_path, job.model.trust_remote_code)
-    task.prepare(encoder)
-    model: Any = task.load_model(model_path, pad_id=encoder.pad_id, **load_options(job)).to(device).eval()
-    batches = plan_evaluation(job, task, shards, encoder.pad_id)
-    found = RowScores([], [])
+    found = batches.nothing()
     for number in range(share, len(batches), shares):
-        found.add(*batches.score(number, model, device))
+        name, rows, numbers = batches.score(number, loaded.model, loaded.device)
+        found[name].add(rows, numbers)
         if on_progress:
             on_progress((number + 1) / len(batches))
     return found
@@ -79,14 +113,14 @@ def score_share(
 
 @dataclass(frozen=True)
 class EvaluationBatches:
-    """The evaluation set in batches, and what a task says of each: the same for every holder of the model."""
+    """An evaluation set in batches, and what a task says of each: the same for every holder of the model."""
 
     task: Task
     shards: ShardSet
     packs: PackIndex
     groups: list[Array]
     """Of each batch the numbers of its packs."""
-    pad_id: int
+    encoder: Encoder
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -96,15 +130,47 @@ class EvaluationBatches:
         import torch
 
         group = [[self.shards.row(int(row)) for row in self.packs.pack(int(pack))] for pack in self.groups[number]]
-        batch = self.task.collate(group, self.pad_id)
+        documents, pad_id = [row for pack in group for row in pack], self.encoder.pad_id
+        batch = self.task.collate(group, pad_id)
         inputs, labels = batch.to(device)
         with torch.no_grad():  # not inference mode: weights that ZeRO-3 gathers in it could not be trained again
             numbers = self.task.score(self.task.answers(model, inputs, labels), batch)
-            numbers |= self.task.generate(model, [row for pack in group for row in pack], self.pad_id)
+            numbers |= self.task.generate(model, documents, pad_id)
+        if self.task.options.metrics:
+            decode = partial(self.encoder.tokenizer.decode, skip_special_tokens=True)
+            texts = [decode(row.input_ids.tolist()) for row in documents]
+            numbers |= {TEXT: np.array(texts, dtype=object)}
         return batch.rows, numbers
 
 
-def plan_evaluation(job: Job, task: Task, shards: ShardSet, pad_id: int) -> EvaluationBatches:
+@dataclass(frozen=True)
+class SetBatches:
+    """Every evaluation set in batches, one after the other."""
+
+    sets: dict[str, EvaluationBatches]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sets.values()))
+
+    def nothing(self) -> SetScores:
+        """No rows of any set."""
+        return {name: RowScores([], []) for name in self.sets}
+
+    def score(self, number: int, model: Any, device: Any) -> tuple[str, Array, dict[str, Array]]:
+        """The set of a batch, its rows and their numbers."""
+        for name, batches in self.sets.items():
+            if number < len(batches):
+                return name, *batches.score(number, model, device)
+            number -= len(batches)
+        raise IndexError(number)
+
+
+def plan_sets(job: Job, task: Task, held: Mapping[str, ShardSet], encoder: Encoder) -> SetBatches:
+    """Batches of all sets, as `Run.open_held` gives them."""
+    return SetBatches({name: plan_evaluation(job, task, shards, encoder) for name, shards in held.items()})
+
+
+def plan_evaluation(job: Job, task: Task, shards: ShardSet, encoder: Encoder) -> EvaluationBatches:
     """Sequences of similar length together, as many as `evaluate.batch_size` and the token bound allow."""
     packs = index_packs(job, shards)
     lengths = packs.sums(shards.lengths)
@@ -114,7 +180,7 @@ def plan_evaluation(job: Job, task: Task, shards: ShardSet, pad_id: int) -> Eval
         size = max(min(job.evaluate.batch_size, AUTO_MICRO_BATCH_TOKENS // longest), 1)
         groups.append(order[start : start + size])
         start += size
-    return EvaluationBatches(task, shards, packs, groups, pad_id)
+    return EvaluationBatches(task, shards, packs, groups, encoder)
 
 
 def combine(task: Task, shares: Sequence[RowScores], expected: int) -> tuple[Array, dict[str, Array]]:
@@ -127,18 +193,49 @@ def combine(task: Task, shares: Sequence[RowScores], expected: int) -> tuple[Arr
     return task.merge(*_in_order(rows, [one for share in shares for one in share.numbers], expected))
 
 
-def keep_scores(
-    run: Run, task: Task, step: int, shares: Sequence[RowScores]
-) -> tuple[dict[str, float], dict[str, str], int]:
-    """Write what was said of each row of a step. Returns its metrics, their notes, and the number of rows.
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation came to."""
+
+    metrics: dict[str, float]
+    notes: dict[str, str]
+    guards: dict[str, float]
+    rows: int
+
+
+def keep_scores(run: Run, task: Task, step: int, shares: Sequence[SetScores]) -> Measured:
+    """Write what was said of each row of a step, set by set, and measure it.
 
     Raises:
-        EvaluationError: where a row is missing or counted twice.
+        EvaluationError: where a row is missing or counted twice, or a metric of the job's own fails.
     """
-    rows, row_scores = combine(task, shares, len(run.open_shards("eval", task).lengths))
-    write_row_scores(run.folder, step, rows, row_scores, task.labels)
-    metrics = task.metrics(row_scores)
-    return metrics, {name: note for name, note in task.notes().items() if name in metrics}, len(rows)
+    metrics: dict[str, float] = {}
+    total = 0
+    for name, shards in run.open_held(task).items():
+        rows, row_scores = combine(task, [share[name] for share in shares], len(shards.lengths))
+        write_row_scores(run.folder, step, rows, row_scores, task.labels, name)
+        found = task.measure(row_scores)
+        check_repeatable(task, row_scores, found)
+        metrics |= {f"{metric}{name and SET}{name}": value for metric, value in found.items()}
+        total += len(rows)
+    notes = {name: note for name, note in task.notes().items() if name in metrics}
+    return Measured(metrics, notes, guard_margins(run.job, metrics), total)
+
+
+def done_evaluation(step: int, eval_key: str, measured: Measured, seconds: float) -> Evaluation:
+    """The record of an evaluation that ended well."""
+    return Evaluation(step=step, status="done", eval_key=eval_key, seconds=seconds, **asdict(measured))
+
+
+def check_repeatable(task: Task, row_scores: Mapping[str, Array], found: Mapping[str, float]) -> None:
+    """Refuse a metric of the job's own that says two things of the same rows. Raises EvaluationError."""
+    for name in task.options.metrics:
+        again = task.metric_value(name, row_scores)
+        if not np.array_equal(again, found[name], equal_nan=True):
+            raise EvaluationError(
+                f"evaluate.metrics.{name}: gave {found[name]!r} and then {again!r} for the same rows; what it draws "
+                "must be seeded"
+            )
 
 
 def _in_order(rows: list[Array], row_scores: list[dict[str, Array]], expected: int) -> tuple[Array, dict[str, Array]]:

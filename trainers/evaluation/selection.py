@@ -32,7 +32,17 @@ def find_best(evaluations: Sequence[Evaluation], metric: str, mode: Mode) -> Eva
 
 
 def why_not(evaluation: Evaluation, metric: str) -> str | None:
-    """Why a checkpoint with this evaluation can never be the best; None if it can. NaN and infinity order nothing."""
+    """Why a checkpoint with this evaluation can never be the best; None if it can."""
+    for name, margin in evaluation.guards.items() if evaluation.status == "done" else ():
+        if not margin >= 0:
+            value = evaluation.metrics.get(name)
+            said = f"it has no {name}" if value is None else f"its {name} {value:.6g} misses the guard by {-margin:.4g}"
+            return f"{said} (evaluate.guards)"
+    return _unmeasured(evaluation, metric)
+
+
+def _unmeasured(evaluation: Evaluation, metric: str) -> str | None:
+    """Why this says nothing of a checkpoint; None if it does. NaN and infinity order nothing."""
     if evaluation.status == "failed":
         return evaluation.error or "failed"
     value = evaluation.metrics.get(metric)
@@ -52,5 +62,5 @@ def next_evaluations(
 def out_of_patience(evaluations: Sequence[Evaluation], metric: str, mode: Mode, patience: int) -> bool:
     """Whether the last `patience` evaluated checkpoints brought no new best."""
     best = find_best(evaluations, metric, mode)
-    later = [one for one in evaluations if best is not None and one.step > best.step and not why_not(one, metric)]
+    later = [one for one in evaluations if best is not None and one.step > best.step and not _unmeasured(one, metric)]
     return len(later) >= patience

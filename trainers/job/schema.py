@@ -15,13 +15,18 @@ from trainers.job.sections import (
     LISTED,
     DataOptions,
     DistillSection,
-    EvaluateOptions,
     LoraSection,
     RegistrySection,
     ScaleSection,
     Section,
     Strings,
     TrainOptions,
+)
+from trainers.job.sections import (
+    EarlyStopping as EarlyStopping,
+)
+from trainers.job.sections import (
+    EvaluateSection as EvaluateSection,
 )
 from trainers.job.task_fields import PACKING_TASKS, SPLITTING_TASKS, TOKEN_TASKS, AnyPath, For, ModelPath, path_if
 
@@ -107,6 +112,11 @@ class DataSection(DataOptions):
     for seq2seq also {source, target}: two text files, line by line."""
     eval: Annotated[tuple[AnyPath | SourceSection, ...], Field(strict=False), LISTED] = ()
     """The same for evaluation; or `eval_fraction`."""
+    eval_sets: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")],
+        Annotated[tuple[AnyPath, ...], Field(strict=False), LISTED],
+    ] = {}
+    """More evaluation sets by name, measured beside: their metrics are METRIC@NAME, and may be guards."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the training rows held out for evaluation, chosen by a hash of each row's place."""
     format: FormatName | None = None
@@ -215,30 +225,8 @@ class CheckpointSection(Section):
     """Begin at step 0 where every checkpoint was found damaged and set aside; otherwise such a run ends."""
 
 
-class EarlyStopping(Section):
-    """When to stop before the last step."""
-
-    patience: Annotated[int, Field(ge=1)]
-    """Evaluations without a new best before training stops."""
-
-
-class EvaluateSection(EvaluateOptions):
-    """How checkpoints are scored."""
-
-    metric: str | None = None
-    """The metric that chooses the best checkpoint; null means the task's own."""
-    mode: Literal["max", "min"] | None = None
-    """Whether larger or smaller is better; null means what the metric implies."""
-    while_training: bool = True
-    """Evaluate checkpoints as they come; otherwise after the training."""
-    on: Literal["auto", "free", "ranks"] = "auto"
-    """While training: on devices that are free beside the ranks, or by the ranks themselves, which stand still for it;
-    auto takes the ranks where no device is free, the model fits none, or no controller is there."""
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    """Sequences a forward pass."""
-    workers: Annotated[int, Field(ge=1)] = 1
-    """Processes that share an evaluation, each with the whole model and a part of the rows; metrics stay the same."""
-    early_stopping: EarlyStopping | None = None
+LATER = (("data", "eval_sets"), ("evaluate", "guards"), ("evaluate", "metrics"))
+"""Fields that count in a job's identity where they are set: without them it is what it was before there were any."""
 
 
 class Job(Section):
@@ -289,6 +277,9 @@ class Job(Section):
         how |= {"activation_offload"}
         parts = self.model_dump(mode="json", include={"task", "model", "data", "train"}, exclude={"train": how})
         parts["model"]["attention"] = parts["model"]["attention"].replace("documents", "auto")  # what auto comes to
-        scored_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize"}
-        parts["evaluate"] = self.evaluate.model_dump(include=scored_by)
+        scored_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize", "guards", "metrics"}
+        parts["evaluate"] = self.evaluate.model_dump(mode="json", include=scored_by)
+        for section, name in LATER:
+            if not parts[section][name]:
+                del parts[section][name]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -117,15 +117,55 @@ class TrainOptions(Section):
     together and pushed apart by a margin."""
 
 
+class OwnMetric(Section):
+    """A metric that the user wrote, in Python."""
+
+    function: Annotated[str, path_if(lambda value, base: value.rpartition(":")[0].endswith(".py"))]
+    """FILE.py:NAME or MODULE:NAME, called as NAME(labels, predictions, texts), lists with an entry a row; gives a
+    number. Naming it here allows it to run."""
+    better: Literal["max", "min"] = "max"
+    """Whether larger or smaller is better."""
+
+
 class EvaluateOptions(Section):
     """What tasks read of the section `evaluate`."""
 
+    metrics: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], OwnMetric] = {}
+    """Metrics of your own, by name, beside the task's."""
     generate: Annotated[GenerateSection | None, For("sft", "seq2seq")] = None
     """seq2seq (always, null means greedy) and sft (when given): generate texts and compare them."""
     no_answer_threshold: Annotated[float, For("extract")] = 0.0
     """extract: how far the no-answer score must exceed the best span's for the answer to be none."""
     bleu_tokenize: Annotated[Literal["13a", "intl", "zh", "char", "none"], For("seq2seq")] = "13a"
     """seq2seq: sacreBLEU's tokenizer."""
+
+
+class EarlyStopping(Section):
+    """When to stop before the last step."""
+
+    patience: Annotated[int, Field(ge=1)]
+    """Evaluations without a new best before training stops."""
+
+
+class EvaluateSection(EvaluateOptions):
+    """How checkpoints are scored."""
+
+    metric: str | None = None
+    """The metric that chooses the best checkpoint; null means the task's own."""
+    mode: Literal["max", "min"] | None = None
+    """Whether larger or smaller is better; null means what the metric implies."""
+    guards: dict[str, float] = {}
+    """METRIC or METRIC@NAME: a checkpoint whose value is worse than this is never chosen."""
+    while_training: bool = True
+    """Evaluate checkpoints as they come; otherwise after the training."""
+    on: Literal["auto", "free", "ranks"] = "auto"
+    """While training: on devices that are free beside the ranks, or by the ranks themselves, which stand still for it;
+    auto takes the ranks where no device is free, the model fits none, or no controller is there."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Sequences a forward pass."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Processes that share an evaluation, each with the whole model and a part of the rows; metrics stay the same."""
+    early_stopping: EarlyStopping | None = None
 
 
 MOST_NAME = 256

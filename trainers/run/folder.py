@@ -40,7 +40,7 @@ def parse_step(name: str) -> int | None:
 
 def run_folder(job: Job, model_digest: str, shards: Shards) -> Folder:
     """Where this job's run lives. Other data, another model or other settings give another folder."""
-    parts = (job.identity(), model_digest, shards.train.key, shards.eval.key)
+    parts = (job.identity(), model_digest, *(split.key for split in shards.all))
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return Folder(job.storage) / "runs" / f"{job.name}-{digest[:8]}"
 
@@ -56,6 +56,8 @@ class Evaluation(Record):
     metrics: dict[str, float] = {}
     notes: dict[str, str] = {}
     """What makes a metric comparable, such as sacreBLEU's signature, by its name."""
+    guards: dict[str, float] = {}
+    """By how much each metric of evaluate.guards is better than its guard; below 0 or nan: never chosen."""
     error: str | None = None
     cause: dict[str, Any] | None = None
     """The error as `trainers.errors.to_record` gives it."""

@@ -8,7 +8,7 @@ from trainers.model.source import ModelFolder, find_model
 from trainers.records import Record
 from trainers.run.folder import checkpoints_folder, run_folder
 from trainers.shards.dataset import ShardSet
-from trainers.shards.keys import SplitName, Splits, load_shards, plan_splits
+from trainers.shards.keys import Splits, load_shards, plan_splits
 from trainers.shards.manifest import ShardManifest, Shards, shards_folder
 from trainers.storage import Folder
 from trainers.tasks import Task, load_task, task_options
@@ -39,9 +39,15 @@ class Run(Record):
         """The job's task, knowing the labels of the training data."""
         return job_task(self.job, self.shards.train, self.model.path)
 
-    def open_shards(self, split: SplitName, task: Task) -> ShardSet:
+    def open_held(self, task: Task) -> dict[str, ShardSet]:
+        """The sequences of every evaluation set by name; the deciding one first, without a name."""
+        return {name: self._open(manifest, task) for name, manifest in self.shards.held.items()}
+
+    def open_shards(self, split: Literal["train", "eval"], task: Task) -> ShardSet:
         """The sequences of a split."""
-        manifest = self.shards.train if split == "train" else self.shards.eval
+        return self._open(self.shards.train if split == "train" else self.shards.eval, task)
+
+    def _open(self, manifest: ShardManifest, task: Task) -> ShardSet:
         return ShardSet(shards_folder(Folder(self.job.storage), manifest.key), manifest, task)
 
 

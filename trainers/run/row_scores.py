@@ -19,16 +19,16 @@ ROW = "row"
 """Column with the place of a document in the evaluation split."""
 
 
-def row_scores_name(step: int) -> str:
-    """Path of the file inside the run folder."""
-    return f"evals/{step_name(step)}.arrow"
+def row_scores_name(step: int, name: str = "") -> str:
+    """Path of the file inside the run folder; name: of an evaluation set beside the deciding one."""
+    return f"evals/{step_name(step)}{name and '.'}{name}.arrow"
 
 
 LABELS = b"labels"
 
 
 def write_row_scores(
-    run: Folder, step: int, rows: Array, row_scores: Mapping[str, Array], labels: Sequence[str] = ()
+    run: Folder, step: int, rows: Array, row_scores: Mapping[str, Array], labels: Sequence[str] = (), name: str = ""
 ) -> None:
     """Store what `Task.score` returned for all documents, sorted by row.
 
@@ -38,6 +38,7 @@ def write_row_scores(
         rows: int [documents], the documents' places in the evaluation split, each once, in any order.
         row_scores: the task's numbers, each [documents], aligned with `rows`.
         labels: names of the classes, kept beside the numbers.
+        name: of an evaluation set beside the deciding one.
 
     Raises:
         EvaluationError: where a row stands twice or a column is of another length.
@@ -52,7 +53,7 @@ def write_row_scores(
         raise EvaluationError(f"evaluation of step {step} scored rows more than once: {twice[:10].tolist()}")
     table = pa.table({ROW: rows[order], **{name: np.asarray(values)[order] for name, values in row_scores.items()}})
     table = table.replace_schema_metadata({LABELS: json.dumps(list(labels)).encode()})
-    with run.open_output(row_scores_name(step)) as stream, pa.ipc.new_file(stream, table.schema) as writer:
+    with run.open_output(row_scores_name(step, name)) as stream, pa.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table)
 
 
@@ -67,15 +68,18 @@ def read_labels(run: Folder, step: int) -> list[str]:
     return names
 
 
-def read_row_scores(run: Folder, step: int) -> dict[str, Array]:
+def read_row_scores(run: Folder, step: int, name: str = "") -> dict[str, Array]:
     """The columns of one evaluation, `row` among them, sorted by row.
+
+    Args:
+        name: of an evaluation set beside the deciding one.
 
     Raises:
         EvaluationError: where the file is missing or damaged.
     """
-    name = row_scores_name(step)
+    file = row_scores_name(step, name)
     try:
-        with run.open_input(name) as stream:
+        with run.open_input(file) as stream:
             table = pa.ipc.open_file(stream).read_all()
             return {
                 column: np.array(table[column].to_numpy(zero_copy_only=False), copy=True)
@@ -83,7 +87,7 @@ def read_row_scores(run: Folder, step: int) -> dict[str, Array]:
             }
     except FileNotFoundError:
         raise EvaluationError(
-            f"{run / name} is missing, so step {step} cannot be compared; `tuneyard evaluate` writes it again"
+            f"{run / file} is missing, so step {step} cannot be compared; `tuneyard evaluate` writes it again"
         ) from None
     except (pa.ArrowException, OSError) as error:
-        raise EvaluationError(f"{run / name} is damaged ({error}); `tuneyard evaluate` writes it again") from error
+        raise EvaluationError(f"{run / file} is damaged ({error}); `tuneyard evaluate` writes it again") from error

@@ -27,8 +27,8 @@ OVERLONG = "dropped:overlong", LEFT_OUT
 
 def check_shards(job: Job, shards: Shards) -> None:
     """Refuse shards that this job may not train on, with every reason. Raises DataError."""
-    refusals = [refusal for manifest in (shards.train, shards.eval) if (refusal := _refusal(job, manifest))]
-    refusals += [mixed] if (mixed := _mixed_separators((shards.train, shards.eval))) else []
+    refusals = [refusal for manifest in shards.all if (refusal := _refusal(job, manifest))]
+    refusals += [mixed] if (mixed := _mixed_separators(shards.all)) else []
     refusals += [single] if (single := single_class(job, shards.train.labels, shards.train.total("rows"))) else []
     refusals += [same] if (same := single_score(job, shards.train)) else []
     if refusals:

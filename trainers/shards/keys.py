@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 
@@ -28,7 +28,9 @@ from trainers.tokenizer.encoder import TOKENIZER_FILES
 
 ENCODER_VERSION = 6
 """Raised whenever the same inputs would give other shards."""
-SplitName = Literal["train", "eval"]
+SplitName = str
+"""train, eval, or eval_sets.NAME."""
+BESIDE = "eval_sets."
 Sources = Mapping[SplitName, tuple[SourceFile, ...]]
 LABEL_FIELDS = ("label", "tags")
 
@@ -72,15 +74,16 @@ class SplitPlan:
         return (draw < self.fraction * 2**64) == (self.name == "eval")
 
 
-Splits = tuple[SplitPlan, SplitPlan]
-"""The train and the eval split."""
+Splits = tuple[SplitPlan, ...]
+"""The train and the eval split, and those of data.eval_sets."""
 
 
 def split_sources(job: Job) -> Sources:
-    """The files of both splits, the content of each read once. Raises JobError with every path that names nothing."""
+    """The files of all splits, the content of each read once. Raises JobError with every path that names nothing."""
     sources: dict[SplitName, tuple[SourceFile, ...]] = {}
     problems: list[str] = []
     patterns_of: dict[SplitName, Sequence[str]] = {"train": job.data.train_paths, "eval": job.data.eval_paths}
+    patterns_of |= {f"{BESIDE}{name}": paths for name, paths in job.data.eval_sets.items()}
     for name, patterns in patterns_of.items():
         try:
             sources[name] = find_sources(patterns, job.data.format, f"data.{name}", task=job.task)
@@ -92,19 +95,20 @@ def split_sources(job: Job) -> Sources:
 
 
 def plan_splits(job: Job, model_path: str, sources: Sources | None = None) -> Splits:
-    """The train and the eval split of a job.
+    """The splits of a job: train, eval, and those beside.
 
     Args:
         job: the job.
         model_path: folder of the prepared model, for its tokenizer.
-        sources: the files of both, where the caller has read them.
+        sources: the files of all, where the caller has read them.
 
     Raises:
-        JobError: with every path that names nothing, of both splits.
+        JobError: with every path that names nothing.
     """
     sources, tokenizer = sources or split_sources(job), _tokenizer_digest(Path(model_path))
     evaluation = _plan(job, "eval", sources["eval"], tokenizer)
-    return _training_plan(job, _plan(job, "train", sources["train"], tokenizer), evaluation), evaluation
+    beside = [_plan(job, name, files, tokenizer) for name, files in sources.items() if name.startswith(BESIDE)]
+    return _training_plan(job, _plan(job, "train", sources["train"], tokenizer), evaluation), evaluation, *beside
 
 
 def _training_plan(job: Job, plan: SplitPlan, evaluation: SplitPlan) -> SplitPlan:
@@ -129,12 +133,20 @@ def load_shards(job: Job, splits: Splits) -> Shards | None:
         DataError: where the shards are damaged, or the job refuses what they hold.
     """
     storage = Folder(job.storage)
-    train, evaluation = (read_manifest(shards_folder(storage, plan.key)) for plan in splits)
-    if train is None or evaluation is None:
+    manifests = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in splits}
+    shards = gather_shards({name: found for name, found in manifests.items() if found})
+    if shards is None or None in manifests.values():
         return None
-    shards = Shards(train=train, eval=evaluation)
     check_shards(job, shards)
     return shards
+
+
+def gather_shards(manifests: Mapping[SplitName, ShardManifest]) -> Shards | None:
+    """Shards from manifests by split; None where train or eval is missing."""
+    if not {"train", "eval"} <= manifests.keys():
+        return None
+    beside = {name.removeprefix(BESIDE): one for name, one in manifests.items() if name.startswith(BESIDE)}
+    return Shards(train=manifests["train"], eval=manifests["eval"], beside=beside)
 
 
 def manifest_of(
@@ -168,7 +180,7 @@ def _declared(plan: SplitPlan) -> tuple[str, ...]:
 
 
 def _plan(job: Job, name: SplitName, sources: tuple[SourceFile, ...], tokenizer: str) -> SplitPlan:
-    fraction = job.data.eval_fraction
+    fraction = None if name.startswith(BESIDE) else job.data.eval_fraction
     parts = {
         "sources": source_key(sources),
         "tokenizer": tokenizer,

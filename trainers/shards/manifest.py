@@ -55,7 +55,7 @@ class ShardManifest(Record):
     key_parts: dict[str, str]
     """Digest of each input that the key is made of; a miss names the part that changed."""
     split: str
-    """train or eval."""
+    """train, eval, or eval_sets.NAME."""
     task: str
     sources: tuple[str, ...]
     """The files read; `file` in shards and ledgers is an index into this."""
@@ -115,10 +115,21 @@ class ShardManifest(Record):
 
 
 class Shards(Record):
-    """The two splits of a job, ready to train on."""
+    """The splits of a job, ready to train on."""
 
     train: ShardManifest
     eval: ShardManifest
+    beside: dict[str, ShardManifest] = {}
+    """The sets of data.eval_sets."""
+
+    @property
+    def held(self) -> dict[str, ShardManifest]:
+        """Every evaluation set by name; the deciding one first, without a name."""
+        return {"": self.eval, **self.beside}
+
+    @property
+    def all(self) -> list[ShardManifest]:
+        return [self.train, *self.held.values()]
 
 
 def shards_folder(storage: Folder, key: str) -> Folder:
@@ -162,12 +173,14 @@ def other_manifests(storage: Folder, key: str) -> Iterator[tuple[Folder, ShardMa
 def check_labels(shards: Shards) -> None:
     """Refuse evaluation rows whose label training never saw. Raises DataError."""
     task, shown = load_task(shards.train.task), shards.train.labels
-    unseen = {label: count for label, count in shards.eval.labels.items() if not task.knows(label, shown)}
-    if unseen:
+    for split in shards.held.values():
+        unseen = {label: count for label, count in split.labels.items() if not task.knows(label, shown)}
+        if not unseen:
+            continue
         listed = ", ".join(f"{label!r} ({count} rows)" for label, count in list(unseen.items())[:10])
         known = ", ".join(repr(label) for label in list(shards.train.labels)[:10])
         raise DataError(
-            f"labels in data.eval that data.train never shows: {listed}. Known: {known}. "
+            f"labels in data.{split.split} that data.train never shows: {listed}. Known: {known}. "
             "Correct the labels, remove those rows, or add training rows with them"
         )
 

@@ -26,6 +26,7 @@ from trainers.tasks.losses import IGNORE as IGNORE
 from trainers.tasks.losses import TokenScores as TokenScores
 from trainers.tasks.losses import cross_entropy_sum
 from trainers.tasks.losses.router import with_router_loss
+from trainers.tasks.metrics.own import own_value
 from trainers.tasks.options import DEFAULTS, TaskOptions, task_options
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.token_arrays import EncodedBatch, insert_rows
@@ -198,16 +199,19 @@ class Task(ABC):
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """Metrics over the documents that `score` saw, in any order."""
 
+    def measure(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
+        """`metrics`, and those that the job brings."""
+        own = {name: self.metric_value(name, row_scores) for name in self.options.metrics}
+        return {**self.metrics(row_scores), **own}
+
     def metric_value(self, name: str, row_scores: Mapping[str, Array]) -> float:
-        """One of `metrics` alone, for callers that need it a thousand times; nan where rows leave it undefined."""
+        """One of `measure` alone, for callers that need it a thousand times; nan where rows leave it undefined."""
+        if name in self.options.metrics:
+            return own_value(name, self.options, self.labels, row_scores)
         return self.metrics(row_scores).get(name, math.nan)
 
     def guesses(self, row_scores: Mapping[str, Array], seed: int) -> dict[str, dict[str, Array]]:
-        """Row scores of answers that need no reading, by what they are; none where the pretrained model is the measure.
-
-        Args:
-            seed: of guesses that are drawn.
-        """
+        """Row scores of answers that need no reading, by what they are."""
         return {}
 
     def notes(self) -> dict[str, str]:
@@ -269,8 +273,14 @@ class Task(ABC):
     def head_class(self, config: Any) -> str:
         return self.auto_class
 
+    @property
+    def metrics_named(self) -> tuple[str, ...]:
+        """Metrics that a job may choose by."""
+        return (*self.metrics_known, *self.options.metrics)
+
     def better_mode(self, metric: str) -> str:
-        return "min" if metric in self.smaller_is_better else "max"
+        own = self.options.metrics.get(metric)
+        return own.better if own else "min" if metric in self.smaller_is_better else "max"
 
 
 def encode_rows(

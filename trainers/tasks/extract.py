@@ -17,6 +17,7 @@ from trainers.records import Array
 from trainers.tasks.base import Batch, EncodeRules, Example, Task
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.metrics.guesses import guess_no_answer
+from trainers.tasks.metrics.own import truth_column
 from trainers.tasks.metrics.spans import best_span, merge_windows, span_metrics
 from trainers.tasks.metrics.squad import score_v1, score_v2
 from trainers.tasks.options import TaskOptions
@@ -88,7 +89,8 @@ class Extract(Task):
         lines = [_score_window(row, scores) for row, scores in zip(batch.documents, logits.numpy(), strict=True)]
         columns = {name: [line[name] for line in lines] for name in lines[0]}
         spans = np.array(columns.pop("span"), dtype=object)
-        return {"loss_sum": losses, **{name: np.array(values) for name, values in columns.items()}, "span": spans}
+        truth = truth_column(self.options, [row.extra["answers"] for row in batch.documents])
+        return {"loss_sum": losses, **{name: np.array(one) for name, one in columns.items()}, "span": spans, **truth}
 
     def merge(self, rows: Array, row_scores: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         return merge_windows(rows, row_scores)

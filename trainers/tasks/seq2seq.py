@@ -32,6 +32,7 @@ from trainers.tasks.metrics.generated_text import (
     translation_counts,
     translation_metrics,
 )
+from trainers.tasks.metrics.own import truth_column
 from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, pad_right, places
 from trainers.tokenizer.encoder import Encoder
@@ -121,7 +122,12 @@ class Seq2Seq(Task):
         seed = (self.options.seed, min(row.index for row in rows))
         said = [text.strip() for text in generate_texts(model, prompts, self._tokenizer, pad_id, settings, seed)]
         counts = translation_counts(said, wanted, self.options.bleu_tokenize)
-        return {**counts, **overlap_scores(said, wanted), "said": np.array(said, dtype=object)}
+        return {
+            **counts,
+            **overlap_scores(said, wanted),
+            "said": np.array(said, dtype=object),
+            **truth_column(self.options, wanted),
+        }
 
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         metrics = token_metrics(row_scores)

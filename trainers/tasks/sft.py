@@ -22,6 +22,7 @@ from trainers.tasks.chat.turns import join_renderings, only_turns, render_each
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.generation import generate_texts
 from trainers.tasks.metrics.generated_text import overlap_metrics, overlap_scores
+from trainers.tasks.metrics.own import truth_column
 from trainers.tasks.options import TaskOptions
 from trainers.tokenizer.encoder import Encoder
 from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, insert_rows, starts_of
@@ -104,7 +105,11 @@ class Sft(CausalTask):
         wanted = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         seed = (self.options.seed, min(row.index for row in rows))
         said = [text.strip() for text in generate_texts(model, prompts, self._tokenizer, pad_id, settings, seed)]
-        return {**overlap_scores(said, wanted), "said": np.array(said, dtype=object)}
+        return {
+            **overlap_scores(said, wanted),
+            "said": np.array(said, dtype=object),
+            **truth_column(self.options, wanted),
+        }
 
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         return {**token_metrics(row_scores), **(overlap_metrics(row_scores) if "rougeL" in row_scores else {})}

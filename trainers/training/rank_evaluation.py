@@ -16,13 +16,13 @@ from typing import Any
 from trainers.architecture import plain_model
 from trainers.checkpoint.export import trained_generation
 from trainers.checkpoint.slices import full_weight
-from trainers.evaluation.evaluate import EvaluationBatches, RowScores, keep_scores, plan_evaluation
+from trainers.evaluation.evaluate import SetBatches, SetScores, done_evaluation, keep_scores, plan_sets
 from trainers.model.lora import merged_adapters
 from trainers.model.world import World
 from trainers.model.zero_passes import beside_training
 from trainers.patience import retrying
 from trainers.records import StopReason
-from trainers.run.folder import Evaluation, evaluation_event, failed_evaluation, read_evaluations, write_evaluation
+from trainers.run.folder import evaluation_event, failed_evaluation, read_evaluations, write_evaluation
 from trainers.run.record import Run
 from trainers.tasks import Task
 from trainers.tokenizer.encoder import Encoder
@@ -46,12 +46,11 @@ class RankEvaluation:
     saver: Saver
     resumed: int
     """The step this launch began with, whose checkpoint is committed."""
-    _batches: EvaluationBatches = field(init=False)
+    _batches: SetBatches = field(init=False)
     _done: set[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        shards = self.run.open_shards("eval", self.task)
-        self._batches = plan_evaluation(self.run.job, self.task, shards, self.encoder.pad_id)
+        self._batches = plan_sets(self.run.job, self.task, self.run.open_held(self.task), self.encoder)
         known = read_evaluations(self.run.folder, self.run.shards.eval.key) if self.world.rank == 0 else []
         self._done = {record.step for record in known if record.status == "done"}
 
@@ -71,9 +70,9 @@ class RankEvaluation:
         if self.world.rank == 0 and step in (self.resumed, self.saver.committed):
             self._keep(step, shares, time.perf_counter() - began)
 
-    def _score_share(self, step: int) -> RowScores | None:
+    def _score_share(self, step: int) -> SetScores | None:
         """This rank's scores; None where the ranks were asked to leave."""
-        found, last, size = RowScores([], []), len(self._batches) - 1, self.world.size
+        found, last, size = self._batches.nothing(), len(self._batches) - 1, self.world.size
         with evaluated(self.engine, self.run.job.model.lora) as model:
             if step:
                 self._generate_as_exported(model)
@@ -83,9 +82,9 @@ class RankEvaluation:
                 reason = self.hooks.stop_reason()
                 if agree_to_stop(reason if reason in LEAVING else None, self.world):
                     return None
-                scored = self._batches.score(min(number, last), model, self.world.device)
+                name, rows, numbers = self._batches.score(min(number, last), model, self.world.device)
                 if number <= last:
-                    found.add(*scored)
+                    found[name].add(rows, numbers)
         return found
 
     def _generate_as_exported(self, model: Any) -> None:
@@ -95,15 +94,13 @@ class RankEvaluation:
         if settings is not None:
             plain.generation_config = settings
 
-    def _keep(self, step: int, shares: list[RowScores], seconds: float) -> None:
+    def _keep(self, step: int, shares: list[SetScores], seconds: float) -> None:
         """Commit the record, on rank 0; whatever the metrics raise belongs into it."""
         key = self.run.shards.eval.key
         try:
             keep = partial(keep_scores, self.run, self.task, step, shares)
-            metrics, notes, rows = retrying(keep, f"writing the scores of step {step}")
-            record = Evaluation(
-                step=step, status="done", metrics=metrics, notes=notes, eval_key=key, rows=rows, seconds=seconds
-            )
+            measured = retrying(keep, f"writing the scores of step {step}")
+            record = done_evaluation(step, key, measured, seconds)
         except Exception as error:
             record = failed_evaluation(step, key, error)
         write_evaluation(self.run.folder, record)

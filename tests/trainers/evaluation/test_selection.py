@@ -40,6 +40,22 @@ def test_a_value_that_is_not_finite_never_uses_up_patience() -> None:
     assert out_of_patience([*records, measured(50, 0.4), measured(60, 0.3)], "f1", "max", 2)
 
 
+def guarded(step: int, value: float, **margins: float) -> Evaluation:
+    return measured(step, value).model_copy(update={"guards": margins})
+
+
+def test_a_checkpoint_that_misses_a_guard_is_never_best_and_says_by_how_much() -> None:
+    records = [guarded(10, 0.9, loss=-0.25), guarded(20, 0.5, loss=0.0), guarded(30, 0.6, other=NAN)]
+    assert select(records, "f1", "max").step == 20
+    with pytest.raises(EvaluationError, match=r"its loss 1 misses the guard by 0.25.*step 30: it has no other"):
+        select(records[::2], "f1", "max")
+
+
+def test_a_checkpoint_that_misses_a_guard_uses_up_patience() -> None:
+    records = [guarded(10, 0.5, loss=1.0), guarded(20, 0.9, loss=-1.0), guarded(30, 0.9, loss=-1.0)]
+    assert out_of_patience(records, "f1", "max", 2) and not out_of_patience(records, "f1", "max", 3)
+
+
 OPERATIONS = ("commit", "start", "end", "fail", "kill", "quarantine", "prune", "baseline")
 VALUES = (NAN, INF, -INF, None, 0.0, 0.25, 0.5, 1.0)
 

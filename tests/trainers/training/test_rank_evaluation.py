@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.evaluation.task import evaluate_step
 from tests.ranks import run_ranks
-from tests.tiny import make_llama, shard_locally, tiny_job
+from tests.tiny import make_llama, shard_locally, tiny_job, write_rows
 from tests.trainers.tasks import small
 from tests.trainers.training.test_training import Recorder, with_
 from trainers.job.schema import Job
@@ -71,16 +71,23 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     talker = make_llama(folder / "talker" / "model", small.chat_tokenizer(folder / "talker" / "words"))
 
     def job(task: str, model: Path, rows: list[dict[str, Any]], train: Any = None, **sections: Any) -> Job:
-        train = {"verify": False, **(train or {})}
-        made: Job = tiny_job(folder / task, model, task, rows, evaluate=EVALUATE, train=train, **sections)
+        given = {"evaluate": EVALUATE, "train": {"verify": False, **(train or {})}, **sections}
+        made: Job = tiny_job(folder / task, model, task, rows, **given)
         shard_locally(made)
         return made
 
+    own = folder / "own.py"
+    own.write_text("def wrong(labels, predictions, texts):\n    return sum(map(str.__ne__, labels, predictions))\n")
+    counted = EVALUATE | {"metrics": {"wrong": {"function": f"{own}:wrong", "better": "min"}}, "metric": "wrong"}
+    counted |= {"guards": {"wrong@beside": 3.0, "accuracy": 0.0}}
+
     words = [{"text": row["source"], "label": row["source"][:3]} for row in small.echo_rows(ROWS)]
+    beside = {"data": {"eval_sets": {"beside": [str(write_rows(folder / "beside.jsonl", words[:7]))]}}}
     sft = job("sft", talker, small.verdict_rows(ROWS))
     sft = with_(sft, evaluate={"generate": GenerateSection(max_new_tokens=6)})
     return {
         "frozen": with_(job("classify", encoder, words), model={"freeze": ("bert.embeddings.*",)}),
+        "sets": job("classify", encoder, words, evaluate=counted, **beside),
         "sft": sft,
         "sft zero0": with_(sft, train={"deepspeed": "zero0"}),
         "adapters bf16": with_(sft, model={"lora": LoraSection(rank=2), "dtype": "bfloat16"}),
@@ -113,7 +120,7 @@ def test_an_evaluation_that_was_left_is_made_once_at_the_next_start(
         assert one.model_copy(update={"seconds": 0.0}) == other.model_copy(update={"seconds": 0.0})
 
 
-NAMES = ("frozen", "sft", "sft zero0", "adapters bf16", "T5", "cosine")
+NAMES = ("frozen", "sets", "sft", "sft zero0", "adapters bf16", "T5", "cosine")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,10 +130,25 @@ def test_the_numbers_are_those_of_an_evaluation_beside_the_training(trained: dic
     assert [record.step for record in records] == ([3, 6] if run.load_task().new_head else [0, 3, 6])
     for record in records:
         assert record.status == "done", record.error
-        before = read_row_scores(run.folder, record.step)
+        before = {held: read_row_scores(run.folder, record.step, held) for held in run.shards.held}
         again = evaluate_step(run, record.step)
-        after = read_row_scores(run.folder, record.step)
-        assert before.keys() == after.keys()
-        for column in before:
-            assert np.array_equal(before[column], after[column]), (record.step, column, before[column], after[column])
-        assert record.metrics == again.metrics and record.notes == again.notes and record.rows == again.rows
+        for held, numbers in before.items():
+            after = read_row_scores(run.folder, record.step, held)
+            assert numbers.keys() == after.keys()
+            for column, values in numbers.items():
+                assert np.array_equal(values, after[column]), (record.step, held, column, values, after[column])
+        assert record.model_copy(update={"seconds": 0.0}) == again.model_copy(update={"seconds": 0.0})
+
+
+def test_every_set_and_a_metric_of_the_jobs_own_are_measured(trained: dict[str, Job]) -> None:
+    run = run_of(trained["sets"], "sets")
+    for record in read_evaluations(run.folder):
+        assert record.rows == 17 + 7
+        for at, held, rows in (("", "", 17), ("@beside", "beside", 7)):
+            numbers = read_row_scores(run.folder, record.step, held)
+            wrong = int((numbers["label"] != numbers["prediction"]).sum())
+            assert len(numbers["label"]) == rows and all(isinstance(text, str) for text in numbers["text"])
+            assert record.metrics[f"wrong{at}"] == wrong
+            assert record.metrics[f"accuracy{at}"] == pytest.approx(1 - wrong / rows)
+        limits = {"wrong@beside": 3 - record.metrics["wrong@beside"], "accuracy": record.metrics["accuracy"]}
+        assert record.guards == limits
