@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 
 from orchestrator.evaluation.pool import EvaluationPool
-from orchestrator.evaluation.task import export_step
+from orchestrator.evaluation.task import export_step, harness_task
 from orchestrator.planning.preflight import check_job, check_run_storage
 from orchestrator.ray_session import check_placement
 from orchestrator.registry import register as registry
@@ -26,7 +26,8 @@ from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
 from orchestrator.training import controller
 from trainers.checkpoint.export import PROVENANCE
-from trainers.evaluation.selection import select
+from trainers.evaluation.harness import is_measured
+from trainers.evaluation.selection import find_best, select
 from trainers.job.load import load_job
 from trainers.run.describe import describe
 from trainers.run.events import Event, GoodputEvent, StepEvent
@@ -101,7 +102,18 @@ def train(session: RunSession, stop: Callable[[], AbstractContextManager[Asked]]
             said = describe(evaluation_event(record), session.metric[0]) or ""
             session.screen.advance("evaluate", done, total, said.removeprefix("evaluation of "))
             pool.prune()
-    return TrainOutcome(pool.records)
+        evaluations = ask_harness(session, pool.records, gpus)
+    return TrainOutcome(evaluations)
+
+
+def ask_harness(session: RunSession, evaluations: list[Evaluation], gpus: int) -> list[Evaluation]:
+    """Put the job's lm-eval tasks, if it names any, to the best checkpoint."""
+    job, best = session.run.job, find_best(evaluations, *session.metric)
+    if not job.evaluate.lm_eval or best is None or is_measured(job, best.metrics):
+        return evaluations
+    session.screen.say(f"lm-eval: {', '.join(job.evaluate.lm_eval)} on step {best.step}")
+    asked = ray.get(harness_task(session.run, gpus).remote(session.run, best))
+    return [asked if one.step == best.step else one for one in evaluations]
 
 
 def register(session: RunSession, best: Evaluation) -> RegisteredVersion:

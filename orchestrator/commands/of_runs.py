@@ -26,13 +26,17 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Show so many of the costliest rows of the best or given step."),
     ] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option("--lm-eval", help="Put this task of lm-eval, a name or a YAML file, to the best or given step."),
+    ] = None,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate committed checkpoints again, or a model folder; or show where a checkpoint is most wrong."""
     from rich.console import Console
 
-    from orchestrator.commands.past_run import evaluate_folder, evaluate_steps, worst_rows
+    from orchestrator.commands.past_run import ask_tasks, evaluate_folder, evaluate_steps, worst_rows
     from orchestrator.terminal.progress import Screen
     from orchestrator.terminal.table import show_evaluations, show_rows
     from trainers.tasks import choose_metric
@@ -44,7 +48,11 @@ def evaluate(
         rows = [view.model_dump() for view in views]
         print_json(rows) if as_json else show_rows(f"costliest evaluation rows of step {chosen}", rows)
         return
-    records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, screen)
+    if lm_eval:
+        tasks = [str(Path(task).absolute()) if task.endswith(".yaml") else task for task in lm_eval]
+        records = ask_tasks(job, tasks, step, address, screen)
+    else:
+        records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, screen)
     if as_json:
         print_json([record.model_dump(mode="json") for record in records])
     else:
@@ -68,11 +76,14 @@ def predict(
     overrides: Overrides = None,
     storage: Storage = "runs",
     uri: Annotated[str | None, typer.Option(help="MLflow tracking server.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that share the rows; 0: as many as have room.")] = 1,
+    address: Address = None,
 ) -> None:
     """Write what a trained model says to each row of a data set; labels are not needed."""
     from orchestrator.commands.predict import find_model, predict_file
 
-    count = predict_file(find_model(model, storage, step, uri, list(overrides or ())), data, out)
+    found = find_model(model, storage, step, uri, list(overrides or ()))
+    count = predict_file(found, data, out, workers, address)
     if out:
         print(f"wrote {count:,} predictions to {out}")
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orchestrator.evaluation.task import evaluation_task
+from orchestrator.evaluation.task import evaluation_task, harness_task
 from orchestrator.planning.preflight import check_job
 from orchestrator.ray_session import gpus_per_worker, ray_session
 from orchestrator.terminal.progress import Screen
@@ -10,6 +10,7 @@ from trainers.checkpoint.export import export_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import JobError
 from trainers.evaluation.evaluate import evaluate_model
+from trainers.evaluation.harness import check_harness
 from trainers.evaluation.row_views import RowView, costliest_rows
 from trainers.evaluation.selection import find_best
 from trainers.job.schema import Job
@@ -44,6 +45,23 @@ def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Scre
             records.append(ray.get(reference))
             screen.advance("evaluate", done, len(waiting), f"step {records[-1].step}")
     return records
+
+
+def ask_tasks(job: Job, tasks: list[str], step: int | None, address: str | None, screen: Screen) -> list[Evaluation]:
+    """Put lm-eval tasks to a step, by default the best; its record holds the metrics from then on."""
+    evaluate = job.evaluate.model_copy(update={"lm_eval": tuple(tasks)})
+    job = job.model_copy(update={"evaluate": evaluate})
+    check_harness(job)
+    run = find_run(job)
+    known = {one.step: one for one in read_evaluations(run.folder, run.shards.eval.key) if one.status == "done"}
+    if step is None:
+        best = find_best(list(known.values()), *choose_metric(job))
+        step = best.step if best else best_step(run.folder, run.checkpoints)
+    if step not in known:
+        known |= {one.step: one for one in evaluate_steps(job, step, address, screen)}
+    with ray_session(address) as ray:
+        gpus = gpus_per_worker(job.scale, ray.cluster_resources())
+        return [ray.get(harness_task(run, gpus).remote(run, known[step]))]
 
 
 def worst_rows(job: Job, step: int | None, most: int, address: str | None, screen: Screen) -> tuple[int, list[RowView]]:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from orchestrator.commands.find_run import JOB_FILE, find_job
 from orchestrator.commands.past_run import best_step, shards_of
+from orchestrator.evaluation.predictions import predict_on_workers
 from orchestrator.registry.manage import pick_version
 from orchestrator.registry.mlflow_client import registry_uri
 from trainers.checkpoint.export import export_checkpoint
@@ -26,8 +27,6 @@ from trainers.run.record import job_task
 from trainers.sources.files import find_sources
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.storage import Folder
-from trainers.tasks import load_task
-from trainers.tasks.options import task_options
 
 ROWS_A_GROUP = 10_000
 """Rows in a row group of a Parquet file."""
@@ -78,21 +77,25 @@ def _export(job: Job, run: Folder, step: int | None) -> str:
     return str(out.path)
 
 
-def predict_file(model: Model, data: list[str], out: str | None) -> int:
+def predict_file(model: Model, data: list[str], out: str | None, workers: int = 1, address: str | None = None) -> int:
     """Predict every row of the data and write one record a row, in order. Returns their number.
 
     Args:
         data: paths, globs or folders, in any format that training reads.
         out: a .jsonl or .parquet file, which appears when it is whole; None prints lines of JSON.
+        workers: processes that share the rows; 0: as many as the cluster has room for.
+        address: of the cluster.
 
     Raises:
         JobError: for data that is not there, or another kind of output.
     """
     if out is not None and Path(out).suffix not in (".jsonl", ".parquet"):
         raise JobError(f"--out {out}: name a file that ends in .jsonl or .parquet")
-    task = load_task(model.job.task, task_options(model.job))
     read, shown = tee(_rows(model.job, [str(Path(one).absolute()) if "://" not in one else one for one in data]))
-    predictions = predict(model.job, task, model.path, read)
+    if workers == 1:
+        predictions = predict(model.job, model.path, read)
+    else:
+        predictions = predict_on_workers(model.job, model.path, read, workers, address)
     records = ({**(row or {}), **said} for row, said in zip(shown, predictions, strict=True))
     if out is None:
         return _write_lines(records, None)

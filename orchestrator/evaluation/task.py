@@ -17,6 +17,7 @@ from trainers.evaluation.evaluate import (
     keep_scores,
     score_batches,
 )
+from trainers.evaluation.harness import harness_metrics
 from trainers.evaluation.warm import keep_warm, open_warm
 from trainers.model.world import hide_gpus
 from trainers.run.folder import Evaluation, failed_evaluation, step_name, write_evaluation
@@ -75,6 +76,20 @@ def _measure(run: Run, step: int, gpus: int) -> Measured:
     task = run.load_task()
     path = str(export_step(run, step).path) if step else run.model.path
     return keep_scores(run, task, step, _score_all(run, path, gpus))
+
+
+def harness_task(run: Run, gpus: int) -> Any:
+    """`ask_harness` as a Ray task."""
+    return _with_resources(run, gpus, ask_harness)
+
+
+def ask_harness(run: Run, record: Evaluation) -> Evaluation:
+    """Add the metrics of the job's lm-eval tasks to an evaluation, and commit it. Raises EvaluationError."""
+    metrics, notes = harness_metrics(run.job, str(export_step(run, record.step).path))
+    more = {"metrics": {**record.metrics, **metrics}, "notes": {**record.notes, **notes}}
+    record = record.model_copy(update=more)
+    write_evaluation(run.folder, record)
+    return record
 
 
 def export_step(run: Run, step: int) -> Folder:

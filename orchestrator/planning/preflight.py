@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.registry.mlflow_client import registry_uri
 from trainers.batching.batch_plan import plan_batches
 from trainers.errors import JobError
+from trainers.evaluation.harness import check_harness
 from trainers.job.schema import Job
 from trainers.model.choice import choose, settle
 from trainers.model.deepspeed_config import derive_config
@@ -61,6 +62,7 @@ def check_job(job: Job, weights: bool = True) -> CheckedJob:
         check(Folder(job.checkpoint.storage).check_writable)
     check(lambda: choose_metric(job))
     check(lambda: check_measures(job))
+    check(lambda: check_harness(job))
     check(lambda: check_registry(job))
     check(lambda: check_batches(job))
     sources: Sources | None = check(lambda: find_data(job))

@@ -19,7 +19,7 @@ from trainers.job.schema import Job
 from trainers.job.sections import GenerateSection
 from trainers.model.engine import load_options
 from trainers.model.world import pick_device
-from trainers.tasks import EncodeRules, Task, encode_rows, encode_rules
+from trainers.tasks import EncodeRules, Task, encode_rows, encode_rules, load_task, task_options
 from trainers.tasks.base import Batch, Example
 from trainers.tasks.generation import generate_texts
 from trainers.tasks.metrics.classes import THRESHOLD
@@ -37,24 +37,43 @@ ROWS_AT_ONCE = 1000
 """Rows that are sorted by length together; memory holds only these."""
 
 
-def predict(job: Job, task: Task, model_path: str, rows: Iterable[Fields | None]) -> Iterator[Prediction]:
+def predict(job: Job, model_path: str, rows: Iterable[Fields | None]) -> Iterator[Prediction]:
     """One record a row, in order: `prediction` and what goes with it, or `error`.
 
     Args:
         job: how rows become sequences, the model's dtype, the settings of generation.
-        task: its labels become those that the model was trained on.
         model_path: a Hugging Face folder with this task's head.
         rows: the task's fields of each; None for a malformed row.
     """
-    encoder = load_encoder(model_path, job.model.trust_remote_code)
-    device = pick_device(job.scale.gpus_per_worker, job.scale.cpus_per_worker)
-    if task.has_labels:
-        task.labels = _labels(model_path, job.model.trust_remote_code)
-    task.prepare(encoder)
-    model: Any = task.load_model(model_path, pad_id=encoder.pad_id, **load_options(job)).to(device).eval()
+    predictor = Predictor(job, model_path)
+    for chunk in chunks(rows):
+        yield from predictor.say(chunk)
+
+
+def chunks(rows: Iterable[Fields | None]) -> Iterator[list[Fields | None]]:
+    """Rows that are looked at together."""
     remaining = iter(rows)
     while chunk := list(islice(remaining, ROWS_AT_ONCE)):
-        yield from _predict_chunk(job, task, model, encoder, chunk, device)
+        yield chunk
+
+
+class Predictor:
+    """A model that says something to rows."""
+
+    def __init__(self, job: Job, model_path: str) -> None:
+        self._job, self._task = job, load_task(job.task, task_options(job))
+        self._encoder = load_encoder(model_path, job.model.trust_remote_code)
+        self._device = pick_device(job.scale.gpus_per_worker, job.scale.cpus_per_worker)
+        if self._task.has_labels:
+            self._task.labels = _labels(model_path, job.model.trust_remote_code)
+        self._task.prepare(self._encoder)
+        options = load_options(job)
+        model: Any = self._task.load_model(model_path, pad_id=self._encoder.pad_id, **options)
+        self._model = model.to(self._device).eval()
+
+    def say(self, rows: Sequence[Fields | None]) -> Iterator[Prediction]:
+        """One record a row of a chunk."""
+        return _predict_chunk(self._job, self._task, self._model, self._encoder, rows, self._device)
 
 
 def _labels(model_path: str, trust_remote_code: bool) -> tuple[str, ...]:

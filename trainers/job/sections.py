@@ -166,6 +166,13 @@ class EvaluateSection(EvaluateOptions):
     workers: Annotated[int, Field(ge=1)] = 1
     """Processes that share an evaluation, each with the whole model and a part of the rows; metrics stay the same."""
     early_stopping: EarlyStopping | None = None
+    lm_eval: Annotated[
+        tuple[Annotated[str, path_if(lambda value, base: value.endswith(".yaml"))], ...],
+        Field(strict=False),
+        LISTED,
+    ] = ()
+    """Tasks of lm-eval, by name or as the YAML file of one, that the best checkpoint of a causal model is asked before
+    it is registered: METRIC@TASK."""
 
 
 MOST_NAME = 256

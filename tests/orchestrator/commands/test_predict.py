@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.evaluation import predictions
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.register import register
-from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
+from tests.tiny import film_rows, make_bert, shard_locally, tiny_job, write_rows
 from trainers.errors import JobError
 from trainers.run.folder import Evaluation
 from trainers.run.record import Run, find_run
@@ -83,3 +85,28 @@ def test_what_cannot_be_used_is_named(run: Run, tmp_path: Path, tiny_tokenizer: 
         call(str(tmp_path / "elsewhere"), dev)
     with pytest.raises(JobError, match="no such file"):
         call(f"{run.folder}/export/step-00000003", str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.cluster
+def test_several_workers_write_the_bytes_of_one_though_one_is_killed(
+    run: Run, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"the film is {'very ' * (number % 7)}good {number}"} for number in range(2321)]
+    data, model = str(write_rows(tmp_path / "rows.jsonl", rows)), f"{run.folder}/export/step-00000003"
+    once = tmp_path / "once"
+
+    class Dies(predictions.Worker):
+        """The first of all dies with its second chunk."""
+
+        def say(self, chunk: Any) -> Any:
+            self.chunks = getattr(self, "chunks", 0) + 1
+            if self.chunks == 2 and not once.exists():
+                once.touch()
+                os._exit(9)
+            return super().say(chunk)
+
+    assert "wrote 2,321" in call(model, data, "-o", str(tmp_path / "one.jsonl"))
+    monkeypatch.setattr(predictions, "Worker", Dies)
+    assert "wrote 2,321" in call(model, data, "-o", str(tmp_path / "two.jsonl"), "--workers", "2")
+    assert once.exists()
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()

@@ -14,8 +14,6 @@ from trainers.evaluation.row_views import costliest_rows, generations
 from trainers.run.record import Run, find_run
 from trainers.run.row_scores import write_row_scores
 from trainers.storage import Folder
-from trainers.tasks import load_task
-from trainers.tasks.options import task_options
 
 NAMES = ("classify causal", "several", "tag", "extract", "extract v2", "regression", "cosine", "T5", "sft",
          "seq2seq causal", "pretrain", "mlm")  # fmt: skip
@@ -42,7 +40,7 @@ def test_predictions_are_what_the_evaluation_scored(jobs: dict[str, Any], tmp_pa
     bare = [{field: value for field, value in row.items() if field not in TARGETS} for row in rows]
     if name == "sft":
         bare = [{"messages": row["messages"][:-1]} for row in rows]
-    said = list(predict(run.job, load_task(run.job.task, task_options(run.job)), model, bare))
+    said = list(predict(run.job, model, bare))
     assert len(said) == len(rows) == len(known["loss_sum"]) and not [one for one in said if "error" in one]
     told = [one.get("prediction") for one in said]
     if name == "classify causal":
@@ -91,8 +89,7 @@ def test_the_costliest_rows_are_told_as_they_stand_in_the_data(jobs: dict[str, A
 def test_a_row_that_cannot_be_used_says_why_in_its_place(jobs: dict[str, Any], tmp_path: Path) -> None:
     run = find_run(jobs["classify causal"])
     model = str(with_head(run, tmp_path / "model"))
-    task = load_task("classify", task_options(run.job))
-    said = list(predict(run.job, task, model, [{"text": "dog"}, None, {"text": 3}, {}, {"text": "cat"}]))
+    said = list(predict(run.job, model, [{"text": "dog"}, None, {"text": 3}, {}, {"text": "cat"}]))
     assert [one.get("error") for one in said] == [None, "malformed", "text_not_a_string", "missing_text", None]
 
 
@@ -118,6 +115,6 @@ def test_a_conversation_that_is_trained_turn_by_turn_is_asked_for_its_last_answe
     def said(each_turn: bool) -> list[Any]:
         data = {"chat_template": HIDING, "each_turn": each_turn, "max_length": 256}
         job = run.job.model_copy(update={"data": run.job.data.model_copy(update=data)})
-        return list(predict(job, load_task("sft", task_options(job)), model, [row]))
+        return list(predict(job, model, [row]))
 
     assert said(each_turn=True) == said(each_turn=False) and "error" not in said(each_turn=True)[0]

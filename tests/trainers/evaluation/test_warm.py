@@ -59,7 +59,7 @@ def test_a_folder_that_does_not_fit_is_loaded_anew_and_changes_nothing(jobs: dic
     (file,) = changed(run, tmp_path / "b", 1).glob("*.safetensors")
     weights = load_file(file)
     name = min(weights)
-    for other in ({**weights, "more": weights[name]}, {k: v for k, v in weights.items() if k != name},
+    for other in ({**weights, "more": weights[name].clone()}, {k: v for k, v in weights.items() if k != name},
                   {**weights, name: weights[name][:1].clone()}):  # fmt: skip
         save_file(other, file, {"format": "pt"})
         assert not warm.swap_weights(model, file.parent)

@@ -54,5 +54,5 @@ def test_evaluation_prediction_and_self_tests_stay_on_the_cpu(job: Job) -> None:
     task = run.load_task()
     rows, _ = evaluate_model(job, task, run.model.path, run.open_shards("eval", task))
     assert len(rows) == 4
-    assert len(list(predict(job, run.load_task(), run.model.path, [{"text": "the film"}]))) == 1
+    assert len(list(predict(job, run.model.path, [{"text": "the film"}]))) == 1
     assert not [check.detail for check in verify_job(job, prepare_model(job)).checks if check.error]
