@@ -12,7 +12,7 @@ from orchestrator.registry.lineage import resolved_yaml
 from orchestrator.report.details import Details
 from orchestrator.report.plots import draw_curves
 from orchestrator.report.table import Table, text
-from orchestrator.report.tables import classes, evaluation_table, ledger_table, profile_table, stage_table
+from orchestrator.report.tables import classes, evaluation_table, ledger_table, profile_table, time_table
 from trainers.credentials import hide_credentials
 from trainers.errors import EvaluationError
 from trainers.evaluation.row_views import RowView
@@ -81,7 +81,7 @@ def render_report(
         example=_example(details.example),
         loading=_loading(job, result),
         ledger=ledger_table(shards.all) if shards else None,
-        stages=stage_table(result.seconds),
+        stages=time_table(result.accounting or result.seconds),
         profile=profile_table(events),
         origin=[(name, value) for name, value in origin.items() if name not in folded],
         folded=[(name, value) for name, value in origin.items() if name in folded],

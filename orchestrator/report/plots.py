@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.report.details import Details
 from trainers.run.events import Event, StartEvent, StepEvent, steps_of
 from trainers.run.folder import Evaluation
+from trainers.tasks import SET
 
 SIZE_INCHES = (5.4, 2.7)
 MOST_POINTS = 1500
@@ -71,6 +72,7 @@ def draw_curves(
             _single(steps, "learning_rate", "Learning rate", restarts, smooth=False),
             _single(steps, "grad_norm", "Gradient norm", restarts, smooth=True),
             _single(steps, "tokens_per_s", "Tokens per second", restarts, smooth=True),
+            _single(steps, "memory_gib", "Peak memory of the first rank, GiB", restarts, smooth=False),
         ]
     return [svg for svg in drawn if svg]
 
@@ -122,7 +124,10 @@ def _deciding(
     figure, axes = _axes(metric, restarts)
     bounded = metric not in UNBOUNDED
     names = {
-        name for one in evaluations for name in one.metrics if "/" not in name and name not in (metric, *UNBOUNDED)
+        name
+        for one in evaluations
+        for name in one.metrics
+        if "/" not in name and name != metric and name.partition(SET)[0] not in UNBOUNDED
     }
     for number, name in enumerate(sorted(names) if bounded else ()):
         line = LINES[number % len(LINES)]

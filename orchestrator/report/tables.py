@@ -52,7 +52,8 @@ def evaluation_table(
     told = {f"95 % of the best, {end}": {name: pair[place] for name, pair in intervals.items()}
             for place, end in enumerate(("from", "to") if intervals else ())}  # fmt: skip
     for name, values in {**told, **baselines}.items():
-        rows.append((None, *map(values.get, shown), *(() if most else (None, None)), name))
+        cells = tuple(map(values.get, shown))  # a page may be too narrow for its last column
+        rows.append((None, *cells, name) if most else (name, *cells, None, None, ""))
         kinds.append("")
     return Table(f"evaluations, by {metric}", ("step", *shown, *(() if most else ("rows", "seconds")), ""), rows, kinds)
 
@@ -133,7 +134,11 @@ def classes(label: Array, prediction: Array, names: Sequence[str]) -> dict[str, 
     }
 
 
-def stage_table(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
-    """Stage, wall time, and its share of the longest in percent."""
+def time_table(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """What took time, how much, and its share of the longest in percent."""
     longest = max(seconds.values(), default=0.0) or 1.0
-    return [(name, f"{value:.1f} s", round(100 * value / longest, 1)) for name, value in seconds.items()]
+    return [
+        (name.replace("_", " "), f"{value:.1f} s", round(100 * value / longest, 1))
+        for name, value in seconds.items()
+        if value >= 0.05
+    ]

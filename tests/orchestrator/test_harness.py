@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on the best checkpoint: metrics reach record, table and registry; offline, with a task of our own."""
+"""Tasks of lm-eval on the best checkpoint: metrics reach record, table and registry; offline, with our own task."""
 
 from pathlib import Path
 from typing import Any

@@ -37,4 +37,6 @@ def test_intervals_and_baselines_stand_below_the_steps():
     majority = np.bincount(numbers["label"]).max() / 60
     assert state["the majority class"][place] == pytest.approx(majority)
     assert len({len(row) for row in table.rows}) == 1
-    assert len({len(row) for row in evaluation_table(done, "accuracy", 5, None, intervals, guesses).rows}) == 1
+    whole = evaluation_table(done, "accuracy", 5, None, intervals, guesses)
+    assert len({len(row) for row in whole.rows}) == 1
+    assert [row[0] for row in whole.rows[1:]] == [row[-1] for row in table.rows[1:]]  # a narrow page shows the first
