@@ -1,6 +1,6 @@
 """A small evaluation by a warm evaluator, which swaps weights, and by a fresh process: wall and CPU seconds.
 
-    python tests/benchmarks/bench_evaluator.py [--rows 200] [--times 5]
+    python -m tests.benchmarks.bench_evaluator [--rows 200] [--times 5]
 
 Both score the same two exports in turn, interleaved in one run; medians.
 """
