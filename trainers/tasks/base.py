@@ -201,8 +201,7 @@ class Task(ABC):
 
     def measure(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """`metrics`, and those that the job brings."""
-        own = {name: self.metric_value(name, row_scores) for name in self.options.metrics}
-        return {**self.metrics(row_scores), **own}
+        return self.metrics(row_scores) | {name: self.metric_value(name, row_scores) for name in self.options.metrics}
 
     def metric_value(self, name: str, row_scores: Mapping[str, Array]) -> float:
         """One of `measure` alone, for callers that need it a thousand times; nan where rows leave it undefined."""
