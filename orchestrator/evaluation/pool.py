@@ -18,7 +18,7 @@ from trainers.run.folder import (
     write_evaluation,
 )
 from trainers.run.record import Run
-from trainers.tasks import choose_metric, load_task
+from trainers.tasks import choose_metric
 
 
 class EvaluationPool:
@@ -29,7 +29,7 @@ class EvaluationPool:
         self._metric = choose_metric(run.job)
         self._task = evaluation_task(run, gpus)
         self._running: dict[Any, int] = {}
-        self._baseline = () if load_task(run.job.task).new_head else (BASELINE,)
+        self._baseline = () if run.load_task().new_head else (BASELINE,)
         self.kept = KeptCheckpoints(run.checkpoints, run.job.checkpoint.keep)
         known = read_evaluations(run.folder, run.shards.eval.key)
         self._records = {record.step: record for record in known if record.status == "done"}

@@ -5,6 +5,7 @@ Whatever cannot be read any more is left out: a report of a run that failed has 
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from orchestrator.registry.bootstrap import all_intervals, metric_interval
 from orchestrator.registry.manage import champions
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.read import find_model
-from trainers.errors import TuneyardError
+from trainers.errors import EvaluationError, TuneyardError
 from trainers.evaluation.row_views import RowView, costliest_rows, generations
 from trainers.records import Array
 from trainers.run.folder import RunResult
@@ -74,9 +75,10 @@ def beside(run: Run, step: int) -> dict[str, Any]:
         where = f"{held and SET}{held}"
         found = all_intervals(numbers, task, seed, _resamples(numbers))
         intervals |= {f"{name}{where}": interval for name, interval in found.items()}
-        for guess, scores in task.guesses(numbers, seed).items():
-            values = {f"{name}{where}": value for name, value in task.measure(scores).items()}
-            baselines[guess] = baselines.get(guess, {}) | values
+        with suppress(EvaluationError):  # rows of an earlier version lack what these are made of
+            for guess, scores in task.guesses(numbers, seed).items():
+                values = {f"{name}{where}": value for name, value in task.measure(scores).items()}
+                baselines[guess] = baselines.get(guess, {}) | values
     return {"intervals": intervals, "baselines": baselines}
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from orchestrator.evaluation.pool import EvaluationPool
 from orchestrator.registry.promotion import RowScores, baselines_of, decide
 from tests.trainers.tasks.small import small_jobs, with_head
 from trainers.evaluation.evaluate import evaluate_model
@@ -52,7 +53,12 @@ def test_what_says_the_same_as_its_baseline_is_never_promoted(jobs, tmp_path, na
                 assert not decision.promote and "does not beat" in decision.reason
 
 
-def scores(change, **numbers):
+def test_the_pretrained_model_is_evaluated_where_it_is_a_baseline(jobs):
+    waiting = {name: EvaluationPool(find_run(jobs[name]), 0).waiting() for name in NAMES}
+    assert waiting == {name: [0] if "the pretrained model" in NAMES[name] else [] for name in NAMES}
+
+
+def scores(change):
     before = {"loss_sum": np.random.default_rng(0).random(50) + 2, "targets": np.full(50, 10)}
     more = {"correct": np.full(50, 3), "bytes": np.full(50, 40)}
     return RowScores("step 5", "k", {"row": np.arange(50), **more, **before, "loss_sum": before["loss_sum"] + change})

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from trainers.errors import EvaluationError
 from trainers.records import Array
 from trainers.tasks.metrics.entities import entity_counts
 
@@ -51,6 +52,8 @@ def guess_labels(numbers: RowScores) -> Guesses:
 
 def guess_tag(numbers: RowScores, labels: Sequence[str]) -> Guesses:
     """The most frequent tag for every word."""
+    if "true_tags" not in numbers:
+        raise EvaluationError("these rows were scored without their tags; `tuneyard evaluate` scores them again")
     truth = [json.loads(tags) for tags in numbers["true_tags"]]
     counts = Counter(tag for tags in truth for tag in tags)
     tag, total = max(counts, key=lambda name: (counts[name], name)), counts.total()
