@@ -151,14 +151,14 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run numerical self-tests on this model, task and attention backend, with the job's own rows."""
-    from orchestrator.commands.verify import verification_table
     from orchestrator.planning.preflight import check_job
+    from orchestrator.terminal.table import show_verification
     from trainers.verification.verdict import require_passed
     from trainers.verification.verify import verify_job
 
     checked = check_job(_load(job_path, overrides))
     found = verify_job(checked.job, checked.model, again)
-    print_json(found.model_dump(mode="json")) if as_json else verification_table(found)
+    print_json(found.model_dump(mode="json")) if as_json else show_verification(found)
     require_passed(found)
 
 

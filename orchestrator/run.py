@@ -19,6 +19,7 @@ from orchestrator.registry import register as registry
 from orchestrator.registry.lineage import lineage
 from orchestrator.registry.manage import registry_lock
 from orchestrator.registry.mlflow_client import registry_uri
+from orchestrator.registry.model_card import write_card
 from orchestrator.registry.promotion import Promotion, RowScores, baselines_of, decide
 from orchestrator.registry.read import champion, row_scores_of
 from orchestrator.run_session import Asked, RunSession, evaluation_place, finished_run, open_session, stop_asked_for
@@ -124,7 +125,8 @@ def register(session: RunSession, best: Evaluation) -> RegisteredVersion:
             ray.get(ray.remote(num_cpus=1)(export_step).remote(run, best.step))
         decision = weigh(session, best)
         parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder))
-        version = registry.register(run.job, run.folder, best, exports / chosen, parents, decision)
+        write_card(exports / chosen, run.job, best, parents)
+        version = registry.register(run.job, run.folder, best, exports / chosen, parents, decision, run.shards)
         for name in exports.list():
             if name != chosen:
                 exports.delete(name)
@@ -138,6 +140,8 @@ def weigh(session: RunSession, best: Evaluation) -> Promotion:
     candidate = RowScores(f"step {best.step}", best.eval_key, read_row_scores(run.folder, best.step))
     standing = champion(registry_uri(job.storage, job.registry.uri), job.registry.model or job.name)
     before = row_scores_of(standing) if standing else None
-    task, seed = run.load_task(), job.train.seed
+    task, seed, rule = run.load_task(), job.train.seed, job.registry.promote
     baselines = baselines_of(run.folder, candidate, task, seed)
-    return decide(job.registry.promote, candidate, before, task, *session.metric, seed, baselines)
+    decision = decide(rule, candidate, before, task, *session.metric, seed, baselines)
+    weighed = standing.version if standing else None
+    return decision if rule != "if_better" else decision.model_copy(update={"champion": weighed})

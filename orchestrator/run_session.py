@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from orchestrator.report.details import beside, gather
 from orchestrator.report.index import write_index
 from orchestrator.report.page import REPORT, render_report
 from orchestrator.terminal.progress import Screen
+from orchestrator.tracking.follower import Follower
 from trainers.errors import Preempted, TuneyardError
 from trainers.evaluation.confusion import draw_confusion
 from trainers.model.fit import count_parameters, tensor_shapes
@@ -63,15 +64,14 @@ class RunSession:
         folder.write_bytes("job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
         with own_folder(folder, wait_s):
             self.run, self.log = run, RunLog(folder, draw_confusion, job)
-            try:
-                self.note_stage("shard", time.monotonic() - self._began)
-                folder.write_bytes("plan.json", plan_here(self.checked).model_dump_json(indent=1).encode())
-                yield
-            except TuneyardError as error:
-                self._end(self._summary("preempted" if isinstance(error, Preempted) else "failed", str(error)))
-                raise
-            finally:
-                self.log.close()
+            with Follower(run, self.screen.say) as self._follower, closing(self.log):
+                try:
+                    self.note_stage("shard", time.monotonic() - self._began)
+                    folder.write_bytes("plan.json", plan_here(self.checked).model_dump_json(indent=1).encode())
+                    yield
+                except TuneyardError as error:
+                    self._end(self._summary("preempted" if isinstance(error, Preempted) else "failed", str(error)))
+                    raise
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -106,6 +106,7 @@ class RunSession:
     def _end(self, result: RunResult) -> RunResult:
         run = self.run
         run.folder.write_bytes(RESULT, result.model_dump_json(indent=1).encode())
+        self._follower.word = "ended"
         try:
             self._write_pages(result)
         except Exception as error:  # how the run ended is on storage; a page that cannot be drawn does not undo it

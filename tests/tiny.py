@@ -139,6 +139,7 @@ def tiny_job(folder: Path, model: Path, task: str, rows: list[dict[str, Any]], *
         "data": {"train": [str(train)], "eval": [str(held)], "max_length": 64},
         "train": {"global_batch_size": 8, "steps": 6, "learning_rate": 1e-3, "warmup_ratio": 0.0},
         "checkpoint": {"every_steps": 3},
+        "report_to": ["tensorboard"],
         "storage": str(folder / "storage"),
     }
     for name, values in sections.items():

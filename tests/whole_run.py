@@ -38,6 +38,7 @@ def write_job(folder: Path, tokenizer: Path) -> Path:
         train={"steps": 24, "global_batch_size": 16, "learning_rate": 3e-3},
         scale={"workers": 2},
         checkpoint={"every_steps": 6, "keep": 3},
+        report_to=["tensorboard", "mlflow"],
     )
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job.model_dump(mode="json")), encoding="utf-8")
@@ -45,9 +46,10 @@ def write_job(folder: Path, tokenizer: Path) -> Path:
 
 
 def own_job(job_file: Path, folder: Path, **data: list[str]) -> Path:
-    """The same job with a storage of its own, for which its self-tests are not made again."""
+    """The same job with a storage of its own, for which its self-tests are not made again; MLflow does not follow."""
     raw = yaml.safe_load(job_file.read_text(encoding="utf-8"))
     raw |= {"storage": str(folder / "storage"), "data": raw["data"] | data, "train": raw["train"] | {"verify": False}}
+    raw["report_to"] = ["tensorboard"]
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path
@@ -148,3 +150,12 @@ def starts(run: Path) -> list[int]:
 def result_of(run: Path) -> dict[str, Any]:
     """Its result.json."""
     return json.loads((run / "result.json").read_text())
+
+
+def mlflow_runs(storage: Path, name: str) -> list[Any]:
+    """Those of an experiment."""
+    from orchestrator.registry.mlflow_client import open_client, registry_uri
+
+    client = open_client(registry_uri(str(storage)))
+    experiment = client.get_experiment_by_name(name)
+    return list(client.search_runs([experiment.experiment_id])) if experiment else []

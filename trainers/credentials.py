@@ -6,6 +6,7 @@ between they are in this process and, by the environment variable TUNEYARD_CREDE
 `Job` and `Folder` take them along where they are pickled for another host.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ USERS = ("hdfs", "gs", "gcs")
 """Schemes whose user part is a name when it has no password (hdfs://user@host, gs://anonymous@bucket)."""
 NO_USERS = ("hf", "file")
 """Schemes in which @ means something else (hf://name@revision)."""
+HIDDEN_PATH = "hidden-"
 SECRET_OPTION = re.compile(r"(secret|password|passwd|token|signature|credential|access_?key|api_?key|^sig$)", re.I)
 
 
@@ -43,6 +45,28 @@ def take_out(value: Any) -> Any:
     learn({f"{scheme}://{place}": {"user": user if hidden else "", "options": "&".join(secret)}})
     kept = "&".join(option for option in options if option not in secret)
     return f"{scheme}://{'' if hidden or not user else user + '@'}{place}{path}{'?' + kept if kept else ''}"
+
+
+def hide_address(value: Any) -> Any:
+    """A web hook's address without its path, which is what lets anybody post there; `show_address` gives it whole.
+
+    Raises:
+        ValueError: it is no http address.
+    """
+    if value is None or (isinstance(value, str) and HIDDEN_PATH in value):
+        return value
+    match = URI.match(value) if isinstance(value, str) else None
+    if match is None or match[1] not in ("http", "https") or not match[3]:
+        raise ValueError("must be an address such as https://hooks.example.org/services/...")
+    scheme, _, place, *_ = match.groups()
+    shown = f"{scheme}://{place}/{HIDDEN_PATH}{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+    learn({shown: {"user": value.partition(place)[2].lstrip("/"), "options": "", "whole": value}})
+    return shown
+
+
+def show_address(shown: str) -> str | None:
+    """The address that `hide_address` hid, None where it is not known here. Never to be shown or kept."""
+    return all_known().get(shown, {}).get("whole")
 
 
 def put_back(uri: str) -> str:

@@ -112,6 +112,21 @@ def chat(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, or NAME[@champion].")],
+    host: Annotated[str, typer.Option(help="Address to listen at; nothing asks who calls.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
+    storage: Storage = "runs",
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking server.")] = None,
+) -> None:
+    """Answer over HTTP: a causal model as OpenAI's server would, others at /predict; NAME@champion follows it."""
+    from orchestrator.commands.serve import serve_model
+
+    serve_model(model, storage, step, uri, host, port)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Job files, names of runs or their folders.")],
     storage: Storage = "runs",

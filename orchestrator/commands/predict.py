@@ -16,6 +16,7 @@ from orchestrator.commands.past_run import best_step, shards_of
 from orchestrator.evaluation.predictions import predict_on_workers
 from orchestrator.registry.manage import pick_version
 from orchestrator.registry.mlflow_client import registry_uri
+from orchestrator.registry.read import ModelVersion
 from trainers.checkpoint.export import export_checkpoint
 from trainers.errors import JobError
 from trainers.evaluation.predict import predict
@@ -38,6 +39,8 @@ class Model:
 
     path: str
     job: Job
+    version: ModelVersion | None = None
+    """Where the registry named it."""
 
 
 def find_model(name: str, storage: str, step: int | None, uri: str | None, overrides: list[str]) -> Model:
@@ -61,7 +64,7 @@ def find_model(name: str, storage: str, step: int | None, uri: str | None, overr
             registered = pick_version(registry_uri(storage, uri), model, version or None)
         except JobError as unknown:
             raise JobError(f"{name!r} is neither a run ({error}) nor a registered model ({unknown})") from None
-        return Model(registered.source, find_job(registered.run, storage, overrides)[0])
+        return Model(registered.source, find_job(registered.run, storage, overrides)[0], registered)
     return Model(_export(job, run_folder, step), job)
 
 

@@ -110,6 +110,24 @@ def verify(
 
 
 @app.command()
+def push(
+    model: Model,
+    repository: Annotated[str, typer.Argument(help="Repository on the Hub, e.g. acme/topics; made where missing.")],
+    version: Version = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="For everybody to see; else the repository is private.")
+    ] = False,
+    storage: Storage = "runs",
+    uri: Uri = None,
+) -> None:
+    """Send a version's model folder with its card to the Hub; its digests are checked first."""
+    from orchestrator.registry.manage import pick_version
+    from orchestrator.registry.push import push as send
+
+    print(send(pick_version(_uri(storage, uri), model, version), repository, not public))
+
+
+@app.command()
 def compare(
     model: Model,
     first: Annotated[str, typer.Argument(help="Number of a version, or champion.")],

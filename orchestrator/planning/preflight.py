@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.registry.mlflow_client import registry_uri
+from orchestrator.tracking.wandb_outlet import check_wandb
 from trainers.batching.batch_plan import plan_batches
 from trainers.errors import JobError
 from trainers.evaluation.harness import check_harness
@@ -91,7 +92,9 @@ def check_run_storage(job: Job) -> None:
 
 
 def check_registry(job: Job) -> None:
-    """A registry is named, or storage can hold one. Raises JobError."""
+    """A registry is named, or storage can hold one, and who follows the run is installed. Raises JobError."""
+    if "wandb" in job.report_to:
+        check_wandb()
     uri = registry_uri(job.storage, job.registry.uri)
     if job.registry.uri is None and (wrong := sorted({"?", "#"} & set(job.storage))):
         raise JobError(

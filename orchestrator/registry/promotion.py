@@ -28,6 +28,8 @@ class Promotion(Record):
 
     promote: bool
     reason: str
+    champion: int | Literal["any"] | None = "any"
+    """The version that it was weighed against; where another holds the alias by then, the decision is void."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ RUN_STEP = "tuneyard.run_step"
 """Run and step of a version: by this tag a rerun finds the version that an earlier call registered."""
 RECORD = "tuneyard.version"
 """The tag that holds a `Registered` as JSON."""
+DECISION = "tuneyard.decision"
+"""Why it is champion or not; another than at its registration where another run was quicker."""
 SETTLED = "tuneyard.settled"
 """Set once the alias was given or withheld, as decided."""
 
@@ -116,8 +118,9 @@ class StoredModel:
                 f"version {stored.number} of {self.name} was registered by an earlier version of this program and "
                 "cannot be read; delete it in MLflow, or name another registry.model"
             )
+        record = Registered.model_validate_json(stored.tags[RECORD]).model_dump()
         return ModelVersion(
-            **Registered.model_validate_json(stored.tags[RECORD]).model_dump(),
+            **record | {"decision": stored.tags.get(DECISION, record["decision"])},
             model=self.name,
             version=stored.number,
             champion=self.aliases.get(CHAMPION) == stored.number,

@@ -10,6 +10,7 @@ from rich.text import Text
 from orchestrator.report.table import Table
 from orchestrator.report.tables import NOTHING, evaluation_table
 from trainers.run.folder import Evaluation
+from trainers.verification.verdict import Verification
 
 STYLES = {"best": "bold green", "failure": "red", "ok": "green", "warn": "yellow", "fail": "bold red"}
 """How a row is marked, by its kind."""
@@ -56,3 +57,10 @@ def _width(table: Table) -> int:
 def show_rows(title: str, records: Sequence[dict[str, Any]]) -> None:
     """Print records with the same keys, one a row."""
     show(title, list(records[0]) if records else ("none",), [list(record.values()) for record in records])
+
+
+def show_verification(found: Verification) -> None:
+    """One line a self-test."""
+    rows = [(one.name, "ok" if one.passed else "fail", one.detail, round(one.seconds, 1)) for one in found.checks]
+    title = f"self-tests of task {found.task} with {found.attention} attention, key {found.key}"
+    show(title, ("test", "state", "found", "seconds"), rows, [row[1] for row in rows])

@@ -17,6 +17,7 @@ from tests.whole_run import (
     events_of,
     find_run,
     losses,
+    mlflow_runs,
     own_job,
     put_faults,
     result_of,
@@ -104,7 +105,8 @@ def test_a_driver_killed_in_each_stage_is_finished_by_the_same_command(
     """
     bucket.client.upload_file(str(job_file.parent / "train.jsonl"), "yard", "data/train.jsonl")
     own = own_job(job_file, tmp_path, train=[bucket.uri("data/train.jsonl")])
-    words = sets(name="killed", checkpoint__storage=bucket.uri("kept"), evaluate__while_training="false")
+    words = sets(name="killed", checkpoint__storage=bucket.uri("kept"), evaluate__while_training="false",
+                 report_to="[mlflow]")  # fmt: skip
 
     def sharding() -> bool:
         return any((storage_of(own) / "shards").glob("*"))
@@ -129,6 +131,9 @@ def test_a_driver_killed_in_each_stage_is_finished_by_the_same_command(
     assert result["restarts"] >= 1
     versions = answer("registry", "show", "killed", "--storage", str(storage_of(own)))
     assert [version["version"] for version in versions] == [1]
+    (followed,) = mlflow_runs(storage_of(own), "killed")
+    assert followed.info.status == "FINISHED" and followed.info.run_name == run.name
+    assert followed.data.metrics["train/loss"] == losses(run)[24]
     assert starts(run)[0] == 0
     assert starts(run)[-1] in (6, 12, 18, 24)
     kept = committed_steps(bucket.folder("kept") / "runs" / run.name / "checkpoints")

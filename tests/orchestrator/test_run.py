@@ -14,7 +14,7 @@ import pytest
 
 from tests.forked import run_command
 from tests.ray_head import answers, free_ports
-from tests.whole_run import answer, events_of, find_run, losses, result_of, sets, storage_of, tuneyard
+from tests.whole_run import answer, events_of, find_run, losses, mlflow_runs, result_of, sets, storage_of, tuneyard
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -54,6 +54,15 @@ def test_every_kept_checkpoint_is_evaluated_and_the_best_is_registered(finished:
         "source": "",
     }
     assert [path.name for path in (finished / "export").iterdir()] == [f"step-{result['best']['step']:08d}"]
+
+
+def test_mlflow_followed_the_run_to_its_report(finished: Path, job_file: Path) -> None:
+    (run,) = mlflow_runs(storage_of(job_file), "tiny")
+    assert (run.info.run_name, run.info.status) == (finished.name, "FINISHED")
+    assert run.data.metrics["train/loss"] == losses(finished)[24]
+    assert run.data.metrics["best/accuracy"] == result_of(finished)["best"]["value"]
+    pages = {path.name for path in (storage_of(job_file) / "mlartifacts").rglob("*") if path.is_file()}
+    assert pages == {"report.html", "confusion.png"}
 
 
 def test_the_export_opens_with_plain_from_pretrained_and_answers_as_evaluated(finished: Path, job_file: Path) -> None:

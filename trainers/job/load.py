@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from trainers.credentials import hide_credentials, take_out
 from trainers.errors import JobError
 from trainers.job.schema import TASK_FIELDS, Job
+from trainers.job.sections import SECRET
 from trainers.job.task_fields import PACKING_TASKS, PLACE, PROMPT_FIELDS, SPLITTING_TASKS, For
 
 BRANCHES = ("Elastic", "int", "constrained-int", "str", "SourceSection")
@@ -264,6 +265,8 @@ def _explain(detail: ErrorDetails, root: type[BaseModel]) -> str:
         return unknown_key(where, location[-1], _known_keys(location[:-1], root))
     if detail["type"] == "missing":
         return f"{where}: required, and missing"
+    if detail["type"] == SECRET:
+        return f"{where}: {detail['msg']}"
     return f"{where}: {detail['msg'].replace('Input should be', 'must be', 1)}, got {detail['input']!r}"
 
 

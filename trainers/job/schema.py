@@ -8,11 +8,12 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from trainers.credentials import all_known, learn
 from trainers.job.sections import (
     LISTED,
+    CheckpointSection,
     DataOptions,
     DistillSection,
     LoraSection,
@@ -21,6 +22,7 @@ from trainers.job.sections import (
     Section,
     Strings,
     TrainOptions,
+    hide_hook,
 )
 from trainers.job.sections import (
     EarlyStopping as EarlyStopping,
@@ -209,22 +211,6 @@ class TrainSection(TrainOptions):
         return int(self.activation_checkpointing == "full")
 
 
-class CheckpointSection(Section):
-    """When the state is saved, and how much of it stays."""
-
-    every_steps: Annotated[int, Field(ge=1)] = 100
-    """Optimizer steps between checkpoints; the last step is always saved."""
-    keep: Annotated[int, Field(ge=1)] = 3
-    """Newest checkpoints that stay, beside the best one and those being evaluated."""
-    grace_s: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds between SIGTERM or a preemption notice and the end of the machine; a rank that has not committed by then
-    ends without."""
-    storage: AnyPath | None = None
-    """Where checkpoints go instead of the run folder, such as s3://bucket/key; shared by all nodes too."""
-    start_over: bool = False
-    """Begin at step 0 where every checkpoint was found damaged and set aside; otherwise such a run ends."""
-
-
 LATER = (("data", "eval_sets"), ("evaluate", "guards"), ("evaluate", "metrics"))
 """Fields that count in a job's identity where they are set: without them it is what it was before there were any."""
 
@@ -241,6 +227,13 @@ class Job(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
     registry: RegistrySection = RegistrySection()
+    report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(strict=False), LISTED] = (
+        "tensorboard",
+        "mlflow",
+    )
+    """Who follows the run while it goes on; a registered version has its MLflow run at any rate."""
+    notify: Annotated[str | None, BeforeValidator(hide_hook)] = None
+    """An http address that gets a message when the run is done, failed or preempted; its path counts as a secret."""
     storage: Annotated[AnyPath, Field(validate_default=True)] = "runs"
     """Folder or bucket shared by all nodes."""
 

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from trainers.job.task_fields import TOKEN_TASKS, For, ModelPath, path_if
+from trainers.credentials import hide_address
+from trainers.job.task_fields import TOKEN_TASKS, AnyPath, For, ModelPath, path_if
 
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 LISTED = BeforeValidator(lambda value: [value] if isinstance(value, str | dict) else value)
@@ -187,6 +188,18 @@ def _registry_name(name: str | None) -> str | None:
     return name
 
 
+SECRET = "secret"
+"""Type of an error whose value is not to be shown."""
+
+
+def hide_hook(value: Any) -> Any:
+    """An address of a web hook without its path."""
+    try:
+        return hide_address(value)
+    except ValueError as error:
+        raise PydanticCustomError(SECRET, "{rule}", {"rule": str(error)}) from None
+
+
 class RegistrySection(Section):
     """Where the best model is registered."""
 
@@ -196,6 +209,22 @@ class RegistrySection(Section):
     """An MLflow tracking server; null means SQLite under storage."""
     promote: Literal["if_better", "always", "never"] = "if_better"
     """When the new version takes the alias champion."""
+
+
+class CheckpointSection(Section):
+    """When the state is saved, and how much of it stays."""
+
+    every_steps: Annotated[int, Field(ge=1)] = 100
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep: Annotated[int, Field(ge=1)] = 3
+    """Newest checkpoints that stay, beside the best one and those being evaluated."""
+    grace_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds between SIGTERM or a preemption notice and the end of the machine; a rank that has not committed by then
+    ends without."""
+    storage: AnyPath | None = None
+    """Where checkpoints go instead of the run folder, such as s3://bucket/key; shared by all nodes too."""
+    start_over: bool = False
+    """Begin at step 0 where every checkpoint was found damaged and set aside; otherwise such a run ends."""
 
 
 class Elastic(Section):

@@ -1,4 +1,4 @@
-"""The run's own record: appends events to events.jsonl and passes them on to TensorBoard.
+"""The run's own record: appends events to events.jsonl and, where the job wants it, draws TensorBoard's curves.
 
 One process owns it: the controller under Ray, rank 0 without.
 """
@@ -29,7 +29,8 @@ class RunLog:
             if self._stream.read(1) != b"\n":
                 self._stream.write(b"\n")
         self._steps = {event.step for event in read_events(run) if isinstance(event, StepEvent)}
-        self._curves = Curves(run, picture, job)
+        shown = job is None or "tensorboard" in job.report_to
+        self._curves = Curves(run, picture, job) if shown else None
 
     def append(self, event: Event) -> None:
         """Record one event; of a history, the steps that are not in the log."""
@@ -42,9 +43,11 @@ class RunLog:
             self._steps.add(event.step)
         self._stream.write(event.model_dump_json().encode() + b"\n")
         self._stream.flush()
-        self._curves.add(event)
+        if self._curves:
+            self._curves.add(event)
 
     def close(self) -> None:
         """Flush both files."""
         self._stream.close()
-        self._curves.close()
+        if self._curves:
+            self._curves.close()

@@ -18,19 +18,10 @@ from trainers.run.events import (
     read_events,
 )
 from trainers.run.folder import read_evaluations
+from trainers.run.scalars import scalars_of
 from trainers.storage import Folder
 from trainers.tasks import choose_metric
 
-STEP_SCALARS = {
-    "loss": "train/loss",
-    "learning_rate": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "tokens_per_s": "speed/tokens_per_s",
-    "step_s": "speed/step_s",
-    "data_wait_s": "speed/data_wait_s",
-    "memory_gib": "memory/peak_gib",
-}
-"""Event field: TensorBoard tag."""
 HYPERPARAMETERS = ("train", "model", "data", "scale")
 """Sections of the job whose numbers and words are shown as hyperparameters."""
 
@@ -59,14 +50,8 @@ class Curves:
         """Draw an event, if it is one that has a curve."""
         if isinstance(event, StartEvent):
             self._open(event.step)
-        elif isinstance(event, StepEvent):
-            values = {tag: getattr(event, field) for field, tag in STEP_SCALARS.items()}
-            self._scalars(event, {tag: value for tag, value in values.items() if value is not None})
-        elif isinstance(event, GoodputEvent):
-            values = event.values()
-            self._scalars(event, {f"goodput/{name}": values[name] for name in values.keys() - {"step"}})
-        elif isinstance(event, StragglerEvent):
-            self._scalars(event, {"straggler/rank": event.rank, "straggler/lag_s": event.lag_s})
+        elif isinstance(event, StepEvent | GoodputEvent | StragglerEvent):
+            self._scalars(event, scalars_of(event))
         elif isinstance(event, EvaluationEvent) and event.status == "done":
             self._evaluations[event.step] = event
             self._draw_evaluations()
@@ -99,8 +84,8 @@ class Curves:
                 for summary in hparams(_hyperparameters(self._job), {f"eval/{choose_metric(self._job)[0]}": 0.0}):
                     writer.file_writer.add_summary(summary)
             for step, event in sorted(self._evaluations.items()):
-                for name, value in event.metrics.items():
-                    writer.add_scalar(f"{'per_class' if '/' in name else 'eval'}/{name}", value, step, event.time)
+                for tag, value in scalars_of(event).items():
+                    writer.add_scalar(tag, value, step, event.time)
                 figure = self._picture(self._run, step) if self._picture else None
                 if figure is not None:
                     writer.add_figure("eval/confusion", figure, step, walltime=event.time)

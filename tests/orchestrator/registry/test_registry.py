@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 import urllib.request
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from orchestrator.registry.mlflow_client import open_client, registry_uri
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.read import _from_client, _from_tables, champion, list_models, row_scores_of, show_model
 from orchestrator.registry.register import register
+from tests.postgres import postgres
 from trainers.errors import EvaluationError, JobError
 from trainers.job.load import parse_job
 from trainers.run.folder import Evaluation
@@ -179,7 +181,7 @@ def test_killed_at_any_call_the_same_command_registers_exactly_once(tmp_path, em
         client = open_client(uri_of(storage))
         (run,) = client.search_runs([client.get_experiment_by_name("topics").experiment_id])
         assert run.info.status == "FINISHED"
-        assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 20
+        assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 24  # four steps were done again
     assert deaths >= 10
 
 
@@ -324,14 +326,60 @@ def test_a_server_that_does_not_answer_is_one_message(monkeypatch):
         list_models("http://user:verysecret@127.0.0.1:1")
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A real tracking server on loopback."""
+class Racing:
+    """A real client that lets another run register to the end right before it calls one method."""
+
+    def __init__(self, client, method, other):
+        self.client, self.method, self.other = client, method, other
+
+    def __getattr__(self, name):
+        if name == self.method and self.other:
+            other, self.other = self.other, None
+            other()
+        return getattr(self.client, name)
+
+
+@pytest.mark.parametrize(
+    "method, winner",
+    [("create_registered_model", 1), ("create_run", 1), ("create_model_version", 1), ("set_registered_model_alias", 2)],
+)
+def test_two_runs_that_race_without_a_lock_give_one_champion_that_both_tell(storage, monkeypatch, method, winner):
+    """Both were weighed against no champion; the one that comes second does not take the alias from the first."""
+    yes, told = YES.model_copy(update={"champion": None}), []
+
+    def other():
+        with monkeypatch.context() as patch:
+            patch.setattr(mlflow_client, "open_client", open_client)
+            told.append(enter(storage, yes, name="other-1badcafe"))
+
+    monkeypatch.setattr(mlflow_client, "open_client", lambda uri: Racing(open_client(uri), method, other))
+    told.append(enter(storage, yes))
+    assert {one.version for one in told} == {1, 2}
+    assert [one.alias for one in told if one.alias] == ["champion"] or winner == 2
+    standing = champion(uri_of(storage), "topics").version
+    (loser,) = (one for one in show_model(uri_of(storage), "topics") if one.version != standing)
+    assert loser.settled and told[-1].alias == ("champion" if told[-1].version == standing else None)
+    assert (told[-1].decision.startswith("not promoted: version 1 became champion")) == (winner == 1)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def server(request, tmp_path):
+    """A real tracking server on loopback, on either database."""
+    if request.param == "sqlite":
+        with tracking_server(tmp_path, f"sqlite:///{tmp_path}/server.db") as address:
+            yield address
+    else:
+        with postgres() as database, tracking_server(tmp_path, database) as address:
+            yield address
+
+
+@contextmanager
+def tracking_server(tmp_path, database):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/art"]
+    command += ["--backend-store-uri", database, "--artifacts-destination", f"{tmp_path}/art"]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (tmp_path / "server.log").open("wb") as log:
         process = subprocess.Popen(
@@ -362,6 +410,6 @@ def test_a_tracking_server_takes_the_version_and_a_copy_of_the_export(storage, s
     assert shown.champion
     assert list(tmp_path.glob("art/**/model/config.json"))
     files = [path for folder in (tmp_path, storage.path) for path in folder.rglob("*") if path.is_file()]
-    assert any(path.name == "server.log" for path in files) and any(path.suffix == ".db" for path in files)
+    assert any(path.name == "server.log" for path in files)
     assert not [path for path in files if b"verysecret" in path.read_bytes()]
     assert "verysecret" not in "".join(capfd.readouterr())

@@ -1,0 +1,1 @@
+"""`tuneyard serve`: a model over HTTP on this machine, exchanged while it answers."""

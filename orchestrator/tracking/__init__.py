@@ -1,0 +1,1 @@
+"""Who follows a run while it goes on: MLflow, Weights & Biases, a web hook; from a process beside the driver."""
