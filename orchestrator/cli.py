@@ -78,6 +78,20 @@ def init(
     print(f"wrote {write_job(template, path)}")
 
 
+@app.command("import")
+def import_command(
+    path: Annotated[Path, typer.Argument(metavar="YAML", help="A configuration of axolotl or LLaMA-Factory.")],
+    out: Annotated[Path, typer.Argument(metavar="JOB", help="The job file to write.")] = Path("job.yaml"),
+) -> None:
+    """Write a job file from another program's, with a list of what had no counterpart."""
+    from orchestrator.importing.command import import_job
+
+    told = import_job(path, out)
+    print(f"wrote {out}; `tuneyard plan {out}` checks it" + ("; to look at, or without counterpart:" if told else ""))
+    for key, what in told.items():
+        print(f"  {key}: {what}")
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the job file, for editors."""
@@ -233,13 +247,16 @@ def sweep(
 @app.command()
 def submit(
     job_path: JobPath,
-    address: Annotated[str, typer.Option(help="Ray dashboard, e.g. http://head:8265.")],
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray dashboard, e.g. http://head:8265.")
+    ],
     overrides: Overrides = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Send it, say how to follow and stop it, and end.")] = False,
 ) -> None:
     """Run the job on a cluster through Ray Jobs and follow its log; exits as the job does."""
     from orchestrator.commands.submit import submit as send
 
-    sys.exit(send(job_path, list(overrides or ()), address))
+    sys.exit(send(job_path, list(overrides or ()), address, detach))
 
 
 @app.command()

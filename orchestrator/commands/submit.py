@@ -42,16 +42,17 @@ LOST_AFTER_S = 60.0
 """Silence of the head after which following is given up."""
 
 
-def submit(job_path: Path, overrides: list[str], address: str) -> int:
+def submit(job_path: Path, overrides: list[str], address: str, detach: bool = False) -> int:
     """Check a job, send it, print its logs as they come.
 
     Args:
         job_path: the job file.
         overrides: `section.key=value`, as for `tuneyard run`.
         address: of the cluster's dashboard, e.g. http://head:8265.
+        detach: leave it there once it is sent.
 
     Returns:
-        The exit code of the job; 130 where the user stopped following.
+        The exit code of the job, 0 where it was left there; 130 where the user stopped following.
 
     Raises:
         JobError: the job file is wrong; nothing was sent.
@@ -61,6 +62,9 @@ def submit(job_path: Path, overrides: list[str], address: str) -> int:
     client = connect(address)
     submission_id = send(client, job)
     print(f"submitted {job.name} to {address} as {submission_id}", flush=True)
+    if detach:
+        print(_hint(submission_id, address), flush=True)
+        return 0
     return follow(client, submission_id, address)
 
 
@@ -168,14 +172,14 @@ def follow(client: "JobSubmissionClient", submission_id: str, address: str = "AD
         asyncio.run(_print_logs(client, submission_id))
         return _exit_code(client, submission_id)
     except KeyboardInterrupt:
-        hint = f"--address {address} {submission_id}"
-        print(
-            f"\nno longer following; {submission_id} goes on.\n"
-            f"  follow: ray job logs --follow {hint}\n  stop:   ray job stop {hint}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"\nno longer following; {submission_id} goes on.\n{_hint(submission_id, address)}",
+              file=sys.stderr, flush=True)  # fmt: skip
         return INTERRUPTED
+
+
+def _hint(submission_id: str, address: str) -> str:
+    where = f"--address {address} {submission_id}"
+    return f"  follow: ray job logs --follow {where}\n  stop:   ray job stop {where}"
 
 
 async def _print_logs(client: "JobSubmissionClient", submission_id: str) -> None:

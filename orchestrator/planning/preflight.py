@@ -11,6 +11,7 @@ from trainers.batching.batch_plan import plan_batches
 from trainers.errors import JobError
 from trainers.evaluation.harness import check_harness
 from trainers.job.schema import Job
+from trainers.job.task_fields import names_folder
 from trainers.model.choice import choose, settle
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.fit import check_fit, check_teacher, tensor_shapes
@@ -67,8 +68,9 @@ def check_job(job: Job, weights: bool = True) -> CheckedJob:
     check(lambda: check_registry(job))
     check(lambda: check_batches(job))
     sources: Sources | None = check(lambda: find_data(job))
-    model: ModelFolder | None = check(lambda: prepare_model(job, weights))
-    teacher = check(lambda: find_teacher(job))
+    at_hand = names_folder(job.model.path) and job.model.gguf_file is None  # else it is downloaded or converted
+    model: ModelFolder | None = check(lambda: prepare_model(job, weights)) if at_hand or not problems else None
+    teacher = check(lambda: find_teacher(job)) if at_hand or not problems else None
     if model and teacher:
         check(lambda: check_teacher(job, model.path, teacher))
     notes: list[str] | None = check(lambda: check_fit(job, model.path)) if model else []
@@ -95,12 +97,7 @@ def check_registry(job: Job) -> None:
     """A registry is named, or storage can hold one, and who follows the run is installed. Raises JobError."""
     if "wandb" in job.report_to:
         check_wandb()
-    uri = registry_uri(job.storage, job.registry.uri)
-    if job.registry.uri is None and (wrong := sorted({"?", "#"} & set(job.storage))):
-        raise JobError(
-            f"storage: {job.storage} holds {' and '.join(map(repr, wrong))}, which the address of the registry in it, "
-            f"{uri}, cannot; name another folder"
-        )
+    registry_uri(job.storage, job.registry.uri)
 
 
 def check_batches(job: Job) -> None:

@@ -5,12 +5,14 @@ Knows nothing of jobs, runs or versions. Importing MLflow takes 2 s of CPU, so t
 
 import logging
 import os
+import re
 import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from trainers.credentials import hide_credentials, put_back, take_out
 from trainers.errors import EvaluationError, JobError
@@ -35,12 +37,13 @@ def registry_uri(storage: str, uri: str | None = None) -> str:
             f"registry.uri: storage {hide_credentials(storage)!r} is remote, where SQLite cannot live; "
             "name an MLflow tracking server, e.g. registry.uri: http://mlflow.example:5000"
         )
-    return f"sqlite:///{Path(storage.removeprefix('file://')).absolute() / DATABASE}"
+    path = Path(storage.removeprefix("file://")).absolute() / DATABASE
+    return "sqlite:///" + re.sub("[?#%]", lambda found: quote(found[0]), str(path))  # as SQLAlchemy reads it
 
 
 def sqlite_path(uri: str) -> Path | None:
     """The database file of an SQLite URI, None for a server."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    return Path(unquote(uri.removeprefix("sqlite:///"))) if uri.startswith("sqlite:///") else None
 
 
 def is_empty(uri: str) -> bool:

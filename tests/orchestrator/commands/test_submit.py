@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.commands.submit import connect, follow, runtime_env, send, submit, use_token
 from trainers.errors import JobError, PlacementError
 from trainers.job.load import parse_job
@@ -98,6 +100,16 @@ def test_logs_come_while_the_job_runs_and_interrupting_leaves_it_running(client,
         follower.kill()
         client.stop_job(submission)
     assert follow(client, submission) == 75
+
+
+def test_a_job_is_left_there_at_the_address_that_the_environment_names(client, head, tmp_path, monkeypatch):
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_of().model_dump(mode="json")))
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head)
+    done = CliRunner().invoke(app, ["submit", str(tmp_path / "job.yaml"), "--detach"])
+    assert done.exit_code == 0, done.exception
+    submission = done.stdout.split()[-1]
+    assert f"ray job logs --follow --address {head} {submission}" in done.stdout
+    assert follow(client, submission) == 2  # its data is nowhere
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_stopped(client, capsys):

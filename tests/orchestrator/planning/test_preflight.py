@@ -21,12 +21,25 @@ from trainers.run.record import find_run
 
 def test_what_the_model_cannot_take_is_told_with_the_rest(tmp_path: Path, tiny_tokenizer: Path) -> None:
     model = make_bert(tmp_path / "model", tiny_tokenizer)
-    job = tiny_job(tmp_path, model, "classify", film_rows(20), storage=str(tmp_path / "a?b"))
+    job = tiny_job(tmp_path, model, "classify", film_rows(20), evaluate={"metric": "nonsense"})
     job = job.model_copy(update={"data": job.data.model_copy(update={"max_length": 80})})
     with pytest.raises(JobError) as refused:
         check_job(job)
     assert len(refused.value.problems) == 2
-    assert "'?'" in refused.value.problems[0] and "64 positions" in refused.value.problems[1]
+    assert "nonsense" in refused.value.problems[0] and "64 positions" in refused.value.problems[1]
+
+
+def test_nothing_is_converted_for_a_job_whose_data_is_not_there(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    """Weights of a GGUF file take minutes; this one is none, which only who opens it knows."""
+    model = make_bert(tmp_path / "model", tiny_tokenizer)
+    (model / "weights.gguf").write_bytes(b"none")
+    job = tiny_job(tmp_path, model, "classify", film_rows(20), model={"gguf_file": "weights.gguf"})
+    with pytest.raises(JobError, match=r"weights\.gguf"):
+        check_job(job)
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(JobError) as refused:
+        check_job(job)
+    assert len(refused.value.problems) == 1 and "train.jsonl" in refused.value.problems[0]
 
 
 def test_under_torchrun_and_before_sharding_it_is_told_too(

@@ -104,7 +104,7 @@ def test_a_version_is_sent_with_its_card_unless_a_bit_is_wrong(storage, hub):
     assert done.exit_code == 0, done.exception
     assert "/acme/topics/commit/1" in done.stdout and "verysecret" not in done.output
     sent = {path: (token, body) for path, token, body in hub.got}
-    assert json.loads(sent["/api/repos/create"][1])["private"] is True
+    assert json.loads(sent["/api/repos/create"][1])["visibility"] == "private"
     assert {token for token, _ in sent.values()} == {"Bearer hf_verysecret"}
     (commit,) = (body for path, (_, body) in sent.items() if "/commit/" in path)
     head, *files = [json.loads(line)["value"] for line in commit.splitlines()]

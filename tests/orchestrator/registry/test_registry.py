@@ -300,6 +300,18 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_a_storage_may_have_any_name(tmp_path, empty_database):
+    folder = tmp_path / "50% ?a=b #c 'é\""
+    folder.mkdir()
+    shutil.copy(empty_database, folder / "mlflow.db")
+    entered = enter(Folder(str(folder)))
+    assert entered.alias == "champion" and Folder(entered.source).exists("config.json")
+    assert champion(uri_of(folder), "topics").source == entered.source
+    assert _from_client(uri_of(folder)) == _from_tables(folder / "mlflow.db")
+    beside = [path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)]
+    assert all(path.is_dir() for path in beside)  # MLflow makes an empty folder of the encoded name
+
+
 def test_an_unknown_model_is_refused_with_the_known_ones(storage):
     enter(storage)
     with pytest.raises(JobError, match="known: topics"):

@@ -1,0 +1,187 @@
+"""Keys of an axolotl configuration and what they are here."""
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.importing.draft import (
+    ADAMW,
+    NO_OPTIMIZER,
+    NO_SCHEDULE,
+    SCHEDULES,
+    Draft,
+    Rule,
+    apply,
+    batch,
+    checkpointing,
+    chosen,
+    deepspeed,
+    lora_section,
+    number,
+    warmup_steps,
+    when,
+)
+
+LOCAL = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
+
+
+def import_axolotl(draft: Draft) -> None:
+    """Fill a draft from an axolotl configuration."""
+    apply(draft, RULES, REFUSED)
+    source, job = draft.source, draft.job
+    _data(draft)
+    batch(draft, "micro_batch_size", "gradient_accumulation_steps")
+    if source.get("adapter") == "lora":
+        modules = ["all-linear"] if source.get("lora_target_linear") else source.get("lora_target_modules")
+        lora = {"rank": source.get("lora_r"), "alpha": source.get("lora_alpha"), "dropout": source.get("lora_dropout"),
+                "target_modules": modules}  # fmt: skip
+        draft.set("model.lora", lora_section(lora))
+    elif source.get("adapter"):
+        draft.tell("adapter", f"{source['adapter']} is not here: without model.lora all weights are trained in full")
+    if source.get("warmup_steps") is not None:
+        warmup_steps(draft, source["warmup_steps"], source.get("max_steps"))
+    if "steps" in job.get("train", {}):
+        job["train"].pop("epochs", None)
+
+
+def _data(draft: Draft) -> None:
+    """Both splits, and the task that the kinds of the data sets mean."""
+    train = [one for one in draft.source.get("datasets") or [] if isinstance(one, dict)]
+    kinds = {str(one.get("type") or "completion").partition(".")[0] for one in train}
+    draft.set("task", "pretrain" if kinds == {"completion"} or draft.source.get("pretraining_dataset") else "sft")
+    odd = sorted(kinds - {"completion", "alpaca", "chat_template", "sharegpt", "input_output"})
+    said = [f"type {', '.join(odd)} is not known here"] if odd else []
+    unused = sorted({key for one in train for key in one} - {"path", "type", "ds_type", "data_files", "split", "name"})
+    columns: dict[str, str] = {}
+    for one in train:
+        fields = {"messages": one.get("field_messages"), "text": one.get("field") or one.get("text_column"),
+                  "instruction": one.get("field_instruction"), "input": one.get("field_input"),
+                  "output": one.get("field_output"), "system": one.get("field_system")}  # fmt: skip
+        columns |= {
+            field: column for field, column in fields.items() if column and column not in (field, "conversations")
+        }
+    read = {
+        "field_messages",
+        "field",
+        "text_column",
+        "field_instruction",
+        "field_input",
+        "field_output",
+        "field_system",
+    }
+    if unused := [key for key in unused if key not in read]:
+        said.append(f"not taken: {', '.join(unused)}")
+    draft.set("data.train", [_place(one) for one in train])
+    if columns:
+        draft.set("data.columns", columns)
+    held_out = [_place(one) for one in draft.source.get("test_datasets") or [] if isinstance(one, dict)]
+    share = draft.source.get("val_set_size") or 0
+    if held_out:
+        draft.set("data.eval", held_out)
+    elif 0 < share < 1:
+        draft.set("data.eval_fraction", float(share))
+    else:
+        draft.set("data.eval_fraction", 0.02)
+        said.append("there are no evaluation rows: data.eval_fraction is 0.02, for a checkpoint is chosen by them")
+    if said:
+        draft.told["datasets"] = "; ".join(said)
+
+
+def _place(one: dict[str, Any]) -> str:
+    """A data set as data.train names it."""
+    files = one.get("data_files")
+    path = str((files[0] if isinstance(files, list) else files) or one.get("path"))
+    if one.get("ds_type") or path.endswith(LOCAL) or path.startswith((".", "/", "s3://", "gs://")) or Path(path).suffix:
+        return path
+    config = f"/{one['name']}" if one.get("name") else ""
+    return f"hf://{path}{config}:{one.get('split') or 'train'}"
+
+
+def _length(draft: Draft, value: Any) -> None:
+    draft.set("data.max_length", int(value))
+
+
+RULES: dict[str, Rule] = {
+    "base_model": "model.path",
+    "revision_of_model": "model.revision",
+    "trust_remote_code": "model.trust_remote_code",
+    "bf16": lambda draft, value: draft.set("model.dtype", "bfloat16" if value else "float32"),
+    "bfloat16": lambda draft, value: draft.set("model.dtype", "bfloat16" if value else "float32"),
+    "flash_attention": when(True, "model.attention", "flash_attention_2"),
+    "sdp_attention": when(True, "model.attention", "sdpa"),
+    "eager_attention": when(True, "model.attention", "eager"),
+    "attn_implementation": "model.attention",
+    "sequence_len": _length,
+    "sample_packing": "data.packing",
+    "num_epochs": number("train.epochs"),
+    "max_steps": lambda draft, value: draft.set("train.steps", value) if int(value) > 0 else None,
+    "learning_rate": number("train.learning_rate"),
+    "lr_scheduler": chosen("train.schedule", SCHEDULES, "lr_scheduler", NO_SCHEDULE),
+    "warmup_ratio": number("train.warmup_ratio"),
+    "weight_decay": number("train.weight_decay"),
+    "max_grad_norm": number("train.max_grad_norm"),
+    "optimizer": chosen("train", ADAMW, "optimizer", NO_OPTIMIZER),
+    "seed": "train.seed",
+    "deepspeed": deepspeed,
+    "gradient_checkpointing": checkpointing,
+    "neftune_noise_alpha": number("train.neftune_alpha"),
+    "torch_compile": when(True, "train.compile", True),
+    "chat_template_jinja": "data.chat_template",
+    "chat_template": chosen(
+        "data", {"tokenizer_default": None}, "chat_template", "the tokenizer's own is used; or data.chat_template"
+    ),
+    "save_steps": lambda draft, value: draft.set("checkpoint.every_steps", value) if int(value) >= 1 else None,
+    "save_total_limit": "checkpoint.keep",
+    "early_stopping_patience": lambda draft, value: draft.set("evaluate.early_stopping", {"patience": int(value)}),
+    "eval_batch_size": "evaluate.batch_size",
+    "output_dir": "storage",
+    "use_wandb": when(True, "report_to", ["tensorboard", "mlflow", "wandb"]),
+    "wandb_project": lambda draft, value: draft.set("report_to", ["tensorboard", "mlflow", "wandb"]) if value else None,
+    "mlflow_tracking_uri": "registry.uri",
+    "mlflow_experiment_name": "registry.model",
+    **dict.fromkeys(
+        ("datasets", "test_datasets", "val_set_size", "micro_batch_size", "gradient_accumulation_steps", "adapter",
+         "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear", "warmup_steps",
+         "use_mlflow", "use_tensorboard", "model_type", "tokenizer_type", "is_llama_derived_model",
+         "is_mistral_derived_model", "strict", "dataset_prepared_path", "logging_steps", "pad_to_sequence_len",
+         "debug", "dataset_processes", "local_rank", "tf32", "xformers_attention", "auto_resume_from_checkpoints",
+         "save_safetensors", "save_first_step", "dataloader_num_workers", "eval_sample_packing", "wandb_entity",
+         "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model", "gradient_checkpointing_kwargs",
+         "ddp_timeout", "remove_unused_columns", "group_by_length")
+    ),
+}  # fmt: skip
+"""`None`: read elsewhere here, or without effect on what is trained."""
+
+REFUSED = {
+    "load_in_8bit": "weights are not quantized while they are trained",
+    "load_in_4bit": "weights are not quantized while they are trained",
+    "fp16": "model.dtype is bfloat16 or float32; fp16 is not here",
+    "float16": "model.dtype is bfloat16 or float32; fp16 is not here",
+    "rl": "preference training is not here",
+    "train_on_inputs": "sft trains the assistant's tokens alone; task: pretrain trains all",
+    "unfrozen_parameters": "model.freeze names what stays, not what is trained",
+    "special_tokens": "tokens of the model's tokenizer are kept as they are",
+    "tokens": "the vocabulary stays as it is",
+    "resume_from_checkpoint": "the same command goes on by itself from what it committed",
+    "hub_model_id": "`tuneyard registry push` sends a version when it is asked to",
+    "evals_per_epoch": "every checkpoint is evaluated: checkpoint.every_steps",
+    "saves_per_epoch": "checkpoint.every_steps counts steps",
+    "eval_steps": "every checkpoint is evaluated: checkpoint.every_steps",
+    "save_strategy": "checkpoint.every_steps counts steps",
+    "eval_strategy": "every checkpoint is evaluated: checkpoint.every_steps",
+    "fsdp": "ZeRO keeps the state: train.deepspeed",
+    "fsdp_config": "ZeRO keeps the state: train.deepspeed",
+    "plugins": "no counterpart; a large vocabulary's loss is computed in chunks anyway",
+    "lora_modules_to_save": "adapters alone are trained",
+    "lora_model_dir": "adapters begin anew",
+    "streaming": "shards are written once, then read from there",
+    "pretraining_dataset": "name its files in data.train",
+    "sequence_parallel_degree": "not here",
+    "adam_beta2": "AdamW's betas are 0.9 and 0.999",
+    "adam_beta1": "AdamW's betas are 0.9 and 0.999",
+    "adam_epsilon": "AdamW's epsilon is 1e-8",
+    "curriculum_sampling": "rows are shuffled by the seed",
+    "loraplus_lr_ratio": "not here",
+    "peft_use_dora": "not here",
+    "peft_use_rslora": "not here",
+}
+"""By key: why it has no counterpart."""

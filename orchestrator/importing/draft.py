@@ -1,0 +1,140 @@
+"""What an import comes to: the job as far as it is known, and what is said of every key. Begin at `Draft`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Source = Mapping[str, Any]
+
+
+@dataclass
+class Draft:
+    """A job that takes shape, key by key; whatever is not taken is told."""
+
+    source: Source
+    folder: Path
+    """Of the file that is imported."""
+    job: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, str] = field(default_factory=dict)
+    """By key: why it has no counterpart, or what to look at."""
+
+    def set(self, place: str, value: Any) -> None:
+        """Give a field of the job its value."""
+        section, _, name = place.partition(".")
+        if name:
+            self.job.setdefault(section, {})[name] = value
+        else:
+            self.job[section] = value
+
+    def tell(self, key: str, what: str) -> None:
+        """Say something of a key that the file has."""
+        if self.source.get(key) is not None:
+            self.told[key] = what
+
+
+Rule = str | Callable[[Draft, Any], None] | None
+"""Of one key: the job's field that takes its value; what to do with it; or None: it says what this program does anyway,
+or what has no effect on the trained model."""
+
+
+def apply(draft: Draft, rules: Mapping[str, Rule], refused: Mapping[str, str]) -> None:
+    """Take every key of the source by its rule; keys of `refused`, and those nobody knows, are told.
+
+    Args:
+        refused: by key: what this program does not do, or does in another way.
+    """
+    for key, value in draft.source.items():
+        if value is None:
+            continue
+        rule = rules.get(key, "")
+        if key in refused:
+            if value not in (False, 0, "", [], {}):
+                draft.tell(key, refused[key])
+        elif rule == "":
+            draft.tell(key, "no counterpart is known")
+        elif isinstance(rule, str):
+            draft.set(rule, value)
+        elif rule is not None:
+            rule(draft, value)
+
+
+def number(place: str) -> Rule:
+    """A rule for a number, which YAML reads as a text where it is written like 2e-5."""
+    return lambda draft, value: draft.set(place, float(value))
+
+
+def when(wanted: Any, place: str, value: Any) -> Rule:
+    """A rule that sets a field where the key has a certain value, and else does nothing."""
+
+    def rule(draft: Draft, found: Any) -> None:
+        if found == wanted:
+            draft.set(place, value)
+
+    return rule
+
+
+def chosen(place: str, known: Mapping[str, Any], key: str, otherwise: str) -> Rule:
+    """A rule for a word: the value that stands for it here; any other is told."""
+
+    def rule(draft: Draft, found: Any) -> None:
+        word = str(found).lower()
+        if word in known:
+            if known[word] is not None:
+                draft.set(place, known[word])
+        else:
+            draft.tell(key, otherwise)
+
+    return rule
+
+
+def deepspeed(draft: Draft, value: Any) -> None:
+    """A DeepSpeed file by the stage in its name; this program derives the rest from the job."""
+    name = Path(str(value)).name.lower()
+    stage = next((stage for stage in ("1", "2", "3") if f"z{stage}" in name or f"zero{stage}" in name), None)
+    if stage is None:
+        draft.tell("deepspeed", "its stage does not show in its name; train.deepspeed is auto")
+        return
+    draft.set("train.deepspeed", f"zero{stage}" + ("-cpu-offload" if stage == "3" and "offload" in name else ""))
+
+
+def batch(draft: Draft, micro: str, accumulation: str) -> None:
+    """The global batch of one worker; how many there are, the other programs learn from their launcher."""
+    size, steps = int(draft.source.get(micro) or 1), int(draft.source.get(accumulation) or 1)
+    draft.set("train.micro_batch_size", size)
+    draft.set("train.global_batch_size", size * steps)
+    draft.told[micro] = (
+        f"train.global_batch_size is {size * steps}, as on one GPU; there it is multiplied by their number: set it and "
+        "scale.workers"
+    )
+
+
+def checkpointing(draft: Draft, value: Any) -> None:
+    """Layers are computed again in the backward pass, or not."""
+    draft.set("train.activation_checkpointing", "full" if value else "none")
+
+
+def lora_section(values: Mapping[str, Any]) -> dict[str, Any]:
+    """model.lora of the values that are given."""
+    given = {name: value for name, value in values.items() if value is not None}
+    for name in given:
+        if name in ("alpha", "dropout"):
+            given[name] = float(given[name])
+        elif name == "target_modules" and isinstance(given[name], str):
+            words = [word.strip() for word in given[name].split(",")]
+            given[name] = ["all-linear"] if words in (["all"], ["all-linear"]) else words
+    return given
+
+
+def warmup_steps(draft: Draft, steps: Any, total: Any) -> None:
+    """Steps of warm-up as a share, where the steps of the whole training are known."""
+    if isinstance(total, int) and total > 0:
+        draft.set("train.warmup_ratio", min(round(int(steps) / total, 6), 0.99))
+    elif int(steps):
+        draft.tell("warmup_steps", "train.warmup_ratio takes a share of the steps; `tuneyard plan` tells their number")
+
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+NO_SCHEDULE = "not here; train.schedule is cosine (or linear, constant)"
+ADAMW = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw"), None)
+NO_OPTIMIZER = "the optimizer is AdamW with fp32 states"

@@ -1,0 +1,172 @@
+"""Keys of a LLaMA-Factory configuration and what they are here; its data sets are looked up in dataset_info.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from orchestrator.importing.draft import (
+    ADAMW,
+    NO_OPTIMIZER,
+    NO_SCHEDULE,
+    SCHEDULES,
+    Draft,
+    Rule,
+    apply,
+    batch,
+    chosen,
+    deepspeed,
+    lora_section,
+    number,
+    warmup_steps,
+    when,
+)
+
+TASKS = {"sft": "sft", "pt": "pretrain"}
+FOLLOWED = ["tensorboard", "mlflow", "wandb"]
+ATTENTION = {"auto": None, "fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}
+COLUMNS = {"messages": "messages", "prompt": "instruction", "query": "input", "response": "output", "system": "system",
+           "history": "history", "tools": "tools"}  # fmt: skip
+"""Of dataset_info.json: our field of each of its columns."""
+
+
+def import_llamafactory(draft: Draft) -> None:
+    """Fill a draft from a LLaMA-Factory configuration."""
+    apply(draft, RULES, REFUSED)
+    source, job = draft.source, draft.job
+    draft.set("task", TASKS.get(str(source.get("stage", "sft")), "sft"))
+    if str(source.get("stage", "sft")) not in TASKS:
+        draft.tell("stage", f"{source['stage']} is not here; task is sft")
+    _data(draft)
+    batch(draft, "per_device_train_batch_size", "gradient_accumulation_steps")
+    kind = source.get("finetuning_type", "lora")
+    if kind == "lora":
+        names = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "lora_target"}
+        draft.set("model.lora", lora_section({name: source.get(key) for name, key in names.items()}))
+    elif kind != "full":
+        draft.tell("finetuning_type", f"{kind} is not here: all weights are trained; model.freeze names what stays")
+    if source.get("warmup_steps") is not None:
+        warmup_steps(draft, source["warmup_steps"], source.get("max_steps"))
+    if "steps" in job.get("train", {}):
+        job["train"].pop("epochs", None)
+
+
+def _names(value: Any) -> list[str]:
+    words = value if isinstance(value, list) else str(value or "").split(",")
+    return [str(word).strip() for word in words if str(word).strip()]
+
+
+def _data(draft: Draft) -> None:
+    """Both splits."""
+    places, columns = _places(draft, "dataset")
+    draft.set("data.train", places)
+    held_out, more = _places(draft, "eval_dataset")
+    if renamed := {**columns, **more}:
+        draft.set("data.columns", renamed)
+    share = float(draft.source.get("val_size") or 0)
+    if held_out:
+        draft.set("data.eval", held_out)
+    elif 0 < share < 1:
+        draft.set("data.eval_fraction", share)
+    else:
+        draft.set("data.eval_fraction", 0.02)
+        key = "val_size" if share else "dataset"
+        said = "there are no evaluation rows by share: data.eval_fraction is 0.02, for a checkpoint is chosen by them"
+        draft.told[key] = "; ".join(filter(None, (draft.told.get(key), said)))
+
+
+def _places(draft: Draft, key: str) -> tuple[list[str], dict[str, str]]:
+    folder = Path(str(draft.source.get("dataset_dir") or "data"))
+    folder = folder if folder.is_absolute() else draft.folder / folder
+    info: dict[str, Any] = {}
+    if (folder / "dataset_info.json").is_file():
+        info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+    found: list[str] = []
+    unknown: list[str] = []
+    columns: dict[str, str] = {}
+    for name in _names(draft.source.get(key)):
+        entry = info.get(name)
+        if entry is None:
+            unknown.append(name)
+            found.append(name)
+            continue
+        hub = entry.get("hf_hub_url")
+        subset = f"/{entry['subset']}" if entry.get("subset") else ""
+        found.append(f"hf://{hub}{subset}:{entry.get('split', 'train')}" if hub else str(folder / entry["file_name"]))
+        named = {COLUMNS[one]: column for one, column in (entry.get("columns") or {}).items() if one in COLUMNS}
+        columns |= {field: column for field, column in named.items() if field != column and column != "conversations"}
+    if unknown:
+        draft.told[key] = f"{', '.join(unknown)}: not in {folder}/dataset_info.json; put the files' paths here"
+    return found, columns
+
+
+RULES: dict[str, Rule] = {
+    "model_name_or_path": "model.path",
+    "model_revision": "model.revision",
+    "trust_remote_code": "model.trust_remote_code",
+    "bf16": when(True, "model.dtype", "bfloat16"),
+    "pure_bf16": when(True, "model.dtype", "bfloat16"),
+    "flash_attn": chosen("model.attention", ATTENTION, "flash_attn", "model.attention is auto"),
+    "cutoff_len": "data.max_length",
+    "packing": "data.packing",
+    "neat_packing": when(True, "data.packing", True),
+    "num_train_epochs": number("train.epochs"),
+    "max_steps": lambda draft, value: draft.set("train.steps", value) if int(value) > 0 else None,
+    "learning_rate": number("train.learning_rate"),
+    "lr_scheduler_type": chosen("train.schedule", SCHEDULES, "lr_scheduler_type", NO_SCHEDULE),
+    "warmup_ratio": number("train.warmup_ratio"),
+    "weight_decay": number("train.weight_decay"),
+    "max_grad_norm": number("train.max_grad_norm"),
+    "optim": chosen("train", ADAMW, "optim", NO_OPTIMIZER),
+    "seed": "train.seed",
+    "deepspeed": deepspeed,
+    "disable_gradient_checkpointing": when(True, "train.activation_checkpointing", "none"),
+    "neftune_noise_alpha": number("train.neftune_alpha"),
+    "torch_compile": when(True, "train.compile", True),
+    "save_steps": lambda draft, value: draft.set("checkpoint.every_steps", value) if int(value) >= 1 else None,
+    "save_total_limit": "checkpoint.keep",
+    "per_device_eval_batch_size": "evaluate.batch_size",
+    "output_dir": "storage",
+    "report_to": lambda draft, value: draft.set("report_to", FOLLOWED) if "wandb" in _names(value) else None,
+    **dict.fromkeys(
+        ("stage", "finetuning_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "dataset",
+         "eval_dataset", "dataset_dir", "val_size", "per_device_train_batch_size", "gradient_accumulation_steps",
+         "warmup_steps", "do_train", "do_eval", "overwrite_cache", "preprocessing_num_workers",
+         "dataloader_num_workers",
+         "logging_steps", "plot_loss", "overwrite_output_dir", "ddp_timeout", "save_only_model", "logging_dir",
+         "run_name", "include_num_input_tokens_seen", "cache_dir", "use_fast_tokenizer")
+    ),
+}  # fmt: skip
+"""`None`: read elsewhere here, or without effect on what is trained."""
+
+REFUSED = {
+    "template": "the tokenizer's own chat template is used; data.chat_template names another",
+    "fp16": "model.dtype is bfloat16 or float32; fp16 is not here",
+    "quantization_bit": "weights are not quantized while they are trained",
+    "quantization_method": "weights are not quantized while they are trained",
+    "max_samples": "all rows are taken; name a smaller file",
+    "train_on_prompt": "sft trains the assistant's tokens alone",
+    "mask_history": "every turn of the assistant is trained; weight: 0 on a message leaves it out",
+    "enable_thinking": "as the tokenizer's chat template has it",
+    "resume_from_checkpoint": "the same command goes on by itself from what it committed",
+    "adapter_name_or_path": "adapters begin anew",
+    "eval_strategy": "every checkpoint is evaluated: checkpoint.every_steps",
+    "eval_steps": "every checkpoint is evaluated: checkpoint.every_steps",
+    "save_strategy": "checkpoint.every_steps counts steps",
+    "streaming": "shards are written once, then read from there",
+    "mix_strategy": "weights of a mixture stand beside each path of data.train",
+    "interleave_probs": "weights of a mixture stand beside each path of data.train",
+    "use_galore": "the optimizer is AdamW with fp32 states",
+    "use_badam": "the optimizer is AdamW with fp32 states",
+    "use_unsloth": "not here",
+    "enable_liger_kernel": "no counterpart; a large vocabulary's loss is computed in chunks anyway",
+    "use_dora": "not here",
+    "use_rslora": "not here",
+    "loraplus_lr_ratio": "not here",
+    "rope_scaling": "positions stay as the model has them",
+    "additional_target": "adapters alone are trained",
+    "freeze_trainable_layers": "model.freeze names what stays, not what is trained",
+    "push_to_hub": "`tuneyard registry push` sends a version when it is asked to",
+    "adam_beta1": "AdamW's betas are 0.9 and 0.999",
+    "adam_beta2": "AdamW's betas are 0.9 and 0.999",
+}
+"""By key: why it has no counterpart."""

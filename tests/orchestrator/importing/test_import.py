@@ -1,0 +1,125 @@
+"""`tuneyard import`: axolotl's or LLaMA-Factory's file becomes a job, and what has no counterpart is listed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.importing import axolotl, llamafactory
+from orchestrator.importing.command import import_job
+from trainers.errors import JobError
+from trainers.job.load import load_job
+
+AXOLOTL = """
+base_model: acme/llama
+load_in_8bit: false
+datasets:
+  - {path: acme/chats, type: chat_template, split: train}
+  - {path: rows.jsonl, ds_type: json, type: alpaca, field_output: answer, roles_to_train: [assistant]}
+val_set_size: 0.1
+output_dir: ./out
+adapter: lora
+lora_r: 8
+lora_alpha: 16
+lora_target_linear: true
+sequence_len: 2048
+sample_packing: true
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+max_steps: 200
+num_epochs: 3
+warmup_steps: 10
+optimizer: adamw_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+bf16: auto
+gradient_checkpointing: true
+flash_attention: true
+saves_per_epoch: 1
+loss_watchdog_threshold: 5.0
+special_tokens: {pad_token: "<pad>"}
+wandb_project: mine
+deepspeed: deepspeed_configs/zero2.json
+"""
+LLAMA_FACTORY = """
+model_name_or_path: acme/qwen
+stage: sft
+do_train: true
+finetuning_type: full
+deepspeed: examples/deepspeed/ds_z3_offload_config.json
+dataset: mine,theirs,lost
+template: qwen3
+cutoff_len: 1024
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-5
+num_train_epochs: 2.0
+lr_scheduler_type: linear
+val_size: 0.05
+save_steps: 500
+logging_steps: 10
+quantization_bit: 4
+"""
+
+
+def imported(folder: Path, text: str) -> tuple[dict[str, str], Path]:
+    (folder / "theirs.yaml").write_text(text)
+    out = folder / "job.yaml"
+    return import_job(folder / "theirs.yaml", out), out
+
+
+def test_axolotls_values_are_in_the_job_and_the_rest_is_listed(tmp_path: Path) -> None:
+    told, out = imported(tmp_path, AXOLOTL)
+    job = load_job(out, ())
+    assert (job.task, job.model.path, job.model.attention) == ("sft", "acme/llama", "flash_attention_2")
+    assert job.model.lora is not None and (job.model.lora.rank, job.model.lora.alpha) == (8, 16.0)
+    assert job.data.train_paths == ("hf://acme/chats:train", str(tmp_path / "rows.jsonl"))
+    assert job.data.columns == {"output": "answer"} and job.data.eval_fraction == 0.1 and job.packing
+    train = job.train
+    assert (train.steps, train.epochs, train.learning_rate, train.warmup_ratio) == (200, None, 2e-4, 0.05)
+    assert (train.global_batch_size, train.micro_batch_size, train.deepspeed) == (8, 2, "zero2")
+    assert train.activation_checkpointing == "full" and "wandb" in job.report_to
+    assert told.keys() == {"optimizer", "loss_watchdog_threshold", "saves_per_epoch", "special_tokens", "datasets",
+                           "micro_batch_size"}  # fmt: skip
+    assert "roles_to_train" in told["datasets"]
+    assert all(f"#   {key}: {what}" in out.read_text() for key, what in told.items())
+
+
+def test_llama_factorys_data_sets_are_looked_up(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    info = {"mine": {"file_name": "mine.json", "columns": {"response": "answer"}},
+            "theirs": {"hf_hub_url": "acme/set", "subset": "en"}}  # fmt: skip
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    told, out = imported(tmp_path, LLAMA_FACTORY)
+    job = load_job(out, ())
+    assert job.model.lora is None and job.train.deepspeed == "zero3-cpu-offload"
+    mine = str(tmp_path / "data" / "mine.json")
+    assert job.data.train_paths == (mine, "hf://acme/set/en:train", str(tmp_path / "lost"))
+    assert job.data.columns == {"output": "answer"} and job.data.eval_fraction == 0.05
+    assert (job.train.epochs, job.train.schedule, job.train.global_batch_size) == (2.0, "linear", 8)
+    assert told.keys() == {"template", "quantization_bit", "dataset", "per_device_train_batch_size"}
+    assert "lost: not in" in told["dataset"]
+
+
+@pytest.mark.parametrize("text, rules", [(AXOLOTL, axolotl), (LLAMA_FACTORY, llamafactory)])
+def test_every_key_is_taken_or_told(tmp_path: Path, text: str, rules: object) -> None:
+    told, _ = imported(tmp_path, text + "something_new: 3\n")
+    assert told["something_new"] == "no counterpart is known"
+    for key, value in yaml.safe_load(text).items():
+        assert key in told or key in rules.RULES or value is False, key  # type: ignore[attr-defined]
+
+
+def test_the_command_prints_the_list_and_leaves_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(AXOLOTL)
+    words = ["import", str(tmp_path / "theirs.yaml"), str(tmp_path / "mine.yaml")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "loss_watchdog_threshold: no counterpart is known" in done.stdout
+    assert load_job(tmp_path / "mine.yaml", ()).name == "mine"
+    again = CliRunner().invoke(app, words)
+    assert isinstance(again.exception, JobError) and "left as it is" in str(again.exception)
+    (tmp_path / "other.yaml").write_text("a: 1\n")
+    with pytest.raises(JobError, match="neither axolotl's"):
+        import_job(tmp_path / "other.yaml", tmp_path / "x.yaml")
