@@ -136,6 +136,7 @@ def test_a_file_with_one_other_bit_is_not_served(run: Run, tmp_path: Path) -> No
 
 
 def test_a_causal_model_answers_as_openais_server(tmp_path: Path, tiny_chat_tokenizer: Path) -> None:
+    pytest.importorskip("openai")
     job = tiny_job(tmp_path, make_llama(tmp_path / "model", tiny_chat_tokenizer), "sft", chat_rows(10))
     made = tmp_path / "runs" / "tiny-0badcafe"
     made.mkdir(parents=True)
