@@ -44,7 +44,7 @@ matrix: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.architectures.by_command
 
 bench:
-	@ls tests/benchmarks/*.py
+	@ls tests/benchmarks/*.py tests/benchmarks/*/bench_*.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
