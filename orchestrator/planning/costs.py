@@ -22,6 +22,8 @@ class WayMemory(Record):
     """What one way to keep the state would need of a worker, in GiB."""
 
     way: str
+    moment: str
+    """When the device is fullest: the parts are those of this moment."""
     weights: float
     gradients: float
     optimizer: float
@@ -30,18 +32,24 @@ class WayMemory(Record):
     logits: float
     working: float
     """What gathers, reductions, the update and the loss hold for a while."""
+    margin: float
+    """For fragments, and what CUDA takes."""
     device_gib: float
-    """All of these, with a margin for fragments and what CUDA takes."""
+    """All of these."""
+    staging: float
+    """Of host memory: what checkpoints are copied to."""
     host_gib: float
-    """Of host memory, beside copies for checkpoints."""
+    """Of host memory, beside that."""
     fits: bool
 
 
 def way_memory(need: Need, device_bytes: int) -> WayMemory:
-    parts = ("weights", "gradients", "optimizer", "activations", "logits", "working")
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "working", "margin", "staging")
     gib = {name: getattr(need, name) / GIB for name in parts}
     fits = need.device <= device_bytes
-    return WayMemory(way=need.way, **gib, device_gib=need.device / GIB, host_gib=need.host / GIB, fits=fits)
+    return WayMemory(
+        way=need.way, moment=need.moment, **gib, device_gib=need.device / GIB, host_gib=need.host / GIB, fits=fits
+    )
 
 
 def messages(choice: Choice, size: ModelSize, world_size: int) -> dict[str, Any]:

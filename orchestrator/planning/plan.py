@@ -26,7 +26,7 @@ from trainers.job.sections import LoraSection
 from trainers.model.choice import Choice, choose, settle
 from trainers.model.fit import count_parameters, tensor_shapes
 from trainers.model.lora import ALL_LINEAR
-from trainers.model.memory import GIB, ModelSize, measure_size, needs
+from trainers.model.memory import GIB, ModelSize, needs
 from trainers.records import Record
 from trainers.run.folder import run_folder
 from trainers.run.record import job_task
@@ -77,6 +77,8 @@ class Plan(Record):
     """DeepSpeed's settings that follow from the model: name, value, reason."""
     device_gib: float | None
     """Memory of a worker's device, where it is known."""
+    on_cpu: bool
+    """Whether what was asked about are ranks on CPUs, whose memory is the host's."""
     fits: bool | None
     """Whether the job fits it."""
     remedy: tuple[str, ...]
@@ -126,7 +128,7 @@ def plan_job(
     if device_bytes is None and job.scale.gpus_per_worker != 0:
         device_bytes = gpu_memory()
     world_size = job.scale.max_workers
-    measure = cache(lambda: measure_size(job, model.path))
+    measure = cache(lambda: _measure(job, model.path))
     choice = choose(job, world_size, device_bytes, measure)
     batches = plan_batches(job.train.global_batch_size, choice.step.micro_batch_size, world_size, job.data.max_length)
     shards = load_shards(job, checked.splits)
@@ -166,6 +168,12 @@ def plan_job(
     )
 
 
+def _measure(job: Job, model_path: str) -> ModelSize:
+    from trainers.model.model_size import measure_size  # imports torch
+
+    return measure_size(job, model_path)
+
+
 def _memory(
     job: Job, choice: Choice, device_bytes: int | None, world_size: int, measure: Callable[[], ModelSize]
 ) -> dict[str, Any]:
@@ -179,6 +187,7 @@ def _memory(
         "activation_checkpointing": settle(job, choice).train.activation_checkpointing,
         "ways": tuple(way_memory(need, device_bytes or 0) for need in choice.needs),
         "device_gib": device_bytes / GIB if device_bytes else None,
+        "on_cpu": bool(choice.needs) and not choice.needs[0].on_card,
         "fits": choice.fits,
         "remedy": smallest_fit(job, device_bytes or 0, measure()) if refused else (),
     }

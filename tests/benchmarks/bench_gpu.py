@@ -363,13 +363,11 @@ def check_losses(results: dict[str, list[dict[str, Any]]]) -> None:
 
 def table(asked: argparse.Namespace, job: Any, results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Markdown, with the plan's memory beside the measured one."""
-    from trainers.model.memory import GIB, StepShape, measure_size, needs
+    from trainers.model.memory import GIB, StepShape, needs
+    from trainers.model.model_size import measure_size
 
     size = measure_size(job, job.model.path)
-    said = {
-        f"ours {n.way}": n.state + n.working + n.activations + n.logits
-        for n in needs(size, 1, StepShape(asked.micro, asked.accumulation))
-    }
+    said = {f"ours {n.way}": n.counted for n in needs(size, 1, StepShape(asked.micro, asked.accumulation))}
     tokens = asked.micro * asked.accumulation * asked.length
     shape = SIZES[asked.size]
     length = asked.length / (asked.documents or 1)

@@ -44,7 +44,7 @@ def choose(job: Job, world_size: int, device_bytes: int | None, measure: Callabl
     """Settle what the job leaves to us.
 
     Args:
-        device_bytes: memory of the smallest device; None where ranks compute on CPUs.
+        device_bytes: memory of the smallest device, or of what a rank on a CPU may take; None where that is not known.
         measure: gives the model's sizes; not asked where nothing depends on them.
 
     Raises:
@@ -59,6 +59,8 @@ def choose(job: Job, world_size: int, device_bytes: int | None, measure: Callabl
             named or WITHOUT_DEVICES[job.train.compile], step, "named by the job" if named else "ranks compute on CPUs"
         )
     size = measure()
+    if job.scale.gpus_per_worker == 0:
+        return _on_cpu(job, batches, world_size, device_bytes, size)
     least, chosen = inf, None
     for _, way, step in _candidates(job, batches, size):
         need = _need(size, world_size, step, way)
@@ -71,6 +73,17 @@ def choose(job: Job, world_size: int, device_bytes: int | None, measure: Callabl
     assert chosen is not None
     figure = f"{least / GIB:.1f} GiB, a device has {device_bytes / GIB:.1f}"
     return Choice(*chosen, f"may not fit: needs {figure}", False, needs(size, world_size, chosen[1]))
+
+
+def _on_cpu(job: Job, batches: BatchPlan, world_size: int, memory: int, size: ModelSize) -> Choice:
+    """What ranks on CPUs do anyway, held against the memory that each may take."""
+    way = WITHOUT_DEVICES[job.train.compile] if job.train.deepspeed == "auto" else job.train.deepspeed
+    step = StepShape(batches.micro_batch_size, batches.accumulation, job.train.checkpoint_every_layers,
+                     job.train.activation_offload)  # fmt: skip
+    found = needs(size, world_size, step, on_card=False)
+    need = next(each.device for each in found if each.way == way)
+    figures = f"ranks compute on CPUs; one needs {need / GIB:.1f} GiB and may take {memory / GIB:.1f}"
+    return Choice(way, step, figures, need <= memory, found)
 
 
 def _candidates(job: Job, batches: BatchPlan, size: ModelSize) -> list[tuple[float, str, StepShape]]:

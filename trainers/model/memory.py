@@ -1,25 +1,30 @@
-"""What a step needs of each rank's memory, by the way the state is kept. Begin at `needs`, which is pure.
+"""What a rank needs of memory, by the way the state is kept. Pure; begin at `needs`. Sizes come from `model_size`.
 
-Activations are not guessed: `measure_activations` runs the model's own forward pass on fake tensors, which have shapes
-and no values, and sums what autograd keeps.
+A step has moments that are full of different things: of activations when the layers have run, of logits at the loss, of
+copies of gradients when they are reduced, of fp32 gradients at the update. What counts is the fullest.
 """
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any
 
-from trainers.job.schema import Job
-from trainers.model.zero_settings import sizes_of, zero_settings
+from trainers.model.zero_settings import zero_settings
+from trainers.tasks.losses import CARD_CHUNK_BYTES, CHUNK_BYTES
 
 GIB = 2**30
 RESERVE_BYTES = int(1.5 * GIB)
 """CUDA context, libraries' workspaces and what collectives hold."""
 MARGIN = 0.08
 """Share of activations and state that an allocator loses to fragments."""
-UPDATE_ELEMENTS = 500_000_000
-"""Of a partition, whose gradients are in fp32 while it is updated."""
-
-HEAD = "lm_head.weight"
+CPU_IMPORT_BYTES, CPU_RESERVE_BYTES = 560 * 2**20, 88 * 2**20
+"""What a rank on a CPU takes besides tensors: imports; then code that is read in as it first runs, workspaces of
+kernels and of gloo. Measured with a model of 0.3 million parameters."""
+CPU_MARGIN = 0.05
+"""The same as MARGIN where the C library gives freed memory back at once."""
+SUB_GROUP_ELEMENTS = 1_000_000_000
+"""Of a partition that ZeRO-3 updates at a time; DeepSpeed's default."""
+PLAIN_BUCKET_BYTES = 256 * 2**20
+"""Gradients that `PlainEngine` reduces at a time."""
+SAVED_BYTES = 12
+"""A parameter's weight and moments in fp32, as checkpoints hold them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Of one model under one job. Sequences are of `data.max_length`."""
+    """Of one model under one job; a sequence is one of `length` positions."""
 
     parameters: int
     trainable: int
@@ -45,166 +50,250 @@ class ModelSize:
     """Bytes of a working weight."""
     sequence_bytes: int
     """What one sequence keeps for the backward pass where no layer is computed again; logits apart."""
-    logits_bytes: int = 0
-    """Logits of one sequence and their copies, where they are held whole."""
-    once_bytes: int = 0
-    """What the loss holds whatever the micro-batch: a chunk of logits, the head's gradient."""
+    outside_bytes: int = 0
+    """The part of it that no layer keeps: embeddings, the last norm."""
+    passing_bytes: int = 0
+    """What passes through a layer's forward and backward pass at the most, for one sequence, beside what is kept."""
+    length: int = 0
+    width: int = 0
+    """Of a hidden state."""
+    vocabulary: int = 0
+    """Columns of the logits; 0 for heads whose outputs do not count."""
+    targets: float = 1.0
+    """Share of the positions whose loss is computed."""
+    chunked: bool = False
+    """Whether the loss is computed in chunks (`losses.chunked`)."""
     layers: int = 1
-    input_bytes: int = 0
-    """Of one layer, for one sequence."""
     tensors: tuple[int, ...] = ()
     """Elements of each tensor,"""
     largest_layer: int = 0
     """and of the largest layer."""
+    late_parameters: int = 0
+    """Trained ones of the first layer and the embeddings, whose gradients come last."""
     checkpoints: bool = True
     """Whether the model's class can compute layers again."""
+    saves_frozen: bool = True
+    """Whether checkpoints hold what does not train."""
+
+    def settings(self, stage: int, world_size: int) -> dict[str, int]:
+        """Elements of buckets and of gathered weights, as `zero_settings` makes them."""
+        return {name: int(each.value) for name, each in
+                zero_settings(stage, self.tensors, self.largest_layer, world_size).items()}  # fmt: skip
+
+    @property
+    def early_parameters(self) -> int:
+        """Trained ones whose gradients are there before those of the first layer."""
+        return self.trainable - self.late_parameters
+
+    @property
+    def saved_frozen_bytes(self) -> int:
+        """Of frozen weights in a checkpoint, which rank 0 holds, in fp32."""
+        return 4 * (self.parameters - self.trainable) if self.saves_frozen else 0
+
+    @property
+    def input_bytes(self) -> int:
+        """Of one layer, for one sequence."""
+        return self.length * self.width * self.weight_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """What a layer keeps of one sequence."""
+        return (self.sequence_bytes - self.outside_bytes) // self.layers
+
+    def inputs_bytes(self, step: StepShape) -> int:
+        """What the layers that are computed again keep of a micro-batch."""
+        if not step.checkpoint_every:
+            return 0
+        return -(-self.layers // step.checkpoint_every) * self.input_bytes * step.micro_batch_size
 
     def kept_bytes(self, step: StepShape) -> int:
-        """What a micro-batch keeps for the backward pass, logits apart."""
-        kept = self.sequence_bytes
-        if every := step.checkpoint_every:
-            inputs = 0 if step.offload else self.layers * self.input_bytes // every
-            kept = min(kept, kept - kept // every + kept // self.layers + inputs)  # one layer is computed at a time
-        return kept * step.micro_batch_size
+        """What a micro-batch keeps on the device from its forward to its backward pass, logits apart."""
+        kept = self.sequence_bytes * step.micro_batch_size
+        if not step.checkpoint_every:
+            return kept
+        again = -(-self.layers // step.checkpoint_every) * self.layer_bytes * step.micro_batch_size
+        return min(kept, kept - again + (0 if step.offload else self.inputs_bytes(step)))
+
+    def again_bytes(self, step: StepShape) -> int:
+        """What passes through a layer of the backward pass; of one that is computed again all that it keeps."""
+        again = self.layer_bytes if step.checkpoint_every else 0
+        return (again + self.passing_bytes) * step.micro_batch_size
+
+    def loss_bytes(self, step: StepShape, on_card: bool) -> int:
+        """Logits, their fp32 copy and its logarithms, or three fp32 gradients in the backward pass; in chunks, a chunk
+        of logits and the head's gradient."""
+        positions = step.micro_batch_size * self.length
+        if not self.chunked:
+            each = max(self.weight_bytes + 8 * self.targets, 12 * self.targets)
+            return int(positions * self.vocabulary * each)
+        logits = int(4 * positions * self.targets * self.vocabulary)
+        chunk = CARD_CHUNK_BYTES // 2 if on_card else 2 * min(logits, CHUNK_BYTES)
+        gradient = self.vocabulary * self.width * (4 if self.weight_bytes == 4 else 4 + self.weight_bytes)
+        return chunk + gradient + int(2 * self.input_bytes * step.micro_batch_size * self.targets)
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one way needs of a rank."""
+    """Bytes that one way needs of a rank at the fullest moment of a step."""
 
     way: str
+    moment: str
     weights: int
     gradients: int
     optimizer: int
     """fp32 masters and the two moments."""
     working: int
-    """What gathers, reductions, the update and the loss hold for a while."""
+    """What gathers, reductions and the update hold for a while."""
     activations: int
     logits: int
+    """Logits over a vocabulary, or what the loss holds in their place."""
+    staging: int
+    """Of host memory: what checkpoints are copied to, from the start of a run to its end."""
     host: int
-    """State that is kept in host memory, and what layers keep there."""
+    """State that is kept in host memory, and what layers keep there; staging apart."""
+    state: int
+    """Weights, all gradients and the optimizer, on the device."""
+    on_card: bool = True
 
     @property
-    def state(self) -> int:
-        """What stays on the device from step to step."""
-        return self.weights + self.gradients + self.optimizer
+    def counted(self) -> int:
+        """What tensors take of the device at that moment; on a CPU all is in one memory."""
+        tensors = self.weights + self.gradients + self.optimizer + self.working + self.activations + self.logits
+        return tensors if self.on_card else tensors + self.staging + self.host
+
+    @property
+    def margin(self) -> int:
+        """For fragments, and what is no tensor."""
+        if self.on_card:
+            return int(self.counted * MARGIN) + RESERVE_BYTES
+        return int(self.counted * CPU_MARGIN) + CPU_IMPORT_BYTES + CPU_RESERVE_BYTES
 
     @property
     def device(self) -> int:
-        """Of the device, margin and reserve included."""
-        return int((self.state + self.working + self.activations + self.logits) * (1 + MARGIN)) + RESERVE_BYTES
+        """Of the device in all; on a CPU of the memory that a rank has to itself."""
+        return self.counted + self.margin
 
 
-def needs(size: ModelSize, world_size: int, step: StepShape) -> tuple[Need, ...]:
-    """What each way needs, the cheapest way first."""
-    total, trainable, width = size.parameters, size.trainable, size.weight_bytes
-    weights, gradients = total * width, trainable * width
-    summed = trainable * (4 if step.accumulation > 1 else width) // world_size
-    masters = 0 if width == 4 else 4 * trainable
-    adam = masters + 8 * trainable
-    mine = adam // world_size
-    update = min(masters, 4 * UPDATE_ELEMENTS) // world_size  # a partition's gradients in fp32
-    settings = zero_settings(3, size.tensors, size.largest_layer, world_size)
-    bucket = settings["reduce_bucket_size"].value * width
-    live = min(settings["stage3_max_live_parameters"].value, total) * width
-    state = {  # weights, gradients, optimizer, working memory, host
-        "zero0": (weights, gradients, adam, masters, 0),
-        "zero1": (weights, gradients, mine, update + bucket, 0),
-        "zero2": (weights, summed, mine, update + 2 * bucket, 0),
-        "zero3": (weights // world_size, summed, mine, update + live + bucket, 0),
-        "zero3-cpu-offload": (0, summed, 0, live + bucket, weights // world_size + mine + update),
-    }
-    kept, logits = size.kept_bytes(step), size.logits_bytes * step.micro_batch_size
-    inputs = size.layers * size.input_bytes // step.checkpoint_every * step.micro_batch_size if step.offload else 0
-    return tuple(
-        Need(way, held, summed_up, moments, working + size.once_bytes, kept, logits, host + inputs)
-        for way, (held, summed_up, moments, working, host) in state.items()
-    )
+@dataclass(frozen=True)
+class _Held:
+    """What one way holds, in bytes, beside what a micro-batch brings."""
+
+    weights: int
+    optimizer: int
+    complete: int
+    """Gradients once all are there."""
+    before: int = 0
+    """Gradients while layers compute: of micro-batches before, or always."""
+    always: int = 0
+    """Buffers that stay from step to step."""
+    buckets: int = 0
+    """Buffers that stay through a backward pass."""
+    gathered: int = 0
+    """Weights that are gathered while layers compute."""
+    ahead: int = 0
+    """Weights on their way beside these, until the last layer has run."""
+    arriving: int = 0
+    """Gradients that are there when the backward pass comes to the first layer, beside `before` and `buckets`."""
+    reduced: int = 0
+    """Gradients and copies of them at the end of the backward pass, beside `before` and `buckets`."""
+    update: int = 0
+    """Gradients and their copies at the update, beside `always`."""
+    host: int = 0
 
 
-def measure_size(job: Job, model_path: str) -> ModelSize:
-    """Sizes of a job's model, from its configuration alone."""
-    import torch
+def needs(size: ModelSize, world_size: int, step: StepShape, on_card: bool = True) -> tuple[Need, ...]:
+    """What each way needs, the cheapest way first.
 
-    from trainers.tasks.losses.chunked import CARD_CHUNK_BYTES, CHUNK_BYTES, LEAST_VOCABULARY
-
-    dtype, length = getattr(torch, job.model.dtype), job.data.max_length
-    width = dtype.itemsize
-    kept, model, config = measure_activations(model_path, length, dtype, job.model.trust_remote_code)
-    text = config.get_text_config()
-    vocabulary, row = text.vocab_size if _predicts_tokens(job) else 0, length * text.hidden_size * width
-    chunked, chunk = vocabulary >= LEAST_VOCABULARY, max(3 * CHUNK_BYTES, CARD_CHUNK_BYTES // 2)
-    head = vocabulary * text.hidden_size if not getattr(config, "tie_word_embeddings", True) else 0
-    tensors, largest = sizes_of(model)
-    total = sum(tensors) + head
-    return ModelSize(
-        parameters=total,
-        trainable=_trainable(job, model) + _learns(job, HEAD) * head if job.model.freeze or job.model.lora else total,
-        weight_bytes=width,
-        sequence_bytes=kept,
-        logits_bytes=row if chunked else length * vocabulary * (8 + 2 * width),
-        once_bytes=chunk + vocabulary * text.hidden_size * (4 + width) if chunked else 0,
-        layers=text.num_hidden_layers,
-        input_bytes=row,
-        tensors=(*tensors, *([head] if head else [])),
-        largest_layer=largest,
-        checkpoints=model.supports_gradient_checkpointing,
-    )
-
-
-def measure_activations(model_path: str, length: int, dtype: Any, trust_remote_code: bool = False) -> Any:
-    """Bytes that one sequence's forward pass keeps for the backward pass; the model, on fake tensors; its config.
-
-    Where the forward pass does not run on fake tensors, the rule of Korthikanti et al. (2022) stands in.
+    Args:
+        on_card: ranks compute on GPUs; else on CPUs, where a buffer takes what was written to it, and gloo reduces in a
+            copy.
     """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.autograd.graph import saved_tensors_hooks
-    from transformers import AutoConfig, AutoModel
-    from transformers.initialization import no_init_weights
-
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    kept: dict[int, Any] = {}
-
-    def keep(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
-
-    with FakeTensorMode(), no_init_weights():
-        model = AutoModel.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).train()
-        held = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        ids = torch.zeros(1, length, dtype=torch.long)
-        extra = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
-        try:
-            with saved_tensors_hooks(keep, lambda tensor: tensor):
-                model(input_ids=ids, **extra)
-        except Exception:  # an architecture whose forward pass asks for values, or for more than text
-            text = config.get_text_config()
-            rule = 17 * dtype.itemsize * length * text.hidden_size * text.num_hidden_layers  # arXiv:2205.05198
-            return rule, model, config
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in held), model, config
-
-
-def _predicts_tokens(job: Job) -> bool:
-    return job.task in ("pretrain", "mlm", "sft", "seq2seq")
+    ways = {
+        "zero0": _plain(size, world_size, step),
+        "zero1": _parted(size, world_size, step, on_card, 1),
+        "zero2": _parted(size, world_size, step, on_card, 2),
+        "zero3": _sharded(size, world_size, step, on_card),
+        "zero3-cpu-offload": _offloaded(size, world_size, step, on_card),
+    }
+    kept, logits, again = size.kept_bytes(step), size.loss_bytes(step, on_card), size.again_bytes(step)
+    on_host = size.inputs_bytes(step) if step.offload else 0
+    saved = SAVED_BYTES * size.trainable // world_size + size.saved_frozen_bytes
+    found = []
+    for way, held in ways.items():
+        moments = {  # gradients, working memory, activations, logits
+            "layers": (held.before, held.always + held.gathered + held.ahead, kept, 0),
+            "loss": (held.before, held.always + held.gathered, kept, logits),
+            "backward": (held.before, held.always + held.buckets + held.gathered, kept + again, 0),
+            "first layer": (held.before, held.always + held.buckets + held.arriving, again, 0),
+            "reduction": (held.before, held.always + held.buckets + held.reduced, 0, 0),
+            "update": (0, held.always + held.update, 0, 0),
+        }
+        moment = max(moments, key=lambda name: sum(moments[name]))
+        gradients, working, activations, loss = moments[moment]
+        state = held.weights + held.optimizer + held.complete
+        found.append(Need(way, moment, held.weights, gradients, held.optimizer, working, activations, loss, saved,
+                          held.host + on_host, state, on_card))  # fmt: skip
+    return tuple(found)
 
 
-def _trainable(job: Job, model: Any) -> int:
-    """Parameters that get gradients, the head left out."""
-    import torch
-
-    if job.model.lora is not None:
-        linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-        return sum(job.model.lora.rank * (module.in_features + module.out_features) for module in linear)
-    return sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if _learns(job, name, f"{model.base_model_prefix}.{name}")
+def _plain(size: ModelSize, world_size: int, step: StepShape) -> _Held:
+    """Everything on every rank (`PlainEngine`); weights in fp32 are their own masters."""
+    wide, halves, several = 4 * size.trainable, size.weight_bytes < 4, step.accumulation > 1
+    bucket = min(PLAIN_BUCKET_BYTES, wide) if world_size > 1 else 0
+    return _Held(
+        weights=size.parameters * size.weight_bytes,
+        optimizer=2 * wide + halves * wide,
+        complete=wide,
+        before=wide if several else 0,
+        arriving=0 if several and not halves else size.early_parameters * size.weight_bytes,
+        reduced=size.trainable * size.weight_bytes if several and halves else 0 if several else wide,
+        update=wide + bucket,
     )
 
 
-def _learns(job: Job, *names: str) -> bool:
-    """Whether a parameter of these names is trained itself."""
-    frozen = any(fnmatchcase(name, pattern) for name in names for pattern in job.model.freeze)
-    return job.model.lora is None and not frozen
+def _parted(size: ModelSize, world_size: int, step: StepShape, on_card: bool, stage: int) -> _Held:
+    """Stages 1 and 2: gradients pass through one bucket, on GPUs two, and a copy sorted by rank."""
+    trainable, width, several = size.trainable, size.weight_bytes, step.accumulation > 1
+    bucket = size.settings(stage, world_size)["reduce_bucket_size"]
+    gradients, filled = trainable * width, min(bucket, trainable) * width
+    mine = trainable * (4 if several and width < 4 else width) // world_size
+    return _Held(
+        weights=size.parameters * width,
+        optimizer=12 * trainable // world_size,
+        complete=gradients if stage == 1 else mine,
+        before=(gradients if stage == 1 else mine) if several else 0,
+        buckets=2 * bucket * width if on_card else 0,
+        arriving=0 if on_card else min(bucket, size.early_parameters) * width,
+        reduced=filled + gradients // world_size if on_card else (1 if stage == 1 and several else 2) * filled,
+        update=(gradients + 4 * trainable + (gradients if width < 4 else 0)) // world_size,
+    )
+
+
+def _sharded(size: ModelSize, world_size: int, step: StepShape, on_card: bool) -> _Held:
+    """Stage 3: the bucket and the sums of gradients are there from the first step to the last."""
+    trainable, width, shared = size.trainable, size.weight_bytes, world_size > 1
+    settings = size.settings(3, world_size)
+    bucket, live = settings["reduce_bucket_size"], settings["stage3_max_live_parameters"]
+    filled = min(bucket, trainable) * width
+    mine = trainable * (4 if step.accumulation > 1 and width < 4 else width) // world_size
+    group = min(SUB_GROUP_ELEMENTS, trainable // world_size)
+    return _Held(
+        weights=size.parameters * width // world_size,
+        optimizer=12 * trainable // world_size,
+        complete=mine,
+        before=mine,
+        always=bucket * width if on_card else filled,
+        gathered=min(live, size.parameters) * width if shared or on_card else 0,
+        ahead=min(settings["stage3_prefetch_bucket_size"], size.parameters) * width if shared else 0,
+        reduced=filled if on_card else 2 * filled,
+        update=mine + group * (4 + (width if width < 4 else 0)),
+    )
+
+
+def _offloaded(size: ModelSize, world_size: int, step: StepShape, on_card: bool) -> _Held:
+    """The same with weights, gradients and optimizer in host memory; there every gradient has its place in fp32."""
+    held = _sharded(size, world_size, step, on_card)
+    state = held.weights + held.optimizer + held.complete + 4 * size.trainable // world_size
+    return _Held(
+        0, 0, 0, always=held.always, gathered=held.gathered, ahead=held.ahead, reduced=held.reduced, host=state
+    )

@@ -13,7 +13,7 @@ from trainers.model.choice import Choice, choose, settle
 from trainers.model.compiled import compile_layers
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine, release_engine
-from trainers.model.memory import measure_size
+from trainers.model.model_size import measure_size
 from trainers.model.world import World, compute_deterministically, free_memory, join_world, smallest_device
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run

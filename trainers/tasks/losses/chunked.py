@@ -16,12 +16,9 @@ from typing import Any
 
 import torch
 
+from trainers.tasks.losses import CARD_CHUNK_BYTES, TokenScores, find_targets, join_scores, score_logits
 from trainers.tasks.losses import CHUNK_BYTES as CHUNK_BYTES
-from trainers.tasks.losses import TokenScores, find_targets, join_scores, score_logits
 
-CARD_CHUNK_BYTES = 2**30
-"""The same on a GPU: a chunk's products with the head's weights must outweigh adding up the gradient of those weights.
-At 160 MiB that took a quarter of the step of a Llama of 1.24 billion parameters on an H100."""
 LEAST_VOCABULARY = 8192
 """Below this the logits are no larger than other activations."""
 

@@ -1,0 +1,1 @@
+"""The plan's memory beside that of real ranks: `bench_memory.py`."""
