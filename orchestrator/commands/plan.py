@@ -8,7 +8,7 @@ from orchestrator.terminal.table import show
 
 LABELS = 20
 """Labels that are shown."""
-GIVE_BACK = "MALLOC_MMAP_THRESHOLD_=65536"
+GIVE_BACK = "MALLOC_MMAP_THRESHOLD_=262144"
 HOST = {"host": "state and activations", "staging": "staging of checkpoints"}
 
 

@@ -1,13 +1,17 @@
 """What a job costs: memory by part, arithmetic, time."""
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from trainers.job.schema import Job
+from trainers.job.sections import LoraSection
 from trainers.model.choice import Choice
 from trainers.model.deepspeed_config import read_template
+from trainers.model.lora import ALL_LINEAR
 from trainers.model.memory import GIB, ModelSize, Need
 from trainers.model.zero_settings import LIVE, Setting, sent_bytes, unsaid
 from trainers.records import Record
@@ -41,6 +45,12 @@ class WayMemory(Record):
     host_gib: float
     """Of host memory, beside that."""
     fits: bool
+
+
+def size_model(job: Job, model_path: str) -> ModelSize:
+    from trainers.model.model_size import measure_size  # imports torch
+
+    return measure_size(job, model_path)
 
 
 def way_memory(need: Need, device_bytes: int) -> WayMemory:
@@ -89,3 +99,20 @@ def measured_speed(run: Folder) -> float | None:
 def weight_bytes(job: Job, parameters: int) -> int:
     """Bytes of a whole model in its working type."""
     return parameters * (2 if job.model.dtype == "bfloat16" else 4)
+
+
+NOT_ADAPTED = re.compile(r"embed|wte|wpe|shared|lm_head")
+
+
+def count_adapters(shapes: Mapping[str, Sequence[int]], lora: LoraSection) -> int:
+    """About how many values a checkpoint with adapters holds: rank x (in + out) for each layer that gets them."""
+    every = lora.target_modules == ALL_LINEAR
+    adapted = [
+        shape
+        for name, shape in shapes.items()
+        if len(shape) == 2
+        and (
+            not NOT_ADAPTED.search(name) if every else name.removesuffix(".weight").endswith(tuple(lora.target_modules))
+        )
+    ]
+    return sum(lora.rank * sum(shape) for shape in adapted)

@@ -11,8 +11,7 @@ from orchestrator.planning.preflight import CheckedJob
 from orchestrator.ray_session import gpus_per_worker, usable_cpus
 from trainers.batching.batch_plan import BatchPlan
 from trainers.job.schema import Job
-from trainers.model.families import tested_families
-from trainers.model.fit import tensor_shapes
+from trainers.model.fit import tensor_shapes, tested_families
 from trainers.shards.manifest import Shards
 from trainers.shards.worth import metric_refusal
 from trainers.tasks import encode_rules

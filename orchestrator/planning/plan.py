@@ -4,14 +4,22 @@ Exact where the shards are written or the data is small; else sequences are esti
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from orchestrator.planning.costs import WayMemory, count_flops, measured_speed, messages, way_memory, weight_bytes
+from orchestrator.planning.costs import (
+    WayMemory,
+    count_adapters,
+    count_flops,
+    measured_speed,
+    messages,
+    size_model,
+    way_memory,
+    weight_bytes,
+)
 from orchestrator.planning.hardware import smallest_fit
 from orchestrator.planning.notes import all_notes, metric_notes, where_evaluated
 from orchestrator.planning.preflight import CheckedJob
@@ -22,10 +30,8 @@ from trainers.batching.batch_plan import plan_batches
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
-from trainers.job.sections import LoraSection
 from trainers.model.choice import Choice, choose, settle
 from trainers.model.fit import count_parameters, tensor_shapes
-from trainers.model.lora import ALL_LINEAR
 from trainers.model.memory import GIB, ModelSize, needs
 from trainers.records import Record
 from trainers.run.folder import run_folder
@@ -128,7 +134,7 @@ def plan_job(
     if device_bytes is None and job.scale.gpus_per_worker != 0:
         device_bytes = gpu_memory()
     world_size = job.scale.max_workers
-    measure = cache(lambda: _measure(job, model.path))
+    measure = cache(lambda: size_model(job, model.path))
     choice = choose(job, world_size, device_bytes, measure)
     batches = plan_batches(job.train.global_batch_size, choice.step.micro_batch_size, world_size, job.data.max_length)
     shards = load_shards(job, checked.splits)
@@ -166,12 +172,6 @@ def plan_job(
         example=in_short(first) if first else None,
         job=job.model_dump(mode="json"),
     )
-
-
-def _measure(job: Job, model_path: str) -> ModelSize:
-    from trainers.model.model_size import measure_size  # imports torch
-
-    return measure_size(job, model_path)
 
 
 def _memory(
@@ -284,20 +284,3 @@ def _sample(job: Job, split: SplitPlan, units: tuple) -> tuple[list, float]:  # 
     whole = len(rows) < SAMPLE_ROWS and len(units) == 1
     size = sum(len(json.dumps(row, ensure_ascii=False).encode()) for row in rows if row)
     return [row for row in rows if row], float(source.size if whole else size)
-
-
-NOT_ADAPTED = re.compile(r"embed|wte|wpe|shared|lm_head")
-
-
-def count_adapters(shapes: Mapping[str, Sequence[int]], lora: LoraSection) -> int:
-    """About how many values a checkpoint with adapters holds: rank x (in + out) for each layer that gets them."""
-    every = lora.target_modules == ALL_LINEAR
-    adapted = [
-        shape
-        for name, shape in shapes.items()
-        if len(shape) == 2
-        and (
-            not NOT_ADAPTED.search(name) if every else name.removesuffix(".weight").endswith(tuple(lora.target_modules))
-        )
-    ]
-    return sum(lora.rank * sum(shape) for shape in adapted)

@@ -14,7 +14,7 @@ import yaml
 from tests.architectures.document import NAMES
 from tests.architectures.families import FAMILIES, write_model
 from tests.architectures.single import job_of, kind_of, tasks_of, tokenizers
-from trainers.model.families import tested_families
+from trainers.model.fit import tested_families
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -78,6 +79,13 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
             header = json.loads(stream.read(length))
         shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     return shapes
+
+
+def tested_families() -> dict[str, list[str]]:
+    """Tasks that a family passed in the tests that compare with plain transformers, by its `model_type`: families.json
+    here, written by tests/architectures."""
+    families: dict[str, list[str]] = json.loads((files("trainers.model") / "families.json").read_text(encoding="utf-8"))
+    return families
 
 
 def count_parameters(shapes: Mapping[str, Sequence[int]]) -> int:

@@ -137,7 +137,7 @@ def train_and_measure(job: Job, exact: bool) -> dict[str, int]:
 
     run = find_run(job)
     if exact:
-        assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
+        assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     base = status_bytes("VmRSS")
 

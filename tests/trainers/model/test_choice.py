@@ -43,7 +43,7 @@ def test_each_way_needs_less_of_the_device_than_the_one_before() -> None:
         (BILLION, 8, 80, "zero0"),
         (BILLION, 8, 24, "zero1"),
         (BILLION, 8, 23, "zero1"),
-        (BILLION, 8, 22, "zero3"),
+        (BILLION, 8, 22, "zero1"),
         (EIGHT, 8, 80, "zero1"),
         (EIGHT, 8, 60, "zero1"),
         (EIGHT, 8, 42, "zero3"),
