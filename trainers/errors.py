@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PASSING = re.compile(r"out of memory|\(os error (?!2\))", re.IGNORECASE)
+PASSING = re.compile(r"out of memory|can't allocate memory|\(os error (?!2\))", re.IGNORECASE)
 
 
 class TuneyardError(Exception):

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -29,18 +30,21 @@ def remove_checkpoint(checkpoints: Folder, step: int) -> None:
         doomed = _unique(folder.path)
         with contextlib.suppress(OSError):  # gone already, or storage fails for a moment: a later start removes it
             folder.path.rename(doomed)
-        work = threading.Thread(target=_delete_tree, args=(doomed,), name=REMOVAL)
+        _beside(partial(_delete_tree, doomed))
     else:
         folder.delete(COMMITTED)
         folder.delete(MANIFEST)
-        work = threading.Thread(target=folder.delete, name=REMOVAL)
-    work.start()
+        _beside(folder.delete)
 
 
 def remove_beside(*folders: Folder) -> None:
     """Delete whole folders in a thread, for a caller whose loop must go on."""
     for folder in folders:
-        threading.Thread(target=folder.delete, name=REMOVAL).start()
+        _beside(folder.delete)
+
+
+def _beside(work: Callable[[], object]) -> None:
+    threading.Thread(target=work, name=REMOVAL).start()
 
 
 def finish_removals() -> None:
@@ -58,6 +62,12 @@ def _unique(path: Path) -> Path:
 def _delete_tree(path: Path) -> None:
     """What cannot be deleted now goes at a later start."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def _delete_each(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            _delete_tree(path) if path.is_dir() else path.unlink()
 
 
 def quarantine(checkpoints: Folder, step: int, reason: str) -> None:
@@ -81,7 +91,8 @@ def quarantined(checkpoints: Folder) -> list[str]:
 
 
 def clean_leftovers(checkpoints: Folder) -> list[CheckpointEvent | CheckpointSkippedEvent]:
-    """Remove step folders that were never committed, and temporary files everywhere.
+    """Remove step folders that were never committed, and temporary files everywhere: out of sight at once, deleted in a
+    thread, for every rank waits. A bucket's few objects are deleted here, as the next save has the same names.
 
     A folder with a manifest but no marker is committed again: the manifest is written when every file is whole, and
     who resumes from it compares the digests. So a marker that this host does not see yet costs nothing.
@@ -141,7 +152,7 @@ def _remove_uncommitted(folder: Folder) -> bool:
     if MANIFEST in retrying(Folder(str(doomed)).list, f"listing {doomed}"):
         doomed.rename(folder.path)
         return False
-    _delete_tree(doomed)
+    _beside(partial(_delete_tree, doomed))
     return True
 
 
@@ -150,5 +161,5 @@ def _clean_temporary(checkpoints: Folder) -> None:
     if not checkpoints.is_local:
         return
     with contextlib.suppress(OSError):  # what cannot be listed or deleted now goes at a later start
-        for path in (*checkpoints.path.glob(f"{TEMPORARY}*"), *checkpoints.path.glob(f"*/{TEMPORARY}*")):
-            _delete_tree(path) if path.is_dir() else path.unlink()
+        left = [*checkpoints.path.glob(f"{TEMPORARY}*"), *checkpoints.path.glob(f"*/{TEMPORARY}*")]
+        _beside(partial(_delete_each, left))

@@ -31,7 +31,8 @@ class ModelFolder:
 
     path: str
     digest: str
-    """Of config, tokenizer, every byte of the weights, and of code that is trusted: part of the run's identity."""
+    """Of config, tokenizer, every byte of the weights, and of code that is trusted; of a teacher's too, where the job
+    learns from one. Part of the run's identity."""
 
 
 def prepare_model(job: Job, weights: bool = True) -> ModelFolder:
@@ -98,13 +99,19 @@ def _checked(path: Path, job: Job, needs_weights: bool = True) -> ModelFolder:
         found = f" ({', '.join(pickles)} found: pickles are never loaded, a GGUF file needs model.gguf_file)"
         raise JobError(f"model.path: {path} has no safetensors weights{found if pickles else ''}")
     digest = xxhash.xxh3_128(str(job.model.trust_remote_code).encode())
+    teacher = find_teacher(job)
+    for folder in (path, Path(teacher)) if teacher else (path,):
+        _add_content(digest, folder, job)
+    return ModelFolder(str(path), digest.hexdigest())
+
+
+def _add_content(digest: xxhash.xxh3_128, path: Path, job: Job) -> None:
     for name in ("config.json", *TOKENIZER_FILES):
         if (path / name).is_file():
             digest.update(name.encode() + (path / name).read_bytes())
     cache = Folder(job.storage) / "models" / "digests"
-    for file in [*weights, *(sorted(path.glob("*.py")) if job.model.trust_remote_code else ())]:
+    for file in [*weight_files(path), *(sorted(path.glob("*.py")) if job.model.trust_remote_code else ())]:
         digest.update(file.name.encode() + _digest(file, cache).encode())
-    return ModelFolder(str(path), digest.hexdigest())
 
 
 def _digest(path: Path, cache: Folder) -> str:

@@ -19,6 +19,7 @@ from trainers.shards.dataset import ShardSet
 from trainers.tasks import Example, Task
 from trainers.tasks.base import IGNORE, Batch
 from trainers.tasks.losses.chunked import head_of, hidden_states
+from trainers.verification.longest import longest_packs
 
 DOCUMENTS = 3
 TOLERANCE = 1e-5
@@ -46,7 +47,7 @@ def check_isolation(
     Raises:
         TrainingError: where a document sees another.
     """
-    rows, longest = _short_rows(shards), _longest_packs(shards, packs, micro_batch_size)
+    rows, longest = _short_rows(shards), longest_packs(shards, packs, micro_batch_size)
     batches = [[rows, *longest[1:]]]
     if len(longest[0]) > 1:  # a leak may need the length
         batches.append(longest)
@@ -136,12 +137,6 @@ def _by_document(batch: Batch, logits: torch.Tensor) -> list[torch.Tensor]:
     real = batch.labels != IGNORE if "target_ids" in batch.inputs else batch.inputs["attention_mask"]
     lengths = real.sum(1)
     return [logits[index, : int(lengths[index])] for index in range(count)]
-
-
-def _longest_packs(shards: ShardSet, packs: PackIndex, count: int) -> list[list[Example]]:
-    """The packs with the most tokens, as a micro-batch holds so many; of equally long ones those of more documents."""
-    order = np.lexsort((-np.diff(packs.offsets), -packs.sums(shards.lengths)))
-    return [[shards.row(int(row)) for row in packs.pack(int(index))] for index in order[:count]]
 
 
 def _short_rows(shards: ShardSet) -> list[Example]:

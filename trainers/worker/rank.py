@@ -27,6 +27,7 @@ from trainers.training.profiling import Profiled
 from trainers.training.rank_evaluation import RankEvaluation, elsewhere
 from trainers.training.schedule import Schedule
 from trainers.verification.isolation import check_isolation
+from trainers.verification.longest import check_longest
 from trainers.verification.verdict import read_verification, require_passed
 from trainers.verification.verify import verify_job
 
@@ -89,6 +90,7 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     engine = build_engine(job, task, run.model.path, pad_id, derive_config(job, plan), world)
     if job.packing:
         check_isolation(engine, task, shards, packs, plan.micro_batch_size, pad_id, job.model.attention, world.device)
+    check_longest(engine, objective, task, shards, packs, plan.micro_batch_size, pad_id, world)
     if job.train.compile:
         compile_layers(engine, task, job.data.max_length)
     source = StepSource(shards, packs, order, plan, world.rank, task, pad_id)

@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from trainers.checkpoint.cleaning import clean_leftovers, quarantine, remove_checkpoint
+from trainers.checkpoint.cleaning import clean_leftovers, finish_removals, quarantine, remove_checkpoint
 from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps
@@ -196,6 +197,7 @@ def test_a_start_removes_what_was_never_committed_and_files_without_a_name(check
     partial = whole.path / f"{TEMPORARY}12345678-rank-00000-of-00002.safetensors"
     partial.write_bytes(b"half")
     (event,) = clean_leftovers(checkpoints)
+    finish_removals()
     assert event.step == 3 and event.kind == "checkpoint_skipped" and "never committed" in event.reason
     assert not partial.exists()
     assert [path.name for path in checkpoints.path.iterdir()] == [step_name(1)]
@@ -220,7 +222,28 @@ def test_a_removed_checkpoint_is_out_of_sight_at_once(checkpoints: Folder, monke
         remove_checkpoint(checkpoints, 1)
     assert committed_steps(checkpoints) == [2]
     assert clean_leftovers(checkpoints) == []
+    finish_removals()
     assert [path.name for path in checkpoints.path.iterdir()] == [step_name(2)]
+
+
+def test_a_deletion_that_takes_long_holds_up_no_start(checkpoints: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_step(checkpoints, 1)
+    write_rank(checkpoints / step_name(2), save_of(0, save="killed"), WEIGHT, 0)
+    (checkpoints.path / f"{TEMPORARY}12345678-{step_name(9)}").mkdir()
+    go_on, real = threading.Event(), shutil.rmtree
+
+    def slow(path: Path, **options: Any) -> None:
+        assert go_on.wait(60)
+        real(path, **options)
+
+    monkeypatch.setattr("shutil.rmtree", slow)
+    assert [event.step for event in clean_leftovers(checkpoints)] == [2]
+    assert committed_steps(checkpoints) == [1] and not (checkpoints.path / step_name(2)).exists()
+    write_step(checkpoints, 2)  # the next launch saves the same step meanwhile
+    go_on.set()
+    finish_removals()
+    assert sorted(path.name for path in checkpoints.path.iterdir()) == [step_name(1), step_name(2)]
+    assert find_damage(LocalCopies(checkpoints / step_name(2))) is None
 
 
 def test_a_full_disk_costs_this_checkpoint_and_says_both_figures(

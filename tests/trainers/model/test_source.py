@@ -1,9 +1,10 @@
-"""A model's digest sees every byte of its weights, and reads them once."""
+"""A model's digest sees every byte of its weights and of its teacher's, and reads them once."""
 
 from pathlib import Path
 
-from tests.tiny import film_rows, make_bert, tiny_job
+from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from trainers.model.source import _gguf_target, find_model
+from trainers.run.folder import run_folder
 
 
 def test_a_byte_in_the_middle_is_another_model_and_nothing_is_read_twice(tmp_path: Path, tiny_tokenizer: Path) -> None:
@@ -22,6 +23,24 @@ def test_a_byte_in_the_middle_is_another_model_and_nothing_is_read_twice(tmp_pat
     weights.write_bytes(data)
     after = find_model(job)
     assert before and after and before.digest != after.digest
+
+
+def test_a_teacher_that_changes_under_its_path_is_another_run(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    model, teacher = (
+        make_bert(tmp_path / name, tiny_tokenizer, seed) for seed, name in enumerate(("model", "teacher"))
+    )
+    alone = tiny_job(tmp_path, model, "classify", film_rows(10))
+    job = tiny_job(tmp_path, model, "classify", film_rows(10), train={"distill": {"teacher": str(teacher)}})
+    shards = shard_locally(job)
+    found = find_model(job)
+    assert found and found.digest != find_model(alone).digest and find_model(job) == found
+    before = run_folder(job, found.digest, shards)
+    weights = teacher / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    after = find_model(job)
+    assert after and str(run_folder(job, after.digest, shards)) != str(before)
 
 
 def test_a_gguf_file_that_differs_in_its_middle_is_converted_anew(tmp_path: Path, tiny_tokenizer: Path) -> None:
