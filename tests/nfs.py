@@ -9,24 +9,32 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("linux.uml", "modprobe", "exportfs", "rpc.mountd", "rpc.nfsd")
+PROGRAMS = ("linux.uml", "mkfs.ext4", "nsenter", "modprobe", "exportfs", "rpc.mountd", "rpc.nfsd")
 MODULES = Path("/usr/lib/uml/modules")
+DISK_BYTES = 256 * 2**20
+"""Of the served file system: ext4, which counts changes. By a clock of 10 ms, as tmpfs has it, clients miss some."""
 EXPORT = "rw,async,fsid=0,no_root_squash,no_subtree_check,insecure"
 INIT = """#!/bin/sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc
-mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /var/lib; mount -t tmpfs tmpfs {folder}/served
+mount -t tmpfs tmpfs /run; mount -t tmpfs tmpfs /var/lib
+mount -t ext4 /dev/ubda {folder}/served
 mkdir -p /var/lib/nfs/v4recovery; touch /var/lib/nfs/etab
-ip link set lo up
-for module in nfsd nfs nfsv4; do modprobe -d {folder}/modules $module; done
+for module in veth nfsd nfs nfsv4; do modprobe -d {folder}/modules $module; done
 mount -t nfsd nfsd /proc/fs/nfsd
-exportfs -o {export} 127.0.0.1:{folder}/served
+exportfs -o {export} 10.0.0.0/8:{folder}/served
 rpc.mountd -N 3 && rpc.nfsd -G 10 -L 10 -N 3 -V 4.2 4
 echo Y > /proc/fs/nfsd/v4_end_grace
-for view in {folder}/view-0 {folder}/view-1; do
-    mount -i -t nfs4 -o vers=4.2,nosharecache,actimeo={lag},addr=127.0.0.1,clientaddr=127.0.0.1 127.0.0.1:/ $view
+for host in 0 1; do
+    ip netns add host-$host
+    ip link add to-$host type veth peer name eth0 netns host-$host
+    ip address add 10.0.$host.1/24 dev to-$host && ip link set to-$host up
+    ip -n host-$host address add 10.0.$host.2/24 dev eth0 && ip -n host-$host link set eth0 up
+    options=vers=4.2,actimeo={lag},addr=10.0.$host.1,clientaddr=10.0.$host.2
+    nsenter --net=/run/netns/host-$host unshare --uts sh -c "hostname host-$host
+        mount -i -t nfs4 -o $options 10.0.$host.1:/ {folder}/view-$host"
 done
-cd {root} && {command} > {folder}/said 2>&1
+mountpoint {folder}/view-0 && mountpoint {folder}/view-1 && cd {root} && {command} > {folder}/said 2>&1
 echo $? > {folder}/status
 echo o > /proc/sysrq-trigger
 sleep 60
@@ -58,10 +66,14 @@ def run_on_nfs(folder: Path, lag_s: int, module: str, memory_gib: int = 2) -> st
     text = INIT.format(folder=folder, root=ROOT, lag=lag_s, export=EXPORT, command=shlex.join(words))
     init.write_text(text)
     init.chmod(0o755)
-    kernel = ["linux.uml", f"mem={memory_gib}G", "rootfstype=hostfs", "rw", f"init={init}", "quiet",
-              "con=null", "con0=null,fd:1"]  # fmt: skip
+    disk = folder / "disk"
+    with disk.open("wb") as stream:
+        stream.truncate(DISK_BYTES)
+    subprocess.run(["mkfs.ext4", "-q", str(disk)], check=True)
+    kernel = ["linux.uml", f"mem={memory_gib}G", f"ubd0={disk}", "rootfstype=hostfs", "root=/dev/root", "rw",
+              f"init={init}", "quiet", "con=null", "con0=null,fd:1"]  # fmt: skip
     done = subprocess.run(kernel, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False)
     status, said = folder / "status", folder / "said"
-    shown = said.read_text() if said.exists() else done.stdout
+    shown = done.stdout + (said.read_text() if said.exists() else "")
     assert status.exists() and status.read_text().strip() == "0", shown
     return shown

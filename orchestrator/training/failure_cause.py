@@ -22,6 +22,7 @@ VICTIM = re.compile(
 """What a rank says whose peer has gone."""
 CRASH = re.compile(r"^ +what\(\): +(.+)$", re.MULTILINE)
 """What C++ says of an exception that nobody caught."""
+NUMBER = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?", re.IGNORECASE)
 SHM_FULL_BYTES = 16 * 2**20
 OUT_OF_MEMORY = re.compile(r"out of memory|MemoryError|can't allocate memory|Cannot allocate memory", re.IGNORECASE)
 
@@ -52,9 +53,10 @@ def find_cause(exits: Sequence[RankExit]) -> Cause:
 
 
 def lasting_error(exits: Sequence[RankExit]) -> str | None:
-    """What a rank raised, and where, if the same can come again: no storage, memory or lost peer stands behind it."""
+    """What a rank raised, and where, if the same can come again: no storage, memory or lost peer stands behind it.
+    Without its numbers: addresses, times and ports differ from launch to launch."""
     own = [end.failed for end in exits if end.failed and not end.failed.may_pass and not is_victim(end)]
-    return f"{describe(own[0].error)} at {own[0].where}" if own else None
+    return f"{NUMBER.sub('#', describe(own[0].error))} at {own[0].where}" if own else None
 
 
 def is_victim(rank_exit: RankExit) -> bool:

@@ -50,6 +50,7 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
         (caused(JobError("no tokenizer can be loaded"), OSError(errno.EIO, "x")), True),
         (MemoryError("the node is short of 3 GiB"), True),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes"), True),
         (Exception("Input/output error (os error 5)"), True),
         (Exception("No such file or directory (os error 2)"), False),
         (caused(JobError("teacher cannot be loaded"), OSError("x is not a valid model identifier")), False),
@@ -81,3 +82,11 @@ def test_a_lost_peer_is_no_lasting_error():
     assert lasting_error([rank_exit(0, code=-9)]) is None
     both = [rank_exit(0, error="RuntimeError: Connection closed"), rank_exit(1, error="KeyError: 'a'")]
     assert lasting_error(both) == "KeyError: 'a' at model.py:7 in forward"
+
+
+def test_an_error_is_the_same_whatever_numbers_it_names():
+    first, second, other = (
+        lasting_error([rank_exit(0, error=f"ValueError: {text}")])
+        for text in ("<T object at 0x7f12ab> took 3.2 s", "<T object at 0x7f98cd> took 4 s", "<U object at 0x7f12ab>")
+    )
+    assert first == second != other

@@ -143,7 +143,8 @@ def follow_rank_0(a: Path, b: Path) -> None:
     write_step(Folder(str(a)), 2)
     assert not (b / step_name(2) / COMMITTED).exists(), "the view does not lag: the test would see nothing"
     events: list[Any] = []
-    assert resume_on([a, b], events) == [(2, 9.0)] * 2
+    found = resume_on([a, b], events)
+    assert found == [(2, 9.0)] * 2, found
     look_by_name(a, 3)
     look_by_name(b, 3)
     write_step(Folder(str(b)), 3)

@@ -10,7 +10,7 @@ import pytest
 from tests.ranks import run_ranks
 from tests.tiny import shard_locally, tiny_job
 from tests.trainers.tasks import small
-from tests.trainers.training.test_training import Recorder
+from tests.trainers.training.test_training import Recorder, with_
 from trainers.job.schema import Job
 
 pytestmark = pytest.mark.slow
@@ -88,8 +88,8 @@ def test_a_row_that_memory_does_not_hold_is_named_and_may_pass(tmp_path: Path) -
     rows = [{"text": row["source"], "label": row["source"][:3]} for row in small.echo_rows(40)]
     rows.append({"text": " ".join(["dog"] * 4000), "label": "dog"})
     model = make_long(tmp_path / "positions", folder, config)
-    job = job_of(tmp_path / "job", "classify", model, rows, data={"max_length": 4096},
-                 model={"attention": "eager"}, train={"deepspeed": "zero0"})  # fmt: skip
+    job = job_of(tmp_path / "job", "classify", model, rows, data={"max_length": 4096}, train={"deepspeed": "zero0"})
+    job = with_(job, model={"attention": "eager"})
     ((error, passes, steps),) = run_ranks(launch, 1, {"classify": job}, 700 * 2**20)[0].values()
     assert "the longest training rows (4 of up to 4002 tokens)" in error and "GiB of memory are free" in error
     assert (passes, steps) == (True, 0)
