@@ -24,7 +24,7 @@ class Failing(Operations):  # type: ignore[misc]
         return self._source + path
 
     def _may_fail(self, *others: int) -> None:
-        rate, *names = self._control.read_text().split()
+        rate, *names = self._control.read_text().split() or ["0"]  # it is being written
         numbers = [number for name in names if (number := getattr(errno, name)) not in others]
         if numbers and self._dice.random() < float(rate):
             raise FuseOSError(self._dice.choice(numbers))

@@ -46,7 +46,7 @@ def missing_for_nfs() -> str | None:
     if os.geteuid():
         return "mounting needs root"
     lacking = [program for program in PROGRAMS if not shutil.which(program)]
-    return f"not installed: {', '.join(lacking)}" if lacking or not MODULES.is_dir() else None
+    return f"not installed: {', '.join(lacking) or MODULES}" if lacking or not MODULES.is_dir() else None
 
 
 def run_on_nfs(folder: Path, lag_s: int, module: str, memory_gib: int = 2) -> str:

@@ -26,15 +26,29 @@ def remove_checkpoint(checkpoints: Folder, step: int) -> None:
     Killed in the middle, it leaves nothing that looks like a checkpoint. One that is gone already is no error.
     """
     folder = checkpoints / step_name(step)
-    if folder.is_local:
-        doomed = _unique(folder.path)
-        with contextlib.suppress(OSError):  # gone already, or storage fails for a moment: a later start removes it
-            folder.path.rename(doomed)
-        _beside(partial(_delete_tree, doomed))
-    else:
+    try:
+        delete = take_away(folder)
+    except OSError:
+        if not folder.is_local:
+            raise
+        return  # gone already, or storage fails for a moment: a later start removes it
+    _beside(delete)
+
+
+def take_away(folder: Folder) -> Callable[[], object]:
+    """Take a step's folder out of sight as a whole, so that half of it is never taken for a checkpoint: what has a
+    manifest is. Returns what deletes it.
+
+    Raises:
+        OSError: where it cannot be renamed.
+    """
+    if not folder.is_local:
         folder.delete(COMMITTED)
         folder.delete(MANIFEST)
-        _beside(folder.delete)
+        return folder.delete
+    doomed = _unique(folder.path)
+    folder.path.rename(doomed)
+    return partial(_delete_tree, doomed)
 
 
 def remove_beside(*folders: Folder) -> None:
@@ -149,8 +163,13 @@ def _remove_uncommitted(folder: Folder) -> bool:
         return True
     doomed = _unique(folder.path)
     folder.path.rename(doomed)
-    if MANIFEST in retrying(Folder(str(doomed)).list, f"listing {doomed}"):
+    try:
+        is_whole = MANIFEST in retrying(Folder(str(doomed)).list, f"listing {doomed}")
+    except OSError:
         doomed.rename(folder.path)
+        raise
+    if is_whole:
+        retrying(partial(doomed.rename, folder.path), f"giving {folder} its name back")
         return False
     _beside(partial(_delete_tree, doomed))
     return True

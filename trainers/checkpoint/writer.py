@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from trainers.checkpoint.cleaning import take_away
 from trainers.checkpoint.records import COMMITTED, SaveReport, SaveRequest, Vote
 from trainers.checkpoint.writing import cast_vote, commit, read_vote, write_share
 from trainers.patience import retrying
@@ -45,7 +46,7 @@ def _remove(folder: Folder) -> str:
     """Remove a checkpoint that could not be committed; what is to be said where that is refused too."""
     try:
         if COMMITTED not in retrying(folder.list, f"listing {folder}"):
-            folder.delete()
+            take_away(folder)()
     except OSError as error:
         return f"; what is left of it stays: {error}"
     return ""

@@ -1,6 +1,7 @@
 """The process beside a rank: the rank goes on meanwhile, and outlives whatever happens to it."""
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -16,13 +17,15 @@ import torch
 from tests.crashing import is_alive, make_engine, state_digest
 from tests.ranks import run_ranks
 from trainers.checkpoint import host_buffer, host_memory
+from trainers.checkpoint.cleaning import clean_leftovers, finish_removals
 from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.host_buffer import HostBuffer
 from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps
-from trainers.checkpoint.records import CheckpointState, Save, SaveReport, SaveRequest
+from trainers.checkpoint.records import COMMITTED, CheckpointState, Save, SaveReport, SaveRequest
 from trainers.checkpoint.slices import Piece, RankShare
 from trainers.checkpoint.tensor_file import TensorSpec
+from trainers.checkpoint.writer import carry_out
 from trainers.checkpoint.writer_link import WriterLink
 from trainers.errors import TrainingError
 from trainers.run.folder import step_name
@@ -40,15 +43,16 @@ class OneRank:
         self.link = WriterLink(self.buffer.descriptor)
 
     def save(self, step: int) -> None:
+        self.link.send(self.request(step))
+
+    def request(self, step: int) -> SaveRequest:
         self.value.fill_(step)
         self.buffer.copy_beside(lambda _: None).wait()
         state = CheckpointState(step=step, world_size=1, zero_stage=3, shapes={"w": [self.values]}, trainable=("w",),
                                 tokens=0, train_key="k", job="j")  # fmt: skip
-        self.link.send(
-            SaveRequest(
-                save=Save(id=f"a-{step}", rank=0, world_size=1), step=step, total_bytes=self.buffer.num_bytes,
-                folder=str(self.checkpoints / step_name(step)), state=state,
-            )
+        return SaveRequest(
+            save=Save(id=f"a-{step}", rank=0, world_size=1), step=step, total_bytes=self.buffer.num_bytes,
+            folder=str(self.checkpoints / step_name(step)), state=state,
         )  # fmt: skip
 
     def wait(self) -> SaveReport:
@@ -68,6 +72,29 @@ def rank(tmp_path: Path) -> Iterator[OneRank]:
     one = OneRank(tmp_path)
     yield one
     one.link.close()
+
+
+def test_a_save_that_was_half_taken_back_is_no_checkpoint(rank: OneRank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its manifest was written, its marker was refused, and its writer was killed while it deleted."""
+    write = Folder.write_bytes
+
+    def refuse_marker(folder: Folder, name: str, data: bytes) -> None:
+        if name == COMMITTED:
+            raise OSError(errno.ENOSPC, "no room")
+        write(folder, name, data)
+
+    def killed(path: Path, **_: Any) -> None:
+        next(Path(path).glob("rank-*.safetensors")).unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write_bytes", refuse_marker)
+        patch.setattr("shutil.rmtree", killed)
+        data = memoryview(rank.buffer._map[:])
+        report = carry_out(rank.request(1), data, threading.Event(), bool)
+        assert "no room" in str(report.error)
+    assert clean_leftovers(rank.checkpoints) == [] and committed_steps(rank.checkpoints) == []
+    finish_removals()
+    assert list(rank.checkpoints.path.iterdir()) == []
 
 
 def test_what_was_copied_is_written_whatever_the_rank_does_next(rank: OneRank) -> None:
