@@ -17,6 +17,7 @@ from trainers.known_masks import masks_known
 from trainers.model.layer_drop import seed_layer_drop
 from trainers.model.plain_engine import PlainEngine
 from trainers.model.world import World
+from trainers.model.zero_passes import beside_training
 from trainers.shards.dataset import ShardSet
 from trainers.tasks import Example, Task
 from trainers.training import loop
@@ -59,7 +60,8 @@ def check_longest(
     seed_layer_drop(engine, 0, 0)  # or ranks would leave out different layers
     for rows in batches:
         try:
-            _take(engine, objective, task, rows, pad_id, world)
+            with beside_training(engine):
+                _take(engine, objective, task, rows, pad_id, world)
         except Exception as error:  # of whatever kind a model's code raises
             if isinstance(error, TuneyardError) or not _is_of_the_rows(error):
                 raise

@@ -1,32 +1,31 @@
 """A row that would end the training in a later step ends it before the first, with what it is."""
 
-import json
-import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.device.work import opened
 from tests.ranks import run_ranks
 from tests.tiny import shard_locally, tiny_job
 from tests.trainers.tasks import small
-from tests.trainers.training.test_training import Recorder, with_
+from tests.trainers.training.test_training import Recorder
+from trainers.errors import TrainingError, may_pass
 from trainers.job.schema import Job
+from trainers.model.world import World
+from trainers.verification.longest import check_longest
 
 pytestmark = pytest.mark.slow
 LONG = 90
 """Words, where the model has 64 positions."""
 
 
-def launch(jobs: dict[str, Job], room: int | None = None) -> dict[str, tuple[str, bool, int]]:
-    """What each job ends with, whether it may pass, and the steps that it took; with so much more memory, in bytes."""
-    from trainers.errors import may_pass
+def launch(jobs: dict[str, Job]) -> dict[str, tuple[str, bool, int]]:
+    """What each job ends with, whether it may pass, and the steps that it took."""
     from trainers.run.record import find_run
     from trainers.worker.rank import run_rank
 
-    if room is not None:
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + room, held + room))
     found = {}
     for name, job in jobs.items():
         told = Recorder()
@@ -82,25 +81,28 @@ def test_a_row_past_the_model_s_positions_is_refused_before_the_first_step(tmp_p
     assert set(fitting.values()) == {("", False, 2)}
 
 
-def test_a_row_that_memory_does_not_hold_is_named_and_may_pass(tmp_path: Path) -> None:
-    folder = small.bert(tmp_path / "bert")
-    config = json.loads((folder / "config.json").read_text())
-    rows = [{"text": row["source"], "label": row["source"][:3]} for row in small.echo_rows(40)]
-    rows.append({"text": " ".join(["dog"] * 4000), "label": "dog"})
-    model = make_long(tmp_path / "positions", folder, config)
-    job = job_of(tmp_path / "job", "classify", model, rows, data={"max_length": 4096}, train={"deepspeed": "zero0"})
-    job = with_(job, model={"attention": "eager"})
-    ((error, passes, steps),) = run_ranks(launch, 1, {"classify": job}, 700 * 2**20)[0].values()
-    assert "the longest training rows (4 of up to 4002 tokens)" in error and "GiB of memory are free" in error
-    assert (passes, steps) == (True, 0)
+class Greedy:
+    """A loss that no memory holds."""
+
+    def step_loss(self, *_: Any) -> Any:
+        return torch.empty(2**50)
 
 
-def make_long(folder: Path, model: Path, config: dict[str, Any]) -> Path:
-    """The same model with 4,096 positions."""
-    import torch
-    from transformers import AutoTokenizer, BertConfig, BertModel
+class Alone:
+    """A loss that waits for ranks that are not there."""
 
-    torch.manual_seed(0)
-    BertModel(BertConfig(**{**config, "max_position_embeddings": 4096})).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return folder
+    def step_loss(self, *_: Any) -> Any:
+        torch.distributed.all_reduce(torch.zeros(1))
+
+
+def test_want_of_memory_is_named_and_may_pass_and_a_lost_peer_is_no_matter_of_rows(tmp_path: Path) -> None:
+    job = job_of(tmp_path, "tag", small.bert(tmp_path / "bert"), small.tag_rows(40))
+    task, encoder, rows, packs = opened(job)
+    model = task.load_model(job.model.path, pad_id=encoder.pad_id, trust_remote_code=False)
+    with pytest.raises(
+        TrainingError, match=r"longest training rows \(4 of up to \d+ tokens\).*GiB of memory"
+    ) as caught:
+        check_longest(model, Greedy(), task, rows, packs, 4, encoder.pad_id, World(0, 1, torch.device("cpu")))
+    assert may_pass(caught.value)
+    with pytest.raises(ValueError, match="process group"):
+        check_longest(model, Alone(), task, rows, packs, 4, encoder.pad_id, World(0, 1, torch.device("cpu")))
