@@ -130,8 +130,7 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     finally:
         checkpointer.close()
     if world.rank == 0:
-        step, tokens = outcome.progress.step, outcome.progress.tokens
-        hooks.emit(DoneEvent(step=step, tokens=tokens, stopped=outcome.stopped))
+        hooks.emit(DoneEvent(step=outcome.progress.step, tokens=outcome.progress.tokens, stopped=outcome.stopped))
     hooks.at("done", outcome.progress.step)
     return outcome
 
