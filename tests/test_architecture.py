@@ -17,7 +17,7 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_FILES = 300, 60, 18
 # In trainers a folder imports only folders below it; storage.py, records.py and errors.py lie below all of them.
 LAYERS = (
     *("worker", "verification", "training", "checkpoint", "evaluation", "run", "model", "batching", "shards"),
-    *("tasks", "sources", "job", "tokenizer"),
+    *("tasks", "sources", "job", "tokenizer", "architecture"),
 )
 MAIN, BESIDE = "__main__", "modules beside the folders"
 
@@ -304,36 +304,74 @@ def test_no_file_names_a_path_of_somebodys_machine() -> None:
     assert found == []
 
 
-FAMILY = re.compile(
-    r"(?i)^(llama|qwen|mi[sx]tral|gemma|phi|(ro|de|al|distil|modern)?berta?|electra|gpt|opt|falcon|bloom|mamba|bart|marian|pegasus|t5|m2m)"
+ROOM = "trainers/architecture/"
+"""Where families are asked for what differs between them."""
+ASKED = re.compile(
+    r"(get_)?text_config|type_vocab_size|tie_word_embeddings|(encoder_|decoder_)?layerdrop|\w*vocab_size|hidden_size"
+    r"|num_(hidden_)?layers|n_(layer|embd|positions)|d_model|max_position_embeddings|position_embedding_type|rope_\w+"
+    r"|layer_types|layers_block_type|attention_chunk_size|\w*intermediate_size|_attn_implementation|summary_type"
+    r"|output_router_logits|router_aux_loss_coef|num_(local_)?experts\w*|create_weight|Conv1[dD]|\w*_pdrop"
 )
+"""What configurations and modules call it."""
+OF_CLASSES = r"(Config|Model|PreTrained|For[A-Z]|LMHead|Attention|DecoderLayer|Layer|Mixer|MLP|RMSNorm)"
+
+
+@cache
+def family_names() -> tuple[frozenset[str], re.Pattern[str]]:
+    """The `model_type` of each family of transformers, and what its classes are called."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    stems = sorted({name.removesuffix("Config") for name in CONFIG_MAPPING_NAMES.values()}, key=len, reverse=True)
+    return frozenset(CONFIG_MAPPING_NAMES) - {"git"}, re.compile(rf"({'|'.join(map(re.escape, stems))}){OF_CLASSES}")
+
+
+def said(path: Path) -> Iterator[tuple[ast.AST, str]]:
+    """Texts, names and attributes of a module's code, without its docstrings."""
+    docs = {node.value for node in nodes(path) if isinstance(node, ast.Expr)}
+    for node in nodes(path):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docs:
+            yield node, node.value
+        elif isinstance(node, ast.Attribute | ast.Name):
+            yield node, node.attr if isinstance(node, ast.Attribute) else node.id
 
 
 def names_of_families(path: Path) -> list[str]:
-    """Comparisons with a class's name or a family's, and imports of one family's code."""
+    """A family's name or a class's of its code, a comparison with such a name, an import of a family's code, and what a
+    configuration calls things that differ between families."""
+    families, classes = family_names()
     found = []
+    for node, text in said(path):
+        if (isinstance(node, ast.Constant) and text.lower() in families) or classes.match(text):
+            found.append(f"{name_of(path)}:{node.lineno} names the family {text}")
+        if ASKED.fullmatch(text) and not isinstance(node, ast.Name):
+            found.append(f"{name_of(path)}:{node.lineno} asks a model for {text}")
     for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.models."):
             found.append(f"{name_of(path)}:{node.lineno} imports from a family")
-        if isinstance(node, ast.Compare):
-            words = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
-            is_family = any(isinstance(word, str) and FAMILY.match(word) for word in words)
-            if is_family or "(model).__name__" in ast.unparse(node) or ".model_type" in ast.unparse(node):
-                found.append(f"{name_of(path)}:{node.lineno} compares with a family's name")
+        if isinstance(node, ast.Compare) and re.search(r"(model|config)\)\.__name__|\.model_type", ast.unparse(node)):
+            found.append(f"{name_of(path)}:{node.lineno} compares with a family's name")
     return found
 
 
-def test_what_a_model_can_is_asked_of_it_and_not_of_its_name() -> None:
+def test_what_a_model_can_is_asked_of_it_in_one_room_and_not_of_its_name() -> None:
     """A tokenizer's file names its parts by their types, which are no models."""
-    found = [line for path in modules(*PACKAGES) for line in names_of_families(path) if "/tokenizer/" not in line]
+    found = [line for path in modules(*PACKAGES) if ROOM not in name_of(path) for line in names_of_families(path)]
+    assert [line for line in found if "/tokenizer/" not in line] == []
+
+
+def test_the_room_itself_names_no_family() -> None:
+    found = [line for path in modules(ROOM) for line in names_of_families(path) if "asks a model" not in line]
     assert found == []
 
 
 def test_a_family_s_name_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     for index, (source, count) in enumerate((
-        ("if 'Llama' in type(model).__name__: pass", 1), ("if config.model_type == 'gpt2': pass", 1),
-        ("from transformers.models.qwen2 import x", 1), ("if kind == 'text': pass", 0), ("print('Llama')", 0),
+        ("if 'LlamaForCausalLM' in names: pass", 1), ("if config.model_type == 'gpt2': pass", 2),
+        ("if type(model).__name__ == kind: pass", 1), ("pick = {'qwen2_moe': 1}", 1),
+        ("from transformers.models.qwen2 import x", 1), ("transformers.MistralModel", 1),
+        ("getattr(config, 'num_hidden_layers', 1)", 1), ("size = config.hidden_size", 1),
+        ("if kind == 'text': pass", 0), ("f'a {config.model_type}'", 0), ("def f():\n    'As LlamaModel has it.'", 0),
     )):  # fmt: skip
         path = tmp_path / f"{index}.py"
         path.write_text(source)

@@ -1,12 +1,11 @@
 """What a job costs: memory by part, arithmetic, time."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+from trainers.architecture import num_layers, width
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
 from trainers.model.choice import Choice
@@ -17,9 +16,6 @@ from trainers.model.zero_settings import LIVE, Setting, sent_bytes, unsaid
 from trainers.records import Record
 from trainers.run.events import read_events, steps_of
 from trainers.storage import Folder
-
-LAYERS_AND_HIDDEN = (("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model"))
-"""How configurations call them."""
 
 
 class WayMemory(Record):
@@ -82,10 +78,10 @@ def count_flops(job: Job, model_path: str, parameters: int, trainable: int, ever
     Args:
         every: of so many layers one is computed again; 0: none.
     """
-    config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") or config
-    layers, hidden = (next((text[name] for name in names if name in text), 0) for names in LAYERS_AND_HIDDEN)
-    attention = 2 * layers * hidden * job.data.max_length
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=job.model.trust_remote_code)
+    attention = 2 * num_layers(config) * width(config) * job.data.max_length
     forward = 2 * parameters + attention
     return forward * (2 + (1 / every if every else 0)) + 2 * trainable + attention
 

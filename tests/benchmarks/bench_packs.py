@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import trainers.document_attention  # noqa: F401  # known to transformers from then on
+import trainers.architecture.document_attention  # noqa: F401  # known to transformers from then on
 from trainers.tasks import Example, TaskOptions, load_task
 
 BACKENDS = ("documents", "sdpa")

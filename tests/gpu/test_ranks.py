@@ -10,7 +10,7 @@ from tests.gpu import MARKS, has_gpu
 from tests.ranks import run_ranks
 from tests.tiny import chat_rows, make_llama, shard_locally, tiny_job
 from tests.trainers.training.test_training import train_all, with_
-from trainers.document_attention import attend
+from trainers.architecture.document_attention import attend
 
 pytestmark = MARKS
 WAYS = ("zero0", "zero2", "zero3", "zero3-cpu-offload")

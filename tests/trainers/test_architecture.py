@@ -18,10 +18,10 @@ from trainers.architecture import (
     packs_as_one_row,
     table_positions,
 )
+from trainers.architecture.layer_drop import seed_layer_drop
 from trainers.errors import JobError
 from trainers.job.sections import GenerateSection
 from trainers.model.engine import prepare_model
-from trainers.model.layer_drop import seed_layer_drop
 from trainers.tasks import Example, TaskOptions, load_task
 from trainers.tasks.generation import generate_texts
 from trainers.verification import checks
@@ -68,9 +68,30 @@ def test_a_head_reads_the_last_token_of_a_row_also_where_that_is_the_padding_id(
     assert torch.allclose(plain, logits([Example(0, np.array([7, 9, 11], np.int32), {"label": "a"})]), atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3", "roberta", "gpt_oss"])
+def test_a_head_that_reads_the_last_place_gets_the_last_token_as_where_rows_are_padded_on_the_left(
+    samples: Samples,
+) -> None:
+    task = labels()
+    model = model_of("xlnet", samples, task)
+    texts = [[7, 9, 8], [7, 6, 9, 8, 11]]
+    rows = [Example(at, np.array(ids, np.int32), {"label": "a"}) for at, ids in enumerate(texts)]
+    inputs, _ = task.collate([[row] for row in rows], 0).to("cpu")
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(
+        samples.model("xlnet"), config=model.config
+    ).eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        ours = task.forward(model, inputs)
+        on_the_left = plain(
+            torch.tensor([[0, 0, *texts[0]], texts[1]]), attention_mask=inputs["attention_mask"].flip(1)
+        )
+        torch.testing.assert_close(ours, on_the_left.logits)
+        assert not torch.allclose(ours[0], plain(**inputs).logits[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "roberta", "gpt_oss", "xlnet"])
 def test_the_self_tests_raise_no_false_alarm(samples: Samples, family: str) -> None:
-    """A head that finds a row's end, a nested configuration, no token types, a pack that cannot be."""
+    """A head that finds a row's end, a nested configuration, no token types, sinks, padding on the left."""
     packing = keeps_apart(family, samples) if kind_of(family) == "decoder" else None
     for cell in look_at(family, samples, packing):
         assert cell.failed == () and (cell.loss_error or 0.0) <= 1e-5, cell
@@ -135,7 +156,7 @@ def test_packing_gives_way_by_itself_where_documents_would_see_each_other(sample
 
     job, decision = decide("llama")
     assert decision is not None and decision.apart and with_packing(job, decision).packing
-    for family in ("bloom", "lfm2"):
+    for family in ("bloom", "xglm"):
         job, decision = decide(family)
         assert decision is not None and not decision.apart and decision.reason
         assert not with_packing(job, decision).packing and decide(family)[1] == decision
@@ -153,7 +174,9 @@ def test_packing_gives_way_by_itself_where_documents_would_see_each_other(sample
         ("llama4_text", "auto"),  # attends in chunks, which no bounds tell
         ("gemma2", "auto"),  # caps its scores
         ("stablelm", "auto"),  # adds the mask itself
-        ("lfm2", "auto"),  # carries a state from token to token
+        ("lfm2", "documents"),  # carries a state from token to token
+        ("mamba2", "documents"),  # does nothing else
+        ("gpt_oss", "documents"),  # gives each head a sink
     ],
 )
 def test_documents_attend_by_bounds_where_that_gives_what_each_alone_gives(
@@ -167,6 +190,15 @@ def test_documents_attend_by_bounds_where_that_gives_what_each_alone_gives(
     named = job.model_copy(update={"model": job.model.model_copy(update={"attention": "sdpa"})})
     assert with_packing(named, ask(named, named.model.path)).model.attention == "sdpa"
     assert decided.model_copy(update={"data": job.data}).identity() == job.identity()
+
+
+@pytest.mark.parametrize("bounds", [None, torch.tensor([0, 3, 5], dtype=torch.int32)])
+def test_what_attention_by_bounds_does_not_compute_is_an_error_and_no_other_result(bounds: Any) -> None:
+    from trainers.architecture.document_attention import attend
+
+    states = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    with pytest.raises(ValueError, match="documents does not compute softcap"):
+        attend(None, *states, None, cu_seq_lens_q=bounds, max_length_q=5, softcap=2.0)
 
 
 def test_packs_train_alike_by_bounds_and_by_masks(samples: Samples) -> None:

@@ -88,7 +88,7 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
     takes_types = token_types(config) > 1 and "token_type_ids" in signature(empty.forward).parameters
     if takes_types and any(encoder.encode([("a", "b")])[0].type_ids):
         _name_token_types(out, encoder.tokenizer.model_input_names)
-    out.write_bytes("config.json", str(config.to_json_string(use_diff=True)).encode())
+    out.write_json("config.json", _config_of(config, Path(model_path)))
     weights = _weights(reader, job, task, config, model_path, empty)
     files = _write_weights(published_weights(empty, weights), out)
     _reopen(out, task.head_class(config), weights, job.model.trust_remote_code)
@@ -116,6 +116,14 @@ def _on_meta(config: Any, task: Task, trust_remote_code: bool) -> Any:
 
     with torch.device("meta"):
         return getattr(transformers, task.head_class(config)).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _config_of(config: Any, source: Path) -> dict[str, Any]:
+    """What config.json says. Numbers of the pretrained folder's that transformers 5 keeps under another name (such as
+    rope_theta) stand beside it, for other readers look for them."""
+    before, known = json.loads((source / "config.json").read_text(encoding="utf-8")), config.to_dict().keys()
+    kept = {name: value for name, value in before.items() if isinstance(value, int | float) and name not in known}
+    return {**kept, **json.loads(config.to_json_string(use_diff=True))}
 
 
 def _copy_side_files(source: Path, out: Folder, trust_remote_code: bool) -> None:

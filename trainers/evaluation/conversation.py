@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+from trainers.architecture import positions
 from trainers.errors import JobError
 from trainers.model.world import pick_device
 
@@ -51,7 +52,7 @@ class Conversation:
         asked = [*self.messages, {"role": "user", "content": text}]
         inputs = self._inputs(asked, text).to(self._model.device)
         length = inputs["input_ids"].shape[1]
-        room = getattr(self._model.config, "max_position_embeddings", None)
+        room = positions(self._model.config)
         if room is not None and length >= room:
             raise JobError(f"the conversation has {length:,} tokens, the model room for {room:,}: begin anew")
         most = self._max_new_tokens if room is None else min(self._max_new_tokens, room - length)

@@ -6,10 +6,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from trainers.architecture import DOCUMENTS, makes_weights, other_modalities
+from trainers.architecture.layer_drop import share_layer_drop
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.activations import checkpoint_activations
-from trainers.model.layer_drop import share_layer_drop
 from trainers.model.lora import add_adapters
 from trainers.model.param_groups import parameter_groups
 from trainers.model.world import World
@@ -120,7 +120,7 @@ def load_options(job: Job) -> dict[str, Any]:
         "trust_remote_code": job.model.trust_remote_code,
     }
     if job.model.attention == DOCUMENTS:
-        import trainers.document_attention  # noqa: F401  # known to transformers from then on
+        import trainers.architecture.document_attention  # noqa: F401  # known to transformers from then on
     if job.model.attention != "auto":
         options["attn_implementation"] = job.model.attention
     return options

@@ -4,24 +4,19 @@ Torch-free, so that `plan` asks before anything is launched. Begin at `check_fit
 """
 
 import json
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from trainers.architecture import POSITIONS
+from trainers.architecture import learned_positions, rotary, token_rows
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.pretrained import weight_files
 from trainers.tasks.options import task_options
 from trainers.tokenizer.encoder import Encoder, load_encoder
-
-EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|tok_embeddings|wte|embed_in|shared)\.weight$")
-OTHER_SENSES = re.compile("vision|visual|image|audio")
 
 
 def check_fit(job: Job, folder: str) -> list[str]:
@@ -34,14 +29,10 @@ def check_fit(job: Job, folder: str) -> list[str]:
         JobError: with every way in which training would fail.
     """
     config, shapes = json.loads((Path(folder) / "config.json").read_text()), tensor_shapes(Path(folder))
-    text = config.get("text_config") or config
-    problems, notes = _positions(job, config, text, shapes)
-    rows = [shape[0] for name, shape in shapes.items() if EMBEDDINGS.search(name) and len(shape) == 2]
-    if rows or text.get("vocab_size"):
+    problems, notes = _positions(job, config, shapes)
+    if rows := token_rows(config, shapes):
         encoder = load_encoder(folder, job.model.trust_remote_code)
-        more_problems, more_notes = _vocabulary(
-            encoder, max(rows, default=int(text.get("vocab_size", 0))), _written(job, encoder)
-        )
+        more_problems, more_notes = _vocabulary(encoder, rows, _written(job, encoder))
         problems, notes = problems + more_problems, notes + more_notes
     if problems:
         raise JobError(problems)
@@ -55,7 +46,7 @@ def check_teacher(job: Job, student: str, teacher: str) -> None:
         JobError: where the same id is another token to it, or it has fewer positions.
     """
     config, shapes = json.loads((Path(teacher) / "config.json").read_text()), tensor_shapes(Path(teacher))
-    problems, _ = _positions(job, config, config.get("text_config") or config, shapes)
+    problems, _ = _positions(job, config, shapes)
     if (Path(teacher) / "tokenizer.json").is_file():
         ours, theirs = (
             load_encoder(folder, job.model.trust_remote_code).tokenizer.get_vocab() for folder in (student, teacher)
@@ -93,50 +84,29 @@ def count_parameters(shapes: Mapping[str, Sequence[int]]) -> int:
     return sum(prod(shape) for shape in shapes.values())
 
 
-def counts_from_padding(family: str) -> bool:
-    """Whether a family numbers positions from the padding id + 1 on, as its code in transformers says, which is read
-    and not imported: that would bring torch along."""
-    spec = find_spec("transformers")
-    assert spec is not None and spec.origin is not None, "transformers is a requirement"
-    models, names = Path(spec.origin).parent / "models", (family.replace("-", "_"), family.partition("-")[0])
-    files = (file for name in dict.fromkeys(filter(None, names)) for file in (models / name).glob("modeling_*.py"))
-    return any("create_position_ids_from_input_ids" in file.read_text(encoding="utf-8") for file in files)
-
-
-def _positions(
-    job: Job, config: dict[str, Any], text: dict[str, Any], shapes: dict[str, list[int]]
-) -> tuple[list[str], list[str]]:
+def _positions(job: Job, config: dict[str, Any], shapes: dict[str, list[int]]) -> tuple[list[str], list[str]]:
     """Problems and notes about the longest sequence."""
-    tables = [shape[0] for name, shape in shapes.items() if POSITIONS.search(name) and not OTHER_SENSES.search(name)]
     longest = job.data.max_length
     if job.task == "seq2seq" and config.get("is_encoder_decoder"):
         longest = max(longest, job.data.max_target_length)
-    if tables and text.get("position_embedding_type") != "rotary":
-        limit = min(min(tables), int(text.get("max_position_embeddings") or min(tables)))  # some tables begin later
-        if counts_from_padding(str(text.get("model_type", ""))):
-            limit -= int(text.get("pad_token_id") or 0) + 1
-        if longest > limit:
-            key = "data.max_length" if job.data.max_length > limit else "data.max_target_length"
-            return [
-                f"{key}: {longest} tokens are more than the {limit} positions that {job.model.path} has learned; "
-                f"set it to {limit} or less, or take a model for longer texts"
-            ], []
+    limit = learned_positions(config, shapes)
+    if limit is not None and longest > limit:
+        key = "data.max_length" if job.data.max_length > limit else "data.max_target_length"
+        return [
+            f"{key}: {longest} tokens are more than the {limit} positions that {job.model.path} has learned; "
+            f"set it to {limit} or less, or take a model for longer texts"
+        ], []
+    known = None if limit is not None else rotary(config)
+    if known is None:
         return [], []
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rotary = bool(rope) or any("rope" in name or "rotary" in name for name in text)
-    trained = text.get("max_position_embeddings")
-    if not rotary or not isinstance(trained, int):
-        return [], []
-    kind = str(rope.get("rope_type") or rope.get("type") or "default")
-    before = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
-    if longest > trained:
+    if longest > known.trained:
         return [], [
-            f"data.max_length {longest} is past the {trained} positions of the model: rotary positions go on, but it "
-            "was never trained there; set rope scaling (e.g. yarn) in its config.json, or expect to teach it"
+            f"data.max_length {longest} is past the {known.trained} positions of the model: rotary positions go on, "
+            "but it was never trained there; set rope scaling (e.g. yarn) in its config.json, or expect to teach it"
         ]
-    if kind != "default" and isinstance(before, int) and longest > before:
-        factor = f" by {rope['factor']:g}" if isinstance(rope.get("factor"), int | float) else ""
-        return [], [f"positions past {before} come from the model's rope scaling ({kind}{factor})"]
+    if known.kind != "default" and known.before is not None and longest > known.before:
+        factor = f" by {known.factor:g}" if known.factor is not None else ""
+        return [], [f"positions past {known.before} come from the model's rope scaling ({known.kind}{factor})"]
     return [], []
 
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainers.architecture import cut_layers
+from trainers.architecture import cut_layers, describe
 from trainers.job.schema import Job
 from trainers.model.engine import prepare_model
 from trainers.model.memory import ModelSize
@@ -42,8 +42,8 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
     with FakeTensorMode():
         for each in (model, cut):
             _give_storage(each)
-        text = model.config.get_text_config()
-        vocabulary = text.vocab_size if task.over_vocabulary else 0
+        shape = describe(model.config)
+        vocabulary = shape.vocabulary if task.over_vocabulary else 0
         chunked = head_of(_core(model)) is not None and task.over_vocabulary
         parameters = list(model.parameters())
         tensors, largest = sizes_of(model)
@@ -57,11 +57,11 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         outside_bytes=outside,
         passing_bytes=passing,
         length=length,
-        width=text.hidden_size,
+        width=shape.width,
         vocabulary=vocabulary,
         targets=task.options.mask.fraction if job.task == "mlm" else 1.0,
         chunked=chunked,
-        layers=text.num_hidden_layers,
+        layers=shape.layers,
         tensors=tuple(tensors),
         largest_layer=largest,
         late_parameters=_late_parameters(model),
@@ -148,8 +148,8 @@ def keep_bytes(model: Any, length: int, over_vocabulary: bool) -> tuple[int, int
         with saved_tensors_hooks(keep, lambda tensor: tensor), _without_logits(model, over_vocabulary):
             model(**_inputs(model, length))
     except Exception:  # an architecture whose forward pass asks for values, or for more than text
-        text = model.config.get_text_config()
-        rule = 17 * next(model.parameters()).dtype.itemsize * length * text.hidden_size * text.num_hidden_layers
+        shape = describe(model.config)
+        rule = 17 * next(model.parameters()).dtype.itemsize * length * shape.width * shape.layers
         return rule, 0  # arXiv:2205.05198
     finally:
         for hook in hooks:

@@ -1,12 +1,9 @@
 """Parameter groups of the optimizer: who decays, and how fast each layer learns."""
 
-import re
 from collections import defaultdict
 from typing import Any
 
-LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block|blocks)\.(\d+)\.")
-"""A layer's number in a parameter's name, as transformers' models write it."""
-STACK = re.compile(r"(?:^|\.)(encoder|decoder)\.")
+from trainers.architecture import LAYER, STACK
 
 
 def parameter_groups(model: Any, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:

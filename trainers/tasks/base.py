@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from trainers.architecture import cut_layers, may_cache, plain_model, set_pad, token_types
-from trainers.dropout import set_dropout
+from trainers.architecture import cut_layers, make_ready, may_cache, plain_model, set_dropout, set_pad, token_types
 from trainers.errors import JobError
 from trainers.job.schema import Job, Overlong
-from trainers.last_tokens import read_last_tokens
 from trainers.pretrained import class_for, load_pretrained
 from trainers.records import Array
 from trainers.tasks.batch import Batch as Batch
@@ -260,8 +258,7 @@ class Task(ABC):
             )
         options |= {"config": config, "trust_remote_code": trust_remote_code}
         model: torch.nn.Module = load_pretrained(auto, path, **options)[0]
-        if self.head_class(config) == "AutoModelForSequenceClassification":
-            read_last_tokens(model)
+        make_ready(model, self.head_class(config))
         return model
 
     def model_class(self, path: str, pad_id: int, trust_remote_code: bool) -> type:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainers.architecture import document_bounds, packs_as_one_row
+from trainers.architecture import packs_as_one_row
 from trainers.records import Array
 from trainers.tasks.base import IGNORE, Batch, Example, Task
 from trainers.tasks.losses import TokenScores, score_tokens
@@ -77,6 +77,8 @@ class CausalTask(Task):
         given = {name: tensor for name, tensor in inputs.items() if name not in ("documents", "bounds")}
         if not (self.options.packing and packs_as_one_row(model)):
             return model(**given, **self.forward_options)
+        from trainers.architecture.document_attention import document_bounds
+
         row = {name: tensor.reshape(1, -1) for name, tensor in given.items()}
         bounds = document_bounds(model, row["position_ids"], inputs["bounds"])
         outputs = model(**row, **bounds, **self.forward_options)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainers.architecture import plain_model, shift_right
+from trainers.architecture import plain_model
 from trainers.job.sections import GenerateSection
 from trainers.job.task_fields import PLACE
 from trainers.records import Array
@@ -108,7 +108,7 @@ class Seq2Seq(Task):
         """What the model class returns; the decoder reads the target shifted as the class itself shifts labels."""
         given = dict(inputs)
         if "target_ids" in given:
-            given["decoder_input_ids"] = shift_right(plain_model(model), given.pop("target_ids"))
+            given["decoder_input_ids"] = _shift_right(plain_model(model), given.pop("target_ids"))
         return super().outputs(model, given)
 
     def score(self, logits: torch.Tensor | TokenScores, batch: Batch) -> dict[str, Array]:
@@ -160,3 +160,13 @@ def _fit(
         kept = room - len(begin)
         read = [*begin, *read[len(read) - kept :]] if causal else [*read[: room - 1], read[-1]]
     return EncodedRow.whole(TokenSequence(read, {"target": answer, "reference": row["target"], "causal": causal}), lost)
+
+
+def _shift_right(model: Any, target: Any) -> Any:
+    """What a decoder reads in order to write `target` [batch, seq], padded with the padding id: most begin with the
+    configuration's start token, those of many languages with the target's last token, which names its language."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=target)
+    shifted = target.roll(1, dims=1)
+    shifted[:, 0] = model.config.decoder_start_token_id
+    return shifted

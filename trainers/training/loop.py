@@ -11,10 +11,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from trainers.architecture.layer_drop import seed_layer_drop
 from trainers.batching.batches import StepBatch, StepSource
 from trainers.checkpoint.records import Progress
 from trainers.known_masks import masks_known
-from trainers.model.layer_drop import seed_layer_drop
 from trainers.model.world import World
 from trainers.records import STOPS, StopReason
 from trainers.run.events import StepEvent, StragglerEvent

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trainers.architecture import vocabulary
+from trainers.architecture import DOCUMENTS, attention_of, vocabulary
+from trainers.architecture.document_states import keep_states_apart
 from trainers.batching.batch_plan import BatchPlan
 from trainers.batching.order import Order
 from trainers.checkpoint.slices import persistent_buffers
@@ -138,9 +139,10 @@ def reload(context: CheckContext) -> Finding:
         with (Path(scratch) / "model.safetensors").open("wb") as stream:
             write_tensors(stream, [spec_of(*item) for item in weights.items()], weights.__getitem__, {"format": "pt"})
         context.model.config.save_pretrained(scratch)
-        loaded = type(context.model).from_pretrained(
-            scratch, dtype=context.model.dtype, attn_implementation=context.model.config._attn_implementation
-        )
+        attention = attention_of(context.model)
+        loaded = type(context.model).from_pretrained(scratch, dtype=context.model.dtype, attn_implementation=attention)
+    if attention == DOCUMENTS:
+        keep_states_apart(loaded)
     again = gradients.logits_of(replace(context, model=loaded.eval().to(context.device)), batch)
     changed = [name for name, p in loaded.named_parameters() if not p.equal(weights[name])]
     moved = float((before - again).abs().max())

@@ -12,7 +12,7 @@ from trainers.model.source import ModelFolder
 from trainers.records import Record
 from trainers.storage import Folder
 
-VERSION = 2
+VERSION = 3
 """Of how the decision is made; another one asks again."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from trainers.architecture import text_config
+from trainers.architecture import attention_of
 from trainers.job.schema import Job
 from trainers.model.source import ModelFolder
 from trainers.model.world import pick_device
@@ -44,7 +44,7 @@ def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verificatio
     with _quick_threads(model.path), tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
         device = pick_device(job.scale.gpus_per_worker)
         context = make_context(job, model.path, Path(scratch), device)
-        attention = str(text_config(context.model.config)._attn_implementation)
+        attention = attention_of(context.model)
         result = Verification(key=key, task=job.task, attention=attention, packing=job.packing,
                              checks=run_checks(context), layers=context.layers)  # fmt: skip
         del context

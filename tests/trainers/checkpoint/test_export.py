@@ -76,6 +76,24 @@ def test_fp32_logits_are_those_of_the_model_in_the_checkpoint(
     assert (exported.lm_head.weight is exported.model.embed_tokens.weight) == tied
 
 
+def test_numbers_that_transformers_keeps_under_another_name_stay_for_other_readers(
+    tmp_path: Path, tiny_chat_tokenizer: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pretrained = make_llama(tmp_path / "pretrained", tiny_chat_tokenizer)
+    file = pretrained / "config.json"
+    published = json.loads(file.read_text())
+    published.pop("rope_parameters")
+    file.write_text(json.dumps({**published, "rope_theta": 5000.0, "torch_dtype": "float16"}))
+    job = tiny_job(tmp_path, pretrained, "sft", chat_rows(10))
+    write_checkpoint(Folder(str(tmp_path / "checkpoint")), AutoModelForCausalLM.from_pretrained(pretrained))
+    export_here(job, str(tmp_path / "checkpoint"), str(tmp_path / "export"))
+    said = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert said["rope_theta"] == said["rope_parameters"]["rope_theta"] == 5000.0
+    assert said["dtype"] == job.model.dtype and "torch_dtype" not in said
+
+
 def run_within(group: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A Python program inside a control group."""
     enter = f"import os; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"

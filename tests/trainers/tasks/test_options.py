@@ -14,7 +14,7 @@ from tests.tiny import shard_locally, tiny_job
 from tests.trainers.tasks import small
 from tests.trainers.tasks.test_every_task import export, held_out
 from tests.trainers.training.test_training import train_all
-from trainers.dropout import set_dropout
+from trainers.architecture import set_dropout
 from trainers.errors import JobError
 from trainers.job.load import parse_job
 from trainers.job.sections import LoraSection

@@ -73,7 +73,7 @@ def look(folder: str, documents: int) -> tuple[tuple[int, int, int], tuple[int, 
     import numpy as np
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import trainers.document_attention  # noqa: F401
+    import trainers.architecture.document_attention  # noqa: F401
     from trainers.batching.batches import StepBatch
     from trainers.model.param_groups import parameter_groups
     from trainers.model.plain_engine import PlainEngine

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainers.architecture import plain_model, router_loss, router_loss_weight
+from trainers.architecture import experts, plain_model, router_loss_weight
 from trainers.tasks.batch import IGNORE
 
 if TYPE_CHECKING:
@@ -35,5 +36,16 @@ def with_router_loss(
     loss = loss_of(forward)
     if not router_loss_weight(plain_model(model).config) or getattr(passed[-1], "router_logits", None) is None:
         return loss
-    balance: torch.Tensor = router_loss(model, passed[-1], task.real_tokens(inputs)) * (labels != IGNORE).sum()
+    balance: torch.Tensor = _router_loss(model, passed[-1], task.real_tokens(inputs)) * (labels != IGNORE).sum()
     return loss + balance
+
+
+def _router_loss(model: Any, outputs: Any, real: Any) -> Any:
+    """The balancing loss of a forward pass, times its weight, as the model's own module computes it.
+
+    Args:
+        real: [batch, seq], 0 where there is padding, which no expert is charged for.
+    """
+    inner = plain_model(model)
+    balance = sys.modules[type(inner).__module__].load_balancing_loss_func
+    return router_loss_weight(inner.config) * balance(outputs.router_logits, *experts(inner.config), real)

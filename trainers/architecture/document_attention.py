@@ -17,10 +17,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "documents"
+from trainers.architecture import DOCUMENTS as NAME
+from trainers.architecture import attention_of, plain_model, router_loss_weight, stateful_layers
+
 WIDEST_HEAD = 256
 """Of the flash kernel."""
-UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")
+UNKNOWN = ("softcap", "position_bias", "cache")
 """Arguments of other backends that would change the result."""
 
 
@@ -31,10 +33,34 @@ def bounds_of(bounds: Any, longest: int, makes_mask: bool) -> dict[str, Any]:
         bounds: int32 [documents + 1], where documents begin in the one row, its end included.
         longest: positions of the longest document, or more.
         makes_mask: whether transformers may make its mask, which nobody reads; else it gets an empty one of four
-            dimensions in its place, which the loss of a router cannot read.
+            dimensions in its place, which layers that carry a state along and the loss of a router cannot read.
     """
     said = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     return said if makes_mask else {**said, "attention_mask": torch.empty(1, 1, 0, 0, device=bounds.device)}
+
+
+def document_bounds(model: Any, positions: Any, bounds: Any) -> dict[str, Any]:
+    """Where documents begin, for attention that goes by it and for layers that carry a state along: transformers raises
+    where it has no kernel that respects it.
+
+    Args:
+        positions: int64 [1, tokens], 0 where a document begins.
+        bounds: int32 [documents + 1], the same as places in the row, with its end.
+    """
+    if attention_of(model) == NAME:
+        inner = plain_model(model)
+        reads_mask = getattr(inner, "keeps_states_apart", False) or router_loss_weight(inner.config) > 0
+        return bounds_of(bounds, positions.shape[1], makes_mask=reads_mask)
+    if not stateful_layers(model):
+        return {}
+    longest = int(positions.max()) + 1
+    return {
+        "seq_idx": ((positions == 0).cumsum(1) - 1).int(),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def attend(
@@ -62,14 +88,18 @@ def attend(
     Raises:
         ValueError: where the model asks for what this backend does not compute.
     """
-    if cu_seq_lens_q is None or max_length_q is None:
+    asked = [name for name in UNKNOWN if others.get(name) is not None]
+    sinks = others.pop("s_aux", None)
+    if not asked and (cu_seq_lens_q is None or max_length_q is None):
+        if sinks is not None:
+            seen = _causal(query, key) if attention_mask is None else attention_mask
+            return _with_sinks([query, key, value], seen, dropout, scaling, sinks).transpose(1, 2).contiguous(), None
         given = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **others}
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
         return output, None
-    asked = [name for name in UNKNOWN if others.get(name) is not None]
     if asked or others.get("is_causal") is False:
         raise ValueError(f"attention backend {NAME} does not compute {', '.join(asked) or 'non-causal attention'}")
-    if _flash_takes(query, value):
+    if sinks is None and _flash_takes(query, value):
         flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
         window = {"window_size_left": sliding_window - 1, "window_size_right": 0} if sliding_window else {}
         result = torch.ops.aten._flash_attention_forward(
@@ -85,7 +115,7 @@ def attend(
             **window,
         )
         return result[0][None], None
-    return _one_by_one([query, key, value], cu_seq_lens_q, dropout, scaling, sliding_window), None
+    return _one_by_one([query, key, value], cu_seq_lens_q, dropout, scaling, sliding_window, sinks), None
 
 
 def _flash_takes(query: Any, value: Any) -> bool:
@@ -96,27 +126,48 @@ def _flash_takes(query: Any, value: Any) -> bool:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # or each set of lengths would be compiled
-def _one_by_one(states: list[Any], bounds: Any, dropout: float, scaling: float | None, window: int | None) -> Any:
+def _one_by_one(
+    states: list[Any], bounds: Any, dropout: float, scaling: float | None, window: int | None, sinks: Any
+) -> Any:
     """Attention of a row's documents, [1, positions, heads, width]."""
     parts = [
-        _dense([tensor[:, :, begin:end] for tensor in states], dropout, scaling, window)
+        _dense([tensor[:, :, begin:end] for tensor in states], dropout, scaling, window, sinks)
         for begin, end in pairwise(bounds.tolist())
         if end > begin
     ]
     return torch.cat(parts, 2).transpose(1, 2).contiguous()
 
 
-def _dense(states: list[Any], dropout: float, scaling: float | None, window: int | None) -> Any:
+def _dense(states: list[Any], dropout: float, scaling: float | None, window: int | None, sinks: Any) -> Any:
     """Attention of one document's query, key and value: a position sees all before it, or a window."""
     query, key, value = states
     length = query.shape[2]
     band = None
     if window is not None and length > window:
-        band = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+        band = _causal(query, key).triu(1 - window)
+    if sinks is not None:
+        return _with_sinks(states, _causal(query, key) if band is None else band, dropout, scaling, sinks)
     shared = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
         query, key, value, band, dropout, band is None, scale=scaling, enable_gqa=shared
     )
+
+
+def _causal(query: Any, key: Any) -> Any:
+    """Which positions of the keys each of the queries sees, bool; the last query sees all."""
+    shape = query.shape[2], key.shape[2]
+    return torch.ones(*shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
+
+
+def _with_sinks(states: list[Any], seen: Any, dropout: float, scaling: float | None, sinks: Any) -> Any:
+    """Attention of which each head's sink, a logit beside those of the keys, takes a share for nothing."""
+    query, key, value = states
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    sink = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+    scores = torch.cat([scores.masked_fill(~seen, -torch.inf), sink], -1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., :-1].to(value.dtype)
+    return torch.nn.functional.dropout(weights, dropout) @ value
 
 
 AttentionInterface.register(NAME, attend)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainers.architecture import plain_model
+from trainers.architecture import dropping_stacks, plain_model
 
 
 class SharedRate:
@@ -40,7 +40,7 @@ class SharedDraws:
 def share_layer_drop(model: Any) -> None:
     """Make every rank drop the same layers; `seed_layer_drop` says which."""
     draws = SharedDraws()
-    stacks = [part for part in model.modules() if isinstance(rate := getattr(part, "layerdrop", None), float) and rate]
+    stacks = dropping_stacks(model)
     for stack in stacks:
         stack.layerdrop = SharedRate(stack.layerdrop, draws)
     if stacks:
