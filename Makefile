@@ -36,12 +36,13 @@ gpu: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python tests/benchmarks/bench_gpu.py --write docs/gpu.md
 
-# docs/models.md from what the tests of architectures see; the same families through `tuneyard run`, half a minute each.
+# docs/models.md from what the tests of architectures see; the same families through `tuneyard run`, half a minute each
+# (ARGS="llama bert" some of them; ARGS="--product llama" every task in every way, without the command).
 models: $(VENV)/dev.stamp
 	DS_ACCELERATOR=cpu $(BIN)/python -m tests.architectures.document
 
 matrix: $(VENV)/dev.stamp
-	$(BIN)/python -m tests.architectures.by_command
+	DS_ACCELERATOR=cpu $(BIN)/python -m tests.architectures.by_command $(ARGS)
 
 bench:
 	@ls tests/benchmarks/*.py tests/benchmarks/*/bench_*.py

@@ -1,6 +1,8 @@
 """The matrix through `tuneyard run`: `make matrix`, or `python -m tests.architectures.by_command [FAMILY ...]`.
 
-Each family is a job of its own with two ZeRO-3 workers, from data to registry, about half a minute each.
+Each family is a job of its own with two ZeRO-3 workers, from data to registry, about half a minute each. With
+`--product` before the families it is not the command that runs, but the whole product of tasks, ways, packing, ranks
+with resume at the other size, and export, of which the tests run a covering part: about a minute a family.
 """
 
 import json
@@ -13,12 +15,34 @@ import yaml
 
 from tests.architectures.document import NAMES
 from tests.architectures.families import FAMILIES, write_model
+from tests.architectures.matrix import run_matrix
 from tests.architectures.single import job_of, kind_of, tasks_of, tokenizers
+from tests.architectures.trained import train_all
+from tests.architectures.trials import DRAWING, every_trial
 from trainers.model.fit import tested_families
 
 
 def main() -> int:
-    families = sys.argv[1:] or list(FAMILIES)
+    families = [word for word in sys.argv[1:] if word != "--product"] or list(FAMILIES)
+    return run_product(tuple(families)) if "--product" in sys.argv else run_commands(families)
+
+
+def run_product(families: tuple[str, ...]) -> int:
+    """Every trial of some families; how many did not do as they should."""
+    with tempfile.TemporaryDirectory() as scratch:
+        matrix = run_matrix(Path(scratch), families)
+        wrong = [cell for cell in matrix.cells if cell.failed or not (cell.loss_error or 0.0) <= 1e-5]
+        outcomes = train_all(Path(scratch), matrix, every_trial(matrix.cells, families))
+    off = [each for each in outcomes if each.trial.family not in DRAWING and not each.loss_error <= 1e-5]
+    lost = [each for each in outcomes if each.error or each.keys or not each.logits_error <= 1e-5]
+    for each in (*wrong, *off, *lost):
+        print(each)
+    print(f"{len(matrix.cells)} first losses and {len(outcomes)} trials, {len([*wrong, *off, *lost])} of them wrong")
+    return len([*wrong, *off, *lost])
+
+
+def run_commands(families: list[str]) -> int:
+    """Each family's job; how many failed."""
     failed = []
     with tempfile.TemporaryDirectory() as scratch:
         words = tokenizers(Path(scratch) / "words")
@@ -40,8 +64,8 @@ def main() -> int:
                 failed.append(family)
                 print(done.stderr[-1500:], flush=True)
     print(f"{len(families) - len(failed)} of {len(families)} families, {len(failed)} failed: {failed}")
-    return bool(failed)
+    return len(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main() > 0)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.architectures.families import FAMILIES
-from tests.architectures.single import Cell, Samples, adapted_layers, keeps_apart, kind_of, look_at
+from tests.architectures.single import Cell, Samples, adapted_layers, empty_model, keeps_apart, kind_of, look_at
 from tests.ranks import run_ranks
+from trainers.architecture import stateful_layers
 from trainers.verification.packing import PackingDecision
 
 
@@ -19,6 +20,8 @@ class Matrix:
     """Whether packed documents of a decoder see each other."""
     adapted: dict[str, tuple[str, ...]]
     """Last parts of the names of the layers that get adapters by default."""
+    stateful: tuple[str, ...]
+    """Families with layers that carry a state from token to token."""
 
 
 def run_matrix(folder: Path, families: tuple[str, ...] = tuple(FAMILIES)) -> Matrix:
@@ -26,7 +29,7 @@ def run_matrix(folder: Path, families: tuple[str, ...] = tuple(FAMILIES)) -> Mat
     halves = run_ranks(_look, 2, str(folder), families, patience_s=1800)
     cells = tuple(cell for half in halves for cell in half.cells)
     packing, adapted = ({**getattr(halves[0], name), **getattr(halves[1], name)} for name in ("packing", "adapted"))
-    return Matrix(cells, packing, adapted)
+    return Matrix(cells, packing, adapted, halves[0].stateful + halves[1].stateful)
 
 
 def _look(folder: str, families: tuple[str, ...]) -> Matrix:
@@ -35,4 +38,5 @@ def _look(folder: str, families: tuple[str, ...]) -> Matrix:
     mine = families[rank::2]
     packing = {family: keeps_apart(family, samples) for family in mine if kind_of(family) == "decoder"}
     cells = tuple(cell for family in mine for cell in look_at(family, samples, packing.get(family)))
-    return Matrix(cells, packing, {family: adapted_layers(family, samples) for family in mine})
+    stateful = tuple(family for family in mine if stateful_layers(empty_model(family, samples)))
+    return Matrix(cells, packing, {family: adapted_layers(family, samples) for family in mine}, stateful)

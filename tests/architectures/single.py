@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -12,8 +13,10 @@ from tests.peer import as_transformers, span_loss
 from tests.tiny import tiny_job
 from tests.trainers.tasks import small
 from trainers.architecture import linear_layers, token_types
+from trainers.architecture.config import WINDOWS
 from trainers.errors import JobError
 from trainers.model.engine import freeze_other_modalities
+from trainers.tasks import Example
 from trainers.tokenizer.encoder import load_encoder
 from trainers.verification import gradients
 from trainers.verification.checks import CHECKS
@@ -37,9 +40,12 @@ class Cell:
     task: str
     packed: bool
     loss_error: float | None = None
-    """Relative, of the first step's loss against plain transformers'; None where the model class computes none."""
+    """Relative, of the first step's loss against plain transformers'; None where the task is refused."""
+
     failed: tuple[str, ...] = ()
     refused: str = ""
+    beyond: bool = True
+    """Whether a row was longer than the model's windows."""
 
 
 def kind_of(family: str) -> str:
@@ -122,11 +128,16 @@ def keeps_apart(family: str, samples: Samples) -> PackingDecision:
     return ask(job_of("pretrain", samples.folder / samples.own / "ask", path), str(path))
 
 
-def adapted_layers(family: str, samples: Samples) -> tuple[str, ...]:
-    """Last parts of the names of the layers that get adapters by default."""
+def empty_model(family: str, samples: Samples) -> Any:
+    """A family's model without weights."""
     config = transformers.AutoConfig.from_pretrained(samples.model(family))
     with torch.device("meta"):
-        model = auto_class(family).from_config(config)
+        return auto_class(family).from_config(config)
+
+
+def adapted_layers(family: str, samples: Samples) -> tuple[str, ...]:
+    """Last parts of the names of the layers that get adapters by default."""
+    model = empty_model(family, samples)
     freeze_other_modalities(model)
     return tuple(sorted({name.split(".")[-1] for name in linear_layers(model)}))
 
@@ -156,13 +167,40 @@ def _look(family: str, path: str, task: str, sample: CheckContext, attention: di
     context = replace(sample, model=model)
     error = first_loss_error(context, path)
     failed = [f"{name}: {detail}" for name in ASKED for passed, detail in [CHECKS[name](context)] if not passed]
-    return Cell(family, task, packed, error, tuple(failed))
+    beyond = longest_read(context) > max(getattr(model.config.get_text_config(), name, 0) or 0 for name in WINDOWS)
+    return Cell(family, task, packed, error, tuple(failed), beyond=beyond)
 
 
-def first_loss_error(context: CheckContext, path: str) -> float | None:
+def compared_rows(context: CheckContext) -> list[list[Example]]:
+    """The packs whose losses are compared."""
+    return gradients.rows_of(context, range(min(len(context.packs), 3)))
+
+
+def longest_read(context: CheckContext) -> int:
+    """Most tokens that the model reads as one text, of those rows; of a pair's sentences each by itself."""
+    rows = [row for pack in compared_rows(context) for row in pack]
+    if getattr(context.task, "embeds", False):
+        return max(max(row.extra["pair_start"], len(row.input_ids) - row.extra["pair_start"]) for row in rows)
+    return max(len(row.input_ids) + len(row.extra.get("target", ())) * row.extra.get("causal", False) for row in rows)
+
+
+def embedding_loss(context: CheckContext, rows: list[Example]) -> float:
+    """The loss of `cosine`, from what the body says to each sentence alone."""
+    low, high = context.task.options.score_range
+    loss = 0.0
+    for row in rows:
+        cut, ids = row.extra["pair_start"], torch.from_numpy(row.input_ids.astype(np.int64))
+        with torch.no_grad():
+            one, two = (context.model(half[None]).last_hidden_state[0].mean(0) for half in (ids[:cut], ids[cut:]))
+        alike = float(torch.nn.functional.cosine_similarity(one, two, dim=0))
+        loss += (alike - (row.extra["score"] - low) / (high - low)) ** 2
+    return loss
+
+
+def first_loss_error(context: CheckContext, path: str) -> float:
     """The loss of some packs as training computes it, against the model class's own, one row to a line."""
     task, encoder = context.task, load_encoder(path)
-    packs = gradients.rows_of(context, range(min(len(context.packs), 3)))
+    packs = compared_rows(context)
     rows = [row for pack in packs for row in pack]
     batch = gradients.collate(context, packs)
     ours = float(task.step_loss(context.model, *batch.to("cpu")).detach())
@@ -172,7 +210,9 @@ def first_loss_error(context: CheckContext, path: str) -> float | None:
     if token_types(context.model.config) < 2:
         plain.pop("token_type_ids", None)
     if getattr(task, "embeds", False):
-        return None
+        inputs, labels = batch.to("cpu")
+        ours = float(task.loss_sum(task.forward(context.model, inputs), labels).detach())  # without a router's
+        return gradients.relative_difference(ours, embedding_loss(context, rows))
     with torch.no_grad():
         loss = span_loss(context.model, **plain) if "start_positions" in plain else context.model(**plain).loss
     theirs = float(loss) * gradients.count_targets(batch)

@@ -18,9 +18,13 @@ import transformers
 
 from tests.architectures.matrix import Matrix
 from tests.architectures.single import PACKED, job_of, kind_of
-from tests.architectures.trials import WAYS, Outcome, Trial, trials_of
+from tests.architectures.trials import WAYS, Outcome, Trial
 from tests.ranks import free_port, run_ranks
 from tests.tiny import shard_locally
+from trainers.architecture import other_modalities
+from trainers.architecture.adjust import read_last_tokens
+from trainers.architecture.layer_drop import seed_layer_drop
+from trainers.architecture.model import pads_left
 from trainers.batching.batch_plan import plan_batches
 from trainers.batching.batches import StepSource
 from trainers.batching.order import job_order
@@ -34,7 +38,7 @@ from trainers.checkpoint.writing import commit, write_share
 from trainers.errors import JobError
 from trainers.model.deepspeed_config import derive_config
 from trainers.model.engine import build_engine, release_engine
-from trainers.model.layer_drop import seed_layer_drop
+from trainers.model.fit import tensor_shapes
 from trainers.model.source import ModelFolder
 from trainers.model.world import World, join_world
 from trainers.run.folder import step_name
@@ -47,14 +51,13 @@ from trainers.training.loop import run_micro_batches, seed_step
 RATE = 1e-3
 
 
-def train_all(folder: Path, matrix: Matrix) -> list[Outcome]:
+def train_all(folder: Path, matrix: Matrix, trials: list[Trial]) -> list[Outcome]:
     """All trials, begun and gone on with by two ranks together and by two that are alone.
 
     Args:
         folder: as `run_matrix` left it, with the models.
         matrix: what it saw.
     """
-    trials = trials_of(matrix.cells)
     models = {(kind_of(trial.family), trial.task): folder / "models" / trial.family for trial in trials}
     shards = {key: shard_locally(_job(*key, folder, model)) for key, model in models.items()}
     place = Place(folder, shards, {family: one.attention for family, one in matrix.packing.items() if one.attention})
@@ -124,7 +127,12 @@ class Trainee:
         order = job_order(job, len(packs))
         self.engine = build_engine(job, self.task, run.model.path, encoder.pad_id, derive_config(job, plan), world)
         self.source = StepSource(shards, packs, order, plan, world.rank, self.task, encoder.pad_id)
-        self.batch = self.task.collate([[shards.row(int(packs.pack(at)[0]))] for at in (0, 1)], encoder.pad_id)
+        rows = [[shards.row(int(packs.pack(at)[0]))] for at in (0, 1)]
+        self.single = self.task  # plain transformers knows nothing of packs
+        if self.task.options.packing:
+            self.single = type(self.task)(self.task.options.model_copy(update={"packing": False}))
+            self.single.prepare(encoder)
+        self.batch = self.single.collate(rows, encoder.pad_id)
 
     def step(self, number: int) -> float:
         """One update; the loss over all ranks."""
@@ -172,12 +180,15 @@ class Trainee:
 
 def exported(trainee: Trainee, step: int) -> tuple[float, tuple[str, ...]]:
     """Export a checkpoint of the state that the engine has and reload it in plain transformers: how far its logits of
-    two rows are off, as a share of the largest, and the missing and unexpected keys."""
-    run, task, engine = trainee.run, trainee.task, trainee.engine
+    two rows are off, as a share of the largest, and the missing and unexpected keys, those that transformers would not
+    publish so, and those of vision and audio that changed."""
+    run, task, engine = trainee.run, trainee.single, trainee.engine
     out = run.folder / "export"
     export_checkpoint(run.checkpoints / step_name(step), out, run.job, task, run.model.path)
     auto = getattr(transformers, task.head_class(transformers.AutoConfig.from_pretrained(out.path)))
     model, info = auto.from_pretrained(out.path, output_loading_info=True)
+    if any(map(pads_left, model.modules())):  # where its own tokenizer pads, it reads the last token
+        read_last_tokens(model)
     inputs, _ = trainee.batch.to("cpu")
     with torch.no_grad():
         engine.eval()
@@ -187,6 +198,14 @@ def exported(trainee: Trainee, step: int) -> tuple[float, tuple[str, ...]]:
     if trained.dim() == 3 and trained.shape[:2] == real.shape:  # else one of a row, or of a target's tokens
         trained, plain = trained[real], plain[real]
     keys = tuple(f"{kind} {key}" for kind in ("missing_keys", "unexpected_keys") for key in sorted(info[kind]))
+    model.save_pretrained(f"{out.path} again")
+    ours, theirs = (tensor_shapes(Path(path)) for path in (out.path, f"{out.path} again"))
+    keys += tuple(f"not as published: {name}" for name in sorted(ours.keys() ^ theirs.keys()))
+    if others := other_modalities(model):
+        before = auto.from_pretrained(run.model.path)
+        keys += tuple(
+            f"changed: {name}" for name in others if not model.get_parameter(name).equal(before.get_parameter(name))
+        )
     return float((trained - plain).abs().max() / trained.abs().max()), keys
 
 

@@ -2,10 +2,11 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from tests.architectures.families import FAMILIES
-from tests.architectures.single import Cell, tasks_of
+from tests.architectures.single import Cell, kind_of, tasks_of
 from trainers.job.sections import LoraSection
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -56,25 +57,54 @@ class Outcome:
 
 
 def trials_of(cells: tuple[Cell, ...], families: tuple[str, ...] = tuple(FAMILIES)) -> list[Trial]:
-    """Every family trains in full, begun by one rank or by two and resumed at the other size; with adapters by one rank
-    alone, and every third with its first layer frozen. Those of SPREAD do all three and resume in each.
+    """A covering design of family x task x way x packing x ranks, with an export in each trial.
 
-    Tasks, ranks and packing turn from trial to trial, so that each is met by many families. The folders of encoders
-    have no head for mlm, which adapters would leave as it was drawn, so that is refused.
+    Every family trains in each of WAYS: in full begun by one rank or by two and resumed at the other size, with
+    adapters and with a frozen layer by one rank alone; those of SPREAD resume in each. Once it packs, where it can.
+    Within each kind of family (decoders, encoders, encoder-decoders) every task meets every way, packed and not; over
+    all, every way is resumed from one rank and from two, packed and not. Which goes with which turns from family to
+    family. What is left out is the whole product, `every_trial`; that each family's first loss is right in each of its
+    tasks, packed and not, needs no engine and is looked at in full (`single.py`).
+
+    The folders of encoders have no head for mlm, which adapters would leave as it was drawn, so that is refused.
     """
     trials: list[Trial] = []
-    turns: Counter[str] = Counter()
-    for index, family in enumerate(families):
-        own = [cell for cell in cells if cell.family == family and not cell.refused and not cell.failed]
-        tasks = [task for task in tasks_of(family) if any(cell.task == task for cell in own)]
-        packs = {cell.task for cell in own if cell.packed}
-        ways = [way for way in WAYS if way != "frozen" or family in SPREAD or index % 3 == 0]
-        for turn, way in enumerate(ways if tasks else ()):
-            able = [task for task in tasks if not (way == "adapters" and task == "mlm")]
-            task = able[(index + 3 * turn) % len(able)]
+    seen: Counter[str] = Counter()
+    for family in families:
+        tasks, packs = _tasks(family, cells)
+        turn = seen[kind_of(family)]
+        seen[kind_of(family)] += bool(tasks)
+        for at, way in enumerate(WAYS if tasks else ()):
+            able = [task for task in tasks if _can(way, task)]
+            packed = bool(packs) and at == turn % 3
+            task = (
+                packs[turn // 3 % len(packs)] if packed else able[((turn // 3 if packs else turn) + 2 * at) % len(able)]
+            )
             resumes = way == "full" or family in SPREAD
-            packed = task in packs and turns[task] % 3 < 2
-            ranks = 2 - (index + turn) % 2 if resumes else 1
-            trials.append(Trial(family, task, way, packed, ranks, resumes))
-            turns[task] += 1
+            shift = SPREAD.index(family) if family in SPREAD else turn // 3
+            trials.append(Trial(family, task, way, packed, 2 - (shift + at) % 2 if resumes else 1, resumes))
     return trials
+
+
+def every_trial(cells: tuple[Cell, ...], families: tuple[str, ...]) -> list[Trial]:
+    """The whole product."""
+    return [
+        Trial(family, task, way, packed, ranks, True)
+        for family in families
+        for tasks, packs in [_tasks(family, cells)]
+        for task, way in product(tasks, WAYS)
+        if _can(way, task)
+        for packed, ranks in product((False, True) if task in packs else (False,), (1, 2))
+    ]
+
+
+def _tasks(family: str, cells: tuple[Cell, ...]) -> tuple[list[str], list[str]]:
+    """Those that a family has passed, and those of them that it packs in."""
+    own = [cell for cell in cells if cell.family == family and not cell.refused and not cell.failed]
+    packs = {cell.task for cell in own if cell.packed}
+    tasks = [task for task in tasks_of(family) if any(cell.task == task for cell in own)]
+    return tasks, [task for task in tasks if task in packs]
+
+
+def _can(way: str, task: str) -> bool:
+    return not (way == "adapters" and task == "mlm")
