@@ -34,6 +34,13 @@ for family in sys.argv[2:]:
         for packs in ([pack], *([[row]] for row in pack))
     )
     right.append(abs(together - sum(alone)) <= 1e-4 * together)
+    rows = [context.shards.row(at) for at in range(len(context.shards))]
+    twins = [row for row in rows if len(row.input_ids) == len(rows[0].input_ids)][:2]  # no padding tells them apart
+    together, *alone = (
+        float(gradients.loss_of(context, gradients.collate(context, packs)).detach())
+        for packs in ([[row] for row in twins], *([[row]] for row in twins))
+    )
+    right.append(len(twins) == 2 and abs(together - sum(alone)) <= 1e-4 * together)
     print("SAW", family, decision.apart, decision.attention, len(pack), right)
 """
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainers.architecture import packs_as_one_row
+from trainers.known_masks import MaskFacts, masks_known
 from trainers.records import Array
 from trainers.tasks.base import IGNORE, Batch, Example, Task
 from trainers.tasks.losses import TokenScores, score_tokens
@@ -81,7 +82,8 @@ class CausalTask(Task):
 
         row = {name: tensor.reshape(1, -1) for name, tensor in given.items()}
         bounds = document_bounds(model, row["position_ids"], inputs["bounds"])
-        outputs = model(**row, **bounds, **self.forward_options)
+        with masks_known(MaskFacts(padded=False, restarts=True)):  # rows of one document each begin anew in the one row
+            outputs = model(**row, **bounds, **self.forward_options)
         if outputs.logits.numel() > 1:  # else the output layer gave the loss in their place
             outputs.logits = outputs.logits.view(*inputs["input_ids"].shape, -1)
         return outputs
