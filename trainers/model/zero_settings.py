@@ -107,9 +107,9 @@ def expert_blocks(model: Any) -> list[Any]:
         module
         for module in model.modules()
         if any(
-            count > 1 and _routes(module, child, count)
+            count > 1 and _routes(module, child, count, sizes)
             for child in module.children()
-            for count in _expert_counts(child)
+            for count, sizes in _expert_counts(child)
         )
     ]
 
@@ -118,22 +118,26 @@ def _shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _expert_counts(child: Any) -> list[int]:
-    """How many experts a module may hold."""
+def _expert_counts(child: Any) -> list[tuple[int, set[int]]]:
+    """How many experts a module may hold, and the sizes of one's tensors, among them what its router reads."""
     import torch
 
     if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict):
         alike = {tuple(map(_shape, each.parameters())) for each in child.children()}
-        return [len(child)] if len(alike) == 1 and alike != {()} else []
+        sizes = {size for each in child.parameters() for size in _shape(each)}
+        return [(len(child), sizes)] if len(alike) == 1 and alike != {()} else []
     stacked = (_shape(each) for each in child.parameters(recurse=False))
-    return [shape[0] for shape in stacked if len(shape) == 3 and min(shape) > 1]  # a convolution by channel has a 1
+    return [
+        (shape[0], {*shape[1:]}) for shape in stacked if len(shape) == 3 and min(shape) > 1
+    ]  # a convolution by channel has a 1
 
 
-def _routes(module: Any, experts: Any, count: int) -> bool:
-    """Whether something beside the experts has a row for each."""
+def _routes(module: Any, experts: Any, count: int, sizes: set[int]) -> bool:
+    """Whether something beside the experts has a row for each, as long as what an expert reads."""
     beside = [*module.parameters(recurse=False)]
     beside += [each for child in module.children() if child is not experts for each in child.parameters()]
-    return any(len(_shape(each)) == 2 and _shape(each)[0] == count for each in beside)
+    shapes = map(_shape, beside)
+    return any(len(shape) == 2 and shape[0] == count and shape[1] in sizes for shape in shapes)
 
 
 def sent_bytes(stage: int, weight_bytes: int, gradient_bytes: int, accumulation: int, whole: bool) -> int:

@@ -108,3 +108,10 @@ def test_families_with_experts(family: str, block: str | None) -> None:
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     assert {type(each).__name__ for each in expert_blocks(model)} == ({block} if block else set())
+
+
+def test_weights_by_heads_are_no_experts() -> None:
+    """An attention whose weights are [width, heads, head], beside feed-forward layers with as many rows."""
+    from transformers import XLNetConfig, XLNetModel
+
+    assert expert_blocks(XLNetModel(XLNetConfig(vocab_size=32, d_model=32, n_layer=1, n_head=4, d_inner=64))) == []
