@@ -308,7 +308,7 @@ ROOM = "trainers/architecture/"
 """Where families are asked for what differs between them."""
 ASKED = re.compile(
     r"(get_)?text_config|type_vocab_size|tie_word_embeddings|(encoder_|decoder_)?layerdrop|\w*vocab_size|hidden_size"
-    r"|num_(hidden_)?layers|n_(layer|embd|positions)|d_model|max_position_embeddings|position_embedding_type|rope_\w+"
+    r"|num_(hidden_)?layers|n_(layer|embd|positions)|d_model|max_position_embeddings|position_embedding_type|rope_(parameters|theta)"
     r"|layer_types|layers_block_type|attention_chunk_size|\w*intermediate_size|_attn_implementation|summary_type"
     r"|output_router_logits|router_aux_loss_coef|num_(local_)?experts\w*|create_weight|Conv1[dD]|\w*_pdrop"
 )
