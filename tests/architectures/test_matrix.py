@@ -12,7 +12,7 @@ from tests.architectures.matrix import Matrix, run_matrix
 from tests.architectures.single import kind_of
 from tests.architectures.trained import train_all
 from tests.architectures.trials import DRAWING, Outcome, Trial, every_trial, trials_of
-from trainers.model import families
+from trainers.model.fit import tested_families
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def test_no_self_test_raises_an_alarm(matrix: Matrix) -> None:
 
 def test_the_document_says_what_was_seen(matrix: Matrix) -> None:
     """docs/models.md and families.json: `make models` writes both anew."""
-    assert read_tested(matrix) == families.tested_families()
+    assert read_tested(matrix) == tested_families()
     assert DOCUMENT.read_text(encoding="utf-8") == document_of(matrix)
 
 
