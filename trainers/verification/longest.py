@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from trainers.architecture import plain_model, text_config
+from trainers.architecture import plain_model, positions
+from trainers.architecture.layer_drop import seed_layer_drop
 from trainers.batching.packing import PackIndex
 from trainers.checkpoint.host_memory import memory_available
 from trainers.errors import PASSING, TrainingError, TuneyardError
 from trainers.known_masks import masks_known
-from trainers.model.layer_drop import seed_layer_drop
 from trainers.model.plain_engine import PlainEngine
 from trainers.model.world import World
 from trainers.model.zero_passes import beside_training
@@ -94,8 +94,8 @@ def _message(engine: Any, rows: Packs, error: Exception, world: World) -> str:
             f"{shape}; {_free_gib(world):.1f} GiB of memory are free. Lower train.micro_batch_size or data.max_length, "
             "set train.activation_checkpointing, or use more workers"
         )
-    positions = getattr(text_config(plain_model(engine).config), "max_position_embeddings", None)
-    said = f"; the model has {positions} positions" if positions else ""
+    most = positions(plain_model(engine).config)
+    said = f"; the model has {most} positions" if most else ""
     return f"{shape}{said}. Lower data.max_length or take a model for longer texts"
 
 
