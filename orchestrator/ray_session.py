@@ -7,19 +7,20 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.reaper import guarded
 from trainers.errors import PlacementError
 from trainers.job.sections import ScaleSection
 
+T = TypeVar("T")
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shards travel through files, not through Ray's object store, so a small one is enough."""
 ASK_WAIT_S = 60.0
-"""How long nodes may take to tell the memory of their GPUs."""
+"""How long nodes may take to tell what they have."""
 JOIN_WAIT_S = 20.0
 """How long to wait for the nodes of a joined cluster to appear."""
 
@@ -153,16 +154,21 @@ def gpu_memory() -> int | None:
 
 def smallest_gpu(ray: Any) -> int | None:
     """Bytes of memory of the smallest GPU in a running cluster, as its nodes tell it; None where no node does."""
+    return min(filter(None, ask_nodes(ray, gpu_memory, "GPU")), default=None)
+
+
+def ask_nodes(ray: Any, question: Callable[[], T], resource: str = "CPU") -> list[T]:
+    """What every node of a running cluster that has a resource answers; one that has just gone has no say."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ask = ray.remote(num_cpus=0, max_retries=0)(gpu_memory)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    ask = ray.remote(num_cpus=0, max_retries=0)(question)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(resource)]
     asked = [
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
     ]
     told, _ = ray.wait(asked, num_returns=len(asked), timeout=ASK_WAIT_S) if asked else ([], [])
-    known: list[int] = []
+    known: list[T] = []
     for answer in told:
-        with suppress(ray.exceptions.RayError):  # a node that has just gone has no say
-            known += [memory] if (memory := ray.get(answer)) else []
-    return min(known, default=None)
+        with suppress(ray.exceptions.RayError):
+            known.append(ray.get(answer))
+    return known

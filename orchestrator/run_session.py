@@ -3,7 +3,7 @@
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +14,16 @@ from orchestrator.evaluation.room import Place, check_room, place_evaluations
 from orchestrator.planning.costs import weight_bytes
 from orchestrator.planning.plan import Plan, plan_job
 from orchestrator.planning.preflight import CheckedJob
-from orchestrator.ray_session import check_placement, gpu_memory, ray_session, smallest_gpu
+from orchestrator.ray_session import ask_nodes, check_placement, gpu_memory, ray_session, smallest_gpu
 from orchestrator.registry.lineage import lineage
 from orchestrator.report.details import beside, gather
 from orchestrator.report.index import write_index
 from orchestrator.report.page import REPORT, render_report
 from orchestrator.terminal.progress import Screen
 from orchestrator.tracking.follower import Follower
-from trainers.errors import Preempted, TuneyardError
+from trainers.errors import JobError, Preempted, TuneyardError
 from trainers.evaluation.confusion import draw_confusion
+from trainers.model.deepspeed_config import keeps_on_disk
 from trainers.model.fit import count_parameters, tensor_shapes
 from trainers.run.events import Event, StageEvent, StageStartEvent, StartEvent, read_events, steps_of
 from trainers.run.folder import RESULT, Evaluation, RegisteredVersion, RunResult, read_result, run_folder
@@ -34,6 +35,7 @@ from trainers.shards.keys import load_shards
 from trainers.storage import Folder
 from trainers.tasks import choose_metric
 from trainers.training.divergence import read_skipped
+from trainers.worker.swap_folder import async_io_problem
 
 Asked = Callable[[], bool]
 """Whether somebody wants the work to stop."""
@@ -160,12 +162,20 @@ def finished_run(checked: CheckedJob) -> tuple[Folder, RunResult] | None:
 def open_session(checked: CheckedJob, address: str | None, screen: Screen) -> Iterator[RunSession]:
     """Ray with room for the workers, a screen, and SIGTERM as an orderly end, for the length of the block."""
     with _stopped_by_sigterm(), ray_session(address) as ray, screen.live():
+        if keeps_on_disk(checked.job.train.deepspeed):
+            check_disks(ask_nodes(ray, async_io_problem))
         gpus = check_placement(checked.job.scale)  # before hours of sharding, and again after them: nodes come and go
         note = check_room(checked.job, evaluation_place(checked, gpus, ray.cluster_resources()))
         if note:
             screen.say(f"note: {note}")
         screen.metric = choose_metric(checked.job)[0]
         yield RunSession(checked, screen)
+
+
+def check_disks(problems: Sequence[str | None]) -> None:
+    """Raises JobError where a node cannot keep state on disk."""
+    if found := list(filter(None, problems)):
+        raise JobError(found)
 
 
 def plan_here(checked: CheckedJob) -> Plan:

@@ -277,8 +277,8 @@ def _engine_rank(folder: Path, saver: str, rank: int, port: int, steps: int, loa
     os._exit(0)
 
 
-def make_engine(world: Any, width: int = 64, layers: int = 4, model: Any = None) -> Any:
-    """A ZeRO-3 engine over a model, or a stack of square layers."""
+def make_engine(world: Any, width: int = 64, layers: int = 4, model: Any = None, offload: bool = False) -> Any:
+    """A ZeRO-3 engine over a model, or a stack of square layers; its state offloaded to host memory, or not."""
     import deepspeed
     import torch
 
@@ -289,7 +289,7 @@ def make_engine(world: Any, width: int = 64, layers: int = 4, model: Any = None)
     config = {
         "train_batch_size": 4 * world.size,
         "train_micro_batch_size_per_gpu": 4,
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 3, **({"offload_optimizer": {"device": "cpu"}} if offload else {})},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }

@@ -2,7 +2,8 @@
 
 A save is a copy to host memory, made beside the next step's forward and backward passes and waited for before its
 update; the writer process does the rest, and `poll` tells of its end. Nothing here waits for storage in a step, except
-a save that comes while the one before is still being written: it waits a while, and is then left out.
+a save that comes while the one before is still being written: it waits a while, and is then left out; and an update
+under offloading, whose state is written from where it lies.
 """
 
 import json
@@ -13,10 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainers.checkpoint.choosing import choose_checkpoint
-from trainers.checkpoint.host_buffer import Copying, HostBuffer, make_buffer
+from trainers.checkpoint.host_buffer import Beside, HostBuffer, OffloadedFile, make_buffer
 from trainers.checkpoint.reading import CheckpointReader
-from trainers.checkpoint.records import CheckpointState, Progress, Save, SaveReport, SaveRequest
-from trainers.checkpoint.slices import parameter_shapes, persistent_buffers, rank_share, restore_state, stage_of
+from trainers.checkpoint.records import CheckpointState, Progress, Save, SaveReport, SaveRequest, Vote
+from trainers.checkpoint.slices import (
+    is_offloaded,
+    parameter_shapes,
+    persistent_buffers,
+    rank_share,
+    restore_state,
+    stage_of,
+)
 from trainers.checkpoint.writer_link import WriterLink
 from trainers.errors import TrainingError
 from trainers.model.world import World
@@ -57,7 +65,7 @@ class Checkpointer:
     committed: int | None = None
     """On rank 0, the step that was committed last."""
     _writing: "_Writing | None" = None
-    _copying: Copying | None = None
+    _copying: Beside | None = None
     _saves: int = 0
     _event: dict[str, Any] = field(default_factory=dict)
     """What the event of the save in flight will say besides its outcome."""
@@ -69,10 +77,11 @@ class Checkpointer:
     def prepare(self) -> int:
         """Allocate the buffer and start the writer, once. Returns the bytes of host memory that all ranks hold."""
         if self._writing is None:
-            buffer = make_buffer(rank_share(self.engine), self.world)
-            total = sum(self.world.gather(buffer.num_bytes))
-            self._writing = _Writing(buffer, WriterLink(buffer.descriptor), total)
-        return self._writing.total_bytes
+            share = rank_share(self.engine)
+            source = OffloadedFile(share) if is_offloaded(self.engine) else make_buffer(share, self.world)
+            sizes = self.world.gather((source.num_bytes, source.file_bytes))
+            self._writing = _Writing(source, WriterLink(source.descriptor), *map(sum, zip(*sizes, strict=True)))
+        return self._writing.host_bytes
 
     def save(self, progress: Progress) -> None:
         """Begin to copy the state and have it written.
@@ -92,15 +101,24 @@ class Checkpointer:
             return
         self._saves += 1
         event: dict[str, Any] = {"step": progress.step, "began": began, "wait_s": waited}
-        request, link = self._request(progress, self._writing.total_bytes), self._writing.link
+        request, link = self._request(progress, self._writing.file_bytes), self._writing.link
 
-        def hand_over(copied: float) -> None:
+        def hand_over(copied: float, written: Vote | None = None) -> None:
             event["copy_s"] = copied
-            link.send(request.model_copy(update={"settle_s": min(copied, SETTLE_S)}))
+            link.send(request.model_copy(update={"settle_s": min(copied, SETTLE_S), "written": written}))
 
-        self._copying = self._writing.buffer.copy_beside(hand_over)
+        source = self._writing.source
+        if isinstance(source, OffloadedFile):
+            self._copying = source.write_beside(request, hand_over)
+        else:
+            self._copying = source.copy_beside(hand_over)
         event["blocked_s"] = time.monotonic() - began
         self._event = event
+
+    @property
+    def reading(self) -> bool:
+        """Whether a save still reads the state."""
+        return self._copying is not None and not self._copying.over
 
     def before_update(self) -> None:
         """Wait until the copy is made: the update changes what it reads."""
@@ -127,7 +145,7 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Tell what became of the save in flight, if that is known by now."""
-        if self._copying is not None and not self._copying.over:
+        if self.reading:
             return
         if self._writing is not None and self._writing.link.busy:
             self._tell(self._writing.link.hear())
@@ -204,7 +222,7 @@ class Checkpointer:
         self.before_update()
         if self._writing is not None:
             self._writing.link.close()
-            self._writing.buffer.close()
+            self._writing.source.close()
             self._writing = None
 
 
@@ -212,10 +230,12 @@ class Checkpointer:
 class _Writing:
     """What saving needs, made once."""
 
-    buffer: HostBuffer
+    source: HostBuffer | OffloadedFile
     link: WriterLink
-    total_bytes: int
-    """Size of all ranks' buffers, which is that of their files."""
+    host_bytes: int
+    """What saving holds of host memory, over all ranks."""
+    file_bytes: int
+    """Size of all ranks' files."""
 
 
 def state_record(engine: Any, progress: Progress, train_key: str, job: str) -> CheckpointState:

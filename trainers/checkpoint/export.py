@@ -81,7 +81,7 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
     reader, encoder = CheckpointReader(stored), load_encoder(model_path, job.model.trust_remote_code)
     config = task.load_config(model_path, encoder.pad_id, job.model.trust_remote_code)
     config.dtype = job.model.dtype
-    empty = _on_meta(config, task, job.model.trust_remote_code)
+    empty = on_meta(config, task, job.model.trust_remote_code)
     config.architectures = [type(empty).__name__]
     _copy_side_files(Path(model_path), out, job.model.trust_remote_code)
     _write_settings(task.serving(encoder), config, Path(model_path), out)
@@ -110,7 +110,8 @@ def _record(folder: Folder, name: str) -> FileRecord:
     return FileRecord(bytes=len(data), digest=xxhash.xxh3_128_hexdigest(data))
 
 
-def _on_meta(config: Any, task: Task, trust_remote_code: bool) -> Any:
+def on_meta(config: Any, task: Task, trust_remote_code: bool) -> Any:
+    """The model that a configuration describes, without values."""
     import torch
     import transformers
 

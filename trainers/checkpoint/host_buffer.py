@@ -2,7 +2,8 @@
 
 The memory is laid out as the safetensors file it becomes, so that the writer needs neither torch nor a copy. It is a
 memfd: shared by handing over a descriptor, not bounded by the size of /dev/shm (64 MiB in a container by default), and
-gone with the last process that holds it.
+gone with the last process that holds it. State that is offloaded, to host memory or to disk, is not copied:
+`OffloadedFile`.
 """
 
 import json
@@ -10,14 +11,18 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
-from trainers.checkpoint.host_memory import memory_available, memory_limit, node_id
+from trainers.checkpoint.records import SaveRequest, Vote
 from trainers.checkpoint.slices import RankShare
-from trainers.checkpoint.tensor_file import FileLayout, plan_file
+from trainers.checkpoint.tensor_file import FileLayout, file_chunks, plan_file
+from trainers.checkpoint.writing import CHUNK_BYTES, find_refusal, write_rank_file
 from trainers.errors import TrainingError
+from trainers.host_memory import memory_available, memory_limit, node_id
 from trainers.model.world import World
+from trainers.storage import Folder
 
 FREED_WITHIN_S = 60.0
 """How long memory may take to come back; page-locked memory of a rank that was killed takes seconds."""
@@ -39,7 +44,11 @@ def make_buffer(share: RankShare, world: World) -> "HostBuffer":
 
 
 def _layout(share: RankShare) -> FileLayout:
-    return plan_file([piece.spec for piece in share.pieces], {"starts": json.dumps(share.starts)})
+    return plan_file([piece.spec for piece in share.pieces], _metadata(share))
+
+
+def _metadata(share: RankShare) -> dict[str, str]:
+    return {"starts": json.dumps(share.starts)}
 
 
 class HostBuffer:
@@ -48,7 +57,7 @@ class HostBuffer:
     def __init__(self, share: RankShare) -> None:
         """Allocate every page now: lack of memory should show before the first step, and no save should wait for it."""
         layout = _layout(share)
-        self.num_bytes = layout.num_bytes
+        self.num_bytes = self.file_bytes = layout.num_bytes
         self.descriptor = allocate(layout.num_bytes)
         self._map = mmap.mmap(self.descriptor, layout.num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._map[: len(layout.header)] = layout.header
@@ -64,8 +73,8 @@ class HostBuffer:
         flat = torch.frombuffer(self._map, dtype=getattr(torch, spec.dtype), count=count, offset=offset)
         return flat.view(spec.shape)
 
-    def copy_beside(self, then: Callable[[float], None]) -> "Copying":
-        """Begin to copy the state as it is now. It must not change before `Copying.wait` returns.
+    def copy_beside(self, then: Callable[[float], None]) -> "Beside":
+        """Begin to copy the state as it is now. It must not change before `Beside.wait` returns.
 
         Args:
             then: called with the seconds that the copy took, in the thread that copies.
@@ -79,7 +88,7 @@ class HostBuffer:
                     later.append((piece.live().detach(), view))
                 else:
                     view.copy_(piece.live())
-        return Copying(later, then)
+        return Beside(Copying(later, then))
 
     def close(self) -> None:
         """Unlock the pages; the memory goes with the last that holds it."""
@@ -90,51 +99,104 @@ class HostBuffer:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pointer))
 
 
-class Copying:
-    """A copy under way in a thread, beside the forward and backward passes of the next step.
+class Beside:
+    """Work in a thread, beside the forward and backward passes of the next step.
 
-    Between two updates the optimizer's state is only read, so the copy needs to end before the next update alone
-    (Mohan et al. 2021, CheckFreq, FAST '21). On a GPU it runs in a stream of its own.
+    Between two updates the optimizer's state is only read, so what reads it needs to end before the next update alone
+    (Mohan et al. 2021, CheckFreq, FAST '21).
     """
 
-    def __init__(self, pairs: list[tuple[Any, Any]], then: Callable[[float], None]) -> None:
-        import torch
-
-        self._pairs, self._then = pairs, then
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
         self._error: BaseException | None = None
-        self._stream = None
-        if torch.cuda.is_available():
-            self._stream = torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())  # the update that made this state
         self._thread = threading.Thread(target=self._run, name="copy", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        import torch
-
-        began = time.monotonic()
         try:
-            if self._stream is not None:  # a thread starts on GPU 0, and would make a context of 0.5 GB there
-                torch.cuda.set_device(self._stream.device)
-            with torch.no_grad(), torch.cuda.stream(self._stream):  # None: no stream of a GPU
-                for live, view in self._pairs:
-                    view.copy_(live, non_blocking=self._stream is not None)
-            if self._stream is not None:
-                self._stream.synchronize()
-            self._then(time.monotonic() - began)
+            self._work()
         except BaseException as error:
             self._error = error
 
     @property
     def over(self) -> bool:
-        """Whether the copy is done, without waiting."""
+        """Whether the work is done, without waiting."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Wait for the end of the copy, and raise what it raised."""
+        """Wait for the end of the work, and raise what it raised."""
         self._thread.join()
         if self._error is not None:
             raise self._error
+
+
+class Copying:
+    """Work that copies tensors; on a GPU in a stream of its own."""
+
+    def __init__(self, pairs: list[tuple[Any, Any]], then: Callable[[float], None]) -> None:
+        import torch
+
+        self._pairs, self._then = pairs, then
+        self._stream = None
+        if torch.cuda.is_available():
+            self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())  # the update that made this state
+
+    def __call__(self) -> None:
+        import torch
+
+        began = time.monotonic()
+        if self._stream is not None:  # a thread starts on GPU 0, and would make a context of 0.5 GB there
+            torch.cuda.set_device(self._stream.device)
+        with torch.no_grad(), torch.cuda.stream(self._stream):  # None: no stream of a GPU
+            for live, view in self._pairs:
+                view.copy_(live, non_blocking=self._stream is not None)
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._then(time.monotonic() - began)
+
+
+class OffloadedFile:
+    """One rank's file, written by the rank from where its state lies: in host memory or in swap files.
+
+    A second copy would need 12 bytes a parameter of the memory that offloading makes scarce. So the next update waits
+    until the file is on storage, in place of until it is copied.
+    """
+
+    num_bytes = CHUNK_BYTES
+    """Of host memory: what lies on disk or in another type is read in parts of this size."""
+
+    def __init__(self, share: RankShare) -> None:
+        self._share = share
+        self.file_bytes = _layout(share).num_bytes
+        self.descriptor = allocate(mmap.PAGESIZE)  # the writer process commits, and reads nothing
+
+    def write_beside(self, request: SaveRequest, then: Callable[[float, Vote], None]) -> Beside:
+        """Begin to write the state as it is now. It must not change before `Beside.wait` returns.
+
+        Args:
+            then: called with the seconds that it took and this rank's vote, in the thread that writes.
+        """
+        moving = {piece.spec.name: piece.live().clone() for piece in self._share.pieces if not piece.is_fixed}
+        return Beside(partial(self._write, request, moving, then))
+
+    def _write(self, request: SaveRequest, moving: Mapping[str, Any], then: Callable[[float, Vote], None]) -> None:
+        began, folder = time.monotonic(), Folder(request.folder)
+        pieces = {piece.spec.name: piece for piece in self._share.pieces}
+
+        def parts(name: str) -> Iterable[Any]:
+            return [moving[name]] if name in moving else pieces[name].parts(CHUNK_BYTES // 4)
+
+        specs = [piece.spec for piece in self._share.pieces]
+        chunks = file_chunks(specs, parts, _metadata(self._share))
+        if error := find_refusal(folder):
+            vote = Vote(save=request.save.id, error=error)
+        else:
+            vote = write_rank_file(folder, request.save, chunks, request.total_bytes)
+        then(time.monotonic() - began, vote)
+
+    def close(self) -> None:
+        """There is nothing to unlock."""
 
 
 def find_shortage(num_bytes: int, ranks: int) -> Exception | None:

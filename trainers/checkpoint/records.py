@@ -76,6 +76,8 @@ class SaveRequest(Record):
     """How long to wait before writing, while other ranks of the machine copy: both need the memory's bandwidth."""
     rest: float = 0.0
     """Sleep after each 32 MiB as a multiple of its write time; ignored once the rank blocks on the save."""
+    written: Vote | None = None
+    """The vote over a file that the rank wrote itself; it is cast, and nothing more is written."""
     refusal: str | None = None
     """Why this rank has nothing to write, which is then its vote."""
 

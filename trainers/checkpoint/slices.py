@@ -5,11 +5,13 @@ an equal part of every parameter; ZeRO-1 and -2 own a stretch of all parameters 
 local accessors (deepspeed.utils.tensor_fragment) and nothing of files.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
+from trainers.checkpoint.swapped import SwapSpan, in_memory, state_span
 from trainers.checkpoint.tensor_file import TensorSpec, spec_of
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -35,9 +37,21 @@ class Piece:
     spec: TensorSpec
     """Its name in the file is `kind/parameter`."""
     live: Callable[[], Any]
-    """Gives the tensor as it is now, on its device and in its type; AdamW's moments exist after the first update."""
+    """Gives the tensor as it is now, on its device and in its type, or the span of a swap file where it lies; AdamW's
+    moments exist after the first update."""
     is_fixed: bool = True
     """Whether only an update changes it; a module's buffers may change in a forward pass."""
+
+    def parts(self, num_values: int) -> Iterator[Any]:
+        """The tensor as it is now, in consecutive parts of its values: views where it lies in memory."""
+        import torch
+
+        held, total = self.live(), prod(self.spec.shape)
+        flat = held if isinstance(held, SwapSpan) else held.detach().flatten()
+        for start in range(0, total, num_values):
+            end = min(start + num_values, total)
+            part = flat.read(start, end) if isinstance(flat, SwapSpan) else flat[start:end]
+            yield part.to(getattr(torch, self.spec.dtype))
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,12 @@ class RankShare:
 
 def stage_of(engine: Any) -> int:
     return int(engine.zero_optimization_stage())
+
+
+def is_offloaded(engine: Any) -> bool:
+    """Whether the optimizer's state is kept beyond the device, in host memory or on disk."""
+    optimizer = engine.optimizer
+    return bool(getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False))
 
 
 def parameter_shapes(engine: Any) -> dict[str, list[int]]:
@@ -89,7 +109,7 @@ def owned_spans(engine: Any) -> Iterator[Span]:
             part = -(-parameter.numel() // engine.world_size)
             start, end = part * engine.global_rank, min(part * (engine.global_rank + 1), parameter.numel())
         elif hasattr(parameter, "ds_id"):
-            part = parameter.ds_tensor.numel()
+            part = parameter.ds_tensor.ds_numel
             start, end = part * engine.global_rank, min(part * (engine.global_rank + 1), parameter.ds_numel)
         elif not trainable:
             start, end = 0, parameter.numel() if engine.global_rank == 0 else 0
@@ -112,7 +132,7 @@ def persistent_buffers(module: Any) -> list[tuple[str, Any]]:
 
 
 def _local(engine: Any, parameter: Any, kind: str, span: Span) -> Any:
-    """This rank's values of one kind, flat and without padding."""
+    """This rank's values of one kind, flat and without padding, or where they lie on disk."""
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     length = span.end - span.start
@@ -121,6 +141,8 @@ def _local(engine: Any, parameter: Any, kind: str, span: Span) -> Any:
     if hasattr(parameter, "ds_id"):
         if not span.trainable:
             return parameter.ds_tensor.data.narrow(0, 0, length)
+        if swapped := state_span(engine.optimizer, parameter, kind):
+            return swapped
         whole = (
             safe_get_local_fp32_param(parameter)
             if kind == "weight"
@@ -161,9 +183,8 @@ def _fragment(engine: Any, mapping: Any, kind: str) -> Any:
 
 def restore_state(engine: Any, read: Read, optimizer_steps: int) -> None:
     """Set weights, moments and step count of this rank from spans of a checkpoint, whatever world size wrote it."""
-    _create_moments(engine, optimizer_steps)
     restore = {0: _restore_replicated, 3: _restore_partitioned}.get(stage_of(engine), _restore_fragments)
-    restore(engine, read)
+    restore(engine, read, optimizer_steps)
 
 
 def _restored(engine: Any) -> Iterator[tuple[str, Any]]:
@@ -171,16 +192,10 @@ def _restored(engine: Any) -> Iterator[tuple[str, Any]]:
     return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad or saves_frozen(engine))
 
 
-def _create_moments(engine: Any, optimizer_steps: int) -> None:
+def _create_moments(adamw: Any, tensors: Iterable[Any], optimizer_steps: int) -> None:
     """AdamW makes its state at the first update; before it can be set it must be there."""
     import torch
 
-    stage, optimizer = stage_of(engine), engine.optimizer
-    if stage == 0:
-        adamw, tensors = optimizer, engine.masters.values()
-    else:
-        adamw = optimizer.optimizer
-        tensors = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
     for tensor in tensors:
         state = adamw.state[tensor]
         state["step"] = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=tensor.device)
@@ -188,26 +203,33 @@ def _create_moments(engine: Any, optimizer_steps: int) -> None:
             state.setdefault(kind, torch.zeros_like(tensor.data))
 
 
-def _restore_partitioned(engine: Any, read: Read) -> None:
-    """ZeRO-3: the fp32 partition, its moments, and the working partition that forward gathers."""
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+def _restore_partitioned(engine: Any, read: Read, optimizer_steps: int) -> None:
+    """ZeRO-3: the fp32 partition, its moments, and the working partition that forward gathers; a group at a time, for
+    each may lie on disk."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # isort: skip
+    def own(kind: str, name: str, parameter: Any) -> Any:
+        part, whole = parameter.ds_tensor.ds_numel, parameter.ds_numel
+        start = part * engine.global_rank
+        return _padded(read(kind, name, min(start, whole), min(start + part, whole)), part)
 
+    names = {}
     for name, parameter in _restored(engine):
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small parameters stay gathered between steps
             parameter.partition()
-        part = parameter.ds_tensor.numel()
-        start = part * engine.global_rank
-        values = {
-            kind: _padded(read(kind, name, min(start, parameter.ds_numel), min(start + part, parameter.ds_numel)), part)
-            for kind in (KINDS if parameter.requires_grad else KINDS[:1])
-        }
-        parameter.ds_tensor.data.copy_(values["weight"])
-        if parameter.requires_grad:
-            safe_set_local_fp32_param(parameter, values["weight"])
-            for kind in KINDS[1:]:
-                safe_set_local_optimizer_state(parameter, values[kind], kind)
+        names[parameter] = name
+        if not parameter.requires_grad:
+            parameter.ds_tensor.data.copy_(own("weight", name, parameter))
+    optimizer = engine.optimizer
+    for number, group in enumerate(optimizer.fp16_groups):
+        with in_memory(optimizer, number) as flat:
+            _create_moments(optimizer.optimizer, [flat], optimizer_steps)
+            moments = optimizer.optimizer.state[flat]
+            for parameter in group:
+                _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                for kind in KINDS:
+                    target = flat.data if kind == "weight" else moments[kind]
+                    target.narrow(0, offset, length).copy_(own(kind, names[parameter], parameter))
 
 
 def _padded(values: Any, length: int) -> Any:
@@ -216,8 +238,9 @@ def _padded(values: Any, length: int) -> Any:
     return values if len(values) == length else pad(values, (0, length - len(values)))
 
 
-def _restore_replicated(engine: Any, read: Read) -> None:
+def _restore_replicated(engine: Any, read: Read, optimizer_steps: int) -> None:
     """PlainEngine: every rank holds everything."""
+    _create_moments(engine.optimizer, engine.masters.values(), optimizer_steps)
     for name, parameter in _restored(engine):
         parameter.data.copy_(read("weight", name, 0, parameter.numel()).view(parameter.shape))
         for kind in KINDS if parameter.requires_grad else ():
@@ -225,8 +248,10 @@ def _restore_replicated(engine: Any, read: Read) -> None:
             _replicated(engine, parameter, kind).copy_(values)
 
 
-def _restore_fragments(engine: Any, read: Read) -> None:
+def _restore_fragments(engine: Any, read: Read, optimizer_steps: int) -> None:
     """ZeRO-1 and -2: the fragments this rank owns, and the whole working weights, which every rank holds."""
+    optimizer = engine.optimizer
+    _create_moments(optimizer.optimizer, optimizer.single_partition_of_fp32_groups, optimizer_steps)
     for name, parameter in _restored(engine):
         parameter.data.copy_(read("weight", name, 0, parameter.numel()).view(parameter.shape))
         mapping = parameter._hp_mapping if parameter.requires_grad else None

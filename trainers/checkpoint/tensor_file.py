@@ -5,7 +5,7 @@ Format: https://github.com/huggingface/safetensors (8 bytes of header length, JS
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -98,21 +98,22 @@ def write_parts(
     Raises:
         ValueError: where the parts are not what the spec said.
     """
-    ordered = _in_file_order(specs)
     digest = xxhash.xxh3_128()
     written = 0
-    for chunk in _chunks(ordered, parts, metadata):
+    for chunk in file_chunks(specs, parts, metadata):
         digest.update(chunk)
         stream.write(chunk)
         written += len(chunk)
     return FileDigest(written, digest.hexdigest())
 
 
-def _chunks(
-    specs: list[TensorSpec], parts: Callable[[str], Iterable[Any]], metadata: Mapping[str, str]
-) -> Iterable[memoryview]:
-    yield memoryview(_header(specs, metadata))
-    for spec in specs:
+def file_chunks(
+    specs: Iterable[TensorSpec], parts: Callable[[str], Iterable[Any]], metadata: Mapping[str, str]
+) -> Iterator[memoryview]:
+    """The bytes of a safetensors file; arguments as of `write_parts`."""
+    ordered = _in_file_order(specs)
+    yield memoryview(_header(ordered, metadata))
+    for spec in ordered:
         given = 0
         for part in parts(spec.name):
             dtype = str(part.dtype).removeprefix("torch.")

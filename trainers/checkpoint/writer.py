@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from trainers.checkpoint.cleaning import take_away
 from trainers.checkpoint.records import COMMITTED, SaveReport, SaveRequest, Vote
-from trainers.checkpoint.writing import cast_vote, commit, read_vote, write_share
+from trainers.checkpoint.writing import cast_vote, commit, find_refusal, read_vote, write_share
 from trainers.patience import retrying
 from trainers.storage import Folder
 
@@ -65,8 +65,9 @@ def _vote(
     cast = read_vote(folder, request.save)
     if cast is not None:
         return cast
-    names = retrying(folder.list, f"listing {folder}")
-    refusal = f"{folder} is committed already" if COMMITTED in names else request.refusal
+    if request.written is not None:
+        return cast_vote(folder, request.save, request.written)
+    refusal = find_refusal(folder) or request.refusal
     if refusal is None:
         hurry.wait(request.settle_s)
         return write_share(folder, request.save, data, request.total_bytes, rest)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -51,12 +51,24 @@ def write_share(
         total_bytes: what all ranks are about to write, for the check of the disk.
         rest: called after each piece with the seconds that it took.
     """
+    return cast_vote(folder, save, write_rank_file(folder, save, _chunks(data), total_bytes, rest))
+
+
+def write_rank_file(
+    folder: Folder, save: Save, chunks: Iterable[memoryview], total_bytes: int, rest: Callable[[float], object] = float
+) -> Vote:
+    """Write this rank's file. Returns the vote, which is not cast yet; a failure to write becomes the vote."""
     try:
         check_space(folder, total_bytes)
-        vote = Vote(save=save.id, file=write_file(folder, rank_file(save.rank, save.world_size), data, rest))
+        return Vote(save=save.id, file=write_file(folder, rank_file(save.rank, save.world_size), chunks, rest))
     except OSError as error:
-        vote = Vote(save=save.id, error=f"{type(error).__name__}: {error}")
-    return cast_vote(folder, save, vote)
+        return Vote(save=save.id, error=f"{type(error).__name__}: {error}")
+
+
+def find_refusal(folder: Folder) -> str | None:
+    """Why a checkpoint may not be written here, or None: what is committed is never written over."""
+    names = retrying(folder.list, f"listing {folder}")
+    return f"{folder} is committed already" if COMMITTED in names else None
 
 
 def check_space(folder: Folder, num_bytes: int) -> None:
@@ -84,22 +96,30 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-def write_file(folder: Folder, name: str, data: memoryview, rest: Callable[[float], object]) -> FileRecord:
+def write_file(folder: Folder, name: str, chunks: Iterable[memoryview], rest: Callable[[float], object]) -> FileRecord:
     """Write one file, whole and synced or not at all, and digest it on the way.
 
     Each piece is synced by itself: the kernel flushes a whole file without regard for the writer's low priority.
     """
-    digest = xxhash.xxh3_128()
+    digest, written, synced = xxhash.xxh3_128(), 0, 0
     with folder.open_output(name) as stream:
-        for start in range(0, len(data), PIECE_BYTES):
-            began = time.monotonic()
-            for chunk in _chunks(data[start : start + PIECE_BYTES]):
-                digest.update(chunk)
-                stream.write(chunk)
+
+        def end_piece(began: float) -> float:
             if folder.is_local:
                 os.fdatasync(stream.fileno())
             rest(time.monotonic() - began)
-    return FileRecord(bytes=len(data), digest=digest.hexdigest())
+            return time.monotonic()
+
+        began = time.monotonic()
+        for chunk in chunks:
+            digest.update(chunk)
+            stream.write(chunk)
+            written += len(chunk)
+            if written - synced >= PIECE_BYTES:
+                began, synced = end_piece(began), written
+        if written > synced:
+            end_piece(began)
+    return FileRecord(bytes=written, digest=digest.hexdigest())
 
 
 def _chunks(data: memoryview) -> Iterator[memoryview]:

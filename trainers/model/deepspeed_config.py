@@ -12,6 +12,7 @@ from typing import Any
 from trainers.batching.batch_plan import BatchPlan
 from trainers.errors import JobError
 from trainers.job.schema import Job
+from trainers.storage import is_remote
 
 SUPPORTED_STAGES = (0, 1, 2, 3)
 UNSUPPORTED = {
@@ -20,6 +21,10 @@ UNSUPPORTED = {
     "zero_quantized_nontrainable_weights": "keeps frozen weights quantized, which checkpoints cannot hold",
 }
 """Options of zero_optimization under which a checkpoint would be wrong, and why."""
+PIPELINES = ("pipeline_read", "pipeline_write")
+READ_AHEAD = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance")
+"""Where weights are on disk, DeepSpeed 0.19 reads ahead, and keeps, more of them than it has buffers for, and fails."""
+OFFLOADED = ("offload_optimizer", "offload_param")
 OWNED_BY_THE_JOB = {
     "optimizer": "train.learning_rate and train.weight_decay (AdamW)",
     "scheduler": "train.schedule and train.warmup_ratio",
@@ -81,10 +86,49 @@ def derive_config(job: Job, batches: BatchPlan) -> dict[str, Any]:
         f"{job.train.deepspeed} says {path} = {json.dumps(theirs)}, the job {json.dumps(ours)}: take it out of the file"
         for path, theirs, ours in _contradictions(template, derived)
     ]
+    problems += _offload_problems(job, template["zero_optimization"])
     if problems:
         raise JobError(problems, "train.deepspeed")
+    for section in disk_sections(template["zero_optimization"]):
+        section.setdefault("nvme_path", job.train.offload_folder)
+    if (template["zero_optimization"].get("offload_param") or {}).get("device") == "nvme":
+        for key in READ_AHEAD:
+            template["zero_optimization"].setdefault(key, 0)
     kept = {key: value for key, value in template.items() if key not in OWNED_BY_THE_JOB}
     return _merge(kept, derived)
+
+
+def keeps_on_disk(name: str) -> bool:
+    """Whether a template keeps weights or optimizer state on disk. Raises JobError where there is none."""
+    return name != "auto" and bool(disk_sections(read_template(name)["zero_optimization"]))
+
+
+def disk_sections(zero: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections of what is kept on disk."""
+    return [zero[part] for part in OFFLOADED if (zero.get(part) or {}).get("device") == "nvme"]
+
+
+def _offload_problems(job: Job, zero: dict[str, Any]) -> list[str]:
+    """What is wrong with the settings of state on disk."""
+    name, folder, sections = job.train.deepspeed, job.train.offload_folder, disk_sections(zero)
+    problems = [
+        f"{name} sets zero_optimization.offload_optimizer.{option}, which leaves writes under way that a checkpoint "
+        "would have to wait for: take it out of the file"
+        for option in PIPELINES
+        if (zero.get("offload_optimizer") or {}).get(option)
+    ]
+    if sections and folder is None and any("nvme_path" not in section for section in sections):
+        problems.append(
+            f"train.offload_folder: {name} keeps weights and optimizer state on each node's own disk; name a folder "
+            "there, such as /local_nvme, with about 18 bytes a parameter free over all nodes"
+        )
+    if folder is not None and any(section.get("nvme_path", folder) != folder for section in sections):
+        problems.append(f"{name} says nvme_path, the job train.offload_folder {folder}: take one of them out")
+    if folder is not None and not sections:
+        problems.append(f"train.offload_folder: {name} keeps nothing on disk; leave it out, or take zero3-nvme-offload")
+    if folder is not None and is_remote(folder):
+        problems.append(f"train.offload_folder: {folder} is no disk of the node; name a folder on one")
+    return problems
 
 
 def _derived(job: Job, batches: BatchPlan) -> dict[str, Any]:

@@ -41,6 +41,10 @@ class Saver(Protocol):
     committed: int | None
     """On rank 0, the step that was committed last."""
 
+    @property
+    def reading(self) -> bool:
+        """Whether a save still reads the state, which an update would change."""
+
     def save(self, progress: "Progress") -> None:
         """Begin to copy the state after `progress.step` steps, and to write the copy; called by every rank."""
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trainers.architecture.layer_drop import seed_layer_drop
@@ -95,7 +96,7 @@ def train(
             seed_layer_drop(engine, settings.seed, step)
             set_learning_rate(engine, schedule.rate(step))
             batch = source.next(step)
-            loss_sum = run_micro_batches(engine, objective, batch, world, saver.before_update)
+            loss_sum = run_micro_batches(engine, objective, batch, world, partial(_before_update, saver, hooks, step))
             hooks.at("settle", step)
             loss, norm, busy = _settle(loss_sum / batch.targets, engine.get_global_grad_norm(), worked, world)
             seconds = time.perf_counter() - began
@@ -125,6 +126,16 @@ def _save(progress: Progress, hooks: Hooks, saver: Saver, evaluate: Evaluate) ->
     saver.save(progress)
     evaluate(progress.step)
     return progress.step
+
+
+def _before_update(saver: Saver, hooks: Hooks, step: int) -> None:
+    """Wait for the save that reads the state, in the phase of saving: offloaded state is written from where it lies."""
+    if saver.reading:
+        hooks.at("save", step)
+        saver.before_update()
+        hooks.at("step", step)
+    else:
+        saver.before_update()
 
 
 def _tell(hooks: Hooks, event: StepEvent, straggler: Straggler | None, world: World) -> None:

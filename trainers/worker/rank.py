@@ -3,22 +3,26 @@
 import time
 from typing import Any
 
-from trainers.batching.batch_plan import plan_batches
+from trainers.batching.batch_plan import BatchPlan, plan_batches
 from trainers.batching.batches import StepSource
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
+from trainers.checkpoint.export import on_meta
 from trainers.checkpoint.records import Progress
+from trainers.errors import JobError
+from trainers.job.schema import Job
 from trainers.model.choice import Choice, choose, settle
 from trainers.model.compiled import compile_layers
-from trainers.model.deepspeed_config import derive_config
+from trainers.model.deepspeed_config import derive_config, keeps_on_disk
 from trainers.model.engine import build_engine, release_engine
 from trainers.model.model_size import measure_size
 from trainers.model.world import World, compute_deterministically, free_memory, join_world, smallest_device
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run
 from trainers.storage import Folder
-from trainers.tokenizer.encoder import load_encoder
+from trainers.tasks import Task
+from trainers.tokenizer.encoder import Encoder, load_encoder
 from trainers.training.distill import load_objective
 from trainers.training.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
 from trainers.training.hooks import Evaluate, Hooks
@@ -30,6 +34,7 @@ from trainers.verification.isolation import check_isolation
 from trainers.verification.longest import check_longest
 from trainers.verification.verdict import read_verification, require_passed
 from trainers.verification.verify import verify_job
+from trainers.worker.swap_folder import async_io_problem, check_frozen, swap_files
 
 
 def run_rank(run: Run, hooks: Hooks) -> LoopOutcome:
@@ -43,6 +48,8 @@ def run_rank(run: Run, hooks: Hooks) -> LoopOutcome:
     if run.job.train.deterministic:
         compute_deterministically()
     world = join_world(run.job.scale.cpus_per_worker, run.job.scale.gpus_per_worker)
+    if keeps_on_disk(run.job.train.deepspeed) and (problem := async_io_problem()):
+        raise JobError(problem)
     if run.job.train.verify:
         _verify(run, world, hooks)
     while True:
@@ -74,20 +81,47 @@ def _verify(run: Run, world: World, hooks: Hooks) -> None:
 
 
 def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
-    """Build everything, resume, and train until the end, a stop or a divergence."""
+    """Settle what the job leaves open, then build everything and train until the end, a stop or a divergence."""
     task = run.load_task()
     choice = choose(run.job, world.size, smallest_device(world), lambda: measure_size(run.job, run.model.path))
     job = settle(run.job, choice)
     plan = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world.size, job.data.max_length)
     encoder = load_encoder(run.model.path, job.model.trust_remote_code)
     task.prepare(encoder)
+
+    def largest() -> int:
+        config = task.load_config(run.model.path, encoder.pad_id, job.model.trust_remote_code)
+        return max(int(p.numel()) for p in on_meta(config, task, job.model.trust_remote_code).parameters())
+
+    with swap_files(derive_config(job, plan), largest, run.folder.name, world) as config:
+        return _train(run, job, task, encoder, choice, plan, config, hooks, world)
+
+
+def _train(
+    run: Run,
+    job: Job,
+    task: Task,
+    encoder: Encoder,
+    choice: Choice,
+    plan: BatchPlan,
+    config: dict[str, Any],
+    hooks: Hooks,
+    world: World,
+) -> LoopOutcome:
+    """Build, build, build, resume, train.
+
+    Args:
+        job: settled.
+        config: of DeepSpeed.
+    """
     pad_id = encoder.pad_id
     shards = run.open_shards("train", task)
     packs = index_packs(job, shards)
     order = job_order(job, len(packs))
     objective = load_objective(job, task, pad_id, world)
     skipped = world.broadcast(read_skipped(run.folder) if world.rank == 0 else SkippedSteps())
-    engine = build_engine(job, task, run.model.path, pad_id, derive_config(job, plan), world)
+    engine = build_engine(job, task, run.model.path, pad_id, config, world)
+    check_frozen(engine)
     if job.packing:
         check_isolation(engine, task, shards, packs, plan.micro_batch_size, pad_id, job.model.attention, world.device)
     check_longest(engine, objective, task, shards, packs, plan.micro_batch_size, pad_id, world)
@@ -95,17 +129,7 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
         compile_layers(engine, task, job.data.max_length)
     source = StepSource(shards, packs, order, plan, world.rank, task, pad_id)
     schedule = Schedule(job.train.schedule, job.train.learning_rate, order.steps, job.train.warmup_ratio)
-    checkpointer = Checkpointer(
-        engine,
-        run.checkpoints,
-        world,
-        new_attempt(world),
-        run.shards.train.key,
-        run.job.identity(),
-        hooks.emit,
-        skipped.numbers,
-        job.checkpoint.start_over,
-    )
+    checkpointer = _checkpointer(run, job, engine, skipped, hooks, world)
     start = checkpointer.resume()
     host_bytes = checkpointer.prepare()
     if world.rank == 0:
@@ -133,6 +157,20 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
         hooks.emit(DoneEvent(step=outcome.progress.step, tokens=outcome.progress.tokens, stopped=outcome.stopped))
     hooks.at("done", outcome.progress.step)
     return outcome
+
+
+def _checkpointer(run: Run, job: Job, engine: Any, skipped: SkippedSteps, hooks: Hooks, world: World) -> Checkpointer:
+    return Checkpointer(
+        engine,
+        run.checkpoints,
+        world,
+        new_attempt(world),
+        run.shards.train.key,
+        run.job.identity(),
+        hooks.emit,
+        skipped.numbers,
+        job.checkpoint.start_over,
+    )
 
 
 def _tell_start(hooks: Hooks, start: Progress, steps: int, world_size: int, host_bytes: int, choice: Choice) -> None:

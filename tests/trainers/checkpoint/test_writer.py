@@ -16,7 +16,8 @@ import torch
 
 from tests.crashing import is_alive, make_engine, state_digest
 from tests.ranks import run_ranks
-from trainers.checkpoint import host_buffer, host_memory
+from trainers import host_memory
+from trainers.checkpoint import host_buffer
 from trainers.checkpoint.cleaning import clean_leftovers, finish_removals
 from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.host_buffer import HostBuffer
@@ -219,7 +220,7 @@ def test_the_copy_thread_takes_its_device_before_its_stream(monkeypatch: pytest.
         torch.cuda, "set_device", lambda d: calls.append(("device", d, threading.current_thread().name))
     )
     monkeypatch.setattr(torch.cuda, "stream", use)
-    host_buffer.Copying([], lambda _: None).wait()
+    host_buffer.Beside(host_buffer.Copying([], lambda _: None)).wait()
     assert calls == [("device", "cuda:3", "copy"), ("stream", "cuda:3", "copy"), "synchronize"]
 
 
@@ -338,8 +339,8 @@ def save_beside_a_step(place: str, waits: bool) -> tuple[bool, bool]:
     step = StepBatch((micro,), targets=4, tokens=4)
     run_micro_batches(engine, Squares(), step, world, lambda: None)
     agent = Checkpointer(engine, Folder(place), world, new_attempt(world), "key", "job", lambda _: None)
-    copy = Copying._run
-    Copying._run = lambda self: (time.sleep(1.0), copy(self))[1]  # type: ignore[method-assign]
+    copy = Copying.__call__
+    Copying.__call__ = lambda self: (time.sleep(1.0), copy(self))[1]  # type: ignore[method-assign]
     before = state_digest(engine)
     agent.save(Progress(1, 4))
     run_micro_batches(engine, Squares(), step, world, agent.before_update if waits else lambda: None)

@@ -19,7 +19,8 @@ TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def job_with(template: str, **model: Any) -> Job:
-    return parse_job(changed(train={"deepspeed": template}, model={"path": "org/model", **model}))
+    on_disk = {"offload_folder": "/fast"} if template == "zero3-nvme-offload" else {}
+    return parse_job(changed(train={"deepspeed": template, **on_disk}, model={"path": "org/model", **model}))
 
 
 def derive(job: Job) -> dict[str, Any]:

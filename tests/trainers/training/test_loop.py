@@ -18,6 +18,8 @@ from trainers.training.straggler import INTERVAL_S, ComputeSampler
 class Saver:
     """Takes a save, and commits it or not."""
 
+    reading = False
+
     def __init__(self, commits: bool) -> None:
         self.commits, self.committed, self._step = commits, None, 0
 
