@@ -10,9 +10,8 @@ import numpy as np
 from trainers.batching.batch_plan import AUTO_MICRO_BATCH_TOKENS
 from trainers.batching.packing import PackIndex, index_packs
 from trainers.errors import EvaluationError
+from trainers.evaluation.placement import load_to_evaluate
 from trainers.job.schema import Job
-from trainers.model.engine import load_options
-from trainers.model.world import pick_device
 from trainers.records import Array
 from trainers.run.folder import Evaluation
 from trainers.run.record import Run
@@ -69,10 +68,9 @@ class Loaded:
 
 def load_for_scoring(job: Job, task: Task, model_path: str) -> Loaded:
     """The model of a folder in evaluation mode."""
-    device = pick_device(job.scale.gpus_per_worker, job.scale.cpus_per_worker)
     encoder = load_encoder(model_path, job.model.trust_remote_code)
     task.prepare(encoder)
-    model: Any = task.load_model(model_path, pad_id=encoder.pad_id, **load_options(job)).to(device).eval()
+    model, device = load_to_evaluate(job, task, model_path, encoder.pad_id)
     return Loaded(task, model, encoder, device)
 
 

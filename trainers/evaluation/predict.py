@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainers.batching.batch_plan import AUTO_MICRO_BATCH_TOKENS
+from trainers.evaluation.placement import load_to_evaluate
 from trainers.job.schema import Job
 from trainers.job.sections import GenerateSection
-from trainers.model.engine import load_options
-from trainers.model.world import pick_device
 from trainers.tasks import EncodeRules, Task, encode_rows, encode_rules, load_task, task_options
 from trainers.tasks.base import Batch, Example
 from trainers.tasks.generation import generate_texts
@@ -63,13 +62,10 @@ class Predictor:
     def __init__(self, job: Job, model_path: str) -> None:
         self._job, self._task = job, load_task(job.task, task_options(job))
         self._encoder = load_encoder(model_path, job.model.trust_remote_code)
-        self._device = pick_device(job.scale.gpus_per_worker, job.scale.cpus_per_worker)
         if self._task.has_labels:
             self._task.labels = _labels(model_path, job.model.trust_remote_code)
         self._task.prepare(self._encoder)
-        options = load_options(job)
-        model: Any = self._task.load_model(model_path, pad_id=self._encoder.pad_id, **options)
-        self._model = model.to(self._device).eval()
+        self._model, self._device = load_to_evaluate(job, self._task, model_path, self._encoder.pad_id)
 
     def say(self, rows: Sequence[Fields | None]) -> Iterator[Prediction]:
         """One record a row of a chunk."""

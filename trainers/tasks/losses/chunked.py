@@ -221,11 +221,11 @@ def scores_in_place(model: Any, forward: Callable[[], torch.Tensor], labels: tor
     wanted = labels.flatten().index_select(0, targets)
     inside: list[TokenScores] = []
 
-    def score(hidden: torch.Tensor) -> torch.Tensor:
-        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets)
-        rows = chunk_rows(head.out_features, False)
+    def score(hidden: torch.Tensor) -> torch.Tensor:  # on another device than the labels where a map spreads the model
+        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, targets.to(hidden.device))
+        rows, those = chunk_rows(head.out_features, False), wanted.to(hidden.device)
         parts = [
-            score_logits(_logits(picked[start : start + rows], head.weight, head.bias), wanted[start : start + rows])
+            score_logits(_logits(picked[start : start + rows], head.weight, head.bias), those[start : start + rows])
             for start in range(0, max(len(picked), 1), rows)
         ]
         inside.append(join_scores(parts))
@@ -235,7 +235,7 @@ def scores_in_place(model: Any, forward: Callable[[], torch.Tensor], labels: tor
         given = forward()
     if given.numel() != 1 or len(inside) != 1:
         return None
-    return inside[0] if _untouched(head, given, inside[0].losses.sum()) else None
+    return inside[0] if _untouched(head, given, inside[0].losses.sum().to(given.device)) else None
 
 
 def _untouched(head: Any, given: torch.Tensor, inside: torch.Tensor) -> bool:
@@ -271,9 +271,12 @@ def hidden_states(head: torch.nn.Linear, forward: Callable[[], Any]) -> torch.Te
 
 @contextmanager
 def _replaced(head: Any, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Another forward pass of one layer, for a while; hooks around it (ZeRO's gathering) stay."""
-    head.forward = forward
+    """Another forward pass of one layer, for a while; hooks around it stay: ZeRO's gathering, and what a device map
+    puts around the pass of each layer, which is kept under another name then."""
+    name = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    own = vars(head).get(name)
+    setattr(head, name, forward)
     try:
         yield
     finally:
-        del head.forward
+        delattr(head, name) if own is None else setattr(head, name, own)
