@@ -33,7 +33,8 @@ def open_warm(run: Run, path: str) -> tuple[Loaded, SetBatches]:
 def keep_warm(run: Run, path: str, loaded: Loaded, batches: SetBatches) -> None:
     """Leave them for the next evaluation, off the device."""
     held: dict[int, int] = {tensor.data_ptr(): tensor.nbytes for tensor in loaded.model.state_dict().values()}
-    if sum(held.values()) <= MOST_BYTES:
+    spread = hasattr(loaded.model, "hf_device_map")  # over devices, and lies where it must
+    if sum(held.values()) <= MOST_BYTES and not spread:
         loaded.model.to("cpu")
         _kept[_identity(run, path)] = loaded, batches
 

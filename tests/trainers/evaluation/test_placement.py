@@ -9,8 +9,8 @@ import pytest
 
 from tests.trainers.evaluation.test_predict import with_head
 from tests.trainers.tasks.small import small_jobs
-from trainers.evaluation import placement
-from trainers.evaluation.evaluate import evaluate_model
+from trainers.evaluation import placement, warm
+from trainers.evaluation.evaluate import evaluate_model, load_for_scoring, plan_sets
 from trainers.run.record import find_run
 from trainers.tasks.losses import chunked
 
@@ -56,3 +56,15 @@ def test_a_model_that_fits_no_device_is_spread_and_scores_alike(
     assert whole.keys() == spread.keys()
     for key, values in whole.items():
         assert np.array_equal(values, spread[key], equal_nan=values.dtype.kind == "f"), key
+
+
+def test_a_model_that_is_spread_is_not_kept_for_the_next_evaluation(
+    jobs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = find_run(jobs["pretrain"])
+    folder = with_head(run, tmp_path / "model")
+    monkeypatch.setattr(placement, "device_memory", lambda device: {"cpu": 1000})
+    path, task = str(folder), run.load_task()
+    loaded = load_for_scoring(run.job, task, path)
+    warm.keep_warm(run, path, loaded, plan_sets(run.job, task, run.open_held(task), loaded.encoder))
+    assert warm._kept == {}
