@@ -64,7 +64,8 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_chat_tokenizer: Path) -> 
     folder = tmp_path_factory.mktemp("offload")
     model = make_llama(folder / "model", tiny_chat_tokenizer, **SIZES)
     plain: Job = tiny_job(
-        folder, model, "sft", chat_rows(30), data={"max_length": 128}, train={"global_batch_size": 4, "steps": 4},
+        folder, model, "sft", chat_rows(30), data={"max_length": 128},
+        train={"global_batch_size": 4, "steps": 4, "verify": False},
         checkpoint={"every_steps": 2},
     )  # fmt: skip
     shard_locally(plain)
