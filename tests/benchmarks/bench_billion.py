@@ -94,10 +94,8 @@ def write_job(folder: Path, size: str, steps: int, length: int) -> Path:
 def show(job_file: Path, steps: int) -> None:
     """Plan, run until half of the steps are committed, kill, run to the end; a line for each, and the figures."""
     plan = json.loads(run_command("plan", str(job_file), "--json").stdout)
-    print(f"plan: {plan['parameters']:,} parameters, {plan['deepspeed']}, a worker: "
-          f"{plan['state_gib_per_worker']:.2f} GiB of state in memory, {plan['host_gib_per_worker']:.2f} GiB of "
-          f"buffers, {plan['swap_gib_per_worker']:.2f} GiB on its disk; a checkpoint {plan['checkpoint_gib']:.2f} GiB; "
-          f"disk {plan['disk_gib']:.1f} GiB", flush=True)  # fmt: skip
+    print(f"plan: {plan['parameters']:,} parameters, {plan['deepspeed']}, a checkpoint {plan['checkpoint_gib']:.2f} "
+          f"GiB; disk {plan['disk_gib']:.1f} GiB", flush=True)  # fmt: skip
     first = Watched(job_file)
     first.until(lambda: half_is_committed(job_file, steps // 2))
     first.kill()
