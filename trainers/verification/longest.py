@@ -12,8 +12,8 @@ import numpy as np
 from trainers.architecture import plain_model, positions
 from trainers.architecture.layer_drop import seed_layer_drop
 from trainers.batching.packing import PackIndex
-from trainers.checkpoint.host_memory import memory_available
 from trainers.errors import PASSING, TrainingError, TuneyardError
+from trainers.host_memory import memory_available
 from trainers.known_masks import masks_known
 from trainers.model.plain_engine import PlainEngine
 from trainers.model.world import World
