@@ -1,4 +1,4 @@
-"""The process beside a driver that carries a run's events to those who follow it. Begin at `Follower`.
+"""The process beside a driver that sends a run's events to MLflow, W&B or a web hook. Begin at `Follower`.
 
 The driver starts it, writes how the run ended, and waits a little for it at the end; nothing that a server does can
 slow or break the training. A driver that is killed is an end too: this process lives on to tell of it.
@@ -59,7 +59,9 @@ class Follower:
             self._process.wait(CLOSE_WAIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._say(f"who follows the run did not take its end within {CLOSE_WAIT_S:.0f} s; its own record is whole")
+            self._say(
+                f"tracking: the end of the run was not sent within {CLOSE_WAIT_S:.0f} s; the run's own record is complete"
+            )
 
     def _relay(self, said: IO[bytes]) -> None:
         for line in said:

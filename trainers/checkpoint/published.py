@@ -7,7 +7,7 @@ reverse conversion (`revert_weight_conversion`) gives the published tensors back
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainers.checkpoint.tensor_file import TensorSpec, spec_of
@@ -31,7 +31,7 @@ class Weight:
 
 
 def published_weights(empty: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The weights under their published names, by name.
+    """The weights that are published, by their published names.
 
     Args:
         empty: the model on the meta device.
@@ -39,6 +39,7 @@ def published_weights(empty: Any, weights: Mapping[str, Weight]) -> dict[str, We
     """
     import torch
 
+    weights = _saved(empty, weights)
     meta = {name: torch.empty(weight.spec.shape, dtype=getattr(torch, weight.spec.dtype), device="meta")
             for name, weight in weights.items()}  # fmt: skip
     target = _shapes(_convert(empty, meta))
@@ -55,6 +56,14 @@ def published_weights(empty: Any, weights: Mapping[str, Weight]) -> dict[str, We
             load = _loader(empty, weights, names, name, cache)
             published[name] = Weight(spec_of(name, tensor), load, _whole(load))
     return published
+
+
+def _saved(empty: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Without those that transformers makes anew while loading; tied ones under the name that it saves."""
+    made, ties = empty._keys_to_ignore_on_save or (), getattr(empty, "all_tied_weights_keys", {})
+    tied = {name: source for name, source in ties.items() if source not in weights}
+    names = {name: tied.get(name, name) for name in weights if name not in made}
+    return {new: replace(weights[name], spec=replace(weights[name].spec, name=new)) for name, new in names.items()}
 
 
 def _whole(load: Callable[[], Any]) -> Callable[[], Iterator[Any]]:

@@ -108,7 +108,7 @@ def _train(
     hooks: Hooks,
     world: World,
 ) -> LoopOutcome:
-    """Build, build, build, resume, train.
+    """Open the shards, build the engine, check what it is given, resume, and train.
 
     Args:
         job: settled.

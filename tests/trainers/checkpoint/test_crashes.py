@@ -24,6 +24,7 @@ from tests.crashing import (
     start_light,
     wait_for_bytes,
 )
+from trainers.checkpoint.cleaning import finish_removals
 from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import committed_steps
@@ -69,6 +70,7 @@ def test_a_kill_at_any_byte_leaves_the_newest_commit(tmp_path: Path, whom: str, 
     assert found.step >= max((one["step"] for one in job.said()), default=0) >= step - 1
     assert whole_steps(checkpoints) == sorted([*whole, *again])
     assert all("never committed" in one.reason for one in found.told if one.step not in again)
+    finish_removals()
     assert not list(checkpoints.rglob(".tmp-*"))
 
 

@@ -155,7 +155,8 @@ def test_a_save_of_offloaded_state_needs_no_second_copy_of_it_in_memory(tmp_path
     assert held == CHUNK_BYTES
     assert grown < 24 << 20
     ((same, copied, more),) = run_ranks(save_and_measure, 1, str(tmp_path / "kept"), False)
-    assert same == pytest.approx(written, rel=1e-3) and copied > 100_000_000 and more > 100_000_000
+    assert same == pytest.approx(written, rel=1e-3) and copied > 100_000_000
+    assert more > grown  # by less than the copy where memory that was freed before is taken again
 
 
 def save_beside_a_step(place: str, waits: bool) -> bool:
