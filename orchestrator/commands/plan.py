@@ -70,6 +70,8 @@ def _memory_table(plan: Plan) -> None:
     place = "host" if plan.on_cpu else "GPU"
     rows += [(f"{place}: {name}", *(f"{_part(way, name):.1f}" for way in plan.ways)) for name in device]
     rows += [(f"host: {shown}", *(f"{_part(way, name):.1f}" for way in plan.ways)) for name, shown in HOST.items()]
+    if any(way.disk_gib for way in plan.ways):
+        rows.append(("disk: state", *(f"{way.disk_gib:.1f}" for way in plan.ways)))
     if plan.device_gib is not None:
         rows.append(("fits", *("yes" if way.fits else "no" for way in plan.ways)))
     show("GiB a worker with this step, at its fullest moment", ("", *chosen.values()), rows)

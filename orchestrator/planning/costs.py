@@ -40,6 +40,8 @@ class WayMemory(Record):
     """Of host memory: what checkpoints are copied to."""
     host_gib: float
     """Of host memory, beside that."""
+    disk_gib: float
+    """Of the node's disk: state that is kept there."""
     fits: bool
 
 
@@ -53,9 +55,8 @@ def way_memory(need: Need, device_bytes: int) -> WayMemory:
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "working", "margin", "staging")
     gib = {name: getattr(need, name) / GIB for name in parts}
     fits = need.device <= device_bytes
-    return WayMemory(
-        way=need.way, moment=need.moment, **gib, device_gib=need.device / GIB, host_gib=need.host / GIB, fits=fits
-    )
+    gib |= {f"{name}_gib": getattr(need, name) / GIB for name in ("device", "host", "disk")}
+    return WayMemory(way=need.way, moment=need.moment, **gib, fits=fits)
 
 
 def messages(choice: Choice, size: ModelSize, world_size: int) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from trainers.batching.batch_plan import plan_batches
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
-from trainers.model.choice import Choice, choose, settle
+from trainers.model.choice import WAYS, Choice, choose, settle
+from trainers.model.deepspeed_config import offloads
 from trainers.model.fit import count_parameters, tensor_shapes
 from trainers.model.memory import GIB, ModelSize, needs
 from trainers.records import Record
@@ -185,7 +186,9 @@ def _memory(
         "deepspeed": choice.way,
         "deepspeed_reason": choice.reason,
         "activation_checkpointing": settle(job, choice).train.activation_checkpointing,
-        "ways": tuple(way_memory(need, device_bytes or 0) for need in choice.needs),
+        "ways": tuple(
+            way_memory(need, device_bytes or 0) for need in choice.needs if need.way in WAYS or need.way == choice.way
+        ),
         "device_gib": device_bytes / GIB if device_bytes else None,
         "on_cpu": bool(choice.needs) and not choice.needs[0].on_card,
         "fits": choice.fits,
@@ -217,7 +220,7 @@ def _costs(
         "parameters": parameters,
         "state_gib_per_worker": {need.way: need.state for need in states}.get(choice.way, states[0].state) / GIB,
         "checkpoint_gib": checkpoint_gib,
-        "host_gib_per_worker": checkpoint_gib / world_size,
+        "host_gib_per_worker": 0.0 if offloads(choice.way) else checkpoint_gib / world_size,
         "disk_gib": (job.checkpoint.keep + 2) * checkpoint_gib + parameters * width / GIB,
         "flops": trained * count_flops(job, model_path, parameters, saved, choice.step.checkpoint_every),
         "hours": hours,

@@ -60,7 +60,7 @@ class Follower:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._say(
-                f"tracking: the end of the run was not sent within {CLOSE_WAIT_S:.0f} s; the run's own record is complete"
+                f"tracking: the end of the run was not sent within {CLOSE_WAIT_S:.0f} s; the run's log has it all"
             )
 
     def _relay(self, said: IO[bytes]) -> None:

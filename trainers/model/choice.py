@@ -17,6 +17,8 @@ from trainers.model.memory import GIB, ModelSize, Need, StepShape, needs
 WAYS = {"zero0": 1.0, "zero1": 1.1, "zero2": 1.2, "zero3": 1.9, "zero3-cpu-offload": 10.0}
 """Ways to keep the state, and about how much longer a step takes than with all of it on the device. Measured on a Llama
 of 1.24 billion parameters on one H200: 0.65 s by torch alone, 0.78 with stage 2, 1.27 with stage 3."""
+NAMED = ("zero3-nvme-offload",)
+"""Ways that are taken where a job names them: a disk is written many times over."""
 AGAIN = {(0, False): 1.0, (2, False): 1.17, (1, False): 1.33, (1, True): 1.5}
 """Of how many layers one is computed again, whether what it keeps goes to the host, and the time: a forward pass is a
 third of a step."""
@@ -52,7 +54,7 @@ def choose(job: Job, world_size: int, device_bytes: int | None, measure: Callabl
     """
     named = None if job.train.deepspeed == "auto" else job.train.deepspeed
     batches = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world_size, job.data.max_length)
-    if device_bytes is None or (named is not None and named not in WAYS):
+    if device_bytes is None or (named is not None and named not in (*WAYS, *NAMED)):
         step = StepShape(batches.micro_batch_size, batches.accumulation, job.train.checkpoint_every_layers,
                          job.train.activation_offload)  # fmt: skip
         return Choice(

@@ -103,6 +103,12 @@ def keeps_on_disk(name: str) -> bool:
     return name != "auto" and bool(disk_sections(read_template(name)["zero_optimization"]))
 
 
+def offloads(name: str) -> bool:
+    """Whether a template keeps the optimizer's state beyond the devices. Raises JobError where there is none."""
+    section = read_template(name)["zero_optimization"].get("offload_optimizer") or {}
+    return bool(section.get("device", "none") != "none")
+
+
 def disk_sections(zero: dict[str, Any]) -> list[dict[str, Any]]:
     """The sections of what is kept on disk."""
     return [zero[part] for part in OFFLOADED if (zero.get(part) or {}).get("device") == "nvme"]

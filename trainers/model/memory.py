@@ -4,7 +4,7 @@ A step has moments that are full of different things: of activations when the la
 copies of gradients when they are reduced, of fp32 gradients at the update. What counts is the fullest.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainers.model.zero_settings import zero_settings
 from trainers.tasks.losses import CARD_CHUNK_BYTES, CHUNK_BYTES
@@ -25,6 +25,8 @@ PLAIN_BUCKET_BYTES = 256 * 2**20
 """Gradients that `PlainEngine` reduces at a time."""
 SAVED_BYTES = 12
 """A parameter's weight and moments in fp32, as checkpoints hold them."""
+DISK_SUB_GROUP_ELEMENTS, DISK_GROUPS, DISK_WEIGHTS = 100_000_000, 4, 8
+"""Of `zero3-nvme-offload`: what is updated at a time, and buffers in host memory of so many groups and weights."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,6 @@ class ModelSize:
                 zero_settings(stage, self.tensors, self.largest_layer, world_size).items()}  # fmt: skip
 
     @property
-    def early_parameters(self) -> int:
-        """Trained ones whose gradients are there before those of the first layer."""
-        return self.trainable - self.late_parameters
-
-    @property
     def saved_frozen_bytes(self) -> int:
         """Of frozen weights in a checkpoint, which rank 0 holds, in fp32."""
         return 4 * (self.parameters - self.trainable) if self.saves_frozen else 0
@@ -100,24 +97,22 @@ class ModelSize:
         """What a layer keeps of one sequence."""
         return (self.sequence_bytes - self.outside_bytes) // self.layers
 
+    def layers_again(self, step: StepShape) -> int:
+        return -(-self.layers // step.checkpoint_every) if step.checkpoint_every else 0
+
     def inputs_bytes(self, step: StepShape) -> int:
         """What the layers that are computed again keep of a micro-batch."""
-        if not step.checkpoint_every:
-            return 0
-        return -(-self.layers // step.checkpoint_every) * self.input_bytes * step.micro_batch_size
+        return self.layers_again(step) * self.input_bytes * step.micro_batch_size
 
     def kept_bytes(self, step: StepShape) -> int:
         """What a micro-batch keeps on the device from its forward to its backward pass, logits apart."""
         kept = self.sequence_bytes * step.micro_batch_size
-        if not step.checkpoint_every:
-            return kept
-        again = -(-self.layers // step.checkpoint_every) * self.layer_bytes * step.micro_batch_size
+        again = self.layers_again(step) * self.layer_bytes * step.micro_batch_size
         return min(kept, kept - again + (0 if step.offload else self.inputs_bytes(step)))
 
     def again_bytes(self, step: StepShape) -> int:
         """What passes through a layer of the backward pass; of one that is computed again all that it keeps."""
-        again = self.layer_bytes if step.checkpoint_every else 0
-        return (again + self.passing_bytes) * step.micro_batch_size
+        return (bool(step.checkpoint_every) * self.layer_bytes + self.passing_bytes) * step.micro_batch_size
 
     def loss_bytes(self, step: StepShape, on_card: bool) -> int:
         """Logits, their fp32 copy and its logarithms, or three fp32 gradients in the backward pass; in chunks, a chunk
@@ -151,6 +146,8 @@ class Need:
     """Of host memory: what checkpoints are copied to, from the start of a run to its end."""
     host: int
     """State that is kept in host memory, and what layers keep there; staging apart."""
+    disk: int
+    """State that is kept on the node's disk."""
     state: int
     """Weights, all gradients and the optimizer, on the device."""
     on_card: bool = True
@@ -164,9 +161,8 @@ class Need:
     @property
     def margin(self) -> int:
         """For fragments, and what is no tensor."""
-        if self.on_card:
-            return int(self.counted * MARGIN) + RESERVE_BYTES
-        return int(self.counted * CPU_MARGIN) + CPU_IMPORT_BYTES + CPU_RESERVE_BYTES
+        share, more = (MARGIN, RESERVE_BYTES) if self.on_card else (CPU_MARGIN, CPU_IMPORT_BYTES + CPU_RESERVE_BYTES)
+        return int(self.counted * share) + more
 
     @property
     def device(self) -> int:
@@ -199,6 +195,7 @@ class _Held:
     update: int = 0
     """Gradients and their copies at the update, beside `always`."""
     host: int = 0
+    disk: int = 0
 
 
 def needs(size: ModelSize, world_size: int, step: StepShape, on_card: bool = True) -> tuple[Need, ...]:
@@ -214,6 +211,7 @@ def needs(size: ModelSize, world_size: int, step: StepShape, on_card: bool = Tru
         "zero2": _parted(size, world_size, step, on_card, 2),
         "zero3": _sharded(size, world_size, step, on_card),
         "zero3-cpu-offload": _offloaded(size, world_size, step, on_card),
+        "zero3-nvme-offload": _on_disk(size, world_size, step, on_card),
     }
     kept, logits, again = size.kept_bytes(step), size.loss_bytes(step, on_card), size.again_bytes(step)
     on_host = size.inputs_bytes(step) if step.offload else 0
@@ -231,8 +229,9 @@ def needs(size: ModelSize, world_size: int, step: StepShape, on_card: bool = Tru
         moment = max(moments, key=lambda name: sum(moments[name]))
         gradients, working, activations, loss = moments[moment]
         state = held.weights + held.optimizer + held.complete
-        found.append(Need(way, moment, held.weights, gradients, held.optimizer, working, activations, loss, saved,
-                          held.host + on_host, state, on_card))  # fmt: skip
+        staging = 0 if held.host else saved  # offloaded state is written from where it lies
+        found.append(Need(way, moment, held.weights, gradients, held.optimizer, working, activations, loss, staging,
+                          held.host + on_host, held.disk, state, on_card))  # fmt: skip
     return tuple(found)
 
 
@@ -241,14 +240,11 @@ def _plain(size: ModelSize, world_size: int, step: StepShape) -> _Held:
     wide, halves, several = 4 * size.trainable, size.weight_bytes < 4, step.accumulation > 1
     bucket = min(PLAIN_BUCKET_BYTES, wide) if world_size > 1 else 0
     return _Held(
-        weights=size.parameters * size.weight_bytes,
-        optimizer=2 * wide + halves * wide,
-        complete=wide,
-        before=wide if several else 0,
-        arriving=0 if several and not halves else size.early_parameters * size.weight_bytes,
+        size.parameters * size.weight_bytes, 2 * wide + halves * wide, wide, before=wide if several else 0,
+        arriving=0 if several and not halves else (size.trainable - size.late_parameters) * size.weight_bytes,
         reduced=size.trainable * size.weight_bytes if several and halves else 0 if several else wide,
         update=wide + bucket,
-    )
+    )  # fmt: skip
 
 
 def _parted(size: ModelSize, world_size: int, step: StepShape, on_card: bool, stage: int) -> _Held:
@@ -258,15 +254,13 @@ def _parted(size: ModelSize, world_size: int, step: StepShape, on_card: bool, st
     gradients, filled = trainable * width, min(bucket, trainable) * width
     mine = trainable * (4 if several and width < 4 else width) // world_size
     return _Held(
-        weights=size.parameters * width,
-        optimizer=12 * trainable // world_size,
-        complete=gradients if stage == 1 else mine,
+        size.parameters * width, 12 * trainable // world_size, gradients if stage == 1 else mine,
         before=(gradients if stage == 1 else mine) if several else 0,
         buckets=2 * bucket * width if on_card else 0,
-        arriving=0 if on_card else min(bucket, size.early_parameters) * width,
+        arriving=0 if on_card else min(bucket, (size.trainable - size.late_parameters)) * width,
         reduced=filled + gradients // world_size if on_card else (1 if stage == 1 and several else 2) * filled,
         update=(gradients + 4 * trainable + (gradients if width < 4 else 0)) // world_size,
-    )
+    )  # fmt: skip
 
 
 def _sharded(size: ModelSize, world_size: int, step: StepShape, on_card: bool) -> _Held:
@@ -278,22 +272,26 @@ def _sharded(size: ModelSize, world_size: int, step: StepShape, on_card: bool) -
     mine = trainable * (4 if step.accumulation > 1 and width < 4 else width) // world_size
     group = min(SUB_GROUP_ELEMENTS, trainable // world_size)
     return _Held(
-        weights=size.parameters * width // world_size,
-        optimizer=12 * trainable // world_size,
-        complete=mine,
-        before=mine,
+        size.parameters * width // world_size, 12 * trainable // world_size, mine, before=mine,
         always=bucket * width if on_card else filled,
         gathered=min(live, size.parameters) * width if shared or on_card else 0,
         ahead=min(settings["stage3_prefetch_bucket_size"], size.parameters) * width if shared else 0,
         reduced=filled if on_card else 2 * filled,
         update=mine + group * (4 + (width if width < 4 else 0)),
-    )
+    )  # fmt: skip
 
 
 def _offloaded(size: ModelSize, world_size: int, step: StepShape, on_card: bool) -> _Held:
     """The same with weights, gradients and optimizer in host memory; there every gradient has its place in fp32."""
     held = _sharded(size, world_size, step, on_card)
     state = held.weights + held.optimizer + held.complete + 4 * size.trainable // world_size
-    return _Held(
-        0, 0, 0, always=held.always, gathered=held.gathered, ahead=held.ahead, reduced=held.reduced, host=state
-    )
+    return replace(held, weights=0, optimizer=0, complete=0, before=0, update=0, host=state)
+
+
+def _on_disk(size: ModelSize, world_size: int, step: StepShape, on_card: bool) -> _Held:
+    """The same with that on the node's disk, and in host memory what is read or written. Nothing is read ahead."""
+    held, largest = _offloaded(size, world_size, step, on_card), -(-max(size.tensors, default=0) // world_size)
+    group = min(DISK_SUB_GROUP_ELEMENTS, size.trainable // world_size) + largest
+    state = (size.parameters * size.weight_bytes + 16 * size.trainable) // world_size
+    buffers = DISK_GROUPS * 4 * group + DISK_WEIGHTS * largest * size.weight_bytes
+    return replace(held, ahead=0, host=buffers, disk=state)

@@ -64,6 +64,7 @@ def test_a_model_that_is_spread_is_not_kept_for_the_next_evaluation(
     run = find_run(jobs["pretrain"])
     folder = with_head(run, tmp_path / "model")
     monkeypatch.setattr(placement, "device_memory", lambda device: {"cpu": 1000})
+    monkeypatch.setattr(warm, "_kept", {})
     path, task = str(folder), run.load_task()
     loaded = load_for_scoring(run.job, task, path)
     warm.keep_warm(run, path, loaded, plan_sets(run.job, task, run.open_held(task), loaded.encoder))

@@ -54,6 +54,18 @@ def test_the_cheapest_way_that_fits_is_taken(size: ModelSize, workers: int, gib:
     assert choice_of(size, workers, gib)[0] == way
 
 
+def test_a_disk_is_taken_where_it_is_named() -> None:
+    eight = replace(EIGHT, tensors=(2_000_000_000,))
+    job = job_of(deepspeed="zero3-nvme-offload", offload_folder="/local")
+    found = choose(job, 2, 80 * GIB, lambda: eight)
+    need = next(need for need in found.needs if need.way == found.way)
+    assert found.way == "zero3-nvme-offload" and found.fits
+    assert need.disk == 18 * eight.parameters // 2
+    assert need.host == 4 * 4 * (100_000_000 + 1_000_000_000) + 8 * 2 * 1_000_000_000
+    assert need.staging == 0 and need.state == 0
+    assert choice_of(EIGHT, 1, 30, deepspeed="auto")[0] == "zero3-cpu-offload"  # never by itself
+
+
 def test_the_largest_micro_batch_that_fits_is_taken() -> None:
     by_memory = {gib: choice_of(BILLION, 1, gib) for gib in (36, 45, 60, 100, 144)}
     assert by_memory == {36: ("zero0", 1), 45: ("zero0", 2), 60: ("zero0", 4), 100: ("zero0", 8), 144: ("zero0", 16)}

@@ -96,7 +96,8 @@ def test_stages_that_partition_gradients_sum_those_of_several_micro_batches_in_f
         {need.way: need.state + need.host for need in needs(bf16, 2, StepShape(1, many))} for many in (1, 4)
     )
     more = {way: summed[way] - once[way] for way in once}
-    assert more == {"zero0": 0, "zero1": 0, "zero2": 1000, "zero3": 1000, "zero3-cpu-offload": 1000}
+    on_disk = {"zero3-nvme-offload": 0}  # there every gradient has its place in fp32
+    assert more == {"zero0": 0, "zero1": 0, "zero2": 1000, "zero3": 1000, "zero3-cpu-offload": 1000} | on_disk
 
 
 def test_peaks_that_were_measured_on_an_h100_are_met(tmp_path: Path, tiny_chat_tokenizer: Path) -> None:
