@@ -75,7 +75,8 @@ def _unique(path: Path) -> Path:
 
 def _delete_tree(path: Path) -> None:
     """What cannot be deleted now goes at a later start."""
-    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # of a mount that fails, which rmtree lets through in places
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _delete_each(paths: Iterable[Path]) -> None:
