@@ -49,11 +49,10 @@ def evaluation_table(
         effort = () if most else (evaluation.rows, f"{evaluation.seconds:.1f}")
         rows.append((evaluation.step, *(evaluation.metrics.get(name) for name in shown), *effort, state))
         kinds.append(kind)
-    told = {f"95 % of the best, {end}": {name: pair[place] for name, pair in intervals.items()}
+    told = {f"best, 95 % {end}": {name: pair[place] for name, pair in intervals.items()}
             for place, end in enumerate(("from", "to") if intervals else ())}  # fmt: skip
     for name, values in {**told, **baselines}.items():
-        cells = tuple(map(values.get, shown))  # a page may be too narrow for its last column
-        rows.append((None, *cells, name) if most else (name, *cells, None, None, ""))
+        rows.append((name, *map(values.get, shown), *(() if most else (None, None)), ""))
         kinds.append("")
     return Table(f"evaluations, by {metric}", ("step", *shown, *(() if most else ("rows", "seconds")), ""), rows, kinds)
 

@@ -16,6 +16,8 @@ STYLES = {"best": "bold green", "failure": "red", "ok": "green", "warn": "yellow
 """How a row is marked, by its kind."""
 COLUMNS = 6
 """Metrics in a table of evaluations; the report has them all."""
+FIRST = 18
+"""Characters of such a table's first column; longer names fold."""
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], kinds: Sequence[str] = ()) -> None:
@@ -23,11 +25,15 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], kind
     show_table(Table(title, columns, rows, kinds))
 
 
-def show_table(table: Table, console: Console | None = None) -> None:
-    """Print a table that the report page shows too."""
+def show_table(table: Table, console: Console | None = None, first: int | None = None) -> None:
+    """Print a table that the report page shows too.
+
+    Args:
+        first: characters of the first column at the most.
+    """
     rich = RichTable(title=table.title, title_justify="left")
-    for name in table.columns:
-        rich.add_column(name, overflow="fold")
+    for index, name in enumerate(table.columns):
+        rich.add_column(name, overflow="fold", max_width=None if index else first)
     for number, cells in enumerate(table.texts()):
         rich.add_row(*map(Text, cells), style=STYLES.get(table.kind(number)))
     (console or Console()).print(rich)
@@ -45,13 +51,14 @@ def show_evaluations(
     tables = [
         evaluation_table(evaluations, metric, best_step, most, intervals, baselines) for most in range(COLUMNS, 0, -1)
     ]
-    show_table(next((table for table in tables if _width(table) <= console.width), tables[-1]), console)
+    show_table(next((table for table in tables if _width(table) <= console.width), tables[-1]), console, FIRST)
 
 
 def _width(table: Table) -> int:
     """Characters of a line, but for the last column, whose reasons fold."""
-    columns = list(zip(table.columns, *table.texts(), strict=True))[:-1]
-    return sum(max(map(len, cells)) + len(" │ ") for cells in columns) + len("│ best │")
+    first, *others, _ = zip(table.columns, *table.texts(), strict=True)
+    widths = [min(FIRST, max(map(len, first))), *(max(map(len, cells)) for cells in others)]
+    return sum(width + len(" │ ") for width in widths) + len("│ best │")
 
 
 def show_rows(title: str, records: Sequence[dict[str, Any]]) -> None:

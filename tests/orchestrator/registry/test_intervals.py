@@ -32,11 +32,11 @@ def test_intervals_and_baselines_stand_below_the_steps():
     guesses = {name: task.metrics(guess) for name, guess in task.guesses(numbers, 0).items()}
     intervals = all_intervals(numbers, task, 0, 50)
     table = evaluation_table(done, "accuracy", 5, 3, intervals, guesses)
-    place, state = table.columns.index("accuracy"), {row[-1]: row for row in table.rows}
-    assert [state[f"95 % of the best, {end}"][place] for end in ("from", "to")] == list(intervals["accuracy"])
+    place, state = table.columns.index("accuracy"), {row[0]: row for row in table.rows}
+    assert [state[f"best, 95 % {end}"][place] for end in ("from", "to")] == list(intervals["accuracy"])
     majority = np.bincount(numbers["label"]).max() / 60
     assert state["the majority class"][place] == pytest.approx(majority)
     assert len({len(row) for row in table.rows}) == 1
     whole = evaluation_table(done, "accuracy", 5, None, intervals, guesses)
     assert len({len(row) for row in whole.rows}) == 1
-    assert [row[0] for row in whole.rows[1:]] == [row[-1] for row in table.rows[1:]]  # a narrow page shows the first
+    assert [row[0] for row in whole.rows[1:]] == [row[0] for row in table.rows[1:]]
