@@ -9,7 +9,9 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 START_S = 540
@@ -49,10 +51,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, pa
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that is free, below those that outgoing connections get: one of these would take it before a rank
+    listens."""
+    for port in SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("of 100 ports none is free")
 
 
 def rank_context() -> Any:
