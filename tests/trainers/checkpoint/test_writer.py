@@ -98,6 +98,37 @@ def test_a_save_that_was_half_taken_back_is_no_checkpoint(rank: OneRank, monkeyp
     assert list(rank.checkpoints.path.iterdir()) == []
 
 
+def test_training_goes_on_while_pages_are_locked_and_the_first_copy_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def lock(*_: Any) -> None:
+        begun.set()
+        go_on.wait(30)
+
+    monkeypatch.setattr(host_buffer, "lock_pages", lock)
+    weight = torch.ones(10)
+    buffer = HostBuffer(RankShare((Piece(TensorSpec("weight/w", "float32", (10,)), lambda: weight),), {"w": 0}))
+    assert begun.wait(30)
+    copy = threading.Thread(target=lambda: buffer.copy_beside(lambda _: None).wait(), daemon=True)
+    copy.start()
+    copy.join(0.2)
+    assert copy.is_alive()
+    go_on.set()
+    copy.join(30)
+    assert not copy.is_alive() and buffer._map[-4:] == np.float32(1).tobytes()
+
+
+def test_pages_of_the_buffer_are_mapped_before_the_first_copy() -> None:
+    spec = TensorSpec("weight/w", "float32", (2**20,))
+    buffer = HostBuffer(RankShare((Piece(spec, lambda: torch.zeros(2**20)),), {"w": 0}))
+    buffer._locked.wait()
+    start = torch.frombuffer(buffer._map, dtype=torch.uint8).data_ptr()
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    assert any(line.startswith(f"{start:x}-") for line in lines)
+    resident = next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+    assert resident * 1024 >= buffer.num_bytes
+
+
 def test_what_was_copied_is_written_whatever_the_rank_does_next(rank: OneRank) -> None:
     os.kill(rank.link.process.pid, signal.SIGSTOP)
     rank.save(1)
