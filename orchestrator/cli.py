@@ -38,7 +38,9 @@ def main() -> None:
 def _fail(error: TuneyardError) -> NoReturn:
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False, markup=False)
+    Console(stderr=True, soft_wrap=True, emoji=False).print(
+        f"error: {error}", style="red", highlight=False, markup=False
+    )
     sys.exit(error.exit_code)
 
 
@@ -119,10 +121,10 @@ def plan(
     from orchestrator.commands.plan import plan_table
     from orchestrator.planning.hardware import cluster_settings, device_bytes
     from orchestrator.planning.plan import plan_job
-    from orchestrator.planning.preflight import check_job
+    from orchestrator.planning.preflight import check_file
 
     device, settings = device_bytes(gpu, memory), cluster_settings(gpu, memory, nodes, gpus_per_node)
-    checked = check_job(_load(job_path, [*settings, *(overrides or [])]), weights=False)
+    checked = check_file(job_path, [*settings, *(overrides or [])], weights=False)
     found = plan_job(checked, device, throughput, price)
     print_json(found.model_dump(mode="json")) if as_json else plan_table(found, full)
     if found.fits is False:
@@ -165,12 +167,12 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run numerical self-tests on this model, task and attention backend, with the job's own rows."""
-    from orchestrator.planning.preflight import check_job
+    from orchestrator.planning.preflight import check_file
     from orchestrator.terminal.table import show_verification
     from trainers.verification.verdict import require_passed
     from trainers.verification.verify import verify_job
 
-    checked = check_job(_load(job_path, overrides))
+    checked = check_file(job_path, overrides or ())
     found = verify_job(checked.job, checked.model, again)
     print_json(found.model_dump(mode="json")) if as_json else show_verification(found)
     require_passed(found)
@@ -179,14 +181,14 @@ def verify(
 @app.command()
 def shard(job_path: JobPath, overrides: Overrides = None, address: Address = None) -> None:
     """Run the data stage alone."""
-    from orchestrator.planning.preflight import check_job
+    from orchestrator.planning.preflight import check_file
     from orchestrator.ray_session import ray_session
     from orchestrator.report.tables import ledger_table
     from orchestrator.sharding.stage import is_small, write_shards
     from orchestrator.terminal.progress import Screen
     from orchestrator.terminal.table import show_table
 
-    checked, screen = check_job(_load(job_path, overrides)), Screen()
+    checked, screen = check_file(job_path, overrides or ()), Screen()
     with nullcontext() if is_small(checked.splits) else ray_session(address), screen.live():
         shards = write_shards(checked, screen.on_shards)
     show_table(ledger_table(shards.all))
@@ -234,7 +236,7 @@ def sweep(
     from orchestrator.terminal.progress import Screen
     from orchestrator.terminal.table import show_table
 
-    screen = Screen(Console(stderr=True, soft_wrap=True) if as_json else None)
+    screen = Screen(Console(stderr=True, soft_wrap=True, emoji=False) if as_json else None)
     folder, record = run_sweep(read_spec(path, grids or (), halving), overrides or (), address, screen)
     if as_json:
         print_json(record.model_dump(mode="json"))

@@ -13,7 +13,7 @@ import ray
 
 from orchestrator.evaluation.pool import EvaluationPool
 from orchestrator.evaluation.task import export_step, harness_task
-from orchestrator.planning.preflight import check_job, check_run_storage
+from orchestrator.planning.preflight import check_file
 from orchestrator.ray_session import check_placement
 from orchestrator.registry import register as registry
 from orchestrator.registry.lineage import lineage
@@ -29,7 +29,6 @@ from orchestrator.training import controller
 from trainers.checkpoint.export import PROVENANCE
 from trainers.evaluation.harness import is_measured
 from trainers.evaluation.selection import find_best, select
-from trainers.job.load import load_job
 from trainers.run.describe import describe
 from trainers.run.events import Event, GoodputEvent, StepEvent
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, evaluation_event, step_name
@@ -58,9 +57,7 @@ def run_job(path: Path, overrides: Sequence[str], address: str | None, screen: S
     Raises:
         TuneyardError: with the exit code of what went wrong; the run folder says it too.
     """
-    job = load_job(path, overrides)
-    check_run_storage(job)
-    checked = check_job(job)
+    checked = check_file(path, overrides, runs=True)
     if finished := finished_run(checked):
         screen.say(f"already done: {finished[0]}")
         return finished

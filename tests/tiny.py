@@ -90,12 +90,12 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
 
 def checked(job: Any, model: str | Path | None = None) -> Any:
     """What the data stage gets of a job; of the model a tokenizer is enough."""
-    from orchestrator.planning.preflight import CheckedJob, find_data
+    from orchestrator.planning.preflight import CheckedJob
     from trainers.model.source import ModelFolder
     from trainers.shards.keys import plan_splits
 
     path = str(model or job.model.path)
-    return CheckedJob(job, ModelFolder(path, ""), plan_splits(job, path, find_data(job)))
+    return CheckedJob(job, ModelFolder(path, ""), plan_splits(job, path))
 
 
 def load_written(job: Any, model: str | Path | None = None) -> Any:

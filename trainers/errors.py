@@ -18,20 +18,28 @@ class TuneyardError(Exception):
 
 
 class JobError(TuneyardError, ValueError):
-    """The job file or the arguments are wrong. Carries every problem found, not only the first."""
+    """The job file or the arguments are wrong. Carries every problem found, not only the first.
+
+    Args:
+        problems: one or several.
+        where: what messages call the job.
+        unchecked: what could not be looked at, because it depends on a value that is wrong.
+    """
 
     exit_code = 2
 
-    def __init__(self, problems: Sequence[str] | str, where: str = "") -> None:
+    def __init__(self, problems: Sequence[str] | str, where: str = "", unchecked: Sequence[str] = ()) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         self.where = where
+        self.unchecked = tuple(unchecked)
         head = f"{where}: " if where else ""
         body = self.problems[0] if len(self.problems) == 1 else "".join(f"\n  - {p}" for p in self.problems)
         count = "" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__(f"{head}{count}{body}")
+        rest = f"\nnot checked, for it depends on a wrong value: {', '.join(self.unchecked)}" if unchecked else ""
+        super().__init__(f"{head}{count}{body}{rest}")
 
-    def __reduce__(self) -> tuple[type["JobError"], tuple[tuple[str, ...], str]]:
-        return type(self), (self.problems, self.where)
+    def __reduce__(self) -> tuple[type["JobError"], tuple[tuple[str, ...], str, tuple[str, ...]]]:
+        return type(self), (self.problems, self.where, self.unchecked)
 
 
 class PlacementError(TuneyardError):
@@ -68,7 +76,7 @@ def to_record(error: BaseException) -> dict[str, Any]:
     """An error as JSON values, for another process: type, message, exit code, and a JobError's problems."""
     record = {"type": type(error).__name__, "message": str(error), "exit_code": getattr(error, "exit_code", 1)}
     if isinstance(error, JobError):
-        record |= {"problems": list(error.problems), "where": error.where}
+        record |= {"problems": list(error.problems), "where": error.where, "unchecked": list(error.unchecked)}
     return record
 
 
@@ -84,7 +92,7 @@ def from_record(record: Mapping[str, Any]) -> TuneyardError:
         kinds += known.__subclasses__()
         kind = known if known.__name__ == record["type"] else kind
     if kind is JobError:
-        return JobError(record["problems"], record["where"])
+        return JobError(record["problems"], record["where"], record.get("unchecked", ()))
     if kind is not None:
         return kind(record["message"])
     error = TuneyardError(describe(record))

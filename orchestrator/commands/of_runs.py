@@ -42,7 +42,7 @@ def evaluate(
     from trainers.tasks import choose_metric
 
     job = _job_of(run, storage, overrides)
-    screen = Screen(Console(stderr=True, soft_wrap=True))  # stdout is the result's alone
+    screen = Screen(Console(stderr=True, soft_wrap=True, emoji=False))  # stdout is the result's alone
     if worst:
         chosen, views = worst_rows(job, step, worst, address, screen)
         rows = [view.model_dump() for view in views]
@@ -56,7 +56,7 @@ def evaluate(
     if as_json:
         print_json([record.model_dump(mode="json") for record in records])
     else:
-        show_evaluations(records, choose_metric(job)[0], None, Console())
+        show_evaluations(records, choose_metric(job)[0], None, Console(emoji=False))
 
 
 def _job_of(run: str, storage: str, overrides: Sequence[str] | None) -> Any:

@@ -52,7 +52,7 @@ def plain(found: Sequence[RunStatus]) -> str:
 
 def show_status(ask: Callable[[], Sequence[RunStatus]], follow: bool, console: Console | None = None) -> None:
     """Print the state of runs; with `follow` again and again, until none of them runs."""
-    console = console or Console()
+    console = console or Console(emoji=False)
     if not console.is_terminal:
         shown: object = None
         while True:

@@ -1,15 +1,17 @@
 """Checks a job against this machine before anything expensive starts; every problem is collected and raised once."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.tracking.wandb_outlet import check_wandb
 from trainers.batching.batch_plan import plan_batches
 from trainers.errors import JobError
 from trainers.evaluation.harness import check_harness
+from trainers.job.draft import Checks, Draft
+from trainers.job.load import read_draft
 from trainers.job.schema import Job
 from trainers.job.task_fields import names_folder
 from trainers.model.choice import choose, settle
@@ -18,11 +20,21 @@ from trainers.model.fit import check_fit, check_teacher, tensor_shapes
 from trainers.model.lora import check_frozen
 from trainers.model.memory import ModelSize
 from trainers.model.source import ModelFolder, find_teacher, prepare_model
-from trainers.shards.keys import Sources, Splits, plan_splits, split_sources
+from trainers.shards.keys import Splits, find_split, plan_splits, split_names, with_eval
+from trainers.sources.files import SourceFile
 from trainers.sources.readers import check_columns, needed_fields, task_columns
 from trainers.storage import Folder
 from trainers.tasks import check_measures, choose_metric
 from trainers.verification.packing import PackingDecision, decide_packing, with_packing
+
+METRIC = ("task", "evaluate.metric", "evaluate.mode", "evaluate.metrics")
+BATCHES = ("scale.workers", "data.max_length", "train.global_batch_size", "train.micro_batch_size", "train.deepspeed",
+           "train.compile", "train.activation_checkpointing", "train.activation_offload")  # fmt: skip
+ROWS = ("task", "data.format", "data.columns", "data.prompt")
+MODEL = ("storage", "model.path", "model.revision", "model.gguf_file", "model.trust_remote_code", "train.distill")
+LENGTHS = ("task", "data.max_length", "data.max_target_length", "data.chat_template")
+DATA = ("task", "data")
+"""Places of the job file that a check reads: where one is wrong, the check is passed over."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,19 @@ class CheckedJob:
     """What the user should know although it is no error."""
 
 
+def check_file(path: str | Path, overrides: Sequence[str] = (), weights: bool = True, runs: bool = False) -> CheckedJob:
+    """Read a job file and check it as `check_job` does; what is wrong in the file hides nothing else.
+
+    Args:
+        runs: whether the storage must be able to hold a run.
+
+    Raises:
+        JobError: with every problem of the file and of the job, and what could not be checked.
+        DataError: where a file of the data is not what its name says, and nothing else is wrong.
+    """
+    return _check(read_draft(path, overrides), weights, runs)
+
+
 def check_job(job: Job, weights: bool = True) -> CheckedJob:
     """Check storage, model, data, batch arithmetic, DeepSpeed file, metric and registry; decide whether to pack where
     the job leaves that open.
@@ -48,39 +73,56 @@ def check_job(job: Job, weights: bool = True) -> CheckedJob:
 
     Raises:
         JobError: with every problem found.
-        DataError: where a file is not what its name says.
+        DataError: where a file is not what its name says, and nothing else is wrong.
     """
-    problems: list[str] = []
+    return _check(Draft(job), weights)
 
-    def check(step: Callable[[], Any]) -> Any:
-        try:
-            return step()
-        except JobError as error:
-            problems.extend(error.problems)
-            return None
 
-    check(Folder(job.storage).check_writable)
-    if job.checkpoint.storage is not None:
-        check(Folder(job.checkpoint.storage).check_writable)
-    check(lambda: choose_metric(job))
-    check(lambda: check_measures(job))
-    check(lambda: check_harness(job))
-    check(lambda: check_registry(job))
-    check(lambda: check_batches(job))
-    sources: Sources | None = check(lambda: find_data(job))
-    at_hand = names_folder(job.model.path) and job.model.gguf_file is None  # else it is downloaded or converted
-    model: ModelFolder | None = check(lambda: prepare_model(job, weights)) if at_hand or not problems else None
-    teacher = check(lambda: find_teacher(job)) if at_hand or not problems else None
-    if model and teacher:
-        check(lambda: check_teacher(job, model.path, teacher))
-    notes: list[str] | None = check(lambda: check_fit(job, model.path)) if model else []
-    if model and tensor_shapes(Path(model.path)):
-        check(lambda: check_frozen(job, model.path))
-    splits = check(lambda: plan_splits(job, model.path, sources)) if model and sources else None
-    if problems or model is None or splits is None:
-        raise JobError(list(dict.fromkeys(problems)))
+def _check(draft: Draft, weights: bool, runs: bool = False) -> CheckedJob:
+    job, check = draft.job, Checks(draft)
+    if job is None:
+        raise JobError(draft.problems, draft.where, ["all else"])
+    check("storage", ["storage"], Folder(job.storage).check_writable)
+    if runs:
+        check("storage", ["storage"], lambda: check_run_storage(job))
+    if (place := job.checkpoint.storage) is not None:
+        check("checkpoint.storage", ["checkpoint.storage"], Folder(place).check_writable)
+    check("the metric", METRIC, lambda: choose_metric(job))
+    check("metrics and guards", [*METRIC, "evaluate.guards", "data.eval_sets"], lambda: check_measures(job))
+    check("lm-eval", ["task", "evaluate.lm_eval"], lambda: check_harness(job))
+    check("the registry", ["storage", "registry", "report_to"], lambda: check_registry(job))
+    check("batch sizes", BATCHES, lambda: check_batches(job))
+    found = {
+        name: check(f"files of data.{name}", [f"data.{name}", *ROWS], partial(find_rows, job, name))
+        for name in split_names(job)
+    }
+    sources = {name: files for name, files in found.items() if files is not None}
+    model, notes = _check_model(job, check, weights)
+    splits = None
+    if model and len(sources) == len(found):
+        splits = check("the data", DATA, lambda: plan_splits(job, model.path, with_eval(sources)))
+    check.require()
+    assert model is not None and splits is not None
     packing = decide_packing(job, model)
-    return CheckedJob(with_packing(job, packing), model, splits, packing, tuple(notes or ()))
+    return CheckedJob(with_packing(job, packing), model, splits, packing, notes)
+
+
+def _check_model(job: Job, check: Checks, weights: bool) -> tuple[ModelFolder | None, tuple[str, ...]]:
+    """The prepared model, None where it was refused or not looked at, and what the user should know of it."""
+    at_hand = names_folder(job.model.path) and job.model.gguf_file is None  # else it is downloaded or converted
+    if check.problems and not at_hand:
+        return None, ()
+    model = check("the model", MODEL, lambda: prepare_model(job, weights))
+    teacher = check("the teacher", ["storage", "train.distill"], lambda: find_teacher(job))
+    if model is None:
+        return None, ()
+    if teacher:
+        check("the teacher's vocabulary", LENGTHS, lambda: check_teacher(job, model.path, teacher))
+    if tensor_shapes(Path(model.path)):
+        check("frozen weights", ["model"], lambda: check_frozen(job, model.path))
+    return model, tuple(
+        check("the model's positions and vocabulary", LENGTHS, lambda: check_fit(job, model.path)) or ()
+    )
 
 
 def check_run_storage(job: Job) -> None:
@@ -120,16 +162,11 @@ def check_batches(job: Job) -> None:
         raise JobError(list(problems))
 
 
-def find_data(job: Job) -> Sources:
-    """The files of all splits. Every one is there, is what its name says, and has the task's columns, or JobError."""
-    sources = split_sources(job)
-    problems: list[str] = []
-    for name in (name for name in sources if name != "eval" or not job.data.eval_fraction):
-        where = f"data.{name}"
-        try:
-            check_columns(sources[name], task_columns(job), needed_fields(job.task, job.data.prompt), where)
-        except JobError as error:
-            problems += [f"{where}: {problem}" for problem in error.problems]
-    if problems:
-        raise JobError(problems)
+def find_rows(job: Job, name: str) -> tuple[SourceFile, ...]:
+    """The files of a split. Every one is there, is what its name says, and has the task's columns, or JobError."""
+    sources, where = find_split(job, name), f"data.{name}"
+    try:
+        check_columns(sources, task_columns(job), needed_fields(job.task, job.data.prompt), where)
+    except JobError as error:
+        raise JobError([f"{where}: {problem}" for problem in error.problems]) from error
     return sources

@@ -128,7 +128,7 @@ def _of_outcome(rows: Iterator[RawRow], reason: str, show: Callable[[list[RawRow
 
 def print_examples(rows: Sequence[ShownRow]) -> None:
     """Rows with their targets in colour, or in marks where the terminal has none."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     for row in rows:
         console.print(
             f"row {row.row} ({row.file}, {row.position}): {row.outcome}, {_counts(row.tokens)}, "
@@ -144,7 +144,7 @@ def print_examples(rows: Sequence[ShownRow]) -> None:
 
 def print_pack(pack: ShownPack) -> None:
     """The documents of a pack, each behind its border."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     tokens = [token for document in pack.documents for token in document.tokens]
     console.print(f"pack {pack.pack}: {len(pack.documents):,} documents, {_counts(tokens)}", style="bold")
     for document in pack.documents:

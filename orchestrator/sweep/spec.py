@@ -11,7 +11,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from trainers.errors import JobError
-from trainers.job.load import explain, load_job, parse_yaml, read_yaml
+from trainers.job.explain import explain
+from trainers.job.load import load_job, parse_yaml, read_yaml
 from trainers.job.schema import Job
 from trainers.records import Record
 

@@ -42,7 +42,7 @@ class Screen:
     """Standard output of one command."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(soft_wrap=True)
+        self.console = console or Console(soft_wrap=True, emoji=False)
         self.metric = ""
         """The one that decides; it is told first."""
         columns = (SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(bar_width=24),
@@ -78,7 +78,8 @@ class Screen:
         self._said_at[stage] = now
         pace = (now - began) / (done - first) if done > first else 0.0
         time_left = f", {duration(pace * (total - done))} left" if pace and done < total else ""
-        self.say(f"{time.strftime('%H:%M:%S')} {stage}: {done:,}/{total:,}{time_left} {note}".rstrip())
+        said = f"{time.strftime('%H:%M:%S')} {stage}: {done:,}/{total:,}{time_left}"
+        self.say(f"{said}, {note}" if note else said)
 
     def wait(self, what: str) -> None:
         """Say what is waited for; on a terminal something moves until the next progress or event."""
@@ -104,7 +105,7 @@ class Screen:
     def on_event(self, event: Event, steps: int) -> None:
         """Show an event of the run's log; between the bars of a terminal, what does not come regularly."""
         if isinstance(event, StepEvent):
-            self.advance("train", event.step, steps, f"loss {event.loss:.4f}  {event.tokens_per_s or 0:,.0f} tokens/s")
+            self.advance("train", event.step, steps, f"loss {event.loss:.4f}, {event.tokens_per_s or 0:,.0f} tokens/s")
         elif self._is_news(event) and (line := describe(event, self.metric)):
             self._wait_ends()
             self.say(line)

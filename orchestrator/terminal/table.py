@@ -36,7 +36,7 @@ def show_table(table: Table, console: Console | None = None, first: int | None =
         rich.add_column(name, overflow="fold", max_width=None if index else first)
     for number, cells in enumerate(table.texts()):
         rich.add_row(*map(Text, cells), style=STYLES.get(table.kind(number)))
-    (console or Console()).print(rich)
+    (console or Console(emoji=False)).print(rich)
 
 
 def show_evaluations(

@@ -111,6 +111,26 @@ def test_all_of_these_at_once(good: Path) -> None:
     refused(call(good, raw), 2, "4 problems", "bleu", "divisible", "no.jsonl", "nothing")
 
 
+def test_a_wrong_key_hides_nothing_else(good: Path) -> None:
+    """Problems of the file itself, of its arithmetic, its metric, its model and its data, in one message."""
+    raw = job(
+        train={"stpes": 2},
+        scale={"workers": 3, "cpus_per_worker": "all"},
+        evaluate={"metric": "f1"},
+        data={"train": ["no.jsonl"], "max_length": 900},
+    )
+    said = call(good, raw)
+    refused(said, 2, "6 problems", "mean 'steps'", "cpus_per_worker", "divisible", "'f1'", "no.jsonl", "64 positions")
+    said = call(good, job(scale={"workers": 0}, data={"train": ["no.jsonl"]}))
+    refused(
+        said, 2, "2 problems", "no.jsonl", "not checked, for it depends on a wrong value: batch sizes (scale.workers)"
+    )
+
+
+def test_text_with_colons_is_shown_as_it_is(good: Path) -> None:
+    refused(call(good, job(scale={"min:x": 1})), 2, "scale.min:x: unknown key")
+
+
 def test_a_file_that_is_not_what_its_name_says(good: Path) -> None:
     (good / "fake.parquet").write_text('{"text": "x"}\n')
     refused(call(good, job(data={"train": ["fake.parquet"]})), 4, "fake.parquet", "parquet")

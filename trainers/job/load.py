@@ -3,26 +3,20 @@
 Owns overrides, relative paths and the wording of messages; the schema is `schema.py`'s. Begin at `load_job`.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel
 
 from trainers.credentials import hide_credentials, take_out
 from trainers.errors import JobError
+from trainers.job.draft import Draft, make_job
+from trainers.job.explain import explain, meant, unknown_key
 from trainers.job.schema import TASK_FIELDS, Job
-from trainers.job.sections import SECRET
 from trainers.job.task_fields import PACKING_TASKS, PLACE, PROMPT_FIELDS, SPLITTING_TASKS, For
-
-BRANCHES = ("Elastic", "int", "constrained-int", "str", "SourceSection")
-"""Names that pydantic puts into a location for the branch of a union; no key of ours."""
-RENAMED = {"several_labels": "multi_label"}
-"""Keys of earlier versions."""
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -33,12 +27,15 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     Raises:
         JobError: with every problem found at once.
     """
+    return read_draft(path, overrides).require()
+
+
+def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> Draft:
+    """Read a job file as far as it can be read. Raises JobError where it is no YAML mapping."""
     path = Path(path)
     raw = read_yaml(path)
-    problems = [problem for item in overrides if (problem := _override(raw, item))]
-    if problems:
-        raise JobError([hide_credentials(problem) for problem in problems], "--set")
-    return parse_job(raw, str(path), path.absolute().parent)
+    problems = [f"--set {hide_credentials(problem)}" for item in overrides if (problem := _override(raw, item))]
+    return draft_job(raw, str(path), path.absolute().parent, problems)
 
 
 def parse_job(raw: dict[str, Any], where: str = "job", base: Path | None = None) -> Job:
@@ -49,27 +46,28 @@ def parse_job(raw: dict[str, Any], where: str = "job", base: Path | None = None)
         where: what messages call it.
         base: the folder that relative paths are taken from; None leaves them.
     """
+    return draft_job(raw, where, base).require()
+
+
+def draft_job(raw: dict[str, Any], where: str, base: Path | None, problems: Sequence[str] = ()) -> Draft:
+    """Check a job given as plain data; credentials in its URIs are taken out.
+
+    Args:
+        problems: what is known to be wrong already.
+    """
     raw = take_out(raw)
-    problems, job = _cross_problems(raw), None
-    try:
-        job = Job.model_validate(raw, context={"base": base})
-    except ValidationError as error:
-        problems = explain(error) + problems
-    if problems or job is None:
-        raise JobError(list(dict.fromkeys(problems)), where)
-    return job
+    across = _cross_problems(raw)
+    job, error, broken = make_job(raw, base)
+    broken += [*meant(error), *(place for problem in across if "." in (place := problem.partition(":")[0]))]
+    found = [*problems, *explain(error), *across]
+    return Draft(job, tuple(dict.fromkeys(found)), tuple(dict.fromkeys(broken)), where)
 
 
 def _cross_problems(raw: dict[str, Any]) -> list[str]:
     """Rules over several fields, read off the raw data so that they are reported beside the fields' own problems."""
     names = ("data", "train", "scale", "evaluate")
     section = {name: value if isinstance(value := raw.get(name), dict) else {} for name in names}
-    data, train, workers, task = (
-        section["data"],
-        section["train"],
-        section["scale"].get("workers"),
-        raw.get("task"),
-    )
+    data, train, workers, task = section["data"], section["train"], section["scale"].get("workers"), raw.get("task")
     problems = []
     if bool(data.get("eval")) == (data.get("eval_fraction") is not None):
         problems.append("data: give either eval (files) or eval_fraction (a share of the training rows), one of them")
@@ -228,63 +226,7 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
         section_values[key] = parse_yaml(text)
     except yaml.YAMLError as error:
         return f"{item!r}: the value is not valid YAML: {error}"
-    if (
-        section_values[key] is not None
-        and sections == ["train"]
-        and key
-        in (
-            "epochs",
-            "steps",
-        )
-    ):  # the two exclude each other: the later word counts
+    if section_values[key] is not None and sections == ["train"] and key in ("epochs", "steps"):
+        # the two exclude each other: the later word counts
         section_values.pop("steps" if key == "epochs" else "epochs", None)
     return None
-
-
-def _other_branch(detail: ErrorDetails) -> bool:
-    """Whether this error is about the branch of a union that the value was not meant for."""
-    shape: dict[str, Any] = {
-        "int_type": dict,
-        "model_type": (int, str, float),
-        "string_type": dict,
-        "literal_error": int,
-    }
-    in_union = any(str(part) in BRANCHES or "[" in str(part) for part in detail["loc"])
-    return in_union and isinstance(detail["input"], shape.get(detail["type"], ()))
-
-
-def explain(error: ValidationError, root: type[BaseModel] = Job) -> list[str]:
-    """A line that a user can act on for each thing that is wrong with the fields of `root`."""
-    return [_explain(detail, root) for detail in error.errors() if not _other_branch(detail)]
-
-
-def _explain(detail: ErrorDetails, root: type[BaseModel]) -> str:
-    location = [str(part) for part in detail["loc"] if part not in BRANCHES and "[" not in str(part)]
-    where = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        return unknown_key(where, location[-1], _known_keys(location[:-1], root))
-    if detail["type"] == "missing":
-        return f"{where}: required, and missing"
-    if detail["type"] == SECRET:
-        return f"{where}: {detail['msg']}"
-    return f"{where}: {detail['msg'].replace('Input should be', 'must be', 1)}, got {detail['input']!r}"
-
-
-def unknown_key(where: str, key: str, known: Sequence[str]) -> str:
-    """What to say of a key that is not known, with the nearest that is."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if key in RENAMED and RENAMED[key] in known:
-        return f"{where}: this key is called {RENAMED[key]} now"
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-    return f"{where}: unknown key; {hint}"
-
-
-def _known_keys(location: Sequence[str], model: type[BaseModel]) -> list[str]:
-    for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        options: tuple[Any, ...] = (annotation, *get_args(annotation))
-        nested = [one for one in options if isinstance(one, type) and issubclass(one, BaseModel)]
-        if not nested:
-            return []
-        model = nested[0]
-    return list(model.model_fields)

@@ -6,7 +6,7 @@ nor torch nor a tokenizer, so that every launcher can find the shards. Begin at 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,40 @@ Splits = tuple[SplitPlan, ...]
 """The train and the eval split, and those of data.eval_sets."""
 
 
+def split_names(job: Job) -> tuple[SplitName, ...]:
+    """The splits that have files of their own, as they are called below `data`."""
+    held_out = job.data.eval_fraction is not None and not job.data.eval
+    return ("train", *(() if held_out else ("eval",)), *(f"{BESIDE}{name}" for name in job.data.eval_sets))
+
+
+def find_split(job: Job, name: SplitName) -> tuple[SourceFile, ...]:
+    """The files of one of `split_names`, the content of each read once. Raises JobError with every path that names
+    nothing."""
+    beside = {f"{BESIDE}{each}": paths for each, paths in job.data.eval_sets.items()}
+    patterns = {"train": job.data.train_paths, "eval": job.data.eval_paths, **beside}[name]
+    try:
+        return find_sources(patterns, job.data.format, f"data.{name}", task=job.task)
+    except JobError as error:
+        raise JobError([f"data.{name}: {problem}" for problem in error.problems]) from error
+
+
 def split_sources(job: Job) -> Sources:
-    """The files of all splits, the content of each read once. Raises JobError with every path that names nothing."""
+    """The files of all splits. Raises JobError with every path that names nothing."""
     sources: dict[SplitName, tuple[SourceFile, ...]] = {}
     problems: list[str] = []
-    patterns_of: dict[SplitName, Sequence[str]] = {"train": job.data.train_paths, "eval": job.data.eval_paths}
-    patterns_of |= {f"{BESIDE}{name}": paths for name, paths in job.data.eval_sets.items()}
-    for name, patterns in patterns_of.items():
+    for name in split_names(job):
         try:
-            sources[name] = find_sources(patterns, job.data.format, f"data.{name}", task=job.task)
+            sources[name] = find_split(job, name)
         except JobError as error:
-            problems += [f"data.{name}: {problem}" for problem in error.problems]
+            problems += error.problems
     if problems:
         raise JobError(problems)
-    return sources if job.data.eval_fraction is None else {**sources, "eval": sources["train"]}
+    return with_eval(sources)
+
+
+def with_eval(sources: Sources) -> Sources:
+    """Where the evaluation rows are held out, their files are those of the training."""
+    return {"train": sources["train"], "eval": sources["train"], **sources}
 
 
 def plan_splits(job: Job, model_path: str, sources: Sources | None = None) -> Splits:

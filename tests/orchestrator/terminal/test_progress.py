@@ -69,7 +69,7 @@ def test_a_pipe_gets_a_line_a_minute_with_clock_and_time_left(monkeypatch: pytes
         clock[0] += 6.0
     lines = stream.getvalue().splitlines()
     assert len(lines) == 11
-    assert re.match(r"\d\d:\d\d:\d\d train: 11/100, 8 min 54 s left loss 1.0000  5 tokens/s", lines[1])
+    assert re.match(r"\d\d:\d\d:\d\d train: 11/100, 8 min 54 s left, loss 1.0000, 5 tokens/s", lines[1])
     assert "100/100" in lines[-1] and "left" not in lines[-1]
 
 
