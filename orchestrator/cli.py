@@ -10,8 +10,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from orchestrator.commands.of_runs import app as runs_app
-from orchestrator.commands.options import TEMPLATES, Address, AsJson, JobPath, Overrides, print_json
+from orchestrator.commands.options import TEMPLATES, Address, AsJson, Dashboard, JobPath, Overrides, print_json
 from orchestrator.commands.registry import app as registry_app
+from orchestrator.submitting.command import app as jobs_app
 from trainers.errors import JobError, PlacementError, TuneyardError
 
 PR_SET_NAME = 15
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(runs_app)
 app.add_typer(registry_app, name="registry")
+app.add_typer(jobs_app, name="jobs")
 
 
 def main() -> None:
@@ -249,14 +251,12 @@ def sweep(
 @app.command()
 def submit(
     job_path: JobPath,
-    address: Annotated[
-        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray dashboard, e.g. http://head:8265.")
-    ],
+    address: Dashboard,
     overrides: Overrides = None,
     detach: Annotated[bool, typer.Option("--detach", help="Send it, say how to follow and stop it, and end.")] = False,
 ) -> None:
     """Run the job on a cluster through Ray Jobs and follow its log; exits as the job does."""
-    from orchestrator.commands.submit import submit as send
+    from orchestrator.submitting.submit import submit as send
 
     sys.exit(send(job_path, list(overrides or ()), address, detach))
 

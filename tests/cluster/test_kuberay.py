@@ -18,8 +18,8 @@ import psutil
 import pytest
 import yaml
 
-from orchestrator.commands.submit import connect, send
-from tests.orchestrator.commands.test_submit import job_of
+from orchestrator.submitting.submit import connect, send
+from tests.orchestrator.submitting.test_submit import job_of
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 STRING, COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}

@@ -8,13 +8,14 @@ on the cluster. Knows nothing of what `tuneyard run` does there.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import shutil
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,13 @@ CODE = ("orchestrator", "trainers", "ds_configs")
 """Packages sent along, so that the cluster runs this version."""
 PASSED_ON = ("HF_HUB_OFFLINE",)
 """Environment variables that go with the job. Tokens never do: they are set on the cluster."""
+UPLOADS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+"""Loggers of Ray that tell of every package; they set their own level, so each is named."""
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+END_S = 30
+"""What the driver itself may take to end, after its ranks have committed."""
 JOB_FILE = "job.yaml"
-START = Path(__file__).parent / "templates" / "start.sh"
+START = Path(__file__).parent / "start.sh"
 """Shell that finds the interpreter of the cluster's Ray."""
 INTERRUPTED = 130
 AGENT_WAIT_S = 60.0
@@ -74,7 +80,8 @@ def connect(address: str) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it tells of every upload
+    for name in UPLOADS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
@@ -117,16 +124,14 @@ def send(client: "JobSubmissionClient", job: Job, arguments: str = f"-m orchestr
         text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         Path(folder, JOB_FILE).write_text(text, encoding="utf-8")
         shutil.copy(START, folder)
-        try:
+        with lost("take the job"):
             _submit(
                 client,
                 entrypoint=f"exec sh {START.name} {arguments}",
                 submission_id=submission_id,
-                runtime_env=runtime_env(Path(folder), os.environ),
+                runtime_env=runtime_env(Path(folder), os.environ, job.checkpoint.grace_s),
                 metadata={"job": job.name, "task": job.task},
             )
-        except (ConnectionError, RuntimeError, OSError) as error:
-            raise PlacementError(f"the Ray cluster refused the job: {error}") from error
     return submission_id
 
 
@@ -143,12 +148,17 @@ def _submit(client: "JobSubmissionClient", **job: Any) -> None:
         time.sleep(1.0)
 
 
-def runtime_env(working_dir: Path, environment: Mapping[str, str]) -> dict[str, Any]:
-    """What Ray sets up for the job: its folder, this code, a few variables."""
+def runtime_env(working_dir: Path, environment: Mapping[str, str], grace_s: float) -> dict[str, Any]:
+    """What Ray sets up for the job: its folder, this code, a few variables.
+
+    Args:
+        grace_s: seconds that the job needs to commit when it is stopped; Ray alone would kill it after 3.
+    """
+    variables = {name: environment[name] for name in PASSED_ON if name in environment}
     return {
         "working_dir": str(working_dir),
         "py_modules": [_package_folder(name) for name in CODE],
-        "env_vars": {name: environment[name] for name in PASSED_ON if name in environment},
+        "env_vars": {**variables, STOP_WAIT: str(math.ceil(grace_s) + END_S)},
         "excludes": ["__pycache__/"],
     }
 
@@ -178,8 +188,18 @@ def follow(client: "JobSubmissionClient", submission_id: str, address: str = "AD
 
 
 def _hint(submission_id: str, address: str) -> str:
-    where = f"--address {address} {submission_id}"
-    return f"  follow: ray job logs --follow {where}\n  stop:   ray job stop {where}"
+    where = f"{submission_id} --address {address}"
+    return f"  follow: tuneyard jobs logs -f {where}\n  stop:   tuneyard jobs stop {where}"
+
+
+@contextlib.contextmanager
+def lost(what: str) -> Iterator[None]:
+    """Within, a head that does not answer, or refuses, is a PlacementError."""
+    try:
+        yield
+    except (ConnectionError, RuntimeError, OSError) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PlacementError(f"the Ray cluster does not {what}: {cause}") from error
 
 
 async def _print_logs(client: "JobSubmissionClient", submission_id: str) -> None:

@@ -1,10 +1,12 @@
 """Submitting through Ray Jobs to a real head node: logs come as they are written, exit codes pass through."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.commands.submit import connect, follow, runtime_env, send, submit, use_token
+from orchestrator.submitting.jobs import find_job
+from orchestrator.submitting.submit import connect, follow, runtime_env, send, submit, use_token
 from trainers.errors import JobError, PlacementError
 from trainers.job.load import parse_job
 
@@ -74,7 +77,7 @@ def test_logs_come_while_the_job_runs_and_interrupting_leaves_it_running(client,
     submission = send(client, job_of(), "-c 'import time; print(\"begun\", flush=True); time.sleep(300)'")
     program = f"""
         import sys
-        from orchestrator.commands.submit import connect, follow
+        from orchestrator.submitting.submit import connect, follow
         sys.exit(follow(connect("{head}"), "{submission}", "{head}"))
     """
     follower = subprocess.Popen(
@@ -94,7 +97,7 @@ def test_logs_come_while_the_job_runs_and_interrupting_leaves_it_running(client,
         follower.send_signal(signal.SIGINT)
         _, said = follower.communicate(timeout=30)
         assert follower.returncode == 130
-        assert f"ray job stop --address {head} {submission}" in said
+        assert f"tuneyard jobs stop {submission} --address {head}" in said
         assert str(client.get_job_status(submission)) == "RUNNING"
     finally:
         follower.kill()
@@ -107,9 +110,53 @@ def test_a_job_is_left_there_at_the_address_that_the_environment_names(client, h
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head)
     done = CliRunner().invoke(app, ["submit", str(tmp_path / "job.yaml"), "--detach"])
     assert done.exit_code == 0, done.exception
-    submission = done.stdout.split()[-1]
-    assert f"ray job logs --follow --address {head} {submission}" in done.stdout
-    assert follow(client, submission) == 2  # its data is nowhere
+    *_, submission = done.stdout.splitlines()[0].split()
+    assert f"tuneyard jobs logs -f {submission} --address {head}" in done.stdout
+    followed = CliRunner().invoke(app, ["jobs", "logs", "-f", submission])
+    assert followed.exit_code == 2  # its data is nowhere
+    again = CliRunner().invoke(app, ["jobs", "logs", submission])
+    assert again.exit_code == 0
+    assert "no such file" in again.stdout and again.stdout in followed.stdout
+    listed = json.loads(CliRunner().invoke(app, ["jobs", "list", "--json"]).stdout)
+    mine = next(one for one in listed if one["id"] == submission)
+    assert (mine["job"], mine["status"], mine["exit_code"]) == ("topics", "FAILED", 2)
+    assert mine["id"] in "".join(CliRunner().invoke(app, ["jobs", "list"], env={"COLUMNS": "200"}).stdout.split())
+
+
+def test_only_our_own_words_are_printed(head, tmp_path):
+    """In a process of its own, as a user starts it: Ray sets its loggers up while it is imported."""
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_of().model_dump(mode="json")))
+    words = [sys.executable, "-m", "orchestrator", "submit", str(tmp_path / "job.yaml"), "--address", head, "--detach"]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["submitted", "follow:", "stop:"]
+
+
+def test_a_job_that_is_stopped_has_its_time_to_commit(client, head, monkeypatch):
+    """Ray alone kills what has not ended 3 s after SIGTERM."""
+    program = (
+        "import signal, sys, time; "
+        'signal.signal(signal.SIGTERM, lambda *_: (time.sleep(5), print("committed", flush=True), sys.exit(75))); '
+        'print("begun", flush=True); time.sleep(300)'
+    )
+    submission = send(client, job_of(name="slow"), f"-c '{program}'")
+    while "begun" not in client.get_job_logs(submission).splitlines():
+        time.sleep(0.5)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head)
+    stopped = CliRunner().invoke(app, ["jobs", "stop", "slow"])
+    assert (stopped.exit_code, stopped.stdout) == (0, f"{submission}: STOPPED\n")
+    assert "committed" in client.get_job_logs(submission).splitlines()
+    assert CliRunner().invoke(app, ["jobs", "stop", submission]).exit_code == 0  # it has ended
+
+
+def test_a_job_that_is_not_there_or_not_alone_is_named(client, head):
+    first, second = (send(client, job_of(name="twice"), "-c pass") for _ in range(2))
+    with pytest.raises(JobError, match=f"several jobs: .*{first}"):
+        find_job(client, "twice")
+    assert find_job(client, second[:-1]) == second
+    with pytest.raises(JobError, match=r"no job 'nothing' was submitted there; there are: .*tuneyard-twice"):
+        find_job(client, "nothing")
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_stopped(client, capsys):
@@ -160,7 +207,10 @@ def test_an_address_that_does_not_answer_is_one_message(tmp_path, monkeypatch, a
 
 def test_only_the_named_variables_travel(tmp_path):
     environment = {"HF_HUB_OFFLINE": "1", "HF_TOKEN": "x", "AWS_SECRET_ACCESS_KEY": "x", "DS_ACCELERATOR": "cpu"}
-    assert runtime_env(tmp_path, environment)["env_vars"] == {"HF_HUB_OFFLINE": "1"}
+    assert runtime_env(tmp_path, environment, 29.5)["env_vars"] == {
+        "HF_HUB_OFFLINE": "1",
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    }
 
 
 def test_a_token_at_hand_is_used_unless_the_user_says_otherwise(tmp_path):

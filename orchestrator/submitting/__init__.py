@@ -1,0 +1,1 @@
+"""Jobs on a cluster through Ray Jobs: sending them, looking after those that were sent."""
