@@ -5,10 +5,11 @@ import yaml
 from orchestrator.planning.costs import WayMemory
 from orchestrator.planning.plan import Plan
 from orchestrator.terminal.table import show
+from trainers.model.memory import GIVE_BACK_BYTES
 
 LABELS = 20
 """Labels that are shown."""
-GIVE_BACK = "MALLOC_MMAP_THRESHOLD_=262144"
+GIVE_BACK = f"MALLOC_MMAP_THRESHOLD_={GIVE_BACK_BYTES}"
 HOST = {"host": "state and activations", "staging": "staging of checkpoints"}
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainers.errors import JobError
+from trainers.evaluation.placement import load_to_answer
 from trainers.evaluation.predict import Predictor, chunks
 from trainers.job.schema import Job
-from trainers.model.world import pick_device
 from trainers.tasks import load_task
 
 MOST_ROWS = 10_000
@@ -106,13 +106,12 @@ def _causal_app(model: ServedModel) -> Any:
 
 def _manager(model: ServedModel) -> Any:
     """Transformers' manager of models with this one alone, whatever a request names."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.cli.serving.model_manager import ModelManager
 
-    code = model.job.model.trust_remote_code
+    code, scale = model.job.model.trust_remote_code, model.job.scale
     tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=code)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model.path, dtype="auto", trust_remote_code=code)
-    loaded = loaded.to(pick_device(model.job.scale.gpus_per_worker, model.job.scale.cpus_per_worker)).eval()
+    loaded, _ = load_to_answer(model.path, code, scale.gpus_per_worker, scale.cpus_per_worker)
 
     class OneModel(ModelManager):  # type: ignore[misc, unused-ignore]
         def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:

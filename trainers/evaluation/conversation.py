@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from trainers.architecture import positions
 from trainers.errors import JobError
-from trainers.model.world import pick_device
+from trainers.evaluation.placement import load_to_answer
 
 
 class Conversation:
@@ -28,13 +28,12 @@ class Conversation:
         gpus: int | Literal["auto"] = "auto",
     ) -> None:
         """`gpus`: as scale.gpus_per_worker says; 0 leaves them alone."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()  # it warns of sampling settings that a greedy answer does not use
         self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code)
-        self._model = model.to(pick_device(gpus)).eval()
+        self._model, self._device = load_to_answer(path, trust_remote_code, gpus)
         self._sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         self._max_new_tokens, self._system = max_new_tokens, system
         self.reset()
@@ -50,7 +49,7 @@ class Conversation:
             JobError: where the conversation fills the model's positions.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
-        inputs = self._inputs(asked, text).to(self._model.device)
+        inputs = self._inputs(asked, text).to(self._device)
         length = inputs["input_ids"].shape[1]
         room = positions(self._model.config)
         if room is not None and length >= room:

@@ -17,8 +17,8 @@ MARGIN = 0.08
 CPU_IMPORT_BYTES, CPU_RESERVE_BYTES = 560 * 2**20, 88 * 2**20
 """What a rank on a CPU takes besides tensors: imports; then code that is read in as it first runs, workspaces of
 kernels and of gloo. Measured with a model of 0.3 million parameters."""
-CPU_MARGIN = 0.05
-"""The same as MARGIN where the C library gives freed memory back at once."""
+CPU_MARGIN, GIVE_BACK_BYTES = 0.05, 64 * 2**10
+"""The same as MARGIN, where the C library gives freed tensors of so many bytes back at once."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
 """Of a partition that ZeRO-3 updates at a time; DeepSpeed's default."""
 PLAIN_BUCKET_BYTES = 256 * 2**20

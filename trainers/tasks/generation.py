@@ -30,7 +30,7 @@ def generate_texts(
     whole = bool(model.config.is_encoder_decoder)
     pad = pad_right if whole else pad_left
     ids, mask = pad(prompts, pad_id), pad([np.ones(len(one)) for one in prompts], 0)
-    device = getattr(model, "inputs_device", None) or next(model.parameters()).device
+    device = model.device
     inputs = {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
     torch.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
     is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -22,30 +22,35 @@ from tests.benchmarks.memory.cells import MIB, Cell, make_job, predict, train_an
 from tests.ranks import free_port, rank_context
 from trainers.model.memory import CPU_IMPORT_BYTES
 
-LIMITS = (640, 800, 960, 1120, 1280)
-"""MiB."""
+LIMITS = {1: (640, 800, 960, 1120, 1280), 2: (1120, 1360, 1600, 1840, 2080)}
+"""MiB, by the number of ranks."""
 ROOT = Path("/sys/fs/cgroup")
 
 
 def jobs() -> list[Cell]:
     """Jobs whose needs lie among the limits."""
     deep, wide = Cell("deep", 128, 2), Cell("wide", 128, 2)
+    two = replace(deep, workers=2)
     return [
         replace(deep, again="full"), replace(deep, length=256), replace(wide, way="zero1"),
         replace(Cell("bert", 128, 2, task="mlm"), way="zero2"), replace(Cell("small", 128, 1), way="zero3"),
+        replace(two, way="zero3", again="full"), replace(wide, way="zero1", workers=2),
+        replace(two, way="zero2", dtype="bfloat16"), replace(Cell("small", 128, 1), way="zero3", workers=2),
     ]  # fmt: skip
 
 
 def main() -> None:
-    calls = []
-    print("| job | plan MiB | " + " | ".join(map(str, LIMITS)) + " |")
-    print("| --- | ---: |" + " --- |" * len(LIMITS))
+    calls, workers = [], 0
     with tempfile.TemporaryDirectory() as place:
         for cell in jobs():
             job = make_job(Path(place), cell)
             need = (predict(job, cell).device - CPU_IMPORT_BYTES) * cell.workers
             shown = []
-            for limit in LIMITS:
+            if cell.workers != workers:
+                workers = cell.workers
+                print("\n| job | plan MiB | " + " | ".join(map(str, LIMITS[workers])) + " |")
+                print("| --- | ---: |" + " --- |" * len(LIMITS[workers]))
+            for limit in LIMITS[workers]:
                 fits, lived = need <= limit * MIB, run_limited(job, cell.workers, limit * MIB)
                 shutil.rmtree(Path(job.storage) / "runs", ignore_errors=True)
                 calls.append((fits, lived))

@@ -7,13 +7,18 @@ reserved. Its selective activation checkpointing (every second matrix product an
 of ours; the same policy is put around the layers here, and their kept tensors are counted as ours are.
 DeepSpeed: training/bf16_master_weight of deepspeedai/DeepSpeedExamples, peak of allocated memory on 4 GPUs. States in
 bf16 are no setting of ours; the second figure is the same count with states of two bytes.
+Arctic Long Sequence Training (arXiv:2506.13996): recipes run-h100-* and run-h200-* in projects/sequence-parallelism of
+snowflakedb/ArcticTraining, whose comments say what a GPU held with Llama 3.1 8B, one sequence, every layer computed
+again, weights and optimizer in host memory. They ran FlashAttention and Liger's kernels, some an MLP in tiles and a
+sequence over several GPUs (Ulysses), none of which Tuneyard has: `fused_layers.py` puts what these hold around the
+layers.
 """
 
 import shutil
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +28,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tests.benchmarks.memory.fused_layers import fused
 from tests.conftest import make_chat_tokenizer
 from tests.tiny import tiny_job
-from trainers.model.memory import GIB, MARGIN, ModelSize, Need, StepShape, needs
+from trainers.model.memory import GIB, MARGIN, RESERVE_BYTES, ModelSize, Need, StepShape, needs
 from trainers.model.model_size import Live, _give_storage, _inputs, _without_logits, build, measure_size
 from trainers.tasks import load_task, task_options
 
@@ -33,6 +39,41 @@ LLAMA_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 1
             "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 8192}  # fmt: skip
 PLAIN_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 10_923, "num_attention_heads": 32,
             "num_key_value_heads": 32, "vocab_size": 50_257, "max_position_embeddings": 512}  # fmt: skip
+H100_GIB = 81_559 / 1024
+VOCABULARY = LLAMA_8B["vocab_size"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One of Arctic's."""
+
+    name: str
+    tokens: int
+    """Of the sequence."""
+    gib: float | None
+    """That the GPU held; None where only that it ran is known."""
+    liger: bool = True
+    offload: bool = False
+    """Of what the layers keep."""
+    tiled: bool = False
+    workers: int = 1
+    ulysses: bool = False
+    """Whether the workers share the sequence; several have their part of the weights on the GPU."""
+
+
+RECIPES = (
+    Recipe("H100, transformers' loss and layers", 32_000, 71.91, liger=False),
+    Recipe("H200, the same", 65_000, 137.36, liger=False),
+    Recipe("H200, Liger: loss in chunks, fused norms and MLP", 300_000, 134.96),
+    Recipe("H200, the same, kept activations in host memory", 650_000, 126.81, offload=True),
+    Recipe("H200, the same, MLP in tiles", 1_200_000, 136.15, offload=True, tiled=True),
+    Recipe("H100, transformers' loss and layers: close to out of memory", 36_000, None, liger=False),
+    Recipe("8 H100, the same", 32_000, None, liger=False, workers=8),
+    Recipe("8 H100, Liger", 160_000, None, workers=8),
+    Recipe("H100, all of it", 500_000, None, offload=True, tiled=True),
+    Recipe("8 H100, all of it, and Ulysses", 3_700_000, None, True, True, True, 8, True),
+    Recipe("32 H100, all of it, and Ulysses", 15_000_000, None, True, True, True, 32, True),
+)
 
 
 def make_job(folder: Path, length: int, **config: Any) -> Any:
@@ -81,6 +122,46 @@ def zero3(size: ModelSize, workers: int, step: StepShape) -> Need:
     return next(need for need in needs(size, workers, step) if need.way == "zero3")
 
 
+def card_bytes(place: Path, recipe: Recipe, tokens: int) -> int:
+    """What a GPU is said to hold with a recipe and a sequence of so many tokens."""
+    local = tokens // (recipe.workers if recipe.ulysses else 1)
+    job = make_job(place / "alst", local, **{**LLAMA_8B, "max_position_embeddings": local})
+    with fused(recipe.liger, recipe.tiled, recipe.workers if recipe.ulysses else 1):
+        size = replace(measure_size(job, job.model.path), chunked=recipe.liger)
+    way = "zero3" if recipe.workers > 1 else "zero3-cpu-offload"
+    found = needs(size, recipe.workers, StepShape(1, 1, 1, recipe.offload))
+    need = next(need for need in found if need.way == way)
+    counted = need.counted - need.optimizer  # that is in host memory throughout
+    if not recipe.liger:
+        counted += local * VOCABULARY * size.weight_bytes  # transformers gives the logits back beside the loss
+    return int(counted * (1 + MARGIN)) + RESERVE_BYTES
+
+
+def longest(place: Path, recipe: Recipe) -> float:
+    """Tokens of the longest sequence that is said to fit an H100: all that grows with it grows in proportion."""
+    some, more = (card_bytes(place, recipe, tokens) for tokens in (recipe.tokens // 2, recipe.tokens))
+    each = (more - some) / (recipe.tokens - recipe.tokens // 2)
+    return recipe.tokens + (H100_GIB * GIB - more) / each
+
+
+def alst(place: Path) -> None:
+    """Two tables: memory at a length, and the longest sequence."""
+    print("\n| Llama 3.1 8B with Arctic's recipes | tokens | GiB | calculated | off |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for recipe in RECIPES:
+        if recipe.gib is not None:
+            said = card_bytes(place, recipe, recipe.tokens) / GIB
+            print(
+                f"| {recipe.name} | {recipe.tokens:,} | {recipe.gib:.1f} | {said:.1f} | {said / recipe.gib - 1:+.1%} |"
+            )
+    print("\n| the same | tokens that ran | calculated GiB of 79.6 | longest that is said to fit |")
+    print("| --- | ---: | ---: | ---: |")
+    for recipe in RECIPES:
+        if recipe.gib is None:
+            said = card_bytes(place, recipe, recipe.tokens) / GIB
+            print(f"| {recipe.name} | {recipe.tokens:,} | {said:.1f} | {longest(place, recipe):,.0f} |", flush=True)
+
+
 def main() -> None:
     lines = []
     with tempfile.TemporaryDirectory() as place:
@@ -101,6 +182,8 @@ def main() -> None:
     print("| published | GiB | calculated | off |\n| --- | ---: | ---: | ---: |")
     for name, theirs, ours in lines:
         print(f"| {name} | {theirs:.1f} | {ours:.1f} | {ours / theirs - 1:+.1%} |")
+    with tempfile.TemporaryDirectory() as place:
+        alst(Path(place))
 
 
 if __name__ == "__main__":

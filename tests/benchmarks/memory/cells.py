@@ -11,7 +11,7 @@ from tests.conftest import make_chat_tokenizer
 from tests.tiny import shard_locally, tiny_job, write_rows
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
-from trainers.model.memory import Need, StepShape, needs
+from trainers.model.memory import GIVE_BACK_BYTES, Need, StepShape, needs
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3
@@ -137,7 +137,7 @@ def train_and_measure(job: Job, exact: bool) -> dict[str, int]:
 
     run = find_run(job)
     if exact:
-        assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
+        assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVE_BACK_BYTES)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     base = status_bytes("VmRSS")
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from tests.tiny import chat_rows, film_rows, make_bert, make_llama, tiny_job
 from trainers.errors import JobError
+from trainers.evaluation import placement
 from trainers.evaluation.conversation import Conversation
 
 
@@ -52,6 +53,17 @@ def test_answers_are_streamed_and_end_with_the_trained_token(run: Path) -> None:
     said = CliRunner().invoke(app, ["chat", f"{run}/export/step-00000003"], input="hi\n\n/reset\nagain\n")
     assert said.exit_code == 0, said.exception
     assert said.stdout == "AB\nAB\n"
+
+
+def test_a_model_that_no_device_holds_is_spread_and_answers_alike(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    export = run / "export" / "step-00000003"
+    weights = (export / "model.safetensors").stat().st_size
+    monkeypatch.setattr(placement, "device_memory", lambda device: {"cpu": weights // 2})
+    talk = Conversation(str(export), 20)
+    assert "disk" in talk._model.hf_device_map.values() and "and the disk" in caplog.text
+    assert talk.answer("hi", lambda _: None) == "AB"
 
 
 def test_what_was_said_stays_until_it_is_reset(run: Path) -> None:

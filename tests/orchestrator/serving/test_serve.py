@@ -21,9 +21,11 @@ from orchestrator.registry.manage import pick_version, promote
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.register import register
+from orchestrator.serving.apps import ServedModel, build_app, close_app
 from tests.forked import Command, run_command, start_command
 from tests.orchestrator.commands.test_chat import make_talker
 from tests.tiny import chat_rows, film_rows, make_bert, make_llama, shard_locally, tiny_job
+from trainers.evaluation import placement
 from trainers.run.folder import Evaluation
 from trainers.run.record import Run, find_run
 
@@ -153,3 +155,20 @@ def test_a_causal_model_answers_as_openais_server(tmp_path: Path, tiny_chat_toke
             f"vllm serve {talker} --served-model-name tiny --host 127.0.0.1 --port 8000"
         )
         assert "vllm serve" in server.out.read_text()
+
+
+def test_a_model_that_no_device_holds_is_spread_and_served(
+    tmp_path: Path, tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights wait on disk, where no tensor is on a device; requests go to the one that computes."""
+    pytest.importorskip("openai")
+    testclient = pytest.importorskip("starlette.testclient")
+    job = tiny_job(tmp_path, make_llama(tmp_path / "model", tiny_chat_tokenizer), "sft", chat_rows(10))
+    talker = make_talker(tmp_path / "talker", tiny_chat_tokenizer)
+    monkeypatch.setattr(placement, "device_memory", lambda device: {"cpu": 1000})
+    served = build_app(ServedModel("tiny", str(talker), job))
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "temperature": 0}
+    with testclient.TestClient(served) as client:
+        said = client.post("/v1/chat/completions", json=asked).json()
+    close_app(served)
+    assert said["choices"][0]["message"]["content"] == "AB"
