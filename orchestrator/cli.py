@@ -1,6 +1,7 @@
 """The command line. Every command imports what it needs when it runs, so that --help answers at once."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,6 +32,8 @@ def main() -> None:
     """Run the program; a known failure is one message and its exit code."""
     if sys.platform == "linux":  # also `python -m orchestrator`, as `submit` starts it, is found by its name
         ctypes.CDLL(None).prctl(PR_SET_NAME, b"tuneyard")
+    if not sys.stderr.isatty():  # libraries draw their bars there, which in a file or pipe are a hundred fragments
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except TuneyardError as error:
@@ -119,7 +122,7 @@ def plan(
     full: Annotated[bool, typer.Option("--full", help="Print the job with every default written out, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check everything and print what the job will do; takes no worker."""
+    """Check everything and print what the job will do, without starting a worker."""
     from orchestrator.commands.plan import plan_table
     from orchestrator.planning.hardware import cluster_settings, device_bytes
     from orchestrator.planning.plan import plan_job
@@ -164,7 +167,7 @@ def show(
 @app.command()
 def verify(
     job_path: JobPath,
-    again: Annotated[bool, typer.Option(help="Test anew where a result is kept.")] = False,
+    again: Annotated[bool, typer.Option(help="Test again, even where an earlier result is kept.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

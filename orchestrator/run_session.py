@@ -26,11 +26,11 @@ from trainers.evaluation.confusion import draw_confusion
 from trainers.model.deepspeed_config import keeps_on_disk
 from trainers.model.fit import count_parameters, tensor_shapes
 from trainers.run.events import Event, StageEvent, StageStartEvent, StartEvent, read_events, steps_of
-from trainers.run.folder import RESULT, Evaluation, RegisteredVersion, RunResult, read_result, run_folder
+from trainers.run.folder import RESULT, SHARDS, Evaluation, RegisteredVersion, RunResult, read_result, run_folder
 from trainers.run.goodput import account, share
 from trainers.run.lock import own_folder
 from trainers.run.log import RunLog
-from trainers.run.record import Run
+from trainers.run.record import Run, run_of
 from trainers.shards.keys import load_shards
 from trainers.storage import Folder
 from trainers.tasks import choose_metric
@@ -65,6 +65,7 @@ class RunSession:
         folder, job = run.folder, run.job
         folder.write_bytes("job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
         with own_folder(folder, wait_s):
+            run.note_shards()
             self.run, self.log = run, RunLog(folder, draw_confusion, job)
             with Follower(run, self.screen.say) as self._follower, closing(self.log):
                 try:
@@ -155,7 +156,11 @@ def finished_run(checked: CheckedJob) -> tuple[Folder, RunResult] | None:
     result = read_result(folder)
     if result is None or result.status != "done" or result.registry is None:
         return None
-    return (folder, result) if result.registry.model == (checked.job.registry.model or checked.job.name) else None
+    if result.registry.model != (checked.job.registry.model or checked.job.name):
+        return None
+    if not folder.exists(SHARDS):  # a run of an earlier version
+        run_of(checked.job, checked.model, shards).note_shards()
+    return folder, result
 
 
 @contextmanager

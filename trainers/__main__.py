@@ -125,6 +125,8 @@ def _main() -> int:
             check_metric(job, run.shards)
         is_first = os.environ.get("RANK", "0") == "0"
         with own_folder(run.folder) if is_first else nullcontext():
+            if is_first:
+                run.note_shards()
             for note in notes if is_first else ():
                 print(f"note: {note}", flush=True)
             place: Literal["free", "ranks"] = "ranks" if evaluates(job) else "free"

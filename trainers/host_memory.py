@@ -26,7 +26,7 @@ def memory_limit() -> int:
 
 
 def memory_available() -> int:
-    """Bytes that are to be had now."""
+    """Bytes that are free now."""
     return min(int(psutil.virtual_memory().available), *(limit - used for limit, used in _limits()), UNLIMITED)
 
 

@@ -38,7 +38,7 @@ def evaluate(
 
     from orchestrator.commands.past_run import ask_tasks, evaluate_folder, evaluate_steps, worst_rows
     from orchestrator.terminal.progress import Screen
-    from orchestrator.terminal.table import show_evaluations, show_rows
+    from orchestrator.terminal.table import show_evaluations, show_metrics, show_rows
     from trainers.tasks import choose_metric
 
     job = _job_of(run, storage, overrides)
@@ -48,11 +48,17 @@ def evaluate(
         rows = [view.model_dump() for view in views]
         print_json(rows) if as_json else show_rows(f"costliest evaluation rows of step {chosen}", rows)
         return
+    if model:
+        found = evaluate_folder(job, model)
+        print_json({"model": str(model), **found}) if as_json else show_metrics(
+            str(model), choose_metric(job)[0], found
+        )
+        return
     if lm_eval:
         tasks = [str(Path(task).absolute()) if task.endswith(".yaml") else task for task in lm_eval]
         records = ask_tasks(job, tasks, step, address, screen)
     else:
-        records = evaluate_folder(job, model) if model else evaluate_steps(job, step, address, screen)
+        records = evaluate_steps(job, step, address, screen)
     if as_json:
         print_json([record.model_dump(mode="json") for record in records])
     else:
@@ -115,7 +121,7 @@ def chat(
 def serve(
     model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, or NAME[@champion].")],
     host: Annotated[str, typer.Option(help="Address to listen at; nothing asks who calls.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any that is free.")] = 8000,
     step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
     storage: Storage = "runs",
     uri: Annotated[str | None, typer.Option(help="MLflow tracking server.")] = None,
@@ -173,6 +179,25 @@ def status(
         print_json([status.model_dump(mode="json") for status in run_status(Folder(storage), run)])
     else:
         show_status(lambda: run_status(Folder(storage), run), follow)
+
+
+@app.command()
+def gc(
+    storage: Storage = "runs",
+    older_than_days: Annotated[float, typer.Option(min=0, help="Leave what was used or changed since then.")] = 7.0,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Also checkpoints of finished runs; the best and newest stay.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it they are only listed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what nothing in a storage refers to any more: shards, exports, leftovers; with --yes delete it."""
+    from orchestrator.commands.gc import DAY_S, delete, find_garbage, show_garbage
+
+    found = find_garbage(storage, older_than_days * DAY_S, checkpoints)
+    stayed = delete(found.garbage) if yes else []
+    found = found.model_copy(update={"kept": (*found.kept, *stayed)})
+    print_json(found.model_dump(mode="json")) if as_json else show_garbage(found, yes)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What can be done with a run that is already there: evaluate again, export a step, read its ledger."""
 
 from pathlib import Path
+from typing import Any
 
 from orchestrator.evaluation.task import evaluation_task, harness_task
 from orchestrator.planning.preflight import check_job
@@ -75,8 +76,12 @@ def worst_rows(job: Job, step: int | None, most: int, address: str | None, scree
     return step, costliest_rows(run, step, most)
 
 
-def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:
-    """Evaluate any Hugging Face folder on the job's evaluation data, in this process. Nothing is written."""
+def evaluate_folder(job: Job, model: Path) -> dict[str, Any]:
+    """Evaluate any Hugging Face folder on the job's evaluation data, in this process. Nothing is written.
+
+    Returns:
+        Its metrics, the key of the evaluation shards, and the number of their rows.
+    """
     checked = check_job(job)
     run = find_run(checked.job, checked.model, checked.splits)
     task = job_task(job, run.shards.train, str(model))
@@ -86,7 +91,7 @@ def evaluate_folder(job: Job, model: Path) -> list[Evaluation]:
         rows, row_scores = evaluate_model(job, task, str(model), shards)
         metrics |= {f"{metric}{name and SET}{name}": value for metric, value in task.measure(row_scores).items()}
         total += len(rows)
-    return [Evaluation(step=0, status="done", metrics=metrics, eval_key=run.shards.eval.key, rows=total)]
+    return {"metrics": metrics, "eval_key": run.shards.eval.key, "rows": total}
 
 
 def shards_of(job: Job, run: Folder) -> Shards:

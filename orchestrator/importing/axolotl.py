@@ -172,7 +172,7 @@ REFUSED = {
     "fsdp_config": "ZeRO keeps the state: train.deepspeed",
     "plugins": "no counterpart; a large vocabulary's loss is computed in chunks anyway",
     "lora_modules_to_save": "adapters alone are trained",
-    "lora_model_dir": "adapters begin anew",
+    "lora_model_dir": "adapters start from scratch",
     "streaming": "shards are written once, then read from there",
     "pretraining_dataset": "name its files in data.train",
     "sequence_parallel_degree": "not here",

@@ -148,7 +148,7 @@ REFUSED = {
     "mask_history": "every turn of the assistant is trained; weight: 0 on a message leaves it out",
     "enable_thinking": "as the tokenizer's chat template has it",
     "resume_from_checkpoint": "the same command goes on by itself from what it committed",
-    "adapter_name_or_path": "adapters begin anew",
+    "adapter_name_or_path": "adapters start from scratch",
     "eval_strategy": "every checkpoint is evaluated: checkpoint.every_steps",
     "eval_steps": "every checkpoint is evaluated: checkpoint.every_steps",
     "save_strategy": "checkpoint.every_steps counts steps",

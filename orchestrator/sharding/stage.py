@@ -5,8 +5,10 @@ alive meanwhile: nothing here imports torch. Begin at `write_shards`.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from orchestrator.planning.preflight import CheckedJob
@@ -74,6 +76,8 @@ def write_shards(checked: CheckedJob, on_progress: Report | None = None) -> Shar
     job, storage = checked.job, Folder(checked.job.storage)
     committed = {plan.name: read_manifest(shards_folder(storage, plan.key)) for plan in checked.splits}
     missing = [plan for plan in checked.splits if committed[plan.name] is None]
+    for plan in checked.splits:
+        _mark_used(shards_folder(storage, plan.key))
     on_driver = is_small(checked.splits)
     if missing and not on_driver:
         start_workers()
@@ -215,6 +219,13 @@ def check_contamination(
             f"{', '.join(map(str, examples[0]))}); {remedy}"
         )
     return total
+
+
+def _mark_used(folder: Folder) -> None:
+    """Say by the time of the manifest that a run is about to use the set: `tuneyard gc` leaves those alone."""
+    if folder.is_local and folder.exists(MANIFEST):
+        with suppress(PermissionError):  # somebody else's; only they may clear it away
+            os.utime(folder.path / MANIFEST)
 
 
 def _clean(folder: Folder) -> None:

@@ -31,7 +31,7 @@ def _lines() -> Iterator[str]:
     if sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401 - input() uses it where it is there
-        print(f"{RESET} begins anew, Ctrl-D ends")
+        print(f"{RESET} starts a new conversation, Ctrl-D ends")
         prompt = "> "
     while True:
         try:

@@ -54,6 +54,18 @@ def show_evaluations(
     show_table(next((table for table in tables if _width(table) <= console.width), tables[-1]), console, FIRST)
 
 
+def show_metrics(model: str, metric: str, found: Mapping[str, Any]) -> None:
+    """What `evaluate_folder` found, a metric a line, the deciding one first; without those by class."""
+    names = sorted((name for name in found["metrics"] if "/" not in name), key=lambda name: (name != metric, name))
+    rows = [(name, found["metrics"][name]) for name in names]
+    show(
+        f"{model} on {found['rows']:,} rows",
+        ("metric", "value"),
+        rows,
+        ["best" if name == metric else "" for name in names],
+    )
+
+
 def _width(table: Table) -> int:
     """Characters of a line, but for the last column, whose reasons fold."""
     first, *others, _ = zip(table.columns, *table.texts(), strict=True)

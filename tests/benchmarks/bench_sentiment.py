@@ -91,7 +91,7 @@ def run_ours(data: Path, epochs: int, seed: int) -> tuple[float, float, float]:
         on_test = ["--set", f"data.eval=[{data / 'test.jsonl'}]"]
         call("shard", str(path), *on_test)
         answer = call("evaluate", str(path), "--model", result["registry"]["source"], "--json", *on_test)
-        (record,) = json.loads(answer[answer.index("[\n") :])
+        record = json.loads(answer)
         return result["best"]["value"], record["metrics"]["accuracy"], seconds
 
 

@@ -108,7 +108,9 @@ def test_evaluating_again_gives_the_same_metrics(finished: Path, job_file: Path)
     best = result_of(finished)["best"]
     (record,) = answer("evaluate", str(job_file), "--step", str(best["step"]))
     assert record["metrics"] == best["metrics"]
-    (record,) = answer("evaluate", str(job_file), "--model", result_of(finished)["registry"]["source"])
+    folder = result_of(finished)["registry"]["source"]
+    record = answer("evaluate", str(job_file), "--model", folder)
+    assert (record["model"], record["rows"]) == (folder, 24)
     assert record["metrics"] == pytest.approx(best["metrics"], abs=1e-6)
 
 

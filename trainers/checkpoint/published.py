@@ -1,4 +1,4 @@
-"""The weights of a checkpoint under the names a model is published with, any of them to be had in parts.
+"""The weights of a checkpoint under the names a model is published with, any of them in parts.
 
 transformers holds some models otherwise than they are published: the experts of a layer as one tensor, say. Its own
 reverse conversion (`revert_weight_conversion`) gives the published tensors back, here of one tensor at a time.

@@ -53,7 +53,7 @@ class Conversation:
         length = inputs["input_ids"].shape[1]
         room = positions(self._model.config)
         if room is not None and length >= room:
-            raise JobError(f"the conversation has {length:,} tokens, the model room for {room:,}: begin anew")
+            raise JobError(f"the conversation has {length:,} tokens, the model has room for {room:,}: start a new one")
         most = self._max_new_tokens if room is None else min(self._max_new_tokens, room - length)
         pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else 0
         ids = self._model.generate(

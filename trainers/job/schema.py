@@ -233,7 +233,7 @@ class Job(Section):
         "tensorboard",
         "mlflow",
     )
-    """Who follows the run while it goes on; a registered version has its MLflow run at any rate."""
+    """Who follows the run while it goes on; a registered version always has its MLflow run."""
     notify: Annotated[str | None, BeforeValidator(hide_hook)] = None
     """An http address that gets a message when the run is done, failed or preempted; its path counts as a secret."""
     storage: Annotated[AnyPath, Field(validate_default=True)] = "runs"

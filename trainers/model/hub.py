@@ -28,7 +28,7 @@ def hub_folder(job: Job, name: str, field: str, revision: str | None = None, onl
             the job trusts it.
 
     Raises:
-        JobError: where it is not to be had.
+        JobError: where it cannot be found.
     """
     wanted = only or (*FILES, *((CODE,) if job.model.trust_remote_code else ()))
     storage = Folder(job.storage)
@@ -37,9 +37,9 @@ def hub_folder(job: Job, name: str, field: str, revision: str | None = None, onl
             return _snapshot(name, revision, wanted)
         key = xxhash.xxh3_64_hexdigest(f"{name} {revision} {wanted}".encode())
         return _keep(name, revision, wanted, storage.path / "models" / f"{name.replace('/', '--')}-{key}")
-    except Exception as error:  # the hub client raises a dozen unrelated types; all mean: not to be had
+    except Exception as error:  # the hub client raises a dozen unrelated types; all mean: not available
         raise JobError(
-            f"{field}: {name!r} (revision {revision or 'main'}) is neither a folder here nor to be had from the hub: "
+            f"{field}: {name!r} (revision {revision or 'main'}) is neither a folder here nor a model on the hub: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. Check the spelling, the "
             "network, or HF_TOKEN for gated models"
         ) from error

@@ -1,7 +1,7 @@
 """The run folder: its names, and the records that stages leave in it as JSON. Torch-free.
 
 <storage>/runs/<name>-<hash8>/
-    job.yaml plan.json result.json events.jsonl report.html
+    job.yaml shards.json plan.json result.json events.jsonl report.html
     checkpoints/step-00000100/   evals/step-00000100.{json,arrow}   export/step-00000100/   tensorboard/   logs/
 """
 
@@ -19,6 +19,8 @@ from trainers.storage import Folder
 STEP_NAME = re.compile(r"step-(\d{8})")
 RESULT = "result.json"
 JOB_FILE = "job.yaml"
+SHARDS = "shards.json"
+"""Keys of the shards that the run is trained and evaluated on, so that nobody clears them away."""
 
 
 def checkpoints_folder(job: Job, run: Folder) -> Folder:

@@ -6,7 +6,7 @@ from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.source import ModelFolder, find_model
 from trainers.records import Record
-from trainers.run.folder import checkpoints_folder, run_folder
+from trainers.run.folder import SHARDS, checkpoints_folder, run_folder
 from trainers.shards.dataset import ShardSet
 from trainers.shards.keys import Splits, load_shards, plan_splits
 from trainers.shards.manifest import ShardManifest, Shards, shards_folder
@@ -34,6 +34,10 @@ class Run(Record):
         """The same run with `evaluate.on` settled."""
         evaluate = self.job.evaluate.model_copy(update={"on": place})
         return self.model_copy(update={"job": self.job.model_copy(update={"evaluate": evaluate})})
+
+    def note_shards(self) -> None:
+        """Leave the keys of its shards in the run folder."""
+        self.folder.write_json(SHARDS, [manifest.key for manifest in self.shards.all])
 
     def load_task(self) -> Task:
         """The job's task, knowing the labels of the training data."""

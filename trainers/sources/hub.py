@@ -38,7 +38,7 @@ def _load(uri: str, body: str, split: str) -> Any:
             return datasets.load_from_disk(name_or_folder)
         name, config = (name_or_folder, None) if local else ("/".join(parts[:2]), "/".join(parts[2:]) or None)
         return datasets.load_dataset(name, config, split=split, revision=revision or None)
-    except Exception as error:  # a dozen unrelated types; all mean: not to be had
+    except Exception as error:  # a dozen unrelated types; all mean: not available
         first = str(error).splitlines()[0] if str(error) else ""
         raise JobError(
             f"{uri}: no such data set or split ({type(error).__name__}: {first}). Check the spelling, the network, "

@@ -203,7 +203,7 @@ def _in_fp64(measure: Callable[[CheckContext], Measured], context: CheckContext)
     try:
         error, detail = measure(context)
     except (RuntimeError, NotImplementedError) as failure:
-        return None, f"fp64 is not to be had here ({str(failure).splitlines()[0]})"
+        return None, f"fp64 is not available here ({str(failure).splitlines()[0]})"
     finally:
         context.model.float()
     return error, "fp64 gives NaN" if math.isnan(error) else detail

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.commands.find_run import find_folder, find_job
+from tests.test_docs import COMMANDS
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from trainers.errors import JobError
 from trainers.job.schema import Job
@@ -79,6 +80,25 @@ def parsed(*words: str) -> Any:
     return json.loads(done.stdout)
 
 
+HERE = {"ledger", "plan", "status", "registry list", "doctor", "goodput", "gc", "show", "evaluate"}
+ELSEWHERE = {
+    "verify",
+    "sweep",
+    "compare",
+    "jobs list",
+    "registry show",
+    "registry verify",
+    "registry compare",
+    "registry gc",
+}
+"""Commands whose --json tests of their own parse."""
+
+
+def test_no_command_with_json_is_forgotten() -> None:
+    having = {path for path, command in COMMANDS.items() if any("--json" in param.opts for param in command.params)}
+    assert {" ".join(path) for path in having} == HERE | ELSEWHERE
+
+
 def test_every_json_is_json_alone_on_stdout(job: Job, run: Folder) -> None:
     job_file, storage = str(run.path.parents[2] / "job.yaml"), job.storage
     assert parsed("ledger", run.name, "--storage", storage, "--json")["splits"][0]["split"] == "train"
@@ -87,6 +107,9 @@ def test_every_json_is_json_alone_on_stdout(job: Job, run: Folder) -> None:
     assert parsed("registry", "list", "--storage", storage, "--json") == []
     assert parsed("doctor", "--storage", storage, "--json")
     assert parsed("goodput", "--nodes", "8", "--node-mtbf-hours", "1000", "--json")
+    (kept,) = parsed("gc", "--storage", storage, "--json")["kept"]
+    assert "did not note its own" in kept  # what `shard_locally` made has no shards.json
+    assert parsed("show", job_file, "--json")[0]["tokens"]
 
 
 def test_status_takes_what_every_command_takes_and_names_a_storage_that_is_not_there(job: Job, run: Folder) -> None:
