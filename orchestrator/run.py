@@ -25,6 +25,7 @@ from orchestrator.registry.read import champion, row_scores_of
 from orchestrator.run_session import Asked, RunSession, evaluation_place, finished_run, open_session, stop_asked_for
 from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
+from orchestrator.tracking.ray_gauges import RayGauges
 from orchestrator.training import controller
 from trainers.checkpoint.export import PROVENANCE
 from trainers.evaluation.harness import is_measured
@@ -79,11 +80,12 @@ def train(session: RunSession, stop: Callable[[], AbstractContextManager[Asked]]
     """
     gpus = check_placement(session.run.job.scale)
     run = session.run.evaluated_on(evaluation_place(session.checked, gpus, ray.cluster_resources()).on)
-    pool = EvaluationPool(run, gpus)
+    pool, gauges = EvaluationPool(run, gpus), RayGauges(run.folder.name)
     if not controller.finished_training(run.folder, run.checkpoints):
 
         def show(event: Event) -> None:
             session.screen.on_event(event, session.steps(event))
+            gauges.on_event(event)
 
         session.screen.wait("starting the workers: self-tests and loading")
         with session.timed("train"), stop() as asked:
@@ -97,6 +99,7 @@ def train(session: RunSession, stop: Callable[[], AbstractContextManager[Asked]]
     with session.timed("evaluate"):
         for done, record in enumerate(pool.finish(), 1):
             session.log.append(evaluation_event(record))
+            gauges.on_event(evaluation_event(record))
             said = describe(evaluation_event(record), session.metric[0]) or ""
             session.screen.advance("evaluate", done, total, said.removeprefix("evaluation of "))
             pool.prune()
