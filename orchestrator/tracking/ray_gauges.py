@@ -44,9 +44,9 @@ class RayGauges:
             self._restarts += 1
             values = {"restarts": self._restarts}
         elif isinstance(event, EvaluationEvent):
-            for metric, value in event.metrics.items():
+            for metric, number in event.metrics.items():
                 if "/" not in metric:
-                    self._gauges["tuneyard_evaluation"].set(value, tags={"run": self._run, "metric": metric})
+                    self._gauges["tuneyard_evaluation"].set(number, tags={"run": self._run, "metric": metric})
         for name, value in values.items():
             if value is not None:
                 self._gauges[f"tuneyard_{name}"].set(value, tags={"run": self._run})
