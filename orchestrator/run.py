@@ -30,6 +30,7 @@ from orchestrator.training import controller
 from trainers.checkpoint.export import PROVENANCE
 from trainers.evaluation.harness import is_measured
 from trainers.evaluation.selection import find_best, select
+from trainers.run.continued import read_line
 from trainers.run.describe import describe
 from trainers.run.events import Event, GoodputEvent, StepEvent
 from trainers.run.folder import Evaluation, RegisteredVersion, RunResult, evaluation_event, step_name
@@ -124,7 +125,7 @@ def register(session: RunSession, best: Evaluation) -> RegisteredVersion:
         if not (exports / chosen).exists(PROVENANCE):  # the ranks evaluate without an export
             ray.get(ray.remote(num_cpus=1)(export_step).remote(run, best.step))
         decision = weigh(session, best)
-        parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder))
+        parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder), read_line(run.folder))
         write_card(exports / chosen, run.job, best, parents)
         version = registry.register(run.job, run.folder, best, exports / chosen, parents, decision, run.shards)
         for name in exports.list():

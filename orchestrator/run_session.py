@@ -25,6 +25,7 @@ from trainers.errors import JobError, Preempted, TuneyardError
 from trainers.evaluation.confusion import draw_confusion
 from trainers.model.deepspeed_config import keeps_on_disk
 from trainers.model.fit import count_parameters, tensor_shapes
+from trainers.run.continued import read_line
 from trainers.run.events import Event, StageEvent, StageStartEvent, StartEvent, read_events, steps_of
 from trainers.run.folder import RESULT, SHARDS, Evaluation, RegisteredVersion, RunResult, read_result, run_folder
 from trainers.run.goodput import account, share
@@ -120,7 +121,7 @@ class RunSession:
     def _write_pages(self, result: RunResult) -> None:
         """The report of this run, and the index of all."""
         run = self.run
-        parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder))
+        parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder), read_line(run.folder))
         details = gather(run, result)
         page = render_report(run.folder, result, run.job, self.events(), run.shards, parents, details)
         run.folder.write_bytes(REPORT, page.encode())

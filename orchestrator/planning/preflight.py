@@ -20,11 +20,13 @@ from trainers.model.fit import check_fit, check_teacher, tensor_shapes
 from trainers.model.lora import check_frozen
 from trainers.model.memory import ModelSize
 from trainers.model.source import ModelFolder, find_teacher, prepare_model
-from trainers.shards.keys import Splits, find_split, plan_splits, split_names, with_eval
+from trainers.run.record import run_of
+from trainers.shards.keys import Splits, find_split, load_shards, plan_splits, split_names, with_eval
 from trainers.sources.files import SourceFile
 from trainers.sources.readers import check_columns, needed_fields, task_columns
 from trainers.storage import Folder
 from trainers.tasks import check_measures, choose_metric
+from trainers.training.continuing import check_same_ground, find_parent, has_begun
 from trainers.verification.packing import PackingDecision, decide_packing, with_packing
 
 METRIC = ("task", "evaluate.metric", "evaluate.mode", "evaluate.metrics")
@@ -34,6 +36,7 @@ ROWS = ("task", "data.format", "data.columns", "data.prompt")
 MODEL = ("storage", "model.path", "model.revision", "model.gguf_file", "model.trust_remote_code", "train.distill")
 LENGTHS = ("task", "data.max_length", "data.max_target_length", "data.chat_template")
 DATA = ("task", "data")
+TRAINED = ("task", "model", "data", "train")
 """Places of the job file that a check reads: where one is wrong, the check is passed over."""
 
 
@@ -101,6 +104,9 @@ def _check(draft: Draft, weights: bool, runs: bool = False) -> CheckedJob:
     splits = None
     if model and len(sources) == len(found):
         splits = check("the data", DATA, lambda: plan_splits(job, model.path, with_eval(sources)))
+    if model and splits and job.train.continue_from:
+        begins = check("the run to go on from", TRAINED, partial(check_continued, job, model, splits))
+        notes = (*notes, *(begins or ()))
     check.require()
     assert model is not None and splits is not None
     packing = decide_packing(job, model)
@@ -123,6 +129,21 @@ def _check_model(job: Job, check: Checks, weights: bool) -> tuple[ModelFolder | 
     return model, tuple(
         check("the model's positions and vocabulary", LENGTHS, lambda: check_fit(job, model.path)) or ()
     )
+
+
+def check_continued(job: Job, model: ModelFolder, splits: Splits) -> list[str]:
+    """What is to know of a job that goes on from another run's checkpoint; nothing is asked of that once it has one of
+    its own. Raises JobError with every problem."""
+    assert job.train.continue_from is not None
+    job = with_packing(job, decide_packing(job, model))
+    shards = load_shards(job, splits)
+    if shards and has_begun(run_of(job, model, shards).checkpoints):
+        return []
+    parent = find_parent(job)
+    if shards:
+        check_same_ground(parent, model.digest, shards)
+    told = ", ".join(f"{field} {was} -> {now}" for field, (was, now) in parent.changed.items())
+    return [f"begins at step {job.train.continue_from.step} of {parent.folder}; from there on: {told or 'no change'}"]
 
 
 def check_run_storage(job: Job) -> None:

@@ -12,17 +12,21 @@ import yaml
 
 from trainers.credentials import hide_credentials
 from trainers.job.schema import Job
+from trainers.run.continued import Ancestor, told_line
 from trainers.shards.manifest import ShardManifest, Shards
 from trainers.training.divergence import SkippedSteps
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "ray", "pyarrow", "numpy", "scikit-learn", "mlflow")
 
 
-def lineage(job: Job, shards: Shards, model_digest: str, skipped: SkippedSteps) -> dict[str, str]:
+def lineage(
+    job: Job, shards: Shards, model_digest: str, skipped: SkippedSteps, line: tuple[Ancestor, ...] = ()
+) -> dict[str, str]:
     """What a registered version says of its making: everything needed to make it again.
 
     Args:
         skipped: steps that the run left out because their loss diverged.
+        line: the runs that trained the steps before it began, the oldest first.
     """
     metric = job.evaluate.metric
     left_out = "; ".join(f"step {one.step + 1}: {one.reason}, {len(one.rows)} rows" for one in skipped.steps)
@@ -37,6 +41,7 @@ def lineage(job: Job, shards: Shards, model_digest: str, skipped: SkippedSteps) 
         **{key: value for held in shards.beside.values() for key, value in _data(held.split, held).items()},
         **({"evaluate.metric": metric} if metric else {}),
         **({"train.skipped": left_out} if left_out else {}),
+        **({"train.continued": "; ".join(told_line(line))} if line else {}),
         **versions(),
         **code(),
     }

@@ -30,10 +30,31 @@ def trial_table(record: SweepRecord, error_chars: int | None = None) -> Table:
         state = f"failed: {why}" if trial.error else trial.state
         taken = f"{trial.step:,}/{trial.steps:,}" if trial.steps else None
         values = (trial.values.get(name) for name in record.fields)
-        rows.append((trial.number, *values, best[1], best[0], taken, "best" if trial.number == record.best else state))
+        copied = f"trial {trial.line[-1].trial} at step {trial.line[-1].step}" if trial.line else None
+        came = (copied,) if record.method == "population" else ()
+        ending = "best" if trial.number == record.best else state
+        rows.append((trial.number, *values, *came, best[1], best[0], taken, ending))
     kinds = ["failure" if trial.error else "best" if trial.number == record.best else "" for trial in record.ranked()]
     names = (name.removeprefix("train.") for name in record.fields)
-    return Table(f"trials, by {record.metric}", ("trial", *names, record.metric, "at step", "steps", ""), rows, kinds)
+    came_from = ("copied from",) if record.method == "population" else ()
+    columns = ("trial", *names, *came_from, record.metric, "at step", "steps", "")
+    return Table(f"trials, by {record.metric}", columns, rows, kinds)
+
+
+def line_table(record: SweepRecord) -> Table | None:
+    """A line a stretch of steps that had the same values, for trials that copied another; None where none did."""
+    rows = []
+    for trial in record.ranked():
+        first = 1
+        for stretch in trial.line:
+            values = (stretch.values.get(name) for name in record.fields)
+            rows.append((trial.number, f"{first:,} to {stretch.step:,}", *values, stretch.run))
+            first = stretch.step + 1
+        if trial.line:
+            values = (trial.values.get(name) for name in record.fields)
+            rows.append((trial.number, f"{first:,} to {trial.step:,}", *values, trial.run))
+    names = (name.removeprefix("train.") for name in record.fields)
+    return Table("values by step", ("trial", "steps", *names, "run"), rows) if rows else None
 
 
 def write_page(folder: Folder, record: SweepRecord) -> None:
@@ -45,7 +66,8 @@ def write_page(folder: Folder, record: SweepRecord) -> None:
     plot, table = Markup(draw_parallel(record)), trial_table(record)
     runs = {text(trial.number): trial.run for trial in record.trials}
     steps = sum(trial.step for trial in record.trials), sum(trial.steps for trial in record.trials)
-    folder.write_bytes(REPORT, page.render(record=record, table=table, plot=plot, runs=runs, steps=steps).encode())
+    told = page.render(record=record, table=table, plot=plot, runs=runs, steps=steps, line=line_table(record))
+    folder.write_bytes(REPORT, told.encode())
 
 
 def draw_parallel(record: SweepRecord) -> str:

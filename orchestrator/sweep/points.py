@@ -22,7 +22,7 @@ def first_points(spec: SweepSpec) -> list[dict[str, Any]]:
         if count > MOST_TRIALS:
             raise JobError(f"the grid has {count:,} points; at most {MOST_TRIALS:,} are tried")
         return [dict(zip(spec.space, point, strict=True)) for point in itertools.product(*values)]
-    if spec.method == "random":
+    if spec.method in ("random", "population"):
         return _drawn(spec)
     return []
 

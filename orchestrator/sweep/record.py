@@ -13,8 +13,36 @@ State = Literal["waiting", "paused", "trained", "failed"]
 """waiting: not yet, or under way. paused: stopped at a committed checkpoint, by halving."""
 
 
+class Copy(Record):
+    """A decision of population-based training: a trial gives up its run and goes on from another's checkpoint."""
+
+    generation: int
+    """That has ended, from 1."""
+    trial: int
+    parent: int
+    """Number of the trial whose checkpoint it takes."""
+    step: int
+    values: dict[str, Any]
+    """From that step on."""
+    left: str = ""
+    """Name of the run folder that the trial gives up."""
+
+
+class Stretch(Record):
+    """Steps that a trial has from another trial's run: what it had from there, from the first step to this one."""
+
+    trial: int
+    run: str
+    """Name of its run folder."""
+    values: dict[str, Any]
+    step: int
+    """The last of its steps that counts."""
+    digest: str
+    """Of that checkpoint: `trainers.job.sections.ContinueSection`."""
+
+
 class Trial(Record):
-    """One run of a sweep."""
+    """One run of a sweep; under population-based training the newest of a line of runs."""
 
     number: int
     """From 1."""
@@ -31,6 +59,8 @@ class Trial(Record):
     curve: tuple[tuple[int, float], ...] = ()
     """Step and deciding metric of each evaluation, by step."""
     error: str | None = None
+    line: tuple[Stretch, ...] = ()
+    """Where its run began: the runs that trained the steps before, the oldest first; empty: at the model."""
 
     def best(self, mode: Mode, until: int | None = None) -> tuple[int, float] | None:
         """Step and value of the best evaluation up to a step; the earliest of equals. NaN is never best."""
@@ -51,6 +81,10 @@ class SweepRecord(Record):
     metric: str
     mode: Mode
     trials: tuple[Trial, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    """Of population-based training, every decision in the order it was made."""
+    generations: int = 0
+    """Of population-based training: ends of generations that were decided upon."""
     best: int | None = None
     """Number of the trial whose model is registered."""
     registry: RegisteredVersion | None = None

@@ -15,6 +15,7 @@ from trainers.job.explain import explain
 from trainers.job.load import load_job, parse_yaml, read_yaml
 from trainers.job.schema import Job
 from trainers.records import Record
+from trainers.run.continued import is_changeable, refusal
 
 FIXED = ("name", "storage", "task", "registry", "evaluate.metric", "evaluate.mode", "data.eval", "data.eval_fraction",
          "checkpoint.storage")  # fmt: skip
@@ -38,18 +39,24 @@ class SweepSpec(Record):
     """Path of the job file, from the sweep file's folder."""
     space: dict[str, tuple[Any, ...] | Range]
     """A job's fields, each with its values or its range."""
-    method: Literal["grid", "random", "tpe"] = "grid"
+    method: Literal["grid", "random", "tpe", "population"] = "grid"
     trials: Annotated[int, Field(ge=1, le=MOST_TRIALS)] | None = None
-    """How many to draw; for a grid all."""
+    """How many to draw; for a grid all; for population its members."""
     seed: int = 0
     halving: Annotated[int, Field(ge=2)] | None = None
     """Successive halving (ASHA): of so many trials one goes on at each pause; null trains each to its end."""
     pauses: Annotated[int, Field(ge=1)] | None = None
     """At most so many, the late ones; null: as many as leave one trial."""
 
+    generations: Annotated[int, Field(ge=2)] | None = None
+    """population: stretches of the training; between two of them the worst members copy the best."""
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """population: the share of the members that copies, and of those that are copied."""
+
     def digest(self) -> str:
         """Of all that makes the sweep but for where its job file lies."""
-        return hashlib.sha256(self.model_dump_json(exclude={"job"}).encode()).hexdigest()
+        alone = set() if self.method == "population" else {"generations", "quantile"}
+        return hashlib.sha256(self.model_dump_json(exclude={"job", *alone}).encode()).hexdigest()
 
 
 def read_spec(path: Path, grids: Sequence[str], halving: int | None) -> SweepSpec:
@@ -73,11 +80,29 @@ def read_spec(path: Path, grids: Sequence[str], halving: int | None) -> SweepSpe
         problems.append(f"trials: {spec.method} needs to know how many to draw")
     if spec.method == "grid" and spec.trials is not None:
         problems.append("trials: a grid has all its points; leave trials out, or choose method: random or tpe")
+    problems += _population_problems(spec, raw)
     if spec.pauses is not None and spec.halving is None:
         problems.append("pauses: trials pause for halving alone; say how many there are to one that goes on")
     if problems:
         raise JobError(problems, str(path))
     return spec.model_copy(update={"job": str(path.absolute().parent / spec.job)})
+
+
+def _population_problems(spec: SweepSpec, raw: Mapping[str, Any]) -> list[str]:
+    """What only population-based training needs, or cannot have."""
+    if spec.method != "population":
+        return [f"{name}: for method: population alone; leave it out"
+                for name in ("generations", "quantile") if raw.get(name) is not None]  # fmt: skip
+    fixed = {field: refusal(field) or "it says how long it is" for field in spec.space if not is_changeable(field)}
+    problems = [f"space.{field}: cannot change within a training ({why}); give it in the job, or choose method: random"
+                for field, why in fixed.items()]  # fmt: skip
+    if spec.generations is None:
+        problems.append("generations: population needs to know how many, 2 or more")
+    if spec.trials is not None and spec.trials < 2:
+        problems.append("trials: of one member nobody copies; give 2 or more")
+    if spec.halving is not None:
+        problems.append("halving: population stops nobody; leave halving out, or choose method: random")
+    return problems
 
 
 def _read_grids(grids: Sequence[str]) -> dict[str, tuple[Any, ...] | Range]:
@@ -136,7 +161,7 @@ def _range_problems(field: str, given: dict[str, Any], method: str) -> list[str]
     if bounds.log and bounds.low <= 0:
         return [f"{field}: log needs a low above 0, got {bounds.low}"]
     if method == "grid":
-        return [f"{field}: a grid needs a list of values; ranges are for method: random and tpe"]
+        return [f"{field}: a grid needs a list of values; ranges are for method: random, tpe and population"]
     return []
 
 

@@ -16,10 +16,12 @@ from orchestrator.ray_session import check_placement, ray_session
 from orchestrator.run import register
 from orchestrator.run_session import Asked, RunSession, plan_here, stop_asked_for
 from orchestrator.sharding.stage import write_shards
+from orchestrator.sweep.generation import begin_held, end_generation, origin, runs_folder
 from orchestrator.sweep.halving import next_stop, next_trial, pause_steps
 from orchestrator.sweep.leg import Leg, LegEnd
 from orchestrator.sweep.page import write_page
 from orchestrator.sweep.points import extreme_points, first_points
+from orchestrator.sweep.population import ends_of_generations, is_over, next_member
 from orchestrator.sweep.record import SweepRecord, Trial, read_sweep, write_sweep
 from orchestrator.sweep.spec import SweepSpec, told, trial_job
 from orchestrator.sweep.tpe import check_optuna, propose
@@ -54,12 +56,13 @@ class Sweep:
     wants_stop: Asked
     busy: set[int] = field(default_factory=set)
     deaths: dict[int, int] = field(default_factory=dict)
-    cleaned: set[int] = field(default_factory=set)
+    cleaned: set[str] = field(default_factory=set)
+    """Run folders."""
 
     def next_leg(self) -> tuple[int, Leg] | None:
         """See `tuner.Desk`."""
         self._add_trial()
-        while (number := next_trial(self.record.trials, self.busy, self.spec.halving, self.record.mode)) is not None:
+        while (number := self._next()) is not None:
             try:
                 trial = self._begun(self.trial(number))
             except TuneyardError as error:  # data that this trial's values make unfit, say
@@ -68,6 +71,25 @@ class Sweep:
             self.busy.add(number)
             return number, Leg(sweep=self.folder, job=self.job_of(trial), until=next_stop(trial))
         return None
+
+    def _next(self) -> int | None:
+        """The trial that should train now."""
+        if self.spec.method != "population":
+            return next_trial(self.record.trials, self.busy, self.spec.halving, self.record.mode)
+        self._take_over()
+        while is_over(self.record.trials, self.busy, self.record.generations):
+            end_generation(self)
+            self._take_over()
+        return next_member(self.record.trials, self.busy, self.record.generations)
+
+    def _take_over(self) -> None:
+        """Who copies holds its parent's checkpoint before anybody trains on, for training deletes older ones."""
+        for trial in self.record.trials:
+            if trial.line and not trial.run and trial.state == "paused":
+                try:
+                    self._begun(trial)
+                except TuneyardError as error:
+                    self.take(trial.number, LegEnd(error=describe(to_record(error))))
 
     def _add_trial(self) -> None:
         """One more, where the values of trials come from those before and nobody waits."""
@@ -86,6 +108,10 @@ class Sweep:
         run = run_of(checked.job, checked.model, _write_shards(checked, self.screen))
         job, steps, count = run.job, plan_here(checked).steps, self.spec.trials or len(self.record.trials)
         pauses = pause_steps(steps, job.checkpoint.every_steps, self.spec.halving, count, self.spec.pauses)
+        if self.spec.generations:
+            pauses = ends_of_generations(steps, job.checkpoint.every_steps, self.spec.generations)
+        if trial.line:
+            begin_held(run, steps)
         return self._note(trial.model_copy(update={"run": run.folder.name, "steps": steps, "pauses": pauses}))
 
     def take(self, number: int, end: LegEnd | None) -> None:
@@ -121,7 +147,9 @@ class Sweep:
         """As it runs: all devices may be taken by trials, so the ranks evaluate unless the job says otherwise."""
         job = trial_job(self.spec, self.overrides, trial.values)
         on_ranks = job.evaluate.on == "auto" and job.evaluate.while_training
-        place = {"evaluate": job.evaluate.model_copy(update={"on": "ranks"})} if on_ranks else {}
+        place: dict[str, Any] = {"evaluate": job.evaluate.model_copy(update={"on": "ranks"})} if on_ranks else {}
+        if trial.line:
+            place["train"] = job.train.model_copy(update={"continue_from": origin(self.folder, trial.line[-1])})
         return job.model_copy(update=place)
 
     def say(self, number: int, line: str) -> None:
@@ -129,16 +157,16 @@ class Sweep:
         self.screen.say(f"trial {number} ({told(self.trial(number).values)}): {line}")
 
     def clean(self, best: int, everything: bool = False) -> None:
-        """Delete checkpoints and exports of trials that have ended and are not the best; a registered one's stay. In
-        threads: Tune's loop goes on meanwhile."""
-        for trial in self.record.trials:
-            ended = everything or trial.state in ("trained", "failed")
-            if not trial.run or trial.number in {best, *self.cleaned} or not ended:
-                continue
-            self.cleaned.add(trial.number)
-            run = self.folder.parent.parent / "runs" / trial.run
+        """Delete checkpoints and exports of trials that have ended and are not the best, and of runs that were given
+        up; a registered one's stay. In threads: Tune's loop goes on meanwhile."""
+        trials = self.record.trials
+        ended = {trial.run for trial in trials if everything or trial.state in ("trained", "failed")}
+        left = {copy.left for copy in self.record.copies} - {trial.run for trial in trials}
+        for name in sorted((ended | left) - {"", self.trial(best).run} - self.cleaned):
+            self.cleaned.add(name)
+            run = runs_folder(self.folder) / name
             if not promoted_steps(run):
-                remove_beside(checkpoints_folder(self.job_of(trial), run), run / "export")
+                remove_beside(checkpoints_folder(self.job_of(trials[0]), run), run / "export")
 
 
 def run_sweep(
@@ -167,6 +195,8 @@ def run_sweep(
         write_sweep(folder, record)
         if not any(trial.run for trial in record.trials):
             _write_shards(checked, screen)  # data that is refused ends the sweep before its first trial
+            if spec.generations:
+                ends_of_generations(plan_here(checked).steps, checked.job.checkpoint.every_steps, spec.generations)
         run_legs(sweep, folder, _at_once(checked.job, gpus))
         if asked():
             raise Preempted("stopped on request; the same command goes on from there")
@@ -189,7 +219,7 @@ def check_trials(spec: SweepSpec, overrides: Sequence[str]) -> tuple[CheckedJob,
     if spec.method == "tpe":
         check_optuna()
     points = first_points(spec)
-    probes = points or extreme_points(spec)
+    probes = [*points, *(extreme_points(spec) if spec.method in ("tpe", "population") else ())]
     problems: dict[str, list[str]] = {}
     checked: list[CheckedJob] = []
     for point in probes:

@@ -14,6 +14,7 @@ from trainers.credentials import all_known, learn
 from trainers.job.sections import (
     LISTED,
     CheckpointSection,
+    ContinueSection,
     DataOptions,
     DistillSection,
     LoraSection,
@@ -198,6 +199,8 @@ class TrainSection(TrainOptions):
     """Uniform noise on the embeddings of causal models while training (NEFTune); 0 is none."""
     distill: Annotated[DistillSection | None, For(*TOKEN_TASKS)] = None
     """Learn from a teacher too."""
+    continue_from: ContinueSection | None = None
+    """Begin from a checkpoint of another run, with other values from that step on."""
     profile: bool = False
     """Look at three steps with torch's profiler: what takes the time, and a trace in the run folder's profile/."""
     deterministic: bool = False
@@ -213,7 +216,7 @@ class TrainSection(TrainOptions):
         return int(self.activation_checkpointing == "full")
 
 
-LATER = (("data", "eval_sets"), ("evaluate", "guards"), ("evaluate", "metrics"))
+LATER = (("data", "eval_sets"), ("evaluate", "guards"), ("evaluate", "metrics"), ("train", "continue_from"))
 """Fields that count in a job's identity where they are set: without them it is what it was before there were any."""
 
 
@@ -257,9 +260,9 @@ class Job(Section):
     def column(self, field: str) -> str:
         return self.data.columns.get(field, field)
 
-    def identity(self) -> str:
-        """Digest of all that changes the trained weights or how they are scored, `evaluate.metric` included: another
-        metric is another run. Where and how large the job runs does not count."""
+    def counted(self) -> dict[str, Any]:
+        """All that changes the trained weights or how they are scored, `evaluate.metric` included: another metric is
+        another run. Where and how large the job runs does not count."""
         how = {
             "verify",
             "deterministic",
@@ -277,4 +280,8 @@ class Job(Section):
         for section, name in LATER:
             if not parts[section][name]:
                 del parts[section][name]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return parts
+
+    def identity(self) -> str:
+        """Digest of all that counts."""
+        return hashlib.sha256(json.dumps(self.counted(), sort_keys=True).encode()).hexdigest()

@@ -62,6 +62,17 @@ class DistillSection(Section):
     """Weight of the divergence; the cross entropy has the rest."""
 
 
+class ContinueSection(Section):
+    """Where a run begins that goes on with another's training: weights, moments, step and place in the data."""
+
+    run: AnyPath
+    """The other run's folder."""
+    step: Annotated[int, Field(ge=1)]
+    """A step that it committed."""
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = None
+    """The content of that checkpoint's COMMITTED, where no other may be taken; null takes what is there."""
+
+
 class GenerateSection(Section):
     """How texts are generated in evaluation, as transformers' `generate` names it."""
 

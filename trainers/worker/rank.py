@@ -23,6 +23,7 @@ from trainers.run.record import Run
 from trainers.storage import Folder
 from trainers.tasks import Task
 from trainers.tokenizer.encoder import Encoder, load_encoder
+from trainers.training.continuing import begin_from_parent
 from trainers.training.distill import load_objective
 from trainers.training.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
 from trainers.training.hooks import Evaluate, Hooks
@@ -119,7 +120,7 @@ def _train(
     packs = index_packs(job, shards)
     order = job_order(job, len(packs))
     objective = load_objective(job, task, pad_id, world)
-    skipped = world.broadcast(read_skipped(run.folder) if world.rank == 0 else SkippedSteps())
+    skipped = world.broadcast(_begin(run, order.steps, hooks) if world.rank == 0 else SkippedSteps())
     engine = build_engine(job, task, run.model.path, pad_id, config, world)
     check_frozen(engine)
     if job.packing:
@@ -157,6 +158,13 @@ def _train(
         hooks.emit(DoneEvent(step=outcome.progress.step, tokens=outcome.progress.tokens, stopped=outcome.stopped))
     hooks.at("done", outcome.progress.step)
     return outcome
+
+
+def _begin(run: Run, steps: int, hooks: Hooks) -> SkippedSteps:
+    """Take over the checkpoint that the job names, if it does; the steps that are left out."""
+    if adopted := begin_from_parent(run, steps):
+        hooks.emit(adopted)
+    return read_skipped(run.folder)
 
 
 def _checkpointer(run: Run, job: Job, engine: Any, skipped: SkippedSteps, hooks: Hooks, world: World) -> Checkpointer:

@@ -25,6 +25,7 @@ from orchestrator.registry.register import register
 from tests.postgres import postgres
 from trainers.errors import EvaluationError, JobError
 from trainers.job.load import parse_job
+from trainers.run.continued import Ancestor
 from trainers.run.folder import Evaluation
 from trainers.run.row_scores import write_row_scores
 from trainers.shards.manifest import ShardManifest, ShardRecord, Shards
@@ -240,7 +241,10 @@ def test_lineage_tells_data_job_code_libraries_and_seed(storage):
     job = job_of(storage)
     left_out = SkippedStep(step=6, loss="nan", reason="the loss is nan", sequences=(3,), rows=(("a.jsonl", 4),))
     shards = Shards(train=manifest_of("train"), eval=manifest_of("eval"))
-    told = lineage(job, shards, "digest-1", SkippedSteps(steps=(left_out,)))
+    changed = {"train.learning_rate": (1e-3, 2e-3)}
+    line = (Ancestor(run="tiny-0", step=8, digest="d0", changed=changed),)
+    told = lineage(job, shards, "digest-1", SkippedSteps(steps=(left_out,)), line)
+    assert told["train.continued"] == "steps 1-8: tiny-0 (d0); then train.learning_rate 0.001 -> 0.002"
     assert told["train.skipped"] == "step 7: the loss is nan, 1 rows"
     assert told["data.train.key"] == "key-train"
     assert told["data.train.ledger"] == "dropped:empty_text 2, kept 8, truncated 1"
