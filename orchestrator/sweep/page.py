@@ -21,7 +21,7 @@ ERROR_CHARS = 60
 
 
 def trial_table(record: SweepRecord, error_chars: int | None = None) -> Table:
-    """A line a trial, the best first; so many characters of why it failed."""
+    """A line a trial, the best first; so many characters of why it failed. copied: which trial, at which step."""
     rows = []
     for trial in record.ranked():
         best = trial.best(record.mode) or (None, None)
@@ -30,13 +30,13 @@ def trial_table(record: SweepRecord, error_chars: int | None = None) -> Table:
         state = f"failed: {why}" if trial.error else trial.state
         taken = f"{trial.step:,}/{trial.steps:,}" if trial.steps else None
         values = (trial.values.get(name) for name in record.fields)
-        copied = f"trial {trial.line[-1].trial} at step {trial.line[-1].step}" if trial.line else None
+        copied = f"{trial.line[-1].trial} at {trial.line[-1].step:,}" if trial.line else None
         came = (copied,) if record.method == "population" else ()
         ending = "best" if trial.number == record.best else state
         rows.append((trial.number, *values, *came, best[1], best[0], taken, ending))
     kinds = ["failure" if trial.error else "best" if trial.number == record.best else "" for trial in record.ranked()]
     names = (name.removeprefix("train.") for name in record.fields)
-    came_from = ("copied from",) if record.method == "population" else ()
+    came_from = ("copied",) if record.method == "population" else ()
     columns = ("trial", *names, *came_from, record.metric, "at step", "steps", "")
     return Table(f"trials, by {record.metric}", columns, rows, kinds)
 
