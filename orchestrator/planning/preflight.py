@@ -36,7 +36,7 @@ ROWS = ("task", "data.format", "data.columns", "data.prompt")
 MODEL = ("storage", "model.path", "model.revision", "model.gguf_file", "model.trust_remote_code", "train.distill")
 LENGTHS = ("task", "data.max_length", "data.max_target_length", "data.chat_template")
 DATA = ("task", "data")
-TRAINED = ("task", "model", "data", "train")
+TRAINED = ("name", "storage", "task", "model", "data", "train", "checkpoint", "evaluate")
 """Places of the job file that a check reads: where one is wrong, the check is passed over."""
 
 
@@ -134,7 +134,8 @@ def _check_model(job: Job, check: Checks, weights: bool) -> tuple[ModelFolder | 
 def check_continued(job: Job, model: ModelFolder, splits: Splits) -> list[str]:
     """What is to know of a job that goes on from another run's checkpoint; nothing is asked of that once it has one of
     its own. Raises JobError with every problem."""
-    assert job.train.continue_from is not None
+    asked = job.train.continue_from
+    assert asked is not None
     job = with_packing(job, decide_packing(job, model))
     shards = load_shards(job, splits)
     if shards and has_begun(run_of(job, model, shards).checkpoints):
@@ -143,7 +144,7 @@ def check_continued(job: Job, model: ModelFolder, splits: Splits) -> list[str]:
     if shards:
         check_same_ground(parent, model.digest, shards)
     told = ", ".join(f"{field} {was} -> {now}" for field, (was, now) in parent.changed.items())
-    return [f"begins at step {job.train.continue_from.step} of {parent.folder}; from there on: {told or 'no change'}"]
+    return [f"begins at step {asked.step} of {parent.folder}; from there on: {told or 'no change'}"]
 
 
 def check_run_storage(job: Job) -> None:

@@ -68,7 +68,24 @@ RATE = {"train.learning_rate": {"low": 1e-5, "high": 1e-3}}
         ({"space": {}}, ["space: name at least one field"]),
         ({"space": RATE}, ["space.train.learning_rate: a grid needs a list of values"]),
         ({"space": RATE, "method": "random"}, ["trials: random needs to know how many to draw"]),
-        ({"space": RATE, "method": "rnadom", "trials": 3}, ["method: must be 'grid', 'random' or 'tpe', got 'rnadom'"]),
+        ({"space": RATE, "method": "rnadom", "trials": 3}, ["'tpe' or 'population', got 'rnadom'"]),
+        ({"space": RATE, "method": "population", "trials": 4}, ["generations: population needs to know how many"]),
+        ({"space": {"train.seed": [1, 2]}, "generations": 2}, ["generations: for method: population alone"]),
+        (
+            {
+                "space": {"train.global_batch_size": [4, 8], "train.epochs": [1, 2]},
+                "method": "population",
+                "trials": 1,
+                "generations": 2,
+                "halving": 2,
+            },
+            [
+                "space.train.global_batch_size: cannot change within a training (it decides which rows a step has",
+                "space.train.epochs: cannot change within a training (it says how long it is)",
+                "trials: of one member nobody copies",
+                "halving: population stops nobody",
+            ],
+        ),
         ({"space": {"train.seed": [1, 2]}, "pauses": 2}, ["pauses: trials pause for halving alone"]),
         ({"space": {"train.seed": [1, 2]}, "trials": 2}, ["trials: a grid has all its points"]),
         (
@@ -90,6 +107,20 @@ def test_every_bound_is_checked_where_values_are_not_known_yet(job_file: Path) -
     pytest.importorskip("optuna")
     found = problems(job_file, space={"train.learning_rate": {"low": -1.0, "high": 1.0}}, method="tpe", trials=3)
     assert "with train.learning_rate=-1.0: train.learning_rate: must be greater than 0" in found
+
+
+def test_every_bound_of_a_population_is_checked_for_values_that_come_later(job_file: Path) -> None:
+    space = {"train.weight_decay": {"low": -0.1, "high": 0.1}, "train.learning_rate": [1e-3, 1e-4]}
+    found = problems(job_file, space=space, method="population", trials=2, generations=2)
+    assert "with train.learning_rate=0.001, train.weight_decay=-0.1: train.weight_decay: must be greater than" in found
+
+
+def test_what_only_populations_read_is_no_part_of_other_sweeps() -> None:
+    space = {"train.learning_rate": (1e-3, 1e-4)}
+    grid, other = (SweepSpec(job="j", space=space, quantile=quantile) for quantile in (0.25, 0.5))
+    assert grid.digest() == other.digest()
+    first, second = (one.model_copy(update={"method": "population"}) for one in (grid, other))
+    assert len({grid.digest(), first.digest(), second.digest()}) == 3
 
 
 def test_a_sweep_file_and_a_grid_together_are_refused(job_file: Path) -> None:
