@@ -16,7 +16,7 @@ from orchestrator.planning.plan import Plan, plan_job
 from orchestrator.planning.preflight import CheckedJob
 from orchestrator.ray_session import ask_nodes, check_placement, gpu_memory, ray_session, smallest_gpu
 from orchestrator.registry.lineage import lineage
-from orchestrator.report.details import beside, gather
+from orchestrator.report.details import gather, measure_guesses
 from orchestrator.report.index import write_index
 from orchestrator.report.page import REPORT, render_report
 from orchestrator.terminal.progress import Screen
@@ -104,7 +104,8 @@ class RunSession:
         """Write result.json, then the report."""
         metric, _ = self.metric
         chosen = {"step": best.step, "metric": metric, "value": best.metrics[metric], "metrics": best.metrics}
-        done = {"best": chosen, "registry": version, "evaluations": tuple(evaluations), **beside(self.run, best.step)}
+        done = {"best": chosen, "registry": version, "evaluations": tuple(evaluations), "intervals": best.intervals}
+        done |= {"baselines": measure_guesses(self.run, best.step)}
         return self._end(self._summary("done", None).model_copy(update=done))
 
     def _end(self, result: RunResult) -> RunResult:

@@ -10,19 +10,21 @@ from orchestrator.terminal.progress import Screen
 from trainers.checkpoint.export import export_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import JobError
-from trainers.evaluation.evaluate import evaluate_model
+from trainers.evaluation.device import computed_on
+from trainers.evaluation.evaluate import evaluate_model, measure_sets
 from trainers.evaluation.harness import check_harness
 from trainers.evaluation.row_views import RowView, costliest_rows
 from trainers.evaluation.selection import find_best
 from trainers.job.schema import Job
 from trainers.model.source import find_model, prepare_model
+from trainers.model.world import pick_device
 from trainers.run.folder import Evaluation, RunResult, checkpoints_folder, read_evaluations, step_name
 from trainers.run.record import find_run, job_task
 from trainers.run.row_scores import row_scores_name
 from trainers.shards.keys import load_shards, plan_splits
 from trainers.shards.manifest import Shards
 from trainers.storage import Folder
-from trainers.tasks import SET, choose_metric
+from trainers.tasks import choose_metric
 
 
 def evaluate_steps(job: Job, step: int | None, address: str | None, screen: Screen) -> list[Evaluation]:
@@ -80,18 +82,17 @@ def evaluate_folder(job: Job, model: Path) -> dict[str, Any]:
     """Evaluate any Hugging Face folder on the job's evaluation data, in this process. Nothing is written.
 
     Returns:
-        Its metrics, the key of the evaluation shards, and the number of their rows.
+        Its metrics, intervals and notes, the key of the evaluation shards, the device, and the number of their rows.
     """
     checked = check_job(job)
     run = find_run(checked.job, checked.model, checked.splits)
     task = job_task(job, run.shards.train, str(model))
-    metrics: dict[str, float] = {}
-    total = 0
-    for name, shards in run.open_held(task).items():
-        rows, row_scores = evaluate_model(job, task, str(model), shards)
-        metrics |= {f"{metric}{name and SET}{name}": value for metric, value in task.measure(row_scores).items()}
-        total += len(rows)
-    return {"metrics": metrics, "eval_key": run.shards.eval.key, "rows": total}
+    held = run.open_held(task)
+    numbers = {name: evaluate_model(job, task, str(model), shards)[1] for name, shards in held.items()}
+    measured = measure_sets(job, task, numbers)
+    where = {"eval_key": run.shards.eval.key, "computed_on": computed_on(pick_device(job.scale.gpus_per_worker))}
+    told = {"metrics": measured.metrics, "intervals": measured.intervals, "notes": measured.notes}
+    return {**told, **where, "rows": measured.rows}
 
 
 def shards_of(job: Job, run: Folder) -> Shards:

@@ -10,6 +10,7 @@ from trainers.errors import EvaluationError
 
 if TYPE_CHECKING:
     from orchestrator.registry.read import ModelVersion, RegisteredModel
+    from orchestrator.registry.remeasure import Remeasured
 
 app = typer.Typer(help="The model registry.", no_args_is_help=True)
 
@@ -90,18 +91,35 @@ def rollback(model: Model, storage: Storage = "runs", uri: Uri = None) -> None:
 
 @app.command()
 def verify(
-    model: Model, version: Version = None, storage: Storage = "runs", uri: Uri = None, as_json: AsJson = False
+    model: Model,
+    version: Version = None,
+    metric: Annotated[
+        bool, typer.Option("--metric", help="Evaluate it again too, on the evaluation rows of its run.")
+    ] = False,
+    storage: Storage = "runs",
+    uri: Uri = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Compute the digests of a version's files again; exit 6 where one differs."""
+    """Compute the digests of a version's files again, and its metrics with --metric; exit 6 where one differs."""
     from orchestrator.registry.manage import pick_version, verify_files
     from orchestrator.terminal.table import show as show_table
 
     chosen = pick_version(_uri(storage, uri), model, version)
     checks = verify_files(chosen)
-    rows = [(check.file, check.state) for check in checks]
-    title = f"{model} version {chosen.version}: {chosen.source}"
-    print_json([check.model_dump() for check in checks]) if as_json else show_table(title, ("file", "state"), rows)
     bad = [check.file for check in checks if check.state != "ok"]
+    found = _remeasure(chosen) if metric and checks and not bad else None
+    files = [check.model_dump() for check in checks]
+    if as_json:
+        print_json({"files": files, "metric": found.model_dump() if found else None} if metric else files)
+    else:
+        title = f"{model} version {chosen.version}: {chosen.source}"
+        show_table(title, ("file", "state"), [(check.file, check.state) for check in checks])
+        _show_remeasured(found) if found else None
+    if found and found.different:
+        raise EvaluationError(
+            f"{model} version {chosen.version} does not measure as it was registered: {', '.join(found.different)}; "
+            "its weights, or the evaluation rows, are others"
+        )
     if bad or not checks:
         raise EvaluationError(
             f"{model} version {chosen.version} is not as it was registered: "
@@ -165,6 +183,22 @@ def gc(
         return
     title = f"{'deleted' if delete else 'would be deleted with --delete'}: {sum(one.bytes for one in gone):,} bytes"
     show_table(title, ("version", "folder", "bytes"), [(one.version, one.folder, one.bytes) for one in gone])
+
+
+def _remeasure(version: "ModelVersion") -> "Remeasured":
+    from orchestrator.registry.remeasure import remeasure
+
+    return remeasure(version)
+
+
+def _show_remeasured(found: "Remeasured") -> None:
+    from orchestrator.terminal.table import show as show_table
+
+    rows = [(one.metric, repr(one.recorded), repr(one.again) if one.again is not None else None, one.state)
+            for one in found.metrics]  # fmt: skip
+    bound = f"a tolerance of {found.tolerance:g}" if found.tolerance else "every bit the same"
+    title = f"metrics over {found.rows:,} rows, recorded on {found.recorded_on}, now on {found.computed_on}: {bound}"
+    show_table(title, ("metric", "recorded", "now", "state"), rows)
 
 
 def _uri(storage: str, uri: str | None) -> str:

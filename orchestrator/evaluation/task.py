@@ -10,6 +10,7 @@ from typing import Any
 
 from trainers.checkpoint.export import export_checkpoint
 from trainers.errors import may_pass
+from trainers.evaluation.device import computed_on
 from trainers.evaluation.evaluate import (
     Measured,
     SetScores,
@@ -19,7 +20,7 @@ from trainers.evaluation.evaluate import (
 )
 from trainers.evaluation.harness import harness_metrics
 from trainers.evaluation.warm import keep_warm, open_warm
-from trainers.model.world import hide_gpus
+from trainers.model.world import hide_gpus, pick_device
 from trainers.run.folder import Evaluation, failed_evaluation, step_name, write_evaluation
 from trainers.run.record import Run
 from trainers.storage import Folder
@@ -75,7 +76,9 @@ def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:
 def _measure(run: Run, step: int, gpus: int) -> Measured:
     task = run.load_task()
     path = str(export_step(run, step).path) if step else run.model.path
-    return keep_scores(run, task, step, _score_all(run, path, gpus))
+    shares = _score_all(run, path, gpus)
+    alike = run.job.evaluate.workers == 1 or gpus == 0  # who only waits for others does not see their GPUs
+    return keep_scores(run, task, step, shares, computed_on(pick_device(gpus)) if alike else "")
 
 
 def harness_task(run: Run, gpus: int) -> Any:
@@ -85,9 +88,9 @@ def harness_task(run: Run, gpus: int) -> Any:
 
 def ask_harness(run: Run, record: Evaluation) -> Evaluation:
     """Add the metrics of the job's lm-eval tasks to an evaluation, and commit it. Raises EvaluationError."""
-    metrics, notes = harness_metrics(run.job, str(export_step(run, record.step).path))
-    more = {"metrics": {**record.metrics, **metrics}, "notes": {**record.notes, **notes}}
-    record = record.model_copy(update=more)
+    metrics, intervals, notes = harness_metrics(run.job, str(export_step(run, record.step).path))
+    more: dict[str, dict[str, Any]] = {"metrics": metrics, "intervals": intervals, "notes": notes}
+    record = record.model_copy(update={name: {**getattr(record, name), **values} for name, values in more.items()})
     write_evaluation(run.folder, record)
     return record
 

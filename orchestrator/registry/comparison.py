@@ -3,24 +3,24 @@
 The first one is what the others are compared with. Pure but for reading what runs and versions left behind.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import yaml
 
-from orchestrator.registry.bootstrap import compare
 from orchestrator.registry.promotion import RowScores
 from orchestrator.registry.read import ModelVersion, row_scores_of
 from trainers.errors import EvaluationError
+from trainers.evaluation.bootstrap import Interval, compare_all
 from trainers.job.load import parse_job
 from trainers.job.schema import Job
-from trainers.records import Record
+from trainers.records import Array, Record
 from trainers.run.folder import Evaluation
 from trainers.run.row_scores import ROW, read_labels, read_row_scores
 from trainers.storage import Folder
-from trainers.tasks import Task, load_task
+from trainers.tasks import load_task
 from trainers.tasks.options import task_options
 
 UNLIKE = ("name", "storage")
@@ -40,10 +40,8 @@ class Side:
 
 
 class Difference(Record):
-    """A metric of a model minus the first one's; the deciding one with the paired bootstrap's interval, if rows pair.
-
-    The others have none: a thousand draws of scikit-learn's slower metrics take minutes.
-    """
+    """A metric of a model minus the first one's, with the paired bootstrap's interval where rows pair. Metrics of the
+    jobs' own have none, for their code is not run to compare, nor have those over other evaluation sets."""
 
     value: float
     low: float | None = None
@@ -95,20 +93,13 @@ def compare_sides(sides: Sequence[Side], seed: int = 0) -> Comparison:
     obstacles = [_obstacle(first, other) for other in others]
     task = load_task(first.job.task, task_options(first.job))
     task.labels = first.labels
-    weighed = deciding if deciding in task.metrics_known else None  # code that a job brings is not run to compare
+    weighed = [
+        compare_all(_columns(other), _columns(first), task, seed) if obstacle is None else {}
+        for other, obstacle in zip(others, obstacles, strict=True)
+    ]
     lines = []
     for name in sorted(names, key=lambda name: (name != deciding, name)):
-        differences = [
-            _difference(
-                first,
-                other,
-                task,
-                name,
-                seed,
-                paired=obstacle is None and name == weighed,
-            )
-            for other, obstacle in zip(others, obstacles, strict=True)
-        ]
+        differences = [_difference(first, other, name, found) for other, found in zip(others, weighed, strict=True)]
         values = [side.metrics.get(name) for side in sides]
         lines.append(MetricLine(metric=name, values=values, differences=differences))
     return Comparison(
@@ -148,12 +139,12 @@ def _obstacle(first: Side, other: Side) -> str | None:
     return None if same else f"{other.name} and {first.name} were scored on different rows: no interval"
 
 
-def _difference(first: Side, other: Side, task: Task, metric: str, seed: int, paired: bool) -> Difference | None:
+def _columns(side: Side) -> dict[str, Array]:
+    return {name: values for name, values in side.rows.numbers.items() if name != ROW}
+
+
+def _difference(first: Side, other: Side, metric: str, weighed: Mapping[str, Interval]) -> Difference | None:
     if metric not in first.metrics or metric not in other.metrics:
         return None
-    value = other.metrics[metric] - first.metrics[metric]
-    if not paired:
-        return Difference(value=value)
-    left, right = ({k: v for k, v in side.rows.numbers.items() if k != ROW} for side in (first, other))
-    interval = compare(right, left, task, metric, seed)
-    return Difference(value=value, low=interval.low, high=interval.high)
+    found, value = weighed.get(metric), other.metrics[metric] - first.metrics[metric]
+    return Difference(value=value, low=found.low, high=found.high) if found else Difference(value=value)

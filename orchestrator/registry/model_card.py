@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from trainers.credentials import hide_credentials
 from trainers.job.schema import Job
+from trainers.run.describe import interval
 from trainers.run.folder import Evaluation
 from trainers.storage import Folder
 
@@ -50,7 +51,8 @@ def card_text(job: Job, best: Evaluation, lineage: Mapping[str, str]) -> str:
         model_name=name if results else None,
         eval_results=results or None,
     )
-    rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in told.items())
+    between = {metric: interval(*pair) for metric, pair in best.intervals.items()}
+    rows = "\n".join(f"| {metric} | {value:.4g} | {between.get(metric, '')} |" for metric, value in told.items())
     made = "\n".join(f"- {key}: {value}" for key, value in lineage.items() if "\n" not in value)
     return f"""---
 {metadata.to_yaml()}
@@ -61,8 +63,8 @@ def card_text(job: Job, best: Evaluation, lineage: Mapping[str, str]) -> str:
 Fine-tuned by Tuneyard for the task `{job.task}`: the checkpoint of step
 {best.step:,}, the best of its run on {best.rows:,} evaluation rows.
 
-| metric | value |
-| --- | --- |
+| metric | value | 95 % interval |
+| --- | --- | --- |
 {rows}
 
 ## How it was made

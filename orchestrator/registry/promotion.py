@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from orchestrator.registry.bootstrap import CONFIDENCE, RESAMPLES, compare, percentiles, resample
 from trainers.errors import EvaluationError
+from trainers.evaluation.bootstrap import CONFIDENCE, RESAMPLES, compare, percentiles, resample
 from trainers.evaluation.selection import BASELINE
 from trainers.records import Array, Record
 from trainers.run.row_scores import ROW, read_row_scores

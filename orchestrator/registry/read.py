@@ -48,6 +48,8 @@ class Registered(Record):
     """What makes a metric comparable, such as sacreBLEU's signature, by its name."""
     eval_key: str
     """Key of the evaluation shards."""
+    computed_on: str = ""
+    """Kind of device and version of torch that the metrics come from, where they are known."""
     promoted: bool
     """Whether it was decided that it becomes champion."""
     decision: str

@@ -105,6 +105,7 @@ def _record(
         metrics=best.metrics,
         notes=best.notes,
         eval_key=best.eval_key,
+        computed_on=best.computed_on,
         promoted=decision.promote,
         decision=decision.reason,
         files=list_files(source),

@@ -1,4 +1,4 @@
-"""What the report shows beyond the run's own records: intervals, reference values, rows. Read from the run's folder.
+"""What the report shows beyond the run's own records: reference values, rows. Read from the run's folder.
 
 Whatever cannot be read any more is left out: a report of a run that failed has little of it.
 """
@@ -7,9 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
-from orchestrator.registry.bootstrap import all_intervals, metric_interval
 from orchestrator.registry.manage import champions
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.read import find_model
@@ -23,10 +21,6 @@ from trainers.shards.shown import ShownSequence, show_sequence
 from trainers.tasks import SET, choose_metric
 from trainers.tokenizer.encoder import load_encoder
 
-MOST_INTERVALS = 20
-"""Evaluated steps that get an interval: the last ones and the best."""
-RESAMPLES, MOST_DRAWN = 200, 4_000_000
-"""Draws of the bootstrap, and rows of all of them together, in as far as 50 draws allow."""
 MOST_ROWS = 20
 
 
@@ -34,8 +28,6 @@ MOST_ROWS = 20
 class Details:
     """Parts of the report that are read from evaluation rows."""
 
-    intervals: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    """By step: where the deciding metric may lie."""
     references: Mapping[str, float] = field(default_factory=dict)
     """The deciding metric of what the run is measured against."""
     costliest: tuple[RowView, ...] = ()
@@ -49,41 +41,27 @@ def gather(run: Run, result: RunResult) -> Details:
     best, example = (result.best or {}).get("step"), _first_sequence(run)
     if not isinstance(best, int):
         return Details(example=example)
-    metric, _ = choose_metric(run.job)
-    task, seed = run.load_task(), run.job.train.seed
-    done = [one.step for one in result.evaluations if one.status == "done" and metric in one.metrics]
-    intervals = {}
-    for step in sorted({*done[-MOST_INTERVALS:], best}):
-        if numbers := _numbers(run, step):
-            intervals[step] = metric_interval(numbers, task, metric, seed, _resamples(numbers))
-    references = _references(run, metric, result)
+    references = _references(run, choose_metric(run.job)[0], result)
     try:
         costliest, generated = costliest_rows(run, best, MOST_ROWS), generations(run, best, MOST_ROWS)
     except (TuneyardError, OSError, KeyError):
         costliest, generated = [], []
-    return Details(intervals, references, tuple(costliest), tuple(generated), example)
+    return Details(references, tuple(costliest), tuple(generated), example)
 
 
-def beside(run: Run, step: int) -> dict[str, Any]:
-    """Of an evaluated step, fields of `RunResult`: an interval of each metric, and answers that need no reading."""
+def measure_guesses(run: Run, step: int) -> dict[str, dict[str, float]]:
+    """Metrics of answers that need no reading, by what they are, over the rows of an evaluated step."""
     task, seed = run.load_task(), run.job.train.seed
-    intervals: dict[str, tuple[float, float]] = {}
     baselines: dict[str, dict[str, float]] = {}
     for held in run.shards.held:
         if not (numbers := _numbers(run, step, held)):
             continue
         where = f"{held and SET}{held}"
-        found = all_intervals(numbers, task, seed, _resamples(numbers))
-        intervals |= {f"{name}{where}": interval for name, interval in found.items()}
         with suppress(EvaluationError):  # rows of an earlier version lack what these are made of
             for guess, scores in task.guesses(numbers, seed).items():
                 values = {f"{name}{where}": value for name, value in task.measure(scores).items()}
                 baselines[guess] = baselines.get(guess, {}) | values
-    return {"intervals": intervals, "baselines": baselines}
-
-
-def _resamples(numbers: Mapping[str, Array]) -> int:
-    return min(RESAMPLES, max(MOST_DRAWN // len(next(iter(numbers.values()))), 50))
+    return baselines
 
 
 def _first_sequence(run: Run) -> ShownSequence | None:

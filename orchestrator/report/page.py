@@ -4,22 +4,31 @@ Every text that came from outside is escaped by the template, `report.html`. `pl
 makes the tables, `details.py` reads the evaluation rows.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.registry.lineage import resolved_yaml
 from orchestrator.report.details import Details
+from orchestrator.report.memory import memory_table
 from orchestrator.report.plots import draw_curves
 from orchestrator.report.table import Table, text
-from orchestrator.report.tables import classes, evaluation_table, ledger_table, profile_table, time_table
+from orchestrator.report.tables import (
+    classes,
+    evaluation_table,
+    ledger_table,
+    profile_table,
+    table_by_class,
+    time_table,
+)
 from trainers.credentials import hide_credentials
 from trainers.errors import EvaluationError
 from trainers.evaluation.row_views import RowView
 from trainers.job.schema import Job
-from trainers.run.describe import duration
+from trainers.run.describe import duration, interval
 from trainers.run.events import Event
-from trainers.run.folder import RunResult
+from trainers.run.folder import Evaluation, RunResult
 from trainers.run.row_scores import read_labels, read_row_scores
 from trainers.shards.manifest import Shards
 from trainers.shards.shown import ShownSequence, stretches
@@ -62,6 +71,7 @@ def render_report(
     details, (metric, _) = details or Details(), choose_metric(job)
     step = (result.best or {}).get("step")
     best_step = step if isinstance(step, int) else None
+    best = next((one for one in result.evaluations if one.step == best_step), None)
     curves = draw_curves(events, result.evaluations, best_step, metric, details)
     origin = {name: hide_credentials(value) for name, value in (lineage or {}).items() if name != SHOWN_AS_JOB}
     folded = {name for name in origin if any(part in name for part in FOLDED)}
@@ -70,11 +80,11 @@ def render_report(
         job=job,
         result=result,
         run_name=run.name,
-        cards=_cards(result, details),
+        cards=_cards(result),
         plots=[Markup(svg) for svg in curves],  # ours; matplotlib escaped the names in it
-        evaluations=evaluation_table(result.evaluations, metric, best_step, None, result.intervals, result.baselines),
+        evaluations=evaluation_table(result.evaluations, metric, best_step, None, result.baselines),
         notes=sorted({name: note for one in result.evaluations for name, note in one.notes.items()}.items()),
-        classes=_classes(run, job, best_step, shards),
+        classes=_classes(run, job, best, shards),
         best_step=best_step,
         costliest=_row_table("costliest evaluation rows", details.costliest),
         generated=_row_table("generated texts", details.generated),
@@ -83,6 +93,7 @@ def render_report(
         ledger=ledger_table(shards.all) if shards else None,
         stages=time_table(result.accounting or result.seconds),
         profile=profile_table(events),
+        memory=memory_table(_plan(run), events),
         origin=[(name, value) for name, value in origin.items() if name not in folded],
         folded=[(name, value) for name, value in origin.items() if name in folded],
         job_yaml=resolved_yaml(job),
@@ -122,13 +133,13 @@ def _loading(job: Job, result: RunResult) -> str | None:
     )
 
 
-def _cards(result: RunResult, details: Details) -> list[dict[str, str]]:
+def _cards(result: RunResult) -> list[dict[str, str]]:
     """The headline figures."""
     best, registry, step = result.best or {}, result.registry, (result.best or {}).get("step")
     cards = []
     if best:
-        interval = details.intervals.get(step) if isinstance(step, int) else None
-        likely = f"; 95 %: {text(interval[0])} to {text(interval[1])}" if interval else ""
+        between = result.intervals.get(str(best.get("metric")))
+        likely = f"; 95 %: {interval(*between)}" if between else ""
         cards.append(_card(str(best.get("metric")), text(best.get("value")), f"best, at step {step}{likely}"))
     if registry:
         cards.append(_card("registered as", f"{registry.model} v{registry.version}", registry.alias or "not promoted"))
@@ -148,15 +159,25 @@ def _card(name: str, value: str, note: str) -> dict[str, str]:
     return {"name": name, "value": value, "note": note}
 
 
-def _classes(run: Folder, job: Job, best_step: int | None, shards: Shards | None) -> dict[str, Any] | None:
-    """Per-class figures of the best checkpoint, where the task has classes and the rows are still there."""
-    if job.task != "classify" or best_step is None:
+def _classes(run: Folder, job: Job, best: Evaluation | None, shards: Shards | None) -> dict[str, Any] | None:
+    """Figures by class of the best checkpoint; with the confusion matrix where each row has one of them and the rows
+    are still there."""
+    if best is None:
         return None
     try:
-        row_scores = read_row_scores(run, best_step)
+        row_scores = read_row_scores(run, best.step)
     except EvaluationError:
-        return None
-    if "label" not in row_scores:  # several labels a row: metrics by class stand in the table of evaluations
-        return None
-    names = tuple(shards.train.labels) if shards else tuple(read_labels(run, best_step))
-    return classes(row_scores["label"], row_scores["prediction"], names)
+        row_scores = {}
+    if job.task == "classify" and "label" in row_scores:
+        names = tuple(shards.train.labels) if shards else tuple(read_labels(run, best.step))
+        return classes(row_scores["label"], row_scores["prediction"], names, best.intervals)
+    table = table_by_class(best, list(job.data.eval_sets))
+    return {"table": table, "counts": None, "confusions": None} if table else None
+
+
+def _plan(run: Folder) -> dict[str, Any]:
+    """The plan that the run began with, if it is there."""
+    try:
+        return dict(json.loads(run.read_bytes("plan.json")))
+    except (OSError, ValueError):
+        return {}

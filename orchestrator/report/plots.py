@@ -16,6 +16,7 @@ from trainers.run.folder import Evaluation
 from trainers.tasks import SET
 
 SIZE_INCHES = (5.4, 2.7)
+LEGEND_LINE_INCHES = 0.18
 MOST_POINTS = 1500
 SMOOTHING = 0.8
 """Weight of the past in the exponential mean drawn over noisy curves."""
@@ -59,7 +60,7 @@ def draw_curves(
 
     Args:
         metric: the one that decides.
-        details: its intervals by step, and what it is measured against.
+        details: what it is measured against.
     """
     import matplotlib as mpl
 
@@ -129,23 +130,30 @@ def _deciding(
         for name in one.metrics
         if "/" not in name and name != metric and name.partition(SET)[0] not in UNBOUNDED
     }
-    for number, name in enumerate(sorted(names) if bounded else ()):
+    alike = [name for name in sorted(names) if _is_share(_metric_series(evaluations, name)) == _is_share(points)]
+    for number, name in enumerate(alike if bounded else ()):
         line = LINES[number % len(LINES)]
         axes.plot(*_metric_series(evaluations, name), color=MUTED, linewidth=1, linestyle=line, alpha=0.7, label=name)
     for number, (name, value) in enumerate(details.references.items()):
         colour = SERIES[(number + 2) % len(SERIES)]
         axes.axhline(value, color=colour, linewidth=1.3, linestyle="-.", label=f"{name} {value:.3g}")
-    bars = [(step, value, *details.intervals[int(step)]) for step, value in zip(*points, strict=True)
-            if int(step) in details.intervals]  # fmt: skip
-    for step, _, low, high in bars:
-        axes.plot([step, step], [low, high], color=SERIES[0], linewidth=5, alpha=0.25, solid_capstyle="butt")
+    for one in evaluations:
+        if one.step in points[0] and (between := one.intervals.get(metric)):
+            axes.plot([one.step, one.step], between, color=SERIES[0], linewidth=5, alpha=0.25, solid_capstyle="butt")
     axes.plot(*points, color=SERIES[0], marker="o", markersize=5, linewidth=2.6, label=metric)
     _mark_best(axes, best_step)
+    lines = -(-len(axes.get_legend_handles_labels()[1]) // 2)
+    figure.set_size_inches(SIZE_INCHES[0], SIZE_INCHES[1] + lines * LEGEND_LINE_INCHES)  # the curves keep their height
     figure.legend(loc="outside lower center", ncols=2)
     best = dict(zip(*points, strict=True)).get(float(best_step)) if best_step is not None else None
     told = f", {best:.4g} at the best step {best_step}" if best is not None else ""
     against = "".join(f"; {name} {value:.4g}" for name, value in details.references.items())
     return as_svg(figure, f"{metric} by step, from {points[1][0]:.4g} to {points[1][-1]:.4g}{told}{against}")
+
+
+def _is_share(points: Points) -> bool:
+    """Whether values lie from 0 to 1; others are percents, or have a scale of their own."""
+    return all(0 <= value <= 1 for value in points[1])
 
 
 def _single(steps: Sequence[StepEvent], name: str, title: str, restarts: list[float], smooth: bool) -> str | None:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainers.run.describe import interval
+
 
 @dataclass(frozen=True)
 class Table:
@@ -23,8 +25,19 @@ class Table:
         return self.kinds[row] if self.kinds else ""
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A metric with the two values that it lies between, if they are known."""
+
+    value: float | None
+    between: tuple[float, float] | None = None
+
+
 def text(value: Any) -> str:
-    """A value for people: four decimals, or four digits where it is large or tiny; a dash for none."""
+    """A value for people: four decimals, or four digits where it is large or tiny; a dash for none; an interval on a
+    line of its own."""
+    if isinstance(value, Measure):
+        return "\n".join([text(value.value), *([interval(*value.between)] if value.between else [])])
     if value is None:
         return "–"
     if isinstance(value, float):

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.report.table import Table
+from orchestrator.report.table import Measure, Table
 from trainers.evaluation.confusion import count_pairs
 from trainers.evaluation.selection import why_not
 from trainers.records import Array
 from trainers.run.events import Event, ProfileEvent
 from trainers.run.folder import Evaluation
 from trainers.shards.manifest import ShardManifest
+from trainers.tasks import SET
 
 MOST_CLASSES = 25
 """A larger confusion matrix cannot be read on a page; the most frequent confusions are listed instead."""
@@ -25,18 +26,16 @@ def evaluation_table(
     metric: str | None,
     best_step: int | None,
     most: int | None = None,
-    intervals: Mapping[str, tuple[float, float]] = NOTHING,
     baselines: Mapping[str, Mapping[str, float]] = NOTHING,
 ) -> Table:
-    """Metrics by step, the deciding one first, then the guards; failures stand among them with their reason. Below
-    them the interval of the best, and answers that need no reading.
+    """Metrics by step with their intervals, the deciding one first, then the guards; failures stand among them with
+    their reason. Below them answers that need no reading.
 
     Args:
         metric: the one that decides.
         best_step: marked.
         most: number of metrics shown, without rows and seconds; default all but those by class, with both.
-        intervals: of the best, as `RunResult` has them, and so
-        baselines.
+        baselines: as `RunResult` has them.
     """
     names = {name for evaluation in evaluations for name in evaluation.metrics if "/" not in name or name == metric}
     guards = {name for evaluation in evaluations for name in evaluation.guards}
@@ -47,14 +46,19 @@ def evaluation_table(
         kind = "failure" if evaluation.status == "failed" else "best" if evaluation.step == best_step else ""
         state = reason or kind or ("" if evaluation.step else "pretrained baseline")
         effort = () if most else (evaluation.rows, f"{evaluation.seconds:.1f}")
-        rows.append((evaluation.step, *(evaluation.metrics.get(name) for name in shown), *effort, state))
+        rows.append((evaluation.step, *(_measure(evaluation, name) for name in shown), *effort, state))
         kinds.append(kind)
-    told = {f"best, 95 % {end}": {name: pair[place] for name, pair in intervals.items()}
-            for place, end in enumerate(("from", "to") if intervals else ())}  # fmt: skip
-    for name, values in {**told, **baselines}.items():
+    for name, values in baselines.items():
         rows.append((name, *map(values.get, shown), *(() if most else (None, None)), ""))
         kinds.append("")
-    return Table(f"evaluations, by {metric}", ("step", *shown, *(() if most else ("rows", "seconds")), ""), rows, kinds)
+    title = f"evaluations, by {metric}"
+    if any(evaluation.intervals for evaluation in evaluations):
+        title += "; below each value its 95 % interval"
+    return Table(title, ("step", *shown, *(() if most else ("rows", "seconds")), ""), rows, kinds)
+
+
+def _measure(evaluation: Evaluation, name: str) -> Measure:
+    return Measure(evaluation.metrics.get(name), evaluation.intervals.get(name))
 
 
 def ledger_table(splits: Sequence[ShardManifest]) -> Table:
@@ -89,16 +93,36 @@ def profile_table(events: Sequence[Event]) -> Table | None:
     return Table(title, ("", "milliseconds a step", "share", "calls a step"), rows)
 
 
-def class_table(counts: Array, names: Sequence[str]) -> Table:
+def table_by_class(evaluation: Evaluation, sets: Sequence[str] = ()) -> Table | None:
+    """Metrics by class, label or entity type of the deciding set, KIND/NAME, with their intervals; None without any.
+
+    Args:
+        sets: names of the other evaluation sets.
+    """
+    own = [name for name in evaluation.metrics
+           if "/" in name and not name.endswith(tuple(f"{SET}{one}" for one in sets))]  # fmt: skip
+    kinds = list(dict.fromkeys(name.partition("/")[0] for name in own))
+    names = sorted({name.partition("/")[2] for name in own})
+    rows = [(name, *(_measure(evaluation, f"{kind}/{name}") for kind in kinds)) for name in names]
+    return Table("classes", ("class", *kinds), rows) if rows else None
+
+
+def class_table(counts: Array, names: Sequence[str], intervals: Mapping[str, tuple[float, float]] = NOTHING) -> Table:
     """Precision, recall and F1 of each class; 0 where they are not defined.
 
     Args:
         counts: int [true, predicted].
         names: of the classes.
+        intervals: of an evaluation.
     """
     hits, predicted, true = np.diag(counts), counts.sum(0), counts.sum(1)
     scores = (hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(predicted + true, 1))
-    rows = [(name, *(f"{score[index]:.3f}" for score in scores), int(true[index])) for index, name in enumerate(names)]
+    kinds = ("precision", "recall", "f1")
+    rows = [
+        (name, *(Measure(float(score[at]), intervals.get(f"{kind}/{name}"))
+                 for kind, score in zip(kinds, scores, strict=True)), int(true[at]))
+        for at, name in enumerate(names)
+    ]  # fmt: skip
     return Table("classes", ("class", "precision", "recall", "F1", "rows"), rows)
 
 
@@ -111,13 +135,16 @@ def confusion_table(counts: Array, names: Sequence[str]) -> Table:
     return Table("most frequent confusions", ("true", "predicted", "rows"), rows)
 
 
-def classes(label: Array, prediction: Array, names: Sequence[str]) -> dict[str, Any]:
+def classes(
+    label: Array, prediction: Array, names: Sequence[str], intervals: Mapping[str, tuple[float, float]] = NOTHING
+) -> dict[str, Any]:
     """What the page shows of a classification: a table by class, and the confusion matrix or the worst of it.
 
     Args:
         label: int [rows], the true class.
         prediction: int [rows], the predicted one.
         names: of the classes; a class without a name shows its number.
+        intervals: of the evaluation.
     """
     size = max(len(names), int(label.max()) + 1, int(prediction.max()) + 1)
     names = [*names, *map(str, range(len(names), size))]
@@ -125,7 +152,7 @@ def classes(label: Array, prediction: Array, names: Sequence[str]) -> dict[str, 
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     small = size <= MOST_CLASSES
     return {
-        "table": class_table(counts, names),
+        "table": class_table(counts, names, intervals),
         "names": names,
         "counts": counts.tolist() if small else None,
         "shares": shares.round(3).tolist(),

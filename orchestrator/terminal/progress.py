@@ -127,8 +127,7 @@ class Screen:
         step = best.get("step")
         self._wait_ends()
         chosen, metric = step if isinstance(step, int) else None, str(best.get("metric", ""))
-        beside = result.intervals, result.baselines
-        show_evaluations(result.evaluations, metric, chosen, self.console, *beside)
+        show_evaluations(result.evaluations, metric, chosen, self.console, result.baselines)
         self.registered(result.registry)
         self.say(f"report  {run}/report.html")
         self.say(f"curves  tensorboard --logdir {run}/tensorboard")

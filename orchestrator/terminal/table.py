@@ -9,6 +9,7 @@ from rich.text import Text
 
 from orchestrator.report.table import Table
 from orchestrator.report.tables import NOTHING, evaluation_table
+from trainers.run.describe import interval
 from trainers.run.folder import Evaluation
 from trainers.verification.verdict import Verification
 
@@ -35,8 +36,14 @@ def show_table(table: Table, console: Console | None = None, first: int | None =
     for index, name in enumerate(table.columns):
         rich.add_column(name, overflow="fold", max_width=None if index else first)
     for number, cells in enumerate(table.texts()):
-        rich.add_row(*map(Text, cells), style=STYLES.get(table.kind(number)))
+        rich.add_row(*map(_cell, cells), style=STYLES.get(table.kind(number)))
     (console or Console(emoji=False)).print(rich)
+
+
+def _cell(text: str) -> Text:
+    """What stands below a value is paler."""
+    value, line, below = text.partition("\n")
+    return Text.assemble(value, (line + below, "dim"))
 
 
 def show_evaluations(
@@ -44,23 +51,21 @@ def show_evaluations(
     metric: str,
     best_step: int | None,
     console: Console,
-    intervals: Mapping[str, tuple[float, float]] = NOTHING,
     baselines: Mapping[str, Mapping[str, float]] = NOTHING,
 ) -> None:
     """Metrics by step, the deciding one first, the best step marked; as many as the terminal has room for."""
-    tables = [
-        evaluation_table(evaluations, metric, best_step, most, intervals, baselines) for most in range(COLUMNS, 0, -1)
-    ]
+    tables = [evaluation_table(evaluations, metric, best_step, most, baselines) for most in range(COLUMNS, 0, -1)]
     show_table(next((table for table in tables if _width(table) <= console.width), tables[-1]), console, FIRST)
 
 
 def show_metrics(model: str, metric: str, found: Mapping[str, Any]) -> None:
     """What `evaluate_folder` found, a metric a line, the deciding one first; without those by class."""
     names = sorted((name for name in found["metrics"] if "/" not in name), key=lambda name: (name != metric, name))
-    rows = [(name, found["metrics"][name]) for name in names]
+    between = {name: interval(*pair) for name, pair in found["intervals"].items()}
+    rows = [(name, found["metrics"][name], between.get(name)) for name in names]
     show(
         f"{model} on {found['rows']:,} rows",
-        ("metric", "value"),
+        ("metric", "value", "95 % interval"),
         rows,
         ["best" if name == metric else "" for name in names],
     )
@@ -69,7 +74,8 @@ def show_metrics(model: str, metric: str, found: Mapping[str, Any]) -> None:
 def _width(table: Table) -> int:
     """Characters of a line, but for the last column, whose reasons fold."""
     first, *others, _ = zip(table.columns, *table.texts(), strict=True)
-    widths = [min(FIRST, max(map(len, first))), *(max(map(len, cells)) for cells in others)]
+    lines = [[line for cell in cells for line in cell.split("\n")] for cells in others]
+    widths = [min(FIRST, max(map(len, first))), *(max(map(len, each)) for each in lines)]
     return sum(width + len(" │ ") for width in widths) + len("│ best │")
 
 

@@ -61,6 +61,8 @@ def test_its_metrics_stand_in_record_table_and_registry(
     assert read_evaluations(run.folder) == [asked] and is_measured(job, asked.metrics)
     assert 0 <= asked.metrics["acc@films"] <= 1 and (6 * asked.metrics["acc@films"]).is_integer()
     assert "6 rows, standard error" in asked.notes["acc@films"] and asked.metrics["loss"] == 3.0
+    low, high = asked.intervals["acc@films"]
+    assert low < asked.metrics["acc@films"] < high and high - low < 2
     assert "acc@films" in evaluation_table([asked], "loss", 6).columns
     decision = Promotion(promote=True, reason="")
     registered = _record(job, run.folder, asked, run.folder / "export", {}, decision)

@@ -1,7 +1,7 @@
 """Evaluates one model folder on the evaluation shards, every row exactly once. No Ray, no process group."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from trainers.batching.batch_plan import AUTO_MICRO_BATCH_TOKENS
 from trainers.batching.packing import PackIndex, index_packs
 from trainers.errors import EvaluationError
+from trainers.evaluation.bootstrap import Intervals, intervals_beside
 from trainers.evaluation.placement import load_to_evaluate
 from trainers.job.schema import Job
 from trainers.records import Array
@@ -196,28 +197,51 @@ class Measured:
     """What an evaluation came to."""
 
     metrics: dict[str, float]
+    intervals: Intervals
     notes: dict[str, str]
     guards: dict[str, float]
     rows: int
+    computed_on: str = ""
 
 
-def keep_scores(run: Run, task: Task, step: int, shares: Sequence[SetScores]) -> Measured:
+def keep_scores(run: Run, task: Task, step: int, shares: Sequence[SetScores], computed_on: str = "") -> Measured:
     """Write what was said of each row of a step, set by set, and measure it.
+
+    Args:
+        computed_on: as `trainers.evaluation.device.computed_on` says it, where one kind of device scored all rows.
 
     Raises:
         EvaluationError: where a row is missing or counted twice, or a metric of the job's own fails.
     """
-    metrics: dict[str, float] = {}
-    total = 0
+    numbers: dict[str, dict[str, Array]] = {}
     for name, shards in run.open_held(task).items():
-        rows, row_scores = combine(task, [share[name] for share in shares], len(shards.lengths))
-        write_row_scores(run.folder, step, rows, row_scores, task.labels, name)
-        found = task.measure(row_scores)
+        rows, numbers[name] = combine(task, [share[name] for share in shares], len(shards.lengths))
+        write_row_scores(run.folder, step, rows, numbers[name], task.labels, name)
+    return replace(measure_sets(run.job, task, numbers), computed_on=computed_on)
+
+
+def measure_sets(job: Job, task: Task, numbers: Mapping[str, dict[str, Array]]) -> Measured:
+    """Metrics of all sets with their intervals; those of a set beside the deciding one as METRIC@SET.
+
+    Args:
+        numbers: what `combine` gave, by set.
+
+    Raises:
+        EvaluationError: where a metric of the job's own fails.
+    """
+    metrics: dict[str, float] = {}
+    intervals: Intervals = {}
+    notes: dict[str, str] = {}
+    for name, row_scores in numbers.items():
+        found, where = task.measure(row_scores), f"{name and SET}{name}"
         check_repeatable(task, row_scores, found)
-        metrics |= {f"{metric}{name and SET}{name}": value for metric, value in found.items()}
-        total += len(rows)
-    notes = {name: note for name, note in task.notes().items() if name in metrics}
-    return Measured(metrics, notes, guard_margins(run.job, metrics), total)
+        between, without = intervals_beside(row_scores, task, job.train.seed)
+        metrics |= {f"{metric}{where}": value for metric, value in found.items()}
+        intervals |= {f"{metric}{where}": pair for metric, pair in between.items() if metric in found}
+        notes |= {f"{metric}{where}": why for metric, why in without.items() if metric in found}
+    notes |= {name: note for name, note in task.notes().items() if name in metrics}
+    total = sum(len(next(iter(row_scores.values()))) for row_scores in numbers.values())
+    return Measured(metrics, intervals, notes, guard_margins(job, metrics), total)
 
 
 def done_evaluation(step: int, eval_key: str, measured: Measured, seconds: float) -> Evaluation:

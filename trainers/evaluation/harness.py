@@ -1,5 +1,6 @@
 """Tasks of lm-eval, EleutherAI's harness, on an exported causal model. Its package is an extra: tuneyard[lm-eval]."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -7,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from trainers.errors import EvaluationError, JobError
+from trainers.evaluation.bootstrap import Intervals
 from trainers.job.schema import Job
 from trainers.model.world import pick_device
 from trainers.tasks import SET, load_task
 
+NORMAL = 1.96
+"""Standard errors to either side that hold 95 % of a normal distribution."""
 TASK_NAME = re.compile(r"^task:\s*[\"']?([\w./-]+)", re.MULTILINE)
 
 
@@ -48,8 +52,9 @@ def is_measured(job: Job, metrics: Mapping[str, float]) -> bool:
     return set(harness_names(job.evaluate.lm_eval).values()) <= there
 
 
-def harness_metrics(job: Job, path: str) -> tuple[dict[str, float], dict[str, str]]:
-    """Metrics of the job's lm-eval tasks as METRIC@TASK, and beside each what makes it comparable.
+def harness_metrics(job: Job, path: str) -> tuple[dict[str, float], Intervals, dict[str, str]]:
+    """Metrics of the job's lm-eval tasks as METRIC@TASK; of each the interval, where the task has a standard error, and
+    what makes it comparable.
 
     Args:
         path: an exported model folder.
@@ -74,7 +79,9 @@ def harness_metrics(job: Job, path: str) -> tuple[dict[str, float], dict[str, st
         )
     except Exception as error:  # whatever a task's own files and code raise
         raise EvaluationError(f"evaluate.lm_eval: {type(error).__name__}: {error}") from error
-    metrics, notes = {}, {}
+    metrics: dict[str, float] = {}
+    intervals: Intervals = {}
+    notes = {}
     for task, values in found["results"].items():
         rows = found.get("n-samples", {}).get(task, {}).get("effective")
         for key, value in values.items():
@@ -84,7 +91,10 @@ def harness_metrics(job: Job, path: str) -> tuple[dict[str, float], dict[str, st
             name = f"{metric if kind == 'none' else key}{SET}{task}"
             metrics[name] = float(value)
             spread = values.get(f"{metric}_stderr,{kind}")
-            told = f", standard error {spread:.4g}" if isinstance(spread, float) else ""
+            known = isinstance(spread, float) and math.isfinite(spread)
+            if known:
+                intervals[name] = (value - NORMAL * spread, value + NORMAL * spread)
+            told = f"standard error {spread:.4g}" if known else "no standard error and so no interval"
             version = found.get("versions", {}).get(task)
-            notes[name] = f"lm-eval {lm_eval.__version__}, version {version} of the task, {rows} rows{told}"
-    return metrics, notes
+            notes[name] = f"lm-eval {lm_eval.__version__}, version {version} of the task, {rows} rows, {told}"
+    return metrics, intervals, notes

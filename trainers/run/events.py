@@ -172,6 +172,9 @@ class DoneEvent(BaseEvent):
     tokens: int = 0
     stopped: StopReason | None = None
     """None where every step is done."""
+    device_gib: tuple[float, ...] = ()
+    host_gib: tuple[float, ...] = ()
+    """Peak memory of each rank: of its tensors on the GPU (none on CPUs), and resident of its process."""
 
 
 class RefusedEvent(BaseEvent):
@@ -184,20 +187,18 @@ class RefusedEvent(BaseEvent):
 
 
 class FailedEvent(BaseEvent):
-    """A rank raised; not kept in the log, where the restart names the cause."""
+    """A rank raised; not kept in the log, where the restart names the cause. `error` as in `RefusedEvent`."""
 
     kind: Literal["failed"] = "failed"
     error: dict[str, Any]
-    """As `trainers.errors.to_record` gives it."""
     errno: int | None = None
     where: str = ""
-    """The line that raised."""
     may_pass: bool = False
     """Whether storage or memory is behind it; else the same would come again."""
 
 
 class HangEvent(BaseEvent):
-    """No rank has moved for too long; this one holds up the others."""
+    """No rank has moved for too long; this one holds up the others. `report` tells where every rank stands."""
 
     kind: Literal["hang"] = "hang"
     rank: int
@@ -205,7 +206,6 @@ class HangEvent(BaseEvent):
     phase: str
     line: str
     report: str
-    """Where every rank stands."""
 
 
 class RestartEvent(BaseEvent):

@@ -56,6 +56,8 @@ class Evaluation(Record):
     step: int
     status: Literal["done", "failed"]
     metrics: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
+    """Of each metric: the 95 % interval of the bootstrap over evaluation rows. One without has a note that says why."""
     notes: dict[str, str] = {}
     """What makes a metric comparable, such as sacreBLEU's signature, by its name."""
     guards: dict[str, float] = {}
@@ -65,6 +67,9 @@ class Evaluation(Record):
     """The error as `trainers.errors.to_record` gives it."""
     eval_key: str
     """Key of the evaluation shards; only metrics over the same key compare."""
+    computed_on: str = ""
+    """Kind of device and version of torch, as `trainers.evaluation.device.computed_on` says it; empty where several
+    processes shared the rows on GPUs."""
     rows: int = 0
     seconds: float = 0.0
 

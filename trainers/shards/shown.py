@@ -11,7 +11,8 @@ import numpy as np
 
 from trainers.records import Array, Record
 from trainers.shards.dataset import ShardSet
-from trainers.tasks.base import EncodeRules, Example, Task, encode_rows
+from trainers.tasks.base import EncodeRules, Example, Task
+from trainers.tasks.encoded import encode_rows
 from trainers.tokenizer.encoder import Encoder
 
 VALUES = ("label", "several", "tags", "score")

@@ -10,8 +10,9 @@ from typing import Literal
 
 from trainers.errors import JobError
 from trainers.job.schema import Job
-from trainers.tasks.base import EncodeRules, Example, Task, encode_rows, encode_rules
+from trainers.tasks.base import EncodeRules, Example, Task, encode_rules
 from trainers.tasks.classify import Classify
+from trainers.tasks.encoded import encode_rows
 from trainers.tasks.extract import Extract
 from trainers.tasks.metrics.own import load_metric
 from trainers.tasks.mlm import Mlm

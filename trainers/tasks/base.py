@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from trainers.tasks.losses.router import with_router_loss
 from trainers.tasks.metrics.own import own_value
 from trainers.tasks.options import DEFAULTS, TaskOptions, task_options
 from trainers.tokenizer.encoder import Encoder
-from trainers.tokenizer.token_arrays import EncodedBatch, insert_rows
+from trainers.tokenizer.token_arrays import EncodedBatch
 
 if TYPE_CHECKING:
     import torch
@@ -197,6 +197,14 @@ class Task(ABC):
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """Metrics over the documents that `score` saw, in any order."""
 
+    def draw_metrics(self, row_scores: Mapping[str, Array], draws: Iterable[Array]) -> Iterator[dict[str, float]]:
+        """`metrics` of each draw of documents, int [documents drawn], for callers that draw hundreds."""
+        numbers = {
+            name: values for name, values in row_scores.items() if values.dtype != object
+        }  # no metric reads texts
+        for rows in draws:
+            yield self.metrics({name: values[rows] for name, values in numbers.items()})
+
     def measure(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """`metrics`, and those that the job brings."""
         return self.metrics(row_scores) | {name: self.metric_value(name, row_scores) for name in self.options.metrics}
@@ -277,21 +285,3 @@ class Task(ABC):
     def better_mode(self, metric: str) -> str:
         own = self.options.metrics.get(metric)
         return own.better if own else "min" if metric in self.smaller_is_better else "max"
-
-
-def encode_rows(
-    task: Task,
-    rows: Sequence[Mapping[str, Any]],
-    encoder: Encoder,
-    rules: EncodeRules,
-    settled: Sequence[str | None] | None = None,
-) -> EncodedBatch:
-    """Encode rows, one outcome each: the one settled before, the task's refusal, or what encoding makes of them."""
-    outcomes = list(settled or [None] * len(rows))
-    for index, row in enumerate(rows):
-        if outcomes[index] is None and (reason := task.refusal(row, rules.options)):
-            outcomes[index] = f"dropped:{reason}"
-    usable = np.array([index for index, outcome in enumerate(outcomes) if outcome is None], dtype=np.int64)
-    if len(usable) == len(rows):
-        return task.encode(rows, encoder, rules)
-    return insert_rows(task.encode([rows[index] for index in usable], encoder, rules), usable, outcomes)

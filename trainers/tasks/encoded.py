@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array
-from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens
+from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, insert_rows
+
+if TYPE_CHECKING:
+    from trainers.tasks.base import EncodeRules, Task
+    from trainers.tokenizer.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,21 @@ def batch_rows(encoded: Iterable[EncodedRow], schema: Sequence[tuple[str, pa.Dat
         tokens_lost=np.array([row.tokens_lost for row in rows], dtype=np.int32),
         extra={name: pa.array([sequence.extra[name] for _, _, sequence in sequences], kind) for name, kind in schema},
     )
+
+
+def encode_rows(
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    encoder: Encoder,
+    rules: EncodeRules,
+    settled: Sequence[str | None] | None = None,
+) -> EncodedBatch:
+    """Encode rows, one outcome each: the one settled before, the task's refusal, or what encoding makes of them."""
+    outcomes = list(settled or [None] * len(rows))
+    for index, row in enumerate(rows):
+        if outcomes[index] is None and (reason := task.refusal(row, rules.options)):
+            outcomes[index] = f"dropped:{reason}"
+    usable = np.array([index for index, outcome in enumerate(outcomes) if outcome is None], dtype=np.int64)
+    if len(usable) == len(rows):
+        return task.encode(rows, encoder, rules)
+    return insert_rows(task.encode([rows[index] for index in usable], encoder, rules), usable, outcomes)

@@ -238,10 +238,15 @@ def _step_event(
 
 def peak_memory_gib() -> float:
     """Peak memory of this rank: of the GPU where there is one, else resident memory."""
+    device, host = peak_memory()
+    return host if device is None else device
+
+
+def peak_memory() -> tuple[float | None, float]:
+    """GiB that this rank's tensors had of its GPU at the most, None without one; and resident of its process."""
     import resource
 
     import torch
 
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated() / 2**30)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    device = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    return device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -16,6 +16,7 @@ from typing import Any
 from trainers.architecture import plain_model
 from trainers.checkpoint.export import trained_generation
 from trainers.checkpoint.slices import full_weight
+from trainers.evaluation.device import computed_on
 from trainers.evaluation.evaluate import SetBatches, SetScores, done_evaluation, keep_scores, plan_sets
 from trainers.model.lora import merged_adapters
 from trainers.model.world import World
@@ -98,7 +99,7 @@ class RankEvaluation:
         """Commit the record, on rank 0; whatever the metrics raise belongs into it."""
         key = self.run.shards.eval.key
         try:
-            keep = partial(keep_scores, self.run, self.task, step, shares)
+            keep = partial(keep_scores, self.run, self.task, step, shares, computed_on(self.world.device))
             measured = retrying(keep, f"writing the scores of step {step}")
             record = done_evaluation(step, key, measured, seconds)
         except Exception as error:

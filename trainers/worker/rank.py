@@ -27,7 +27,7 @@ from trainers.training.continuing import begin_from_parent
 from trainers.training.distill import load_objective
 from trainers.training.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
 from trainers.training.hooks import Evaluate, Hooks
-from trainers.training.loop import LoopOutcome, LoopSettings, train
+from trainers.training.loop import LoopOutcome, LoopSettings, peak_memory, train
 from trainers.training.profiling import Profiled
 from trainers.training.rank_evaluation import RankEvaluation, elsewhere
 from trainers.training.schedule import Schedule
@@ -154,8 +154,7 @@ def _train(
         raise
     finally:
         checkpointer.close()
-    if world.rank == 0:
-        hooks.emit(DoneEvent(step=outcome.progress.step, tokens=outcome.progress.tokens, stopped=outcome.stopped))
+    _tell_end(hooks, outcome, world)
     hooks.at("done", outcome.progress.step)
     return outcome
 
@@ -193,6 +192,15 @@ def _tell_start(hooks: Hooks, start: Progress, steps: int, world_size: int, host
         checkpoint_every_layers=choice.step.checkpoint_every,
     )
     hooks.emit(started)
+
+
+def _tell_end(hooks: Hooks, outcome: LoopOutcome, world: World) -> None:
+    """What the run came to, and what each rank needed for it."""
+    peaks = world.gather(peak_memory())
+    device, host = (tuple(gib for gib in each if gib is not None) for each in zip(*peaks, strict=True))
+    step, tokens = outcome.progress.step, outcome.progress.tokens
+    if world.rank == 0:
+        hooks.emit(DoneEvent(step=step, tokens=tokens, stopped=outcome.stopped, device_gib=device, host_gib=host))
 
 
 def _roll_back(run: Folder, listed: SkippedSteps, engine: Any, source: StepSource, world: World) -> None:

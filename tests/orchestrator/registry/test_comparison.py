@@ -61,6 +61,7 @@ def test_jobs_differ_in_one_field_and_metrics_beyond_luck(runs):
     assert better["value"] == pytest.approx(first["values"][1] - first["values"][0])
     assert 0 < better["low"] < better["value"] < better["high"]
     assert elsewhere["low"] is None
+    assert all(line["differences"][0]["low"] is not None for line in told["metrics"])
     assert told["notes"] == ["topics-cccccccc was evaluated on other data than topics-aaaaaaaa: no interval"]
     shown = call(*runs[:2])
     assert "train.learning_rate" in shown and " *" in shown and "seed" not in shown

@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from orchestrator.registry.bootstrap import compare
 from orchestrator.registry.promotion import RowScores, decide
 from trainers.errors import EvaluationError
+from trainers.evaluation.bootstrap import compare
 from trainers.run.row_scores import read_row_scores, write_row_scores
 from trainers.storage import Folder
 from trainers.tasks import load_task
@@ -91,7 +91,8 @@ def test_rules_always_and_never_ask_nothing():
 def test_the_interval_covers_the_true_difference_about_19_times_in_20():
     covered, random = 0, np.random.default_rng(0)
     for seed in range(100):
-        first, second = ({"row": np.arange(400), "loss_sum": random.gamma(2, mean / 2, 400)} for mean in (0.85, 0.80))
+        said = dict.fromkeys(("label", "prediction"), np.arange(400) % 3)
+        first, second = ({**said, "loss_sum": random.gamma(2, mean / 2, 400)} for mean in (0.85, 0.80))
         found = compare(first, second, load_task("classify"), "loss", seed, resamples=300)
         covered += found.low <= 0.05 <= found.high
     assert 88 <= covered <= 100

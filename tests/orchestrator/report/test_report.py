@@ -11,7 +11,10 @@ import yaml
 from orchestrator.commands.status import run_status
 from orchestrator.report.details import Details, gather
 from orchestrator.report.index import write_index
+from orchestrator.report.memory import by_rank, memory_table
 from orchestrator.report.page import render_report
+from orchestrator.report.plots import draw_curves
+from orchestrator.report.tables import table_by_class
 from tests.tiny import make_llama, shard_locally, tiny_job
 from trainers.evaluation.row_views import RowView
 from trainers.job.load import parse_job
@@ -211,9 +214,78 @@ def test_class_figures_equal_scikit_learn(tmp_path):
     rows = Reader(render_report(run, result, job_of(), [], shards_of())).rows
     known = classification_report(labels, guesses, output_dict=True)["2"]  # after <script> and ai
     coding = [row for row in rows if row and row[0] == "coding"]
-    assert coding[0][1:4] == [f"{known[name]:.3f}" for name in ("precision", "recall", "f1-score")]
+    assert coding[0][1:4] == [f"{known[name]:.4f}" for name in ("precision", "recall", "f1-score")]
     counts = confusion_matrix(labels, guesses)[2].tolist()
     assert [int(cell or 0) for cell in coding[1][1:]] == counts
+
+
+def test_every_value_has_its_interval_below_it_and_every_class_too(tmp_path):
+    run, result, *_ = finished_run(tmp_path)
+    below = {"accuracy": (0.6, 0.751), "loss": (-0.5, 120.0), "recall/coding": (0.25, 0.9)}
+    evaluations = tuple(one.model_copy(update={"intervals": below if one.step < 60 else {}})
+                        for one in result.evaluations)  # fmt: skip
+    best = evaluations[3].model_copy(update={"intervals": below})
+    result = result.model_copy(
+        update={"evaluations": (*evaluations[:3], best), "baselines": {"nothing": {"loss": 9.0}}}
+    )
+    rows = Reader(render_report(run, result, job_of(), [], shards_of())).rows
+    of = {row[0]: row for row in rows if row}
+    assert of["20"][1] == f"{20 / 300 + 0.5:.4f}\n0.600–0.751" and of["20"][3].endswith("\n-0.500 to 120")
+    assert of["60"][1] == "0.7000" and of["nothing"][3] == "9.0000"
+    recall = next(row for row in rows if row and row[0] == "coding")[2]
+    assert recall.endswith("\n0.250–0.900")
+
+
+def test_entity_types_have_figures_too_and_those_of_other_sets_do_not_stand_among_them(tmp_path):
+    metrics = {"f1": 0.5, "f1/PER": 0.25, "recall/PER": 0.75, "f1/LOC": 1.0, "f1/PER@old": 0.1}
+    table = table_by_class(Evaluation(step=5, status="done", metrics=metrics, eval_key="e"), ["old"])
+    assert table.columns == ("class", "f1", "recall")
+    assert table.texts() == [["LOC", "1.0000", "–"], ["PER", "0.2500", "0.7500"]]
+    assert table_by_class(Evaluation(step=5, status="done", metrics={"f1": 0.5}, eval_key="e")) is None
+
+
+def test_planned_memory_stands_beside_what_each_rank_measured():
+    way = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "logits", "working", "margin"), 1.0)
+    way |= {
+        "way": "zero3",
+        "moment": "backward pass",
+        "device_gib": 7.0,
+        "staging": 2.0,
+        "host_gib": 0.0,
+        "disk_gib": 3.0,
+    }
+    plan = {"deepspeed": "zero3", "on_cpu": False, "ways": [{**way, "way": "zero1"}, way]}
+    done = [{"kind": "done", "step": 3, "device_gib": [6.5, 6.25], "host_gib": [1.5, 1.75]}]
+    table = memory_table(plan, parse_events(json.dumps(event).encode() for event in done))
+    rows = {row[0]: row[1:] for row in table.texts()}
+    assert "at the backward pass" in table.title and rows["GPU: all of these"] == ["7.0000", "–"]
+    assert rows["GPU: tensors at their peak"] == ["–", "rank 0 6.50, rank 1 6.25"]
+    assert rows["host: resident at the peak, with all libraries"][1] == "rank 0 1.50, rank 1 1.75"
+    assert rows["disk: state that is kept there"] == ["3.0000", "–"] and "host: state that is kept there" not in rows
+    on_cpu = {
+        "deepspeed": "zero3",
+        "on_cpu": False,
+        "ways": [],
+        "state_gib_per_worker": 0.5,
+        "host_gib_per_worker": 0.25,
+    }
+    died = memory_table(on_cpu, parse_events([b'{"kind": "step", "step": 1, "loss": 1, "memory_gib": 0.75}']))
+    assert [row[1:] for row in died.texts()] == [["0.5000", "–"], ["0.2500", "–"], ["–", "0.75"]]
+    assert by_rank([1.0] * 9 + [2.0]) == "1.00 to 2.00 over 10 ranks, most on rank 9" and memory_table({}, []) is None
+
+
+def test_a_plot_with_many_series_keeps_its_height():
+    def heights(names):
+        metrics = dict.fromkeys(names, 0.5)
+        done = [Evaluation(step=step, status="done", metrics=metrics, eval_key="e") for step in (1, 2)]
+        svg = draw_curves([], done, 2, "f1", Details())[0]
+        of_axes = re.search(
+            r'<g id="patch_2">\s*<path d="M [\d.]+ ([\d.]+) \s*L [\d.]+ [\d.]+ \s*L [\d.]+ ([\d.]+)', svg
+        )
+        return float(of_axes[1]) - float(of_axes[2])
+
+    few, many = heights(["f1"]), heights(["f1", *map(str, range(13))])
+    assert many > 0.85 * few
 
 
 def test_many_classes_are_shown_as_the_worst_confusions(tmp_path):
@@ -232,11 +304,12 @@ def test_every_input_row_is_in_the_ledger(page):
 
 def test_what_the_rows_tell_is_shown(tmp_path):
     view = RowView(file="/d/dev.jsonl", row=70, text=EVIL, label="ai", prediction="coding", loss=3.25)
-    details = Details({80: (0.71, 0.81)}, {"the majority class": 0.4}, (view,), (view,))
+    details = Details({"the majority class": 0.4}, (view,), (view,))
     run, result, *_ = finished_run(tmp_path)
+    result = result.model_copy(update={"intervals": {"accuracy": (0.71, 0.81)}})
     page = render_report(run, result, job_of(), events_of(), shards_of(), LINEAGE, details)
     assert EVIL not in page and page.count("dev.jsonl:70") == 2
-    assert "95 %: 0.7100 to 0.8100" in page and "the majority class 0.4" in page
+    assert "95 %: 0.710–0.810" in page and "the majority class 0.4" in page
     assert "Where it is most wrong, at step 80" in page and "Generated texts, at step 80" in page
     assert "model = AutoModelForSequenceClassification.from_pretrained(&#39;/x&#39;)" in page
     digests = page[page.index("<summary>Digests and versions") :]

@@ -22,7 +22,7 @@ def _f1(average: str) -> Metric:
     def f1(row_scores: RowScores) -> float:
         from sklearn.metrics import f1_score
 
-        return float(f1_score(*_sides(row_scores), average=average, zero_division=0))
+        return float(f1_score(*sides(row_scores), average=average, zero_division=0))
 
     return f1
 
@@ -31,13 +31,13 @@ def _accuracy(row_scores: RowScores) -> float:
     """With several labels that of the whole set."""
     from sklearn.metrics import accuracy_score
 
-    return float(accuracy_score(*_sides(row_scores)))
+    return float(accuracy_score(*sides(row_scores)))
 
 
 def _mcc(row_scores: RowScores) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(*_sides(row_scores)))
+    return float(matthews_corrcoef(*sides(row_scores)))
 
 
 MULTI_LABEL: dict[str, Metric] = {
@@ -54,7 +54,7 @@ def single_label_metrics(row_scores: RowScores, names: Sequence[str]) -> dict[st
     return {
         **{name: metric(row_scores) for name, metric in SINGLE_LABEL.items()},
         **_single_auroc(row_scores["label"], row_scores),
-        **by_class(*_sides(row_scores), names),
+        **by_class(*sides(row_scores), names),
     }
 
 
@@ -62,18 +62,18 @@ def multi_label_metrics(row_scores: RowScores, names: Sequence[str]) -> dict[str
     """Metrics where each row has any number of labels."""
     from sklearn.metrics import roc_auc_score
 
-    truth, given = _sides(row_scores)
+    truth, given = sides(row_scores)
     metrics = {name: metric(row_scores) for name, metric in MULTI_LABEL.items()} | by_class(truth, given, names)
     if truth.min(0).max() == 0 and truth.max(0).min() == 1:  # each label is there and is missing somewhere
-        metrics["auroc"] = float(roc_auc_score(truth, _stack(row_scores, "score_"), average="macro"))
+        metrics["auroc"] = float(roc_auc_score(truth, stack(row_scores, "score_"), average="macro"))
     return metrics
 
 
-def _sides(row_scores: RowScores) -> tuple[Array, Array]:
+def sides(row_scores: RowScores) -> tuple[Array, Array]:
     """Truth and prediction: int64 [rows] each, or with several labels int8 [rows, labels]."""
     if "label" in row_scores:
         return row_scores["label"], row_scores["prediction"]
-    return _stack(row_scores, "true_"), (_stack(row_scores, "score_") >= THRESHOLD).astype(np.int8)
+    return stack(row_scores, "true_"), (stack(row_scores, "score_") >= THRESHOLD).astype(np.int8)
 
 
 def by_class(label: Array, prediction: Array, names: Sequence[str]) -> dict[str, float]:
@@ -94,7 +94,7 @@ def _single_auroc(label: Array, row_scores: Mapping[str, Array]) -> dict[str, fl
     """One against the rest, macro average; left out where a class is missing, for then it is not defined."""
     from sklearn.metrics import roc_auc_score
 
-    scores = _stack(row_scores, "score_")
+    scores = stack(row_scores, "score_")
     count = scores.shape[1]
     if count < 2 or len(np.unique(label)) < count:
         return {}
@@ -103,7 +103,7 @@ def _single_auroc(label: Array, row_scores: Mapping[str, Array]) -> dict[str, fl
     return {"auroc": float(roc_auc_score(label, scores, multi_class="ovr", average="macro", labels=range(count)))}
 
 
-def _stack(row_scores: Mapping[str, Array], prefix: str) -> Array:
+def stack(row_scores: Mapping[str, Array], prefix: str) -> Array:
     """The columns prefix0, prefix1, ... as one array [rows, classes]."""
     count = sum(name.startswith(prefix) for name in row_scores)
     columns = [row_scores[f"{prefix}{index}"] for index in range(count)]

@@ -1,0 +1,137 @@
+"""How far a metric may lie from the truth by the luck of the evaluation rows, and whether one checkpoint is better than
+another beyond it: the bootstrap, and the paired bootstrap.
+
+Rows are drawn again with replacement, the same draw for all checkpoints, and the metric, or the difference of the
+metric, is taken each time (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; for metrics of language
+systems Koehn, "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004).
+
+Knows arrays of per-row numbers and the task's metrics; nothing of runs or registries.
+"""
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainers.errors import EvaluationError
+from trainers.records import Array
+from trainers.tasks import Task
+
+RowScores = Mapping[str, Array]
+Intervals = dict[str, tuple[float, float]]
+"""By metric: between which two values it lies."""
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+BESIDE, MOST_DRAWN, FEWEST = 400, 2_000_000, 50
+"""Draws for intervals beside the metrics of every evaluation, and rows of all of them together in as far as so few
+draws allow: 2 s at the most, where a model needs minutes for the rows."""
+OWN_S = 2.0
+"""Seconds that the draws of a job's own metric may take; it is code that nobody knows."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The difference of a metric, first minus second, and its bootstrap interval."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def resample(scores: RowScores, task: Task, metric: str, seed: int, resamples: int = RESAMPLES) -> Array:
+    """A metric over rows drawn again with replacement, [resamples]; nan for a draw that leaves it undefined, as one of
+    equal values does a correlation. One seed draws the same rows of every model.
+
+    Args:
+        scores: per-row numbers of `Task.score`, each [rows], in the order of the rows.
+    """
+    if metric in task.options.metrics:
+        values = (_own(scores, task, metric, rows) for rows in _draws(scores, seed, resamples))
+        return np.fromiter(values, np.float64, resamples)
+    return resample_all(scores, task, seed, resamples).get(metric, np.full(resamples, np.nan))
+
+
+def resample_all(scores: RowScores, task: Task, seed: int, resamples: int = RESAMPLES) -> dict[str, Array]:
+    """As `resample`, of every metric of the task by name, without those of the job's own."""
+    with warnings.catch_warnings(action="ignore"):  # a draw without one of the classes is no news
+        drawn = list(task.draw_metrics(scores, _draws(scores, seed, resamples)))
+    names = dict.fromkeys(name for metrics in drawn for name in metrics)
+    return {name: np.array([metrics.get(name, np.nan) for metrics in drawn]) for name in names}
+
+
+def percentiles(draws: Array) -> tuple[float, float]:
+    """The interval that holds the middle `CONFIDENCE` of the draws that define the metric; nan where none does."""
+    tail, defined = 100 * (1 - CONFIDENCE) / 2, draws[~np.isnan(draws)]
+    if len(defined) == 0:
+        return np.nan, np.nan
+    low, high = np.percentile(defined, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def compare(
+    first: RowScores,
+    second: RowScores,
+    task: Task,
+    metric: str,
+    seed: int,
+    resamples: int = RESAMPLES,
+    first_draws: Array | None = None,
+) -> Interval:
+    """Percentile interval of metric(first) - metric(second).
+
+    Args:
+        first: per-row numbers of `Task.score`, each [rows].
+        second: the same over the same rows in the same order.
+        seed: of the draws.
+        resamples: number of draws.
+        first_draws: `resample` of the first with the same seed and number, where it is at hand.
+    """
+    mine = resample(first, task, metric, seed, resamples) if first_draws is None else first_draws
+    low, high = percentiles(mine - resample(second, task, metric, seed, resamples))
+    return Interval(task.metric_value(metric, first) - task.metric_value(metric, second), low, high)
+
+
+def compare_all(
+    first: RowScores, second: RowScores, task: Task, seed: int, resamples: int = RESAMPLES
+) -> dict[str, Interval]:
+    """As `compare`, of every metric of the task that both have, without those of the job's own."""
+    mine, theirs = (resample_all(one, task, seed, resamples) for one in (first, second))
+    values, others = task.metrics(first), task.metrics(second)
+    pairs = {name: percentiles(draws - theirs[name]) for name, draws in mine.items() if name in theirs}
+    known = [name for name in pairs if name in values and name in others]
+    return {name: Interval(values[name] - others[name], *pairs[name]) for name in known}
+
+
+def intervals_beside(scores: RowScores, task: Task, seed: int) -> tuple[Intervals, dict[str, str]]:
+    """The interval of every metric of one model, in little time; and of metrics without one, why they have none."""
+    rows = len(next(iter(scores.values())))
+    resamples = min(BESIDE, max(MOST_DRAWN // max(rows, 1), FEWEST))
+    draws, why = resample_all(scores, task, seed, resamples), {}
+    for name in task.options.metrics:
+        began = time.perf_counter()
+        task.metric_value(name, scores)
+        cost = time.perf_counter() - began
+        if cost * resamples > OWN_S:
+            why[name] = f"no interval: {resamples} resamples of {cost:.2g} s each take longer than {OWN_S:g} s"
+            continue
+        draws[name] = resample(scores, task, name, seed, resamples)
+    found = {name: percentiles(values) for name, values in draws.items()}
+    undefined = {name: "no interval: no resample defines it" for name, (low, _) in found.items() if np.isnan(low)}
+    return {name: pair for name, pair in found.items() if name not in undefined}, why | undefined
+
+
+def _own(scores: RowScores, task: Task, metric: str, rows: Array) -> float:
+    """A metric of the job's own over some rows; nan where it raises, as it may where they lack a class."""
+    try:
+        return task.metric_value(metric, {name: numbers[rows] for name, numbers in scores.items()})
+    except EvaluationError:
+        return np.nan
+
+
+def _draws(scores: RowScores, seed: int, resamples: int) -> Iterator[Array]:
+    """Places of rows drawn with replacement."""
+    size, generator = len(next(iter(scores.values()))), np.random.default_rng(seed)
+    return (generator.integers(0, size, size) for _ in range(resamples))
