@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def make_bert(folder: Path, tokenizer: Path, seed: int = 0, dropout: float = 0.1) -> Path:
+def make_bert(folder: Path, tokenizer: Path, seed: int = 0, dropout: float = 0.1, positions: int = 64) -> Path:
     """A BERT of 2 layers and about 20,000 parameters."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
@@ -18,7 +18,7 @@ def make_bert(folder: Path, tokenizer: Path, seed: int = 0, dropout: float = 0.1
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         initializer_range=0.2,  # at 0.02 so small a model takes hundreds of steps to leave the start

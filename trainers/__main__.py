@@ -50,6 +50,7 @@ class LocalHooks:
         self._stop = StopSignal(run.job.checkpoint.grace_s)
         self._told = 0.0
         self._out_of_patience = False
+        self._metric = choose_metric(run.job)[0]
 
     def _open(self) -> RunLog:
         run = self._run
@@ -72,7 +73,7 @@ class LocalHooks:
     def emit(self, event: Event) -> None:
         """Record an event and print it as a line; only rank 0 does."""
         (self._log or self._open()).append(event)
-        line = describe(event)
+        line = describe(event, self._metric)
         if line and not (isinstance(event, StepEvent) and event.time - self._told < STEP_LINES_S):
             print(line, flush=True)
             self._told = event.time if isinstance(event, StepEvent) else self._told
