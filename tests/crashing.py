@@ -108,8 +108,8 @@ def _light_rank(
 ) -> None:
     from trainers.checkpoint.host_buffer import HostBuffer
     from trainers.checkpoint.slices import Piece, RankShare
-    from trainers.checkpoint.tensor_file import TensorSpec
     from trainers.checkpoint.writer_link import WriterLink
+    from trainers.tensor_file import TensorSpec
 
     now = [0]
     pieces = [

@@ -34,10 +34,10 @@ def make_llama(folder: Path, tokenizer: Path, seed: int = 0, tied: bool = True, 
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(AutoTokenizer.from_pretrained(tokenizer)),
         tie_word_embeddings=tied,
         pad_token_id=0,
         **{
+            "vocab_size": len(AutoTokenizer.from_pretrained(tokenizer)),
             "hidden_size": 36,
             "num_hidden_layers": 2,
             "num_attention_heads": 3,

@@ -5,8 +5,11 @@ another name than the folder does (question answering on Llama and Qwen), it wou
 folder's name is given to it.
 """
 
+import logging
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,36 @@ def load_pretrained(auto: Any, path: str, **options: Any) -> tuple[Any, frozense
             f"{min(own)}), so all would be drawn at random; choose a folder with its weights, or another task"
         )
     return model, fresh
+
+
+def load_to_disk(auto: Any, path: str, scratch: str, **options: Any) -> tuple[Any, frozenset[str]]:
+    """As `load_pretrained`, a model whose weights `read_offloaded` reads from disk one at a time.
+
+    Args:
+        scratch: a folder for those that lie otherwise in the pretrained folder, as experts do; the others stay there.
+    """
+    with without_notice():
+        return load_pretrained(auto, path, device_map={"": "disk"}, offload_folder=scratch, **options)
+
+
+@contextmanager
+def without_notice() -> Iterator[None]:
+    """Nobody need know that weights wait on disk for an export."""
+    log = logging.getLogger("accelerate.big_modeling")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            yield
+    finally:
+        log.setLevel(before)
+
+
+def read_offloaded(model: Any, name: str) -> Any:
+    """A parameter of a model that was loaded to disk, in the model's type."""
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    return load_offloaded_parameter(model, name)
 
 
 def weight_files(folder: Path) -> list[Path]:

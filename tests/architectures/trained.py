@@ -33,7 +33,6 @@ from trainers.checkpoint.checkpointer import Checkpointer, state_record
 from trainers.checkpoint.export import export_checkpoint
 from trainers.checkpoint.records import Progress, Save
 from trainers.checkpoint.slices import rank_share
-from trainers.checkpoint.tensor_file import write_tensors
 from trainers.checkpoint.writing import commit, write_share
 from trainers.errors import JobError
 from trainers.model.deepspeed_config import derive_config
@@ -45,6 +44,7 @@ from trainers.run.folder import step_name
 from trainers.run.record import Run
 from trainers.storage import Folder
 from trainers.tasks import TaskOptions, load_task
+from trainers.tensor_file import write_tensors
 from trainers.tokenizer.encoder import load_encoder
 from trainers.training.loop import run_micro_batches, seed_step
 

@@ -220,10 +220,10 @@ def save(job: Any, folder: Path, far: Any) -> dict[str, Any]:
     from trainers.checkpoint.host_buffer import HostBuffer
     from trainers.checkpoint.records import CheckpointState, Save
     from trainers.checkpoint.slices import Piece, RankShare
-    from trainers.checkpoint.tensor_file import TensorSpec
     from trainers.checkpoint.writing import commit, write_share
     from trainers.storage import Folder
     from trainers.tasks import load_task
+    from trainers.tensor_file import TensorSpec
 
     model: Any = AutoModelForCausalLM.from_pretrained(job.model.path)
     with torch.no_grad():

@@ -5,6 +5,7 @@ read a row's last place, layers may be dropped at random. Whoever needs to know 
 names that configurations and modules give such things stand in no other folder. There are three to ask: a
 configuration (`config.py`), a model in memory (`model.py`), and a folder of which nothing is loaded yet (`folder.py`),
 which are more than one file holds. `record.py` puts what a configuration tells into one record.
+`published.py` writes weights under the names they are published with, `ggml.py` tells a model in llama.cpp's terms.
 """
 
 from trainers.architecture.adjust import cut_layers as cut_layers
@@ -23,6 +24,9 @@ from trainers.architecture.config import width as width
 from trainers.architecture.folder import learned_positions as learned_positions
 from trainers.architecture.folder import rotary as rotary
 from trainers.architecture.folder import token_rows as token_rows
+from trainers.architecture.ggml import GgmlModel as GgmlModel
+from trainers.architecture.ggml import ggml_model as ggml_model
+from trainers.architecture.ggml import ggml_obstacle as ggml_obstacle
 from trainers.architecture.model import DOCUMENTS as DOCUMENTS
 from trainers.architecture.model import LAYER as LAYER
 from trainers.architecture.model import STACK as STACK
@@ -39,4 +43,11 @@ from trainers.architecture.model import stateful_layers as stateful_layers
 from trainers.architecture.model import table_positions as table_positions
 from trainers.architecture.model import transposed_weights as transposed_weights
 from trainers.architecture.model import unread_by_states as unread_by_states
+from trainers.architecture.published import INDEX as INDEX
+from trainers.architecture.published import PART as PART
+from trainers.architecture.published import Weight as Weight
+from trainers.architecture.published import in_parts as in_parts
+from trainers.architecture.published import published_weights as published_weights
+from trainers.architecture.published import whole as whole
+from trainers.architecture.published import write_weights as write_weights
 from trainers.architecture.record import describe as describe

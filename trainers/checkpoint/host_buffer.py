@@ -19,12 +19,12 @@ import numpy as np
 
 from trainers.checkpoint.records import SaveRequest, Vote
 from trainers.checkpoint.slices import RankShare
-from trainers.checkpoint.tensor_file import FileLayout, file_chunks, plan_file
 from trainers.checkpoint.writing import CHUNK_BYTES, find_refusal, write_rank_file
 from trainers.errors import TrainingError
 from trainers.host_memory import memory_available, memory_limit, node_id
 from trainers.model.world import World
 from trainers.storage import Folder
+from trainers.tensor_file import FileLayout, file_chunks, plan_file
 
 FREED_WITHIN_S = 60.0
 """How long memory may take to come back; page-locked memory of a rank that was killed takes seconds."""

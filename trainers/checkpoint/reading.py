@@ -11,11 +11,11 @@ import xxhash
 from trainers.checkpoint.damage import TENSORS, read_manifest, wait_for_file
 from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.records import COMMITTED, HISTORY, STATE, CheckpointManifest, CheckpointState
-from trainers.checkpoint.tensor_file import TORCH_NAMES
 from trainers.patience import retrying
 from trainers.run.events import StepEvent
 from trainers.run.folder import parse_step
 from trainers.storage import Folder
+from trainers.tensor_file import TORCH_NAMES
 
 
 def committed_steps(checkpoints: Folder) -> list[int]:

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from trainers.checkpoint.swapped import SwapSpan, in_memory, state_span
-from trainers.checkpoint.tensor_file import TensorSpec, spec_of
+from trainers.tensor_file import TensorSpec, spec_of
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """fp32 weight, and AdamW's first and second moment."""

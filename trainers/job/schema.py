@@ -77,7 +77,7 @@ class ModelSection(Section):
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     gguf_file: str | None = None
-    """File name inside `path`; its weights are dequantized once, whole and in fp32 on the driver, into safetensors."""
+    """File name inside `path`; the driver dequantizes it once into fp32 safetensors, tensor by tensor."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the working weights and activations; the optimizer always keeps fp32."""
     attention: str = "auto"

@@ -4,7 +4,7 @@ Hu et al. 2021 (arXiv:2106.09685). The head of a task that brings a new one is t
 checkpoint's tensors, so an export never builds the adapted model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def add_adapters(model: Any, lora: LoraSection, task: Task) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    head = [name for name, _ in model.named_children() if name != model.base_model_prefix] if task.new_head else []
+    head = new_head(model, task)
     targets = set(_targets(model, lora, head))
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     try:
@@ -44,6 +44,11 @@ def add_adapters(model: Any, lora: LoraSection, task: Task) -> Any:
         if any(name.startswith(f"{PREFIX}{module}.") for module in head):
             parameter.requires_grad_(True)
     return adapted
+
+
+def new_head(model: Any, task: Task) -> list[str]:
+    """Names of the modules that a task brings new, which train in full."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix] if task.new_head else []
 
 
 def check_frozen(job: Job, model_path: str) -> None:
@@ -151,13 +156,18 @@ def _merged_forward(layer: Any, down: Any, up: Any, lora: LoraSection) -> Callab
     return forward
 
 
-def merged_shapes(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """Names and shapes of the merged model, from those of the adapted one."""
-    return {plain_name(name): shape for name, shape in shapes.items() if not name.endswith(FACTORS)}
+def merged_sources(shapes: Iterable[str]) -> dict[str, str]:
+    """Names of the merged model's weights, each with the adapted model's for it."""
+    return {plain_name(name): name for name in shapes if not name.endswith(FACTORS)}
+
+
+def is_adapted(source: str) -> bool:
+    """Whether an adapted model's weight has factors beside it."""
+    return BASE in source and source.endswith(".weight")
 
 
 def merged_reader(
-    shapes: Mapping[str, list[int]],
+    shapes: Iterable[str],
     read: Callable[[str], Any],
     lora: LoraSection,
     transposed: AbstractSet[str] = frozenset(),
@@ -165,22 +175,22 @@ def merged_reader(
     """A function that gives any merged weight in fp32.
 
     Args:
-        shapes: of the adapted model.
+        shapes: names of the adapted model's weights.
         read: gives a tensor of the adapted model by name.
         lora: whose alpha / rank scales the product.
         transposed: merged weights that lie as [in, out]; see `trainers.architecture.transposed_weights`.
     """
-    sources = {plain_name(name): name for name in shapes if not name.endswith(FACTORS)}
+    sources = merged_sources(shapes)
 
     def load(name: str) -> Any:
         source = sources[name]
         weight = read(source)
-        if BASE not in source or not source.endswith(".weight"):
+        if not is_adapted(source):
             return weight
         stem = source[: source.index(BASE)]
         down, up = (read(stem + factor) for factor in FACTORS)
-        product = (lora.alpha / lora.rank) * (up @ down)
-        return weight + (product.T if name in transposed else product)
+        product = (up @ down).mul_(lora.alpha / lora.rank)
+        return (product.T if name in transposed else product).add_(weight)
 
     return load
 

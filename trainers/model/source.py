@@ -10,13 +10,13 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.job.task_fields import names_folder
+from trainers.model.gguf_base import dequantize
 from trainers.model.hub import hub_folder
 from trainers.pretrained import weight_files
 from trainers.storage import Folder
@@ -149,26 +149,9 @@ def _convert_gguf(job: Job, source: Path) -> Path:
     partial = target.with_name(f".tmp-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
-        _dequantize(source, str(job.model.gguf_file), partial)
+        dequantize(source, str(job.model.gguf_file), partial)
         os.sync()
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _dequantize(source: Path, gguf_file: str, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise JobError(f"model.gguf_file: {source / gguf_file} cannot be converted: {error}") from error
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)

@@ -17,8 +17,8 @@ from trainers.architecture.document_states import keep_states_apart
 from trainers.batching.batch_plan import BatchPlan
 from trainers.batching.order import Order
 from trainers.checkpoint.slices import persistent_buffers
-from trainers.checkpoint.tensor_file import spec_of, write_tensors
 from trainers.tasks.base import IGNORE
+from trainers.tensor_file import spec_of, write_tensors
 from trainers.verification import gradients
 from trainers.verification.isolation import TOLERANCE, logit_change
 from trainers.verification.own_loss import own_loss

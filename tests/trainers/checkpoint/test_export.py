@@ -12,12 +12,12 @@ import pytest
 
 from tests.tiny import chat_rows, film_rows, make_bert, make_llama, shard_locally, tiny_job
 from trainers.checkpoint.records import CheckpointState, FileRecord, Save
-from trainers.checkpoint.tensor_file import spec_of, write_tensors
 from trainers.checkpoint.writing import commit, write_share
 from trainers.errors import EvaluationError
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
 from trainers.storage import Folder
+from trainers.tensor_file import spec_of, write_tensors
 
 ALLOWANCE = 256 << 20
 

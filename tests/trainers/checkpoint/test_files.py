@@ -20,10 +20,10 @@ from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps
 from trainers.checkpoint.records import CheckpointState, Save, Vote
 from trainers.checkpoint.retention import deletable
-from trainers.checkpoint.tensor_file import plan_file, spec_of, write_tensors
 from trainers.checkpoint.writing import commit, read_vote, write_share
 from trainers.run.folder import step_name
 from trainers.storage import TEMPORARY, Folder
+from trainers.tensor_file import plan_file, spec_of, write_tensors
 
 WEIGHT = torch.arange(10, dtype=torch.float32)
 

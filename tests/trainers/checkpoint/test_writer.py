@@ -25,12 +25,12 @@ from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps
 from trainers.checkpoint.records import COMMITTED, CheckpointState, Save, SaveReport, SaveRequest
 from trainers.checkpoint.slices import Piece, RankShare
-from trainers.checkpoint.tensor_file import TensorSpec
 from trainers.checkpoint.writer import carry_out
 from trainers.checkpoint.writer_link import WriterLink
 from trainers.errors import TrainingError
 from trainers.run.folder import step_name
 from trainers.storage import Folder
+from trainers.tensor_file import TensorSpec
 
 
 class OneRank:

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint under the names a model is published with, any of them in parts.
+"""A model's weights under the names it is published with, any of them in parts, and how they are written.
 
 transformers holds some models otherwise than they are published: the experts of a layer as one tensor, say. Its own
 reverse conversion (`revert_weight_conversion`) gives the published tensors back, here of one tensor at a time.
@@ -10,7 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainers.checkpoint.tensor_file import TensorSpec, spec_of
+from trainers.storage import Folder
+from trainers.tensor_file import FileDigest, TensorSpec, spec_of, write_parts
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
 
 PART = 1 << 20
 """Values of a weight in memory at once: 4 MiB in fp32."""
@@ -54,7 +58,7 @@ def published_weights(empty: Any, weights: Mapping[str, Weight]) -> dict[str, We
             continue
         for name, tensor in converted.items():
             load = _loader(empty, weights, names, name, cache)
-            published[name] = Weight(spec_of(name, tensor), load, _whole(load))
+            published[name] = Weight(spec_of(name, tensor), load, whole(load))
     return published
 
 
@@ -64,10 +68,6 @@ def _saved(empty: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
     tied = {name: source for name, source in ties.items() if source not in weights}
     names = {name: tied.get(name, name) for name in weights if name not in made}
     return {new: replace(weights[name], spec=replace(weights[name].spec, name=new)) for name, new in names.items()}
-
-
-def _whole(load: Callable[[], Any]) -> Callable[[], Iterator[Any]]:
-    return lambda: iter((load(),))
 
 
 def _loader(
@@ -116,6 +116,40 @@ def _try(empty: Any, meta: Mapping[str, Any], groups: Sequence[tuple[str, ...]])
     return shapes
 
 
+def whole(load: Callable[[], Any]) -> Callable[[], Iterator[Any]]:
+    """A tensor that is had as one part."""
+    return lambda: iter((load(),))
+
+
 def in_parts(read: Callable[[int, int], Any], size: int) -> Iterator[Any]:
     """Flat values [0, size) in pieces of PART."""
     return (read(start, min(start + PART, size)) for start in range(0, size, PART))
+
+
+def write_weights(
+    weights: Mapping[str, Weight], out: Folder, metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES
+) -> dict[str, FileDigest]:
+    """One safetensors file, or several with an index where there is more than `shard_bytes`. Files by name."""
+    groups = _shards([weight.spec for weight in weights.values()], shard_bytes)
+    files: dict[str, FileDigest] = {}
+    for number, group in enumerate(groups, 1):
+        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        with out.open_output(name) as stream:
+            files[name] = write_parts(stream, group, lambda name: weights[name].parts(), metadata)
+    if len(groups) > 1:
+        places = {spec.name: name for name, group in zip(files, groups, strict=True) for spec in group}
+        total = sum(weight.spec.num_bytes for weight in weights.values())
+        out.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    return files
+
+
+def _shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if groups[-1] and size + spec.num_bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(spec)
+        size += spec.num_bytes
+    return groups
