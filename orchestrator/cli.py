@@ -13,6 +13,7 @@ import typer
 from orchestrator.commands.of_runs import app as runs_app
 from orchestrator.commands.options import TEMPLATES, Address, AsJson, Dashboard, JobPath, Overrides, print_json
 from orchestrator.commands.registry import app as registry_app
+from orchestrator.exporting.command import app as export_app
 from orchestrator.submitting.command import app as jobs_app
 from trainers.errors import JobError, PlacementError, TuneyardError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(runs_app)
+app.add_typer(export_app)
 app.add_typer(registry_app, name="registry")
 app.add_typer(jobs_app, name="jobs")
 

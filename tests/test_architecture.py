@@ -16,7 +16,18 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_FILES = 300, 60, 18
 
 # In trainers a folder imports only folders below it; storage.py, records.py and errors.py lie below all of them.
 LAYERS = (
-    *("worker", "verification", "training", "checkpoint", "evaluation", "run", "model", "batching", "shards"),
+    *(
+        "worker",
+        "verification",
+        "training",
+        "quantization",
+        "checkpoint",
+        "evaluation",
+        "run",
+        "model",
+        "batching",
+        "shards",
+    ),
     *("tasks", "sources", "job", "tokenizer", "architecture"),
 )
 MAIN, BESIDE = "__main__", "modules beside the folders"

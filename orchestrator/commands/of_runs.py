@@ -1,4 +1,4 @@
-"""Commands on runs that are there: evaluate, predict, compare, export, status, ledger, goodput.
+"""Commands on runs that are there: evaluate, predict, compare, status, ledger, goodput.
 
 Each imports what it needs when it runs, so that --help answers at once.
 """
@@ -147,20 +147,6 @@ def compare(
         raise JobError("compare needs two runs or more")
     found = compare_sides([best_side(*find_job(run, storage)) for run in runs])
     print_json(found.model_dump(mode="json")) if as_json else show_comparison(found)
-
-
-@app.command()
-def export(
-    run: RunName,
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
-    storage: Storage = "runs",
-) -> None:
-    """Write a checkpoint as a Hugging Face folder."""
-    from orchestrator.commands.find_run import find_job
-    from orchestrator.commands.past_run import export_step
-
-    print(f"wrote step {export_step(*find_job(run, storage), step, out)} to {out}")
 
 
 @app.command()

@@ -7,7 +7,6 @@ from orchestrator.evaluation.task import evaluation_task, harness_task
 from orchestrator.planning.preflight import check_job
 from orchestrator.ray_session import gpus_per_worker, ray_session
 from orchestrator.terminal.progress import Screen
-from trainers.checkpoint.export import export_checkpoint
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import JobError
 from trainers.evaluation.device import computed_on
@@ -16,9 +15,9 @@ from trainers.evaluation.harness import check_harness
 from trainers.evaluation.row_views import RowView, costliest_rows
 from trainers.evaluation.selection import find_best
 from trainers.job.schema import Job
-from trainers.model.source import find_model, prepare_model
+from trainers.model.source import find_model
 from trainers.model.world import pick_device
-from trainers.run.folder import Evaluation, RunResult, checkpoints_folder, read_evaluations, step_name
+from trainers.run.folder import Evaluation, RunResult, read_evaluations
 from trainers.run.record import find_run, job_task
 from trainers.run.row_scores import row_scores_name
 from trainers.shards.keys import load_shards, plan_splits
@@ -114,22 +113,3 @@ def best_step(run: Folder, checkpoints: Folder) -> int:
     if not committed:
         raise JobError(f"{run} has no committed checkpoint")
     return committed[-1]
-
-
-def export_step(job: Job, run: Folder, step: int | None, out: Path) -> int:
-    """Write one checkpoint of a run, by default the best, as a Hugging Face folder. Returns its step.
-
-    Raises:
-        JobError: where the step is not committed or the target is taken.
-    """
-    checkpoints = checkpoints_folder(job, run)
-    committed = committed_steps(checkpoints)
-    step = best_step(run, checkpoints) if step is None else step
-    if step not in committed:
-        raise JobError(f"--step {step} is not committed in {run}; there are {committed}")
-    if out.exists() and any(out.iterdir()):
-        raise JobError(f"--out {out} is not empty; name a new folder")
-    source = prepare_model(job).path
-    task = job_task(job, shards_of(job, run).train, source)
-    export_checkpoint(checkpoints / step_name(step), Folder(str(out.absolute())), job, task, source)
-    return step

@@ -24,12 +24,18 @@ from trainers.tokenizer.encoder import Encoder, load_encoder
 
 
 def evaluate_model(
-    job: Job, task: Task, model_path: str, shards: ShardSet, on_progress: Callable[[float], None] | None = None
+    job: Job,
+    task: Task,
+    model_path: str,
+    shards: ShardSet,
+    on_progress: Callable[[float], None] | None = None,
+    **options: Any,
 ) -> tuple[Array, dict[str, Array]]:
     """Run the model over every row.
 
     Args:
         on_progress: called with the share done, 0 to 1.
+        options: of from_pretrained, beside those of the job.
 
     Returns:
         rows, int64 [rows], ascending; and what `Task.score` said of each, aligned with it.
@@ -37,7 +43,9 @@ def evaluate_model(
     Raises:
         EvaluationError: where a row is missing or counted twice.
     """
-    return combine(task, [score_share(job, task, model_path, shards, 0, 1, on_progress)], len(shards.lengths))
+    return combine(
+        task, [score_share(job, task, model_path, shards, 0, 1, on_progress, **options)], len(shards.lengths)
+    )
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,11 @@ class Loaded:
     device: Any
 
 
-def load_for_scoring(job: Job, task: Task, model_path: str) -> Loaded:
+def load_for_scoring(job: Job, task: Task, model_path: str, **options: Any) -> Loaded:
     """The model of a folder in evaluation mode."""
     encoder = load_encoder(model_path, job.model.trust_remote_code)
     task.prepare(encoder)
-    model, device = load_to_evaluate(job, task, model_path, encoder.pad_id)
+    model, device = load_to_evaluate(job, task, model_path, encoder.pad_id, **options)
     return Loaded(task, model, encoder, device)
 
 
@@ -83,9 +91,10 @@ def score_share(
     share: int,
     shares: int,
     on_progress: Callable[[float], None] | None = None,
+    **options: Any,
 ) -> RowScores:
     """Run the model over every `shares`-th batch of one set, from batch `share` on."""
-    loaded = load_for_scoring(job, task, model_path)
+    loaded = load_for_scoring(job, task, model_path, **options)
     batches = plan_sets(job, task, {"": shards}, loaded.encoder)
     return score_batches(loaded, batches, share, shares, on_progress)[""]
 

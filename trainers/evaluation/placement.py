@@ -20,12 +20,16 @@ HOST_SHARE = 0.8
 """Of what is free of host memory, at the most: what a forward pass needs comes on top."""
 
 
-def load_to_evaluate(job: Job, task: Task, path: str, pad_id: int) -> tuple[Any, Any]:
-    """A model in evaluation mode, and the device that its inputs go to."""
+def load_to_evaluate(job: Job, task: Task, path: str, pad_id: int, **options: Any) -> tuple[Any, Any]:
+    """A model in evaluation mode, and the device that its inputs go to.
+
+    Args:
+        options: of from_pretrained, beside those of the job.
+    """
     import torch
 
     def load(**where: Any) -> Any:
-        return task.load_model(path, pad_id=pad_id, **load_options(job), **where)
+        return task.load_model(path, pad_id=pad_id, **load_options(job) | options, **where)
 
     need = count_parameters(tensor_shapes(Path(path))) * getattr(torch, job.model.dtype).itemsize
     return _place(load, need, pick_device(job.scale.gpus_per_worker, job.scale.cpus_per_worker))
