@@ -237,7 +237,7 @@ def sweep(
     from rich.console import Console
 
     from orchestrator.report.page import REPORT
-    from orchestrator.sweep.page import ERROR_CHARS, trial_table
+    from orchestrator.sweep.page import ERROR_CHARS, line_table, trial_table
     from orchestrator.sweep.spec import read_spec
     from orchestrator.sweep.sweep import run_sweep
     from orchestrator.terminal.progress import Screen
@@ -249,6 +249,8 @@ def sweep(
         print_json(record.model_dump(mode="json"))
         return
     show_table(trial_table(record, ERROR_CHARS))
+    if line := line_table(record):
+        show_table(line)
     screen.registered(record.registry)
     screen.say(f"report  {folder}/{REPORT}")
 

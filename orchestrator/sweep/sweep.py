@@ -107,11 +107,11 @@ class Sweep:
         checked = check_job(self.job_of(trial))
         run = run_of(checked.job, checked.model, _write_shards(checked, self.screen))
         job, steps, count = run.job, plan_here(checked).steps, self.spec.trials or len(self.record.trials)
-        pauses = pause_steps(steps, job.checkpoint.every_steps, self.spec.halving, count, self.spec.pauses)
-        if self.spec.generations:
-            pauses = ends_of_generations(steps, job.checkpoint.every_steps, self.spec.generations)
         if trial.line:
+            pauses = trial.pauses
             begin_held(run, steps)
+        else:
+            pauses = pauses_of(self.spec, job, steps, count)
         return self._note(trial.model_copy(update={"run": run.folder.name, "steps": steps, "pauses": pauses}))
 
     def take(self, number: int, end: LegEnd | None) -> None:
@@ -196,7 +196,7 @@ def run_sweep(
         if not any(trial.run for trial in record.trials):
             _write_shards(checked, screen)  # data that is refused ends the sweep before its first trial
             if spec.generations:
-                ends_of_generations(plan_here(checked).steps, checked.job.checkpoint.every_steps, spec.generations)
+                pauses_of(spec, checked.job, plan_here(checked).steps, len(points))
         run_legs(sweep, folder, _at_once(checked.job, gpus))
         if asked():
             raise Preempted("stopped on request; the same command goes on from there")
@@ -205,6 +205,18 @@ def run_sweep(
         sweep.clean(best, everything=True)
         finish_removals()
         return folder, sweep.record
+
+
+def pauses_of(spec: SweepSpec, job: Job, steps: int, trials: int) -> tuple[int, ...]:
+    """Steps at which a trial stops to be compared. One that begins at another run's checkpoint passes over those before
+    it."""
+    every = job.checkpoint.every_steps
+    if spec.generations:
+        found = ends_of_generations(steps, every, spec.generations)
+    else:
+        found = pause_steps(steps, every, spec.halving, trials, spec.pauses)
+    begins = job.train.continue_from.step if job.train.continue_from else 0
+    return tuple(step for step in found if step > begins)
 
 
 def check_trials(spec: SweepSpec, overrides: Sequence[str]) -> tuple[CheckedJob, list[dict[str, Any]]]:

@@ -1,11 +1,16 @@
 """Which trial goes on: over whole sweeps, played without training."""
 
 import random
+from pathlib import Path
 
 import pytest
 
 from orchestrator.sweep.halving import next_stop, next_trial, pause_steps
 from orchestrator.sweep.record import Trial
+from orchestrator.sweep.spec import SweepSpec
+from orchestrator.sweep.sweep import pauses_of
+from tests.tiny import film_rows, tiny_job
+from trainers.job.sections import ContinueSection
 
 
 def play(quality: list[float], factor: int | None, at_once: int, steps: int = 810, every: int = 45) -> list[Trial]:
@@ -32,6 +37,16 @@ def test_pauses_are_shares_of_the_whole_at_checkpoints() -> None:
     assert pause_steps(810, 45, 3, 12, 1) == (270,) and pause_steps(810, 45, 3, 12, 9) == (90, 270)
     assert pause_steps(810, 45, 3, 2) == () == pause_steps(810, 45, None, 12)
     assert pause_steps(6, 4, 3, 27) == (4, 4, 4)
+
+
+def test_trials_that_begin_at_another_runs_checkpoint_pause_after_it(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, tmp_path / "model", "classify", film_rows(10), checkpoint={"every_steps": 45})
+    train = {"continue_from": ContinueSection(run="r", step=90)}
+    later = job.model_copy(update={"train": job.train.model_copy(update=train)})
+    halving = SweepSpec(job="j", space={}, halving=3)
+    assert pauses_of(halving, job, 810, 12) == (90, 270) and pauses_of(halving, later, 810, 12) == (270,)
+    population = SweepSpec(job="j", space={}, method="population", generations=9)
+    assert pauses_of(population, job, 810, 12)[0] == 90 and pauses_of(population, later, 810, 12)[0] == 180
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])

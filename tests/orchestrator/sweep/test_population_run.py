@@ -113,7 +113,7 @@ def test_table_and_page_say_who_came_from_whom(sweep: tuple[Path, SweepRecord, s
     record = record_of(storage)
     assert record is not None
     (copy,) = record.copies
-    assert f"{copy.parent} at {END}" in said and "copied" in said
+    assert f"{copy.parent} at {END}" in said and "values by step" in said
     page = next((storage / "sweeps").glob("*/report.html")).read_text()
     left = next(trial for trial in record.trials if trial.number == copy.trial).line[0]
     assert "Values by step" in page and left.run in page and f"1 to {END}" in page

@@ -191,8 +191,10 @@ def test_a_start_that_was_killed_while_it_linked_begins_anew(kept: Run) -> None:
     child = find_run(from_step(kept, 3))
     half = child.checkpoints / step_name(3)
     half.write_bytes("rank-00000-of-00001.safetensors", b"half")
+    half.write_bytes("rank-00000-of-00001.json", b"{}")
     assert begin_from_parent(child, STEPS) is not None
     assert half.read_bytes("rank-00000-of-00001.safetensors") == b"numbers"
+    assert not half.exists("rank-00000-of-00001.json")
 
 
 def test_a_parent_on_another_file_system_is_copied(kept: Run, monkeypatch: pytest.MonkeyPatch) -> None:
