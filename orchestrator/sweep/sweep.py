@@ -13,6 +13,7 @@ import ray
 
 from orchestrator.planning.preflight import CheckedJob, check_job, check_run_storage
 from orchestrator.ray_session import check_placement, ray_session
+from orchestrator.report.page import REPORT
 from orchestrator.run import register
 from orchestrator.run_session import Asked, RunSession, plan_here, stop_asked_for
 from orchestrator.sharding.stage import write_shards
@@ -185,7 +186,7 @@ def run_sweep(
     checked, points = check_trials(spec, overrides)
     folder = sweep_folder(spec, checked)
     record = read_sweep(folder) or _new_record(spec, checked, points)
-    if record.registry:
+    if record.registry and folder.exists(REPORT):  # which is written last
         screen.say(f"already done: {folder}")
         return folder, record
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -197,19 +198,19 @@ def run_sweep(
             _write_shards(checked, screen)  # data that is refused ends the sweep before its first trial
             if spec.generations:
                 pauses_of(spec, checked.job, plan_here(checked).steps, len(points))
-        run_legs(sweep, folder, _at_once(checked.job, gpus))
-        if asked():
-            raise Preempted("stopped on request; the same command goes on from there")
-        best = _register_best(sweep)
-        write_page(folder, sweep.record)
-        sweep.clean(best, everything=True)
+        if record.best is None:
+            run_legs(sweep, folder, _at_once(checked.job, gpus))
+            if asked():
+                raise Preempted("stopped on request; the same command goes on from there")
+            _register_best(sweep)
+        sweep.clean(sweep.record.best or 0, everything=True)
         finish_removals()
+        write_page(folder, sweep.record)
         return folder, sweep.record
 
 
 def pauses_of(spec: SweepSpec, job: Job, steps: int, trials: int) -> tuple[int, ...]:
-    """Steps at which a trial stops to be compared. One that begins at another run's checkpoint passes over those before
-    it."""
+    """Steps at which a trial stops to be compared; those before the step at which it begins are passed over."""
     every = job.checkpoint.every_steps
     if spec.generations:
         found = ends_of_generations(steps, every, spec.generations)
@@ -282,8 +283,8 @@ def _at_once(job: Job, gpus: int) -> int:
     return max(slots // job.scale.max_workers, 1)
 
 
-def _register_best(sweep: Sweep) -> int:
-    """Register the best checkpoint of all trials, through every run's gate. Returns its trial's number."""
+def _register_best(sweep: Sweep) -> None:
+    """Register the best checkpoint of all trials, through every run's gate."""
     record = sweep.record
     winner = record.ranked()[0]
     if winner.best(record.mode) is None:
@@ -297,4 +298,3 @@ def _register_best(sweep: Sweep) -> int:
         session.finish(evaluations, best, version)
     sweep.record = record.model_copy(update={"best": winner.number, "registry": version})
     write_sweep(sweep.folder, sweep.record)
-    return winner.number

@@ -7,6 +7,9 @@ sweep has its own storage, so that the second takes nothing from the first. Twel
 pause at a quarter take 12 / 4 + 3 x 3 / 4 of 12 trainings, 44 % of the steps. A trial pauses at a checkpoint. `--rows`,
 `--batch`, `--max-length` and `--dtype` make it short, and its outcome noise where the training is. With `--storage` a
 benchmark that was killed goes on (its seconds are those of the last command alone), and what it trained stays there.
+
+After the grid comes what other halvings would have made of it: a trial trains bit for bit as in the grid, so its curve
+there says what each would have seen and taken, one trial after the other. The last line is a halved sweep of its own.
 """
 
 import argparse
@@ -20,9 +23,13 @@ from pathlib import Path
 
 import yaml
 
+from orchestrator.sweep.halving import next_stop, next_trial, pause_steps
+from orchestrator.sweep.record import SweepRecord
 from tests.benchmarks.bench_sentiment import BATCH, MAX_LENGTH, WARMUP_RATIO, WEIGHT_DECAY, model_path, read
 
 LOW, HIGH = 1e-6, 3e-3
+REPLAYED = ((4, 1), (6, 1), (3, 1), (3, 2))
+"""Halvings and pauses."""
 
 
 def main() -> None:
@@ -47,23 +54,45 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, more in (("grid", {}), (f"halving {arguments.halving}, pauses {arguments.pauses}", halved)):
             place = (arguments.storage or Path(folder)) / name.replace(",", "").replace(" ", "-")
-            steps, accuracy, rate, seconds = sweep(arguments, place, more)
-            print(f"| {name} | {steps:,} | {accuracy:.4f} | {rate:g} | {seconds:.0f} |", flush=True)
+            record, seconds = sweep(arguments, place, more)
+            tell(name, record, f"{seconds:.0f}")
+            for factor, pauses in () if more else REPLAYED:
+                played = replay(record, arguments, factor, pauses)
+                tell(f"halving {factor}, pauses {pauses}, played on the grid's curves", played, "")
 
 
-def sweep(arguments: argparse.Namespace, place: Path, more: dict[str, int]) -> tuple[int, float, float, float]:
-    """Steps of all trials, the best accuracy with its learning rate, and seconds."""
+def tell(name: str, record: SweepRecord, seconds: str) -> None:
+    """A line of the table."""
+    best, steps = record.ranked()[0], sum(trial.step for trial in record.trials)
+    found, rate = best.best(record.mode), best.values["train.learning_rate"]
+    print(f"| {name} | {steps:,} | {found[1] if found else math.nan:.4f} | {rate:g} | {seconds} |", flush=True)
+
+
+def replay(grid: SweepRecord, arguments: argparse.Namespace, factor: int, pauses: int) -> SweepRecord:
+    """What a halved sweep of the grid's trials comes to, each with the grid's curve as far as it trains."""
+    steps = grid.trials[0].steps
+    every = math.ceil(steps / arguments.checkpoints)
+    stops = pause_steps(steps, every, factor, len(grid.trials), pauses)
+    trials = {one.number: one.model_copy(update={"state": "waiting", "step": 0, "pauses": stops, "curve": ()})
+              for one in grid.trials}  # fmt: skip
+    curves = {trial.number: trial.curve for trial in grid.trials}
+    while (number := next_trial(list(trials.values()), (), factor, grid.mode)) is not None:
+        stop = next_stop(trials[number])
+        end = {"step": stop or steps, "state": "paused" if stop else "trained"}
+        seen = tuple(one for one in curves[number] if one[0] <= end["step"])
+        trials[number] = trials[number].model_copy(update={**end, "curve": seen})
+    return grid.model_copy(update={"trials": tuple(trials.values())})
+
+
+def sweep(arguments: argparse.Namespace, place: Path, more: dict[str, int]) -> tuple[SweepRecord, float]:
+    """The record of a sweep, and seconds."""
     file = write_files(arguments, place, more)
     words = [sys.executable, "-m", "orchestrator", "sweep", str(file), "--json"]
     began = time.perf_counter()
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     seconds = time.perf_counter() - began
     assert done.returncode == 0, done.stdout
-    record = json.loads(done.stdout)
-    best = next(trial for trial in record["trials"] if trial["number"] == record["best"])
-    accuracy = max(value for _, value in best["curve"])
-    steps = sum(trial["step"] for trial in record["trials"])
-    return steps, accuracy, best["values"]["train.learning_rate"], seconds
+    return SweepRecord.model_validate_json(done.stdout), seconds
 
 
 def write_files(arguments: argparse.Namespace, place: Path, more: dict[str, int]) -> Path:

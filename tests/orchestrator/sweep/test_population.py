@@ -86,9 +86,10 @@ def test_who_failed_or_has_no_number_copies_too_and_who_stopped_early_is_left_al
         member(4, (8, float("nan"))),
         member(5, (4, 0.99), state="trained"),
         member(6, (8, 0.3)),
+        member(7, (4, 0.95), step=8),
     ]
     copies = decide(SPEC, trials, 0, "max")
-    assert [copy.trial for copy in copies] == [3, 4, 6] and {copy.parent for copy in copies} <= {1, 2}
+    assert [copy.trial for copy in copies] == [3, 4, 6, 7] and {copy.parent for copy in copies} <= {1, 2}
     assert decide(SPEC, [member(1, state="failed"), member(2, state="failed")], 0, "max") == ()
     assert decide(SPEC, [member(1, (8, 0.5))], 0, "max") == ()
 

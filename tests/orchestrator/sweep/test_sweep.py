@@ -135,3 +135,15 @@ def test_the_same_command_again_does_nothing_twice(storage: Path, job_file: Path
     assert again.returncode == 0 and "already done" in again.stderr
     assert SweepRecord.model_validate_json(again.stdout) == record_of(storage)
     assert state() == before
+
+
+def test_killed_after_it_registered_the_same_command_cleans_and_writes_the_page(storage: Path, job_file: Path) -> None:
+    before = record_of(storage)
+    (folder,) = (storage / "sweeps").iterdir()
+    (folder / "report.html").unlink()
+    left = storage / "runs" / before.trials[0].run / "checkpoints"
+    (left / "step-00000008").mkdir(parents=True, exist_ok=True)
+    again = call(job_file)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "report.html").exists() and not left.exists()
+    assert record_of(storage) == before

@@ -9,6 +9,7 @@ import pytest
 import xxhash
 import yaml
 
+from tests.bucket import serve_bucket
 from tests.ranks import run_ranks
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from tests.trainers.training.test_training import Recorder, with_
@@ -141,7 +142,11 @@ def test_the_line_names_every_run_with_its_values(run: Run, line: dict[str, list
 @pytest.fixture
 def kept(tmp_path: Path, tiny_tokenizer: Path) -> Run:
     """A run of another storage that stands at a committed step 3 of 6, made without training."""
-    job: Job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(60))
+    return make_kept(tmp_path, tiny_tokenizer)
+
+
+def make_kept(folder: Path, tokenizer: Path, **sections: Any) -> Run:
+    job: Job = tiny_job(folder, make_bert(folder / "model", tokenizer), "classify", film_rows(60), **sections)
     shard_locally(job)
     run = leave_job(find_run(job))
     run.folder.write_bytes("events.jsonl", (StartEvent(step=0, steps=STEPS).model_dump_json() + "\n").encode())
@@ -207,6 +212,20 @@ def test_a_parent_on_another_file_system_is_copied(kept: Run, monkeypatch: pytes
     child = find_run(from_step(kept, 3))
     begin_from_parent(child, STEPS)
     assert (child.checkpoints / step_name(3)).read_bytes("rank-00000-of-00001.safetensors") == b"numbers"
+
+
+def test_a_parent_in_a_bucket_is_copied(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    from trainers.checkpoint.damage import find_damage
+    from trainers.checkpoint.local_copies import LocalCopies
+
+    pytest.importorskip("moto")
+    with serve_bucket() as bucket:
+        kept = make_kept(tmp_path, tiny_tokenizer, checkpoint={"storage": bucket.uri("c")})
+        child = find_run(from_step(kept, 3))
+        assert begin_from_parent(child, STEPS) is not None and not child.checkpoints.is_local
+        kept.checkpoints.delete()
+        assert find_damage(LocalCopies(child.checkpoints / step_name(3))) is None
+        assert begin_from_parent(child, STEPS) is None
 
 
 def test_a_damaged_parent_is_refused(kept: Run) -> None:
