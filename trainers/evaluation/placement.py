@@ -62,7 +62,7 @@ def _place(load: Callable[..., Any], need: int, device: Any) -> tuple[Any, Any]:
         device: of the inputs.
     """
     memory = device_memory(device)
-    if need <= next(iter(memory.values())):
+    if need <= memory.get("cpu" if device.type == "cpu" else device.index, 0):
         return load().to(device).eval(), device
     free = ", ".join(f"{name} has {size / GIB:.1f}" for name, size in memory.items())
     logging.getLogger(__name__).warning(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.trainers.evaluation.test_predict import with_head
 from tests.trainers.tasks.small import small_jobs
@@ -56,6 +57,20 @@ def test_a_model_that_fits_no_device_is_spread_and_scores_alike(
     assert whole.keys() == spread.keys()
     for key, values in whole.items():
         assert np.array_equal(values, spread[key], equal_nan=values.dtype.kind == "f"), key
+
+
+def test_a_model_is_not_put_whole_on_a_gpu_without_room_because_another_has_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load(**where: Any) -> Any:
+        asked.append(where)
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(placement, "device_memory", lambda device: {1: 100, "cpu": 100})
+    model, device = placement._place(load, 10, torch.device("cuda", 0))
+    assert asked[0]["max_memory"] == {1: 100, "cpu": 100} and model.device == device == torch.device("cuda", 0)
 
 
 def test_a_model_that_is_spread_is_not_kept_for_the_next_evaluation(
