@@ -1,15 +1,17 @@
 """A step on one GPU: ours by each way to keep the state, a plain torch loop, transformers' Trainer, DeepSpeed by hand.
 
 python tests/benchmarks/bench_gpu.py [--size 135m|1b] [--length 2048] [--micro 4] [--rounds 2] [--write docs/gpu.md]
+python tests/benchmarks/bench_gpu.py --size 8b --only "ours zero3-cpu-offload" "deepspeed offload"
 python tests/benchmarks/bench_gpu.py --documents 8    # documents of many lengths, about eight a sequence, ours packed
 python tests/benchmarks/bench_gpu.py --size tiny --device cpu    # a dry run: every line, no figure of worth
 
 All train the same Llama of random weights on the same sequences in the same order: bf16, AdamW, clipping at 1. Each
 contender is a process that imports, says so and waits; then one after the other trains, round by round, so nothing is
-timed beside an import. Losses of the first step are compared before any time is shown. Medians over the rounds; the
-first two steps are left out. `ours` keeps fp32 masters and moments, the peers keep all in bf16 (DeepSpeed: masters).
-With documents the Trainer pads each batch to its longest one; a quarter of the documents that ours has in a
-micro-batch is what fits then. Tokens that are no padding count.
+timed beside an import. `first step` is the time from that gate to the end of the first step. Losses of the first step
+are compared before any time is shown. Medians over the rounds; the first two steps are left out. `ours` keeps fp32
+masters and moments, the peers keep all in bf16 (DeepSpeed: masters). With documents the Trainer pads each batch to
+its longest one; a quarter of the documents that ours has in a micro-batch is what fits then. Tokens that are no
+padding count.
 """
 
 import argparse
@@ -41,6 +43,8 @@ SIZES: dict[str, dict[str, int]] = {
     "135m": {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9,
              "num_key_value_heads": 3, "vocab_size": 49152},
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+    "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 Steps = tuple[list[float], list[float], list[int]]
@@ -172,14 +176,16 @@ def contend(asked: argparse.Namespace) -> None:
 
     import trainers.worker.rank  # noqa: F401
 
-    if asked.contender != "torch":
+    if not asked.contender.startswith("torch"):
         import deepspeed  # noqa: F401
     print("READY", flush=True)
     sys.stdin.readline()
     job = make_job(asked)
     kind, _, way = asked.contender.partition(" ")
     contender = {"ours": ours, "torch": by_hand, "deepspeed": by_hand, "trainer": trainer}[kind]
+    began = time.perf_counter()
     seconds, losses, tokens = contender(job, asked, way)
+    first = time.perf_counter() - began - sum(seconds[1:])
     if asked.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
         card = torch.cuda.get_device_name()
@@ -189,6 +195,7 @@ def contend(asked: argparse.Namespace) -> None:
         peak, card = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "CPU"
     speed = sum(tokens[WARM_UP:]) / sum(seconds[WARM_UP:])
     result = {"seconds": seconds[WARM_UP:], "losses": losses, "peak": peak, "card": card, "speed": speed}
+    result["first"] = first
     print("RESULT", json.dumps(result), flush=True)
     os._exit(0)  # engines and process groups need not be taken apart
 
@@ -235,12 +242,12 @@ def batches(job: Any) -> list[Any]:
     return [torch.from_numpy(np.stack([row.input_ids for row in step]).astype(np.int64)) for _, step in lines]
 
 
-def by_hand(job: Any, asked: argparse.Namespace, _: str) -> Steps:
-    """A loop as everybody writes it: torch alone, or with a DeepSpeed ZeRO-3 engine."""
+def by_hand(job: Any, asked: argparse.Namespace, way: str) -> Steps:
+    """A loop as everybody writes it: torch alone, or with a DeepSpeed ZeRO-3 engine, its state on the host or not."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    partitioned = asked.contender == "deepspeed"
+    partitioned = asked.contender.startswith("deepspeed")
     if partitioned:
         import deepspeed
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -248,7 +255,7 @@ def by_hand(job: Any, asked: argparse.Namespace, _: str) -> Steps:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU it would be compiled first
         torch.distributed.init_process_group("nccl" if asked.device == "cuda" else "gloo")
         deepspeed.init_distributed(verbose=False)
-        config = deepspeed_config(asked)
+        config = deepspeed_config(asked, offloaded=way == "offload")
         alive = HfDeepSpeedConfig(config)  # transformers looks for it while it loads
     model: Any = AutoModelForCausalLM.from_pretrained(job.model.path, dtype=torch.bfloat16).train()
     if not partitioned:
@@ -332,13 +339,15 @@ def documents(job: Any) -> list[Any]:
     return [torch.from_numpy(np.array(rows.row(at).input_ids, np.int64)) for at in range(len(rows))]
 
 
-def deepspeed_config(asked: argparse.Namespace) -> dict[str, Any]:
+def deepspeed_config(asked: argparse.Namespace, offloaded: bool) -> dict[str, Any]:
+    host = {"device": "cpu", "pin_memory": True}
+    away = {"offload_optimizer": host, "offload_param": host} if offloaded else {}
     return {
         "train_micro_batch_size_per_gpu": asked.micro,
         "gradient_accumulation_steps": asked.accumulation,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True},
+        "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, **away},
         "zero_force_ds_cpu_optimizer": False,
     }
 
@@ -379,8 +388,8 @@ def table(asked: argparse.Namespace, job: Any, results: dict[str, list[dict[str,
         f"{card}, Llama {asked.size} ({size.parameters:,} parameters), {asked.micro} x {asked.accumulation} sequences "
         f"of {asked.length} tokens a step{_of_documents(asked)}, {asked.rounds} rounds of {asked.steps} steps:",
         "",
-        "| | s a step | tokens/s | MFU | peak GiB | plan's GiB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| | s a step | first step | tokens/s | MFU | peak GiB | plan's GiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, rounds in results.items():
         step = statistics.median(second for each in rounds for second in each["seconds"])
@@ -388,7 +397,8 @@ def table(asked: argparse.Namespace, job: Any, results: dict[str, list[dict[str,
         use = f"{flops / tokens * speed / peak:.1%}" if peak else "-"
         plan = f"{said[name] / GIB:.1f}" if name in said else ""
         gib = max(each["peak"] for each in rounds) / GIB
-        lines.append(f"| {name} | {step:.3f} | {speed:,.0f} | {use} | {gib:.1f} | {plan} |")
+        first = statistics.median(each["first"] for each in rounds)
+        lines.append(f"| {name} | {step:.3f} | {first:.1f} | {speed:,.0f} | {use} | {gib:.1f} | {plan} |")
     return lines
 
 

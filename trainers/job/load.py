@@ -77,6 +77,8 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
                      for problem in _entry_problems(entry, key, task)]  # fmt: skip
     if train.get("activation_offload") and train.get("activation_checkpointing") == "none":
         problems.append("train.activation_offload: needs train.activation_checkpointing, which is none")
+    if train.get("activation_offload") and section["scale"].get("gpus_per_worker") == 0:
+        problems.append("train.activation_offload: without GPUs all activations lie in host memory; leave it out")
     if train.get("compile") and str(train.get("deepspeed", "")).startswith("zero3"):
         problems.append("train.compile: not under ZeRO-3, whose hooks stand between a layer's operators; leave it out")
     if section["evaluate"].get("early_stopping") and section["evaluate"].get("while_training") is False:

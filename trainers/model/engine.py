@@ -28,8 +28,16 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
     Args:
         model_path: folder with config.json and safetensors.
         config: what `derive_config` made.
+
+    Raises:
+        JobError: where activations should leave a device that is none.
     """
     import torch
+
+    if job.train.activation_offload and world.device.type == "cpu":
+        raise JobError(
+            "train.activation_offload: ranks compute on CPUs, whose activations lie in host memory; leave it out"
+        )
 
     stage = config["zero_optimization"]["stage"]
     if stage:

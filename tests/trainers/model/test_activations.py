@@ -10,6 +10,9 @@ from transformers import AutoModelForSeq2SeqLM as Seq2Seq
 from trainers.errors import JobError
 from trainers.job.load import parse_job
 from trainers.model.activations import checkpoint_activations
+from trainers.model.engine import build_engine
+from trainers.model.world import World
+from trainers.tasks import load_task
 
 LAYERS = 8
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
@@ -104,3 +107,9 @@ def test_the_job_names_what_is_wrong_and_stays_the_same_run() -> None:
         assert job.identity() == plain.identity()
     with pytest.raises(JobError, match=r"activation_offload: needs train.activation_checkpointing"):
         parse_job({**raw, "train": {**raw["train"], "activation_checkpointing": "none", "activation_offload": True}})
+    raw["train"]["activation_offload"] = True
+    with pytest.raises(JobError, match=r"activation_offload: without GPUs .* leave it out"):
+        parse_job({**raw, "scale": {"gpus_per_worker": 0}})
+    ranks = World(0, 1, torch.device("cpu"))
+    with pytest.raises(JobError, match=r"activation_offload: ranks compute on CPUs"):
+        build_engine(parse_job(raw), load_task("pretrain"), "no-folder", 0, {}, ranks)
