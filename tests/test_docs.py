@@ -1,6 +1,7 @@
 """What the documents say of the program is what the program does."""
 
 import ast
+import io
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.terminal.table import show_evaluations
+from trainers.run.folder import Evaluation
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(page for name in ("docs", "cluster", "docker", "ds_configs")
@@ -61,6 +65,50 @@ def test_lines_of_prose_fit_an_editor(page: Path) -> None:
     """Tables cannot be broken, nor can drawings."""
     prose = re.sub(r"```mermaid.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_the_table_that_readme_shows_is_what_the_program_prints() -> None:
+    """The figures are the demo's; the form, names and widths are the program's, at 80 columns in a pipe."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"```\n(evaluations, by .*?\n)model ", text, re.DOTALL)
+    assert shown is not None
+    metric, lines = _parse(shown[1])
+    evaluations = [
+        Evaluation(step=int(name), status="done", metrics=values, intervals=between, eval_key="e")
+        for name, (values, between) in lines.items()
+        if name.isdigit()
+    ]
+    best = max(evaluations, key=lambda one: one.metrics[metric])
+    baselines = {name: values for name, (values, _) in lines.items() if not name.isdigit()}
+    stream = io.StringIO()
+    show_evaluations(evaluations, metric, best.step, Console(file=stream, width=80), baselines)
+    assert [line.rstrip() for line in stream.getvalue().splitlines()] == shown[1].splitlines()
+
+
+Line = tuple[dict[str, float], dict[str, tuple[float, float]]]
+"""Values of a line of the table, and the intervals below them, by metric."""
+
+
+def _parse(table: str) -> tuple[str, dict[str, Line]]:
+    """The deciding metric, and each line by its name; a name that is folded is joined."""
+    title, *rows = table.splitlines()
+    names = [cell.strip() for cell in rows[1].split("┃")[2:-2]]
+    lines: dict[str, Line] = {}
+    for row in rows[3:-1]:
+        first, *cells = (cell.strip() for cell in row.split("│")[1:-2])
+        if not first:
+            lines[list(lines)[-1]][1].update({name: _ends(cell) for name, cell in zip(names, cells, strict=True)})
+        elif any(cells):
+            lines[first] = dict(zip(names, map(float, cells), strict=True)), {}
+        else:
+            before, values = lines.popitem()
+            lines[f"{before} {first}"] = values
+    return re.split("[ ;]+", title)[2], lines
+
+
+def _ends(cell: str) -> tuple[float, float]:
+    low, high = map(float, cell.split("–"))
+    return low, high
 
 
 def commands(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:

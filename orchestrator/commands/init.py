@@ -51,7 +51,10 @@ def write_job(template: str, path: Path | None = None) -> Path:
 
 def _job_file(template: str, path: Path | None) -> Path:
     if template == "quickstart":
-        return (path or Path("quickstart")) / "job.yaml"
+        folder = path or Path("quickstart")
+        if folder.suffix in (".yaml", ".yml"):
+            raise JobError(f"quickstart brings a model and data along: name a folder, not {folder}")
+        return folder / "job.yaml"
     path = path or Path(f"{template}.yaml")
     return path / "job.yaml" if path.is_dir() or not path.suffix else path
 

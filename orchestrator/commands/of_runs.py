@@ -222,7 +222,7 @@ def goodput(
 ) -> None:
     """What failures will cost on a cluster, and how often to save."""
     from orchestrator.commands.find_run import find_folder
-    from orchestrator.terminal.table import show_rows
+    from orchestrator.terminal.table import show
     from trainers.run.events import read_events
     from trainers.run.goodput import Cluster, best_interval_s, forecast, measure
 
@@ -239,6 +239,19 @@ def goodput(
     if as_json:
         print_json(rows)
         return
-    show_rows("share of useful time, by the seconds between saves", rows)
+    columns = ("seconds between saves", "of the best", "expected", "simulated")
+    show(
+        "share of useful time, by the seconds between saves",
+        columns,
+        [
+            (
+                f"{row['interval_s']:,.0f}",
+                f"{row['of_best']:g} times",
+                f"{row['expected']:.2%}",
+                f"{row['simulated']:.2%}",
+            )
+            for row in rows
+        ],
+    )
     steps = f": set checkpoint.every_steps to {max(round(interval / measured.step_s), 1):,}" if measured else ""
     print(f"recommended: a save every {interval:,.0f} s{steps}")

@@ -211,6 +211,9 @@ def _show_models(models: "Sequence[RegisteredModel]") -> None:
     from orchestrator.registry.read import RegisteredModel
     from orchestrator.terminal.table import show as show_table
 
+    if not models:
+        print("no models yet")
+        return
     names = list(RegisteredModel.model_fields)
     show_table("registered models", names, [[getattr(model, name) for name in names] for model in models])
 

@@ -63,11 +63,14 @@ def show_status(ask: Callable[[], Sequence[RunStatus]], follow: bool, console: C
             if not follow or not any(status.state == "running" for status in statuses):
                 return
             time.sleep(FOLLOW_S)
+    if not follow:
+        console.print(_page(ask()), end="")
+        return
     with Live(console=console, auto_refresh=False) as live:
         while True:
             statuses = ask()
             live.update(_page(statuses), refresh=True)
-            if not follow or not any(status.state == "running" for status in statuses):
+            if not any(status.state == "running" for status in statuses):
                 return
             time.sleep(FOLLOW_S)
 
@@ -78,4 +81,4 @@ def _page(statuses: Sequence[RunStatus]) -> Text:
         first, *others = block(status)
         page.append(first + "\n", STYLES.get(status.state, "yellow"))
         page.append("\n".join(others) + "\n")
-    return page if statuses else Text("no runs yet")
+    return page if statuses else Text("no runs yet\n")

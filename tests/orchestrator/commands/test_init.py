@@ -187,6 +187,12 @@ def test_the_sft_template_names_the_installed_package(tmp_path, monkeypatch):
     assert (job.model.path, job.model.gguf_file) == (str(package), init_job.SMOLLM_FILE)
 
 
+def test_the_quickstart_wants_a_folder(tmp_path):
+    with pytest.raises(JobError, match="name a folder"):
+        write_job("quickstart", tmp_path / "job.yaml")
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_templates_and_unwritable_places_are_refused(tmp_path):
     with pytest.raises(JobError, match="quickstart, classify, tag, extract"):
         write_job("quickstar")
