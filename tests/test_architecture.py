@@ -387,3 +387,14 @@ def test_a_family_s_name_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         path = tmp_path / f"{index}.py"
         path.write_text(source)
         assert len(names_of_families(path)) == count, source
+
+
+PAGES = [*ROOT.glob("*.md"), *(page for name in ("docs", "cluster", "docker", "ds_configs")
+                               for page in (ROOT / name).glob("*.md"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_prose_fit_an_editor(page: Path) -> None:
+    """Tables cannot be broken, nor can drawings."""
+    prose = re.sub(r"```mermaid.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []

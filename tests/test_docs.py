@@ -60,13 +60,6 @@ def test_enough_messages_are_explained() -> None:
     assert len(list(quoted())) > 25
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_lines_of_prose_fit_an_editor(page: Path) -> None:
-    """Tables cannot be broken, nor can drawings."""
-    prose = re.sub(r"```mermaid.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
-
-
 def test_the_table_that_readme_shows_is_what_the_program_prints() -> None:
     """The figures are the demo's; the form, names and widths are the program's, at 80 columns in a pipe."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
