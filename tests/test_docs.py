@@ -60,6 +60,20 @@ def test_enough_messages_are_explained() -> None:
     assert len(list(quoted())) > 25
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_link_to_a_file_or_a_heading_leads_there(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
 def test_the_table_that_readme_shows_is_what_the_program_prints() -> None:
     """The figures are the demo's; the form, names and widths are the program's, at 80 columns in a pipe."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
