@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.commands.find_run import run_names, runs_folder
+from orchestrator.commands.find_run import run_names
 from orchestrator.commands.status import lock_is_held
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.read import find_model
@@ -64,7 +64,10 @@ def find_garbage(storage: str, older_s: float, checkpoints: bool) -> Found:
         raise JobError(
             f"--storage {storage}: gc works on folders, for a bucket does not tell when a file was last used"
         )
-    runs = runs_folder(str(Path(storage.removeprefix("file://")).resolve()))
+    folder = Path(storage.removeprefix("file://")).resolve()
+    if not folder.is_dir():
+        raise JobError(f"no folder {folder}: name the storage of the jobs with --storage")
+    runs = Folder(str(folder)) / "runs"
     kept: list[str] = []
     found = [*_shards(runs, kept), *_leftovers(runs)]
     for name in run_names(runs):

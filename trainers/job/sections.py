@@ -107,8 +107,8 @@ class DataOptions(Section):
     ] = None
     """sft: a Jinja template, or the path of one, in place of the tokenizer's."""
     each_turn: Annotated[bool, For("sft", shapes_shards=True)] = False
-    """sft: train each turn of the assistant in a rendering that ends with it, so that templates which hide the thoughts
-    of earlier turns train them too; a row becomes as many sequences as are needed."""
+    """sft: train each turn of the assistant in a rendering that ends with it. Templates that hide the thoughts of
+    earlier turns so train them too; a row becomes as many sequences as are needed."""
 
 
 class TrainOptions(Section):
@@ -125,8 +125,8 @@ class TrainOptions(Section):
     objective: Annotated[Literal["regression", "cosine", "contrastive"], For("similarity", shapes_shards=True)] = (
         "regression"
     )
-    """similarity: a regression head over the pair, or sentence embeddings whose cosine is fitted to the score, or drawn
-    together and pushed apart by a margin."""
+    """similarity: regression trains a head over the pair. cosine fits the cosine of two sentence embeddings to the
+    score; contrastive draws them together, or pushes them apart by a margin."""
 
 
 class OwnMetric(Section):
@@ -171,7 +171,7 @@ class EvaluateSection(EvaluateOptions):
     while_training: bool = True
     """Evaluate checkpoints as they come; otherwise after the training."""
     on: Literal["auto", "free", "ranks"] = "auto"
-    """While training: on devices that are free beside the ranks, or by the ranks themselves, which stand still for it;
+    """While training: free takes devices beside the ranks; ranks has the ranks evaluate, who stand still meanwhile.
     auto takes the ranks where no device is free, the model fits none, or no controller is there."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Sequences a forward pass."""
@@ -183,8 +183,8 @@ class EvaluateSection(EvaluateOptions):
         Field(strict=False),
         LISTED,
     ] = ()
-    """Tasks of lm-eval, by name or as the YAML file of one, that the best checkpoint of a causal model is asked before
-    it is registered: METRIC@TASK."""
+    """Tasks of lm-eval, by name or as a YAML file. The best checkpoint of a causal model answers them before it is
+    registered; their metrics are METRIC@TASK."""
 
 
 MOST_NAME = 256
