@@ -134,7 +134,7 @@ def _weigh(
     better = interval.low > 0 if mode == "max" else interval.high < 0
     mine, theirs = task.metric_value(metric, first), task.metric_value(metric, second)
     if np.isnan(theirs):  # as a correlation is with equal answers, which are worth none
-        low, high = percentiles(draws)
+        low, high = percentiles(draws, len(candidate.numbers[ROW]))
         return mode == "min" or low > 0, (
             f"{metric} is {mine:.6g}, {CONFIDENCE:.0%} interval [{low:.4g}, {high:.4g}], and undefined for {other.name}"
         )

@@ -49,12 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--resamples", type=int, default=400)
+    parser.add_argument("--rows", type=int, nargs="+", default=[40, 150, 1000])
     parser.add_argument("--only", default=",".join(MAKERS))
     arguments = parser.parse_args()
     print("| metric | rows | pairs | promoted | 95 % interval | CPU seconds |\n| --- | --- | --- | --- | --- | --- |")
     for name in arguments.only.split(","):
         task, metric, mode, make = MAKERS[name]
-        for rows in (40, 150, 1000):
+        for rows in arguments.rows:
             began = time.process_time()
             wins = sum(promoted(pair, rows, task(), metric, mode, make, arguments.resamples)
                        for pair in range(arguments.pairs))  # fmt: skip

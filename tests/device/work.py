@@ -63,6 +63,7 @@ def look(folder: str) -> dict[str, dict[str, Any]]:
         "losses": {name: guarded(losses, job, FAR) for name, job in {**jobs, **more}.items()},
         "evaluations": {name: guarded(evaluations, job, FAR) for name, job in jobs.items()},
         "waits": {name: guarded(waits_of_a_step, job, FAR) for name, job in {**jobs, **more}.items()},
+        "warm": {"tag": guarded(kept_warm, jobs["tag"], Path(folder) / "warm", FAR)},
         "saves": {"copy and export": guarded(save, jobs["pretrain"], Path(folder) / "save", FAR)},
     }
 
@@ -186,8 +187,9 @@ def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
     """Metrics on the host and far away, generated texts included; short ones, as nothing was trained."""
     import torch
 
+    from tests.device.far import waits
     from tests.tiny import load_written
-    from trainers.evaluation import evaluate
+    from trainers.evaluation import evaluate, placement
     from trainers.run.record import job_task
     from trainers.shards.dataset import ShardSet
     from trainers.shards.manifest import shards_folder
@@ -204,11 +206,35 @@ def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
     held_out = ShardSet(shards_folder(Folder(job.storage), shards.eval.key), shards.eval, task)
     found = []
     for device in (torch.device("cpu"), far):
-        evaluate.pick_device = lambda *_, device=device: device
+        placement.pick_device = lambda *_, device=device: device
         torch.manual_seed(0)  # of new heads
+        before = len(waits)
         _, scores = evaluate.evaluate_model(job, task, job.model.path, held_out)
+        if (len(waits) > before) != (device is far):
+            raise AssertionError(f"evaluated elsewhere than on {device}")
         found.append(task.metrics(scores))
     return found
+
+
+def kept_warm(job: Any, folder: Path, far: Any) -> dict[str, Any]:
+    """Two evaluations by one process far away: where the weights are between them, and whether the second, with swapped
+    weights, says what the first does of the same folder."""
+    from trainers.evaluation import placement, warm
+    from trainers.evaluation.evaluate import score_batches
+    from trainers.run.record import find_run
+
+    placement.pick_device = lambda *_: far
+    run, said = find_run(job), []
+    path = str(small.with_head(run, folder / "export"))
+    between: set[str] = set()
+    for _ in range(2):
+        loaded, batches = warm.open_warm(run, path)
+        on = {tensor.device.type for tensor in loaded.model.state_dict().values()}
+        said.append(np.concatenate([one["loss_sum"] for one in score_batches(loaded, batches, 0, 1)[""].numbers]))
+        warm.keep_warm(run, path, loaded, batches)
+        between |= {tensor.device.type for tensor in loaded.model.state_dict().values()}
+        warm.load_for_scoring = None  # the second finds what it needs
+    return {"on": sorted(on), "between": sorted(between), "alike": bool(np.array_equal(*said))}
 
 
 def save(job: Any, folder: Path, far: Any) -> dict[str, Any]:

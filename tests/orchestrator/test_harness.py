@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from orchestrator.evaluation import task
 from orchestrator.evaluation.task import ask_harness
@@ -11,6 +12,7 @@ from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.register import _record
 from orchestrator.report.tables import evaluation_table
 from tests.tiny import make_llama, shard_locally, tiny_job, write_rows
+from tests.whole_run import answer, result_of, tuneyard
 from trainers.errors import JobError
 from trainers.evaluation.harness import check_harness, harness_names, is_measured
 from trainers.job.schema import Job
@@ -86,3 +88,32 @@ def test_what_cannot_be_asked_is_refused_before_anything_starts(job: Job, tmp_pa
     with pytest.raises(JobError, match="has no line `task: NAME`"):
         check_harness(asking(f"{tmp_path}/empty.yaml"))
     assert harness_names(["arc_easy", films(tmp_path)]) == {"arc_easy": "arc_easy", f"{tmp_path}/films.yaml": "films"}
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_session")
+def test_a_whole_run_asks_the_task_and_its_number_is_the_harness_own(
+    tmp_path: Path, tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the job file to the registered version by `tuneyard run`, then lm-eval called directly on the folder."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"text": f"the film is good {i} the plot"} for i in range(40)]
+    more = {"evaluate": {"lm_eval": films(tmp_path)}, "train": {"verify": False, "steps": 3}}
+    job = tiny_job(tmp_path, make_llama(tmp_path / "model", tiny_chat_tokenizer), "pretrain", rows, **more)
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    done = tuneyard("run", str(tmp_path / "job.yaml"))
+    assert done.returncode == 0, done.stderr
+    (version,) = answer("registry", "show", "tiny", "--storage", job.storage)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = HFLM(pretrained=version["source"], device="cpu", dtype="float32")
+    direct = lm_eval.simple_evaluate(model=model, tasks=["films"], task_manager=manager)["results"]["films"]
+    assert version["metrics"]["acc@films"] == direct["acc,none"]
+    (best,) = [one for one in result_of(Path(version["run"]))["evaluations"] if one["step"] == version["step"]]
+    spread = direct["acc_stderr,none"]
+    ends = [direct["acc,none"] + sign * 1.96 * spread for sign in (-1, 1)]
+    assert best["intervals"]["acc@films"] == pytest.approx(ends)

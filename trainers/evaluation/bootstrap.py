@@ -62,13 +62,24 @@ def resample_all(scores: RowScores, task: Task, seed: int, resamples: int = RESA
     return {name: np.array([metrics.get(name, np.nan) for metrics in drawn]) for name in names}
 
 
-def percentiles(draws: Array) -> tuple[float, float]:
-    """The interval that holds the middle `CONFIDENCE` of the draws that define the metric; nan where none does."""
-    tail, defined = 100 * (1 - CONFIDENCE) / 2, draws[~np.isnan(draws)]
+def percentiles(draws: Array, rows: int) -> tuple[float, float]:
+    """The interval that holds the middle `CONFIDENCE` of the draws that define the metric, a little more where rows are
+    few; nan where none does."""
+    tail, defined = 100 * _tail(rows), draws[~np.isnan(draws)]
     if len(defined) == 0:
         return np.nan, np.nan
     low, high = np.percentile(defined, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def _tail(rows: int) -> float:
+    """Share of the draws to either side of the interval. Draws of few rows vary too little, as a variance that is
+    divided by n does, and a mean of few rows lies about the truth as Student's t: of 40 rows 2.0 %, of many 2.5 %
+    (the expanded percentile interval of Hesterberg, "What Teachers Should Know About the Bootstrap", 2015)."""
+    from scipy.stats import norm, t
+
+    tail = (1 - CONFIDENCE) / 2
+    return float(norm.cdf(np.sqrt(rows / (rows - 1)) * t.ppf(tail, rows - 1))) if rows > 1 else 0.0
 
 
 def compare(
@@ -90,7 +101,7 @@ def compare(
         first_draws: `resample` of the first with the same seed and number, where it is at hand.
     """
     mine = resample(first, task, metric, seed, resamples) if first_draws is None else first_draws
-    low, high = percentiles(mine - resample(second, task, metric, seed, resamples))
+    low, high = percentiles(mine - resample(second, task, metric, seed, resamples), _rows(first))
     return Interval(task.metric_value(metric, first) - task.metric_value(metric, second), low, high)
 
 
@@ -100,14 +111,14 @@ def compare_all(
     """As `compare`, of every metric of the task that both have, without those of the job's own."""
     mine, theirs = (resample_all(one, task, seed, resamples) for one in (first, second))
     values, others = task.metrics(first), task.metrics(second)
-    pairs = {name: percentiles(draws - theirs[name]) for name, draws in mine.items() if name in theirs}
+    pairs = {name: percentiles(draws - theirs[name], _rows(first)) for name, draws in mine.items() if name in theirs}
     known = [name for name in pairs if name in values and name in others]
     return {name: Interval(values[name] - others[name], *pairs[name]) for name in known}
 
 
 def intervals_beside(scores: RowScores, task: Task, seed: int) -> tuple[Intervals, dict[str, str]]:
     """The interval of every metric of one model, in little time; and of metrics without one, why they have none."""
-    rows = len(next(iter(scores.values())))
+    rows = _rows(scores)
     resamples = min(BESIDE, max(MOST_DRAWN // max(rows, 1), FEWEST))
     draws, why = resample_all(scores, task, seed, resamples), {}
     for name in task.options.metrics:
@@ -118,9 +129,13 @@ def intervals_beside(scores: RowScores, task: Task, seed: int) -> tuple[Interval
             why[name] = f"no interval: {resamples} resamples of {cost:.2g} s each take longer than {OWN_S:g} s"
             continue
         draws[name] = resample(scores, task, name, seed, resamples)
-    found = {name: percentiles(values) for name, values in draws.items()}
+    found = {name: percentiles(values, rows) for name, values in draws.items()}
     undefined = {name: "no interval: no resample defines it" for name, (low, _) in found.items() if np.isnan(low)}
     return {name: pair for name, pair in found.items() if name not in undefined}, why | undefined
+
+
+def _rows(scores: RowScores) -> int:
+    return len(next(iter(scores.values())))
 
 
 def _own(scores: RowScores, task: Task, metric: str, rows: Array) -> float:
@@ -133,5 +148,5 @@ def _own(scores: RowScores, task: Task, metric: str, rows: Array) -> float:
 
 def _draws(scores: RowScores, seed: int, resamples: int) -> Iterator[Array]:
     """Places of rows drawn with replacement."""
-    size, generator = len(next(iter(scores.values()))), np.random.default_rng(seed)
+    size, generator = _rows(scores), np.random.default_rng(seed)
     return (generator.integers(0, size, size) for _ in range(resamples))

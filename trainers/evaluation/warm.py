@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.evaluation.evaluate import Loaded, SetBatches, load_for_scoring, plan_sets
+from trainers.model.world import free_memory
 from trainers.pretrained import weight_files
 from trainers.run.record import Run
 
@@ -22,8 +23,8 @@ def open_warm(run: Run, path: str) -> tuple[Loaded, SetBatches]:
     _kept.clear()
     if kept:
         loaded, batches = kept
-        loaded.model.to(loaded.device)
         if swap_weights(loaded.model, Path(path)):
+            loaded.model.to(loaded.device)
             return loaded, batches
     task = run.load_task()
     loaded = load_for_scoring(run.job, task, path)
@@ -37,6 +38,7 @@ def keep_warm(run: Run, path: str, loaded: Loaded, batches: SetBatches) -> None:
     if sum(held.values()) <= MOST_BYTES and not spread:
         loaded.model.to("cpu")
         _kept[_identity(run, path)] = loaded, batches
+    free_memory()  # torch would hold what the model had of the device
 
 
 def _identity(run: Run, path: str) -> str:

@@ -101,5 +101,5 @@ def duration(seconds: float) -> str:
 
 def interval(low: float, high: float) -> str:
     """Three decimals, or four digits where they are large or tiny."""
-    ends = [f"{end:.3f}" if end == 0 or 1e-2 <= abs(end) < 100 else f"{end:.4g}" for end in (low, high)]
+    ends = [f"{end:.3f}" if end == 0 or 1e-3 <= abs(end) < 100 else f"{end:.4g}" for end in (low, high)]
     return (" to " if "-" in "".join(ends) else "\u2013").join(ends)

@@ -172,3 +172,36 @@ def test_a_model_that_no_device_holds_is_spread_and_served(
         said = client.post("/v1/chat/completions", json=asked).json()
     close_app(served)
     assert said["choices"][0]["message"]["content"] == "AB"
+
+
+def test_served_logits_are_those_of_the_export(
+    tmp_path: Path, tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' server gives no logprobs, so the model that answers is watched: every bit, token by token."""
+    pytest.importorskip("openai")
+    from fastapi.testclient import TestClient
+    from transformers import AutoModelForCausalLM
+
+    export = make_llama(tmp_path / "export", tiny_chat_tokenizer, seed=3)
+    job = tiny_job(tmp_path, export, "sft", chat_rows(10))
+    load, seen = AutoModelForCausalLM.from_pretrained, []
+
+    def note(module: Any, words: Any, named: dict[str, Any], said: Any) -> None:
+        seen.append((named["input_ids"].clone(), said.logits.clone()))
+
+    def watched(*words: Any, **named: Any) -> Any:
+        model = load(*words, **named)
+        model.register_forward_hook(note, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    client = TestClient(build_app(ServedModel("tiny", str(export), job)))
+    asked = {"model": "x", "messages": [{"role": "user", "content": "is it good"}], "max_tokens": 5, "temperature": 0}
+    assert client.post("/v1/chat/completions", json=asked).status_code == 200
+    plain = load(str(export), dtype="auto").eval()
+    wanted = plain.generate(
+        seen[0][0], max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+    ).logits
+    assert len(wanted) == len(seen) > 1
+    for export_says, (_, served) in zip(wanted, seen, strict=True):
+        assert torch.equal(export_says, served[:, -1])

@@ -57,7 +57,7 @@ def test_every_metric_has_the_interval_that_it_has_alone():
     assert found.keys() == task.metrics(numbers).keys() and without == {}
     for name, pair in found.items():
         draws = resample(numbers, task, name, 5, bootstrap.BESIDE)
-        assert pair == percentiles(draws)
+        assert pair == percentiles(draws, 80)
         assert pair[0] < task.metric_value(name, numbers) < pair[1]
 
 
@@ -105,3 +105,11 @@ def test_a_metric_that_no_resample_defines_says_so():
     same = {"score": np.ones(4), "said": np.arange(4.0), "loss_sum": np.ones(4)}
     assert np.isnan(resample(same, load_task("similarity"), "pearson", 0, 20)).all()
     assert "pearson" not in resample_all(same, load_task("similarity"), 0, 20)
+
+
+def test_of_few_rows_the_interval_is_wider_and_of_many_it_is_the_percentiles_own():
+    draws = np.arange(10_001.0)
+    assert percentiles(draws, 10**6) == pytest.approx((250, 9750), abs=0.1)
+    low, high = percentiles(draws, 40)
+    assert (low, high) == pytest.approx((202.6, 9797.4), abs=0.1)  # Φ(-√(40/39) · t(39; 0.975)) is 2.026 %
+    assert percentiles(draws, 1) == (0, 10_000)
