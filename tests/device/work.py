@@ -178,7 +178,7 @@ def waits_of_a_step(job: Any, far: Any) -> list[str]:
         before = len(waits)
         batch = source.next(step)
         loss_sum = loop.run_micro_batches(engine, objective, batch, world, lambda: None)
-        loop._settle(loss_sum / batch.targets, engine.get_global_grad_norm(), 0.0, world)
+        loop._settle(loss_sum / batch.targets, engine.get_global_grad_norm(), 0.0, loop.NOTHING, world)
     source.close()
     return waits[before:]
 

@@ -3,6 +3,10 @@
 Every rank works out the whole step from lengths alone, so ranks agree on targets and token counts without a word, and
 take equal numbers of micro-batches: where a step holds fewer sequences than the global batch, the missing ones are
 copies without targets, which add nothing to the loss.
+
+Within a step, micro-batches are cut from its sequences by length, the longest first, and dealt to the ranks in turn:
+little padding, ranks that work alike at any moment, and the fullest moment of a step at its beginning. What a step
+holds, and so its gradient, is the order's alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,6 +56,10 @@ class StepSource:
                 return False
         return True
 
+    def is_ready(self, step: int) -> bool:
+        """Whether a step's batch is there already."""
+        return self._ahead is not None and self._ahead[0] == step and self._ahead[1].done()
+
     def next(self, step: int) -> StepBatch:
         """Micro-batches of step `step` (counted from 0); starts on the one after it."""
         batch = self._start(step).result()
@@ -77,21 +85,20 @@ class StepSource:
 
     def _make(self, step: int) -> StepBatch:
         sequences = self._order.step(step)
-        plan = self._plan
-        per_rank = plan.micro_batch_size * plan.accumulation
-        mine = sequences[self._rank * per_rank : (self._rank + 1) * per_rank]
+        sequences = sequences[np.argsort(-self._tokens[sequences], kind="stable")]
+        size, ranks = self._plan.micro_batch_size, self._plan.world_size
         micro_batches = tuple(
-            self._collate(mine[start : start + plan.micro_batch_size], sequences, step + 1)
-            for start in range(0, per_rank, plan.micro_batch_size)
+            self._collate(sequences[start : start + size], sequences, step + 1)
+            for start in range(self._rank * size, ranks * size * self._plan.accumulation, ranks * size)
         )
         targets, tokens = int(self._targets[sequences].sum()), int(self._tokens[sequences].sum())
         return StepBatch(micro_batches, max(targets, 1), tokens)
 
     def _collate(self, sequences: Any, of_step: Any, draw: int) -> Batch:
-        """One micro-batch; an empty one is the step's first sequence without targets."""
+        """One micro-batch; an empty one is the step's shortest sequence without targets."""
         if len(sequences):
             return self._task.collate([self._rows(index) for index in sequences], self._pad_id, draw)
-        batch = self._task.collate([self._rows(of_step[0])], self._pad_id)
+        batch = self._task.collate([self._rows(of_step[-1])], self._pad_id)
         return replace(batch, labels=np.full_like(batch.labels, IGNORE), rows=batch.rows[:0])
 
     def _rows(self, sequence: int) -> list[Any]:

@@ -58,6 +58,19 @@ class LoopOutcome:
     """The stop reason, or None where every step is done."""
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """What ranks say of the next step at the end of one, so that it begins without asking again."""
+
+    ready: bool
+    """Its batch is there: nobody would have to wait, and be asked to stop meanwhile."""
+    stop: StopReason | None
+
+
+NOTHING = Agreed(False, None)
+"""So they are asked."""
+
+
 def train(
     engine: Any,
     objective: Objective,
@@ -78,19 +91,16 @@ def train(
     """
     step, tokens, stopped, saved, worked = start.step, start.tokens, None, start.step, 0.0
     history = deque(start.history, maxlen=HISTORY)
-    stragglers = StragglerDetector(world.size)
+    stragglers, agreed = StragglerDetector(world.size), NOTHING
     with closing(ComputeSampler()) as meter:
         while step < settings.end:
             began = time.perf_counter()
-            hooks.at("data", step)
-            source.ready(step, hooks.stop_reason)
-            waited = time.perf_counter() - began
-            stopped = agree_to_stop(hooks.stop_reason(), world)
+            waited, stopped = _wait_for_data(source, step, agreed, hooks, world)
             if stopped:
                 break
             hooks.at("step", step)
             if step in settings.skip:
-                step += 1
+                step, agreed = step + 1, NOTHING
                 continue
             seed_step(settings.seed, step, world.rank)
             seed_layer_drop(engine, settings.seed, step)
@@ -98,7 +108,8 @@ def train(
             batch = source.next(step)
             loss_sum = run_micro_batches(engine, objective, batch, world, partial(_before_update, saver, hooks, step))
             hooks.at("settle", step)
-            loss, norm, busy = _settle(loss_sum / batch.targets, engine.get_global_grad_norm(), worked, world)
+            ahead, norm = Agreed(source.is_ready(step + 1), hooks.stop_reason()), engine.get_global_grad_norm()
+            loss, norm, busy, agreed = _settle(loss_sum / batch.targets, norm, worked, ahead, world)
             seconds = time.perf_counter() - began
             worked = seconds * meter.share()
             wrong = divergence(loss, norm, [event.loss for event in history], settings.spike_factor)
@@ -108,7 +119,7 @@ def train(
             history.append(_step_event(step, loss, schedule.rate(step - 1), norm, batch, seconds, waited, tokens))
             _tell(hooks, history[-1], stragglers.note(seconds, busy), world)
             if step == settings.end or step % settings.every_steps == 0:
-                saved = _save(Progress(step, tokens, tuple(history)), hooks, saver, evaluate)
+                saved, agreed = _save(Progress(step, tokens, tuple(history)), hooks, saver, evaluate), NOTHING
                 meter.share()  # what stands between two steps belongs to neither
             saver.poll()
     if saved != step:
@@ -118,6 +129,17 @@ def train(
     if world.rank == 0 and step > start.step and saver.committed != step:
         raise OSError(errno.EIO, f"the checkpoint of step {step}, the last, was not committed")
     return LoopOutcome(Progress(step, tokens), None if step >= settings.steps else stopped or "paused")
+
+
+def _wait_for_data(
+    source: StepSource, step: int, agreed: Agreed, hooks: Hooks, world: World
+) -> tuple[float, StopReason | None]:
+    """Seconds until a step's batch was there, and why to stop before the step."""
+    began = time.perf_counter()
+    hooks.at("data", step)
+    source.ready(step, hooks.stop_reason)
+    waited = time.perf_counter() - began
+    return waited, agreed.stop if agreed.ready else agree_to_stop(hooks.stop_reason(), world)
 
 
 def _save(progress: Progress, hooks: Hooks, saver: Saver, evaluate: Evaluate) -> int:
@@ -197,27 +219,38 @@ def agree_to_stop(reason: StopReason | None, world: World) -> StopReason | None:
         return reason
     votes = torch.tensor([float(reason == name) for name in STOPS], device=world.device)
     dist.all_reduce(votes)
-    return next((name for name, count in zip(STOPS, votes.tolist(), strict=True) if count), None)
+    return _elected(votes.tolist())
 
 
-def _settle(loss: Any, norm: Any, worked_s: float, world: World) -> tuple[float, float, Sequence[float]]:
-    """The loss summed over ranks, the norm, and how long each rank worked in the step before: one collective, and the
-    one place where a step waits for a GPU to finish.
+def _elected(votes: Sequence[float]) -> StopReason | None:
+    """The first reason that any rank gave."""
+    return next((name for name, count in zip(STOPS, votes, strict=True) if count), None)
+
+
+def _settle(
+    loss: Any, norm: Any, worked_s: float, ahead: Agreed, world: World
+) -> tuple[float, float, Sequence[float], Agreed]:
+    """The loss summed over ranks, the norm, how long each rank worked in the step before, and whether the next step may
+    begin at once: one collective, and the one place where a step waits for a GPU to finish.
 
     Args:
         loss: of this rank, a scalar on the device.
         norm: the same on every rank; a scalar on the device, a number or None.
+        ahead: what this rank says of the next step.
     """
     import torch
     import torch.distributed as dist
 
-    shared = torch.zeros(2 + world.size, dtype=torch.float64, device=world.device)
-    shared[0], shared[2 + world.rank] = loss, worked_s
+    shared = torch.zeros(3 + world.size + len(STOPS), dtype=torch.float64, device=world.device)
+    shared[0], shared[2 + world.rank], shared[2 + world.size] = loss, worked_s, float(ahead.ready)
+    if ahead.stop:
+        shared[3 + world.size + STOPS.index(ahead.stop)] = 1.0
     if world.size > 1:
         dist.all_reduce(shared)
     shared[1] = 0.0 if norm is None else norm
-    total, of_norm, *busy = shared.tolist()
-    return total, of_norm, busy
+    total, of_norm, *rest = shared.tolist()
+    busy, (ready, *votes) = rest[: world.size], rest[world.size :]
+    return total, of_norm, busy, Agreed(ready == world.size, _elected(votes))
 
 
 def _step_event(

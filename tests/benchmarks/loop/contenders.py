@@ -1,23 +1,27 @@
-"""Who is compared in `bench_loop.py`, each one rank of two: CPU seconds and tokens of each step, losses as far as the
-contender tells them."""
+"""The product's own rank and a DeepSpeed loop by hand, as they are compared in `bench_loop.py`; the job of both."""
 
-import argparse
-import contextlib
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-RANKS, LENGTH, ROWS, MICRO = 2, 256, 16, 4
+from tests.benchmarks.loop.turns import Turns
+
+RANKS, LENGTH, ROWS, MICRO = 2, 256, 8, 2
 """Rows a step; sequences a micro-batch and rank."""
-WIDTHS = {"hidden_size": 192, "num_hidden_layers": 6, "intermediate_size": 512, "num_attention_heads": 6,
-          "num_key_value_heads": 2, "vocab_size": 2048}  # fmt: skip
+WIDTHS = {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 704, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "vocab_size": 8192}  # fmt: skip
+RATE = 1e-4
 
 
-def make_job(folder: Path, kind: str, steps: int) -> Any:
-    """A job over rows of full length, or over documents, packed or not; its shards are written once."""
+def make_job(folder: Path, kind: str, steps: int, lengths: list[int]) -> Any:
+    """A job over rows of full length, or over documents, packed or not; its shards are written once.
+
+    Args:
+        kind: full, documents or packed.
+        lengths: of documents, in tokens.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,11 +37,11 @@ def make_job(folder: Path, kind: str, steps: int) -> Any:
         make_chat_tokenizer(model)
     fresh = not (folder / kind).exists()
     (folder / kind).mkdir(exist_ok=True)
-    rows = [{"text": text} for text in texts(kind, steps)]
+    rows = [{"text": text} for text in texts(kind, steps, lengths)]
     job = tiny_job(
         folder / kind, model, "pretrain", rows[:1] * 2,
         data={"max_length": LENGTH, "packing": packed, "overlong": "truncate"},
-        train={"global_batch_size": ROWS, "micro_batch_size": MICRO, "steps": steps, "learning_rate": 1e-4,
+        train={"global_batch_size": ROWS, "micro_batch_size": MICRO, "steps": steps, "learning_rate": RATE,
                "schedule": "constant", "weight_decay": 0.0, "verify": False, "deepspeed": "zero3"},
         checkpoint={"every_steps": 10**6},
     )  # fmt: skip
@@ -48,40 +52,37 @@ def make_job(folder: Path, kind: str, steps: int) -> Any:
     return job
 
 
-def texts(kind: str, steps: int) -> list[str]:
+def texts(kind: str, steps: int, lengths: list[int]) -> list[str]:
     """Letters, a token each."""
     draw = np.random.default_rng(0)
-    count = ROWS * steps * (3 if kind == "packed" else 1)
-    lengths = np.full(count, 2 * LENGTH) if kind == "full" else draw.lognormal(np.log(LENGTH / 3), 0.7, count)
-    return [bytes(draw.integers(97, 123, int(each), np.uint8)).decode() for each in lengths.clip(16, 2 * LENGTH)]
+    count = ROWS * steps * (4 if kind == "packed" else 1)
+    wanted = np.full(count, 2 * LENGTH) if kind == "full" else draw.choice(lengths, count)
+    return [bytes(draw.integers(97, 123, int(each), np.uint8)).decode() for each in wanted.clip(16, 2 * LENGTH)]
 
 
 class Enough(Exception):
     """All steps are done; what a run does after them is not measured."""
 
 
-def ours(job: Any, asked: argparse.Namespace) -> tuple[list[float], list[int], list[float]]:
-    """The product's own rank."""
+def ours(job: Any, turns: Turns) -> None:
+    """The product's own rank, with its events, heartbeat and sampler of stragglers."""
     from tests.trainers.training.test_training import Recorder
     from trainers.run.record import find_run
     from trainers.worker.rank import run_rank
 
-    marks: list[float] = []
-
     class Clock(Recorder):
         def at(self, phase: Any, step: int) -> None:
             super().at(phase, step)
-            if phase == "data":
-                marks.append(time.process_time())
-            elif phase == "save" and step == asked.steps:
-                marks.append(time.process_time())
+            if phase not in ("data", "save"):
+                return
+            steps = [0] + [event.tokens for event in self.events if event.kind == "step"]
+            if len(steps) == 2:
+                turns.first = next(event.loss for event in self.events if event.kind == "step")
+            turns.next(steps[-1] - steps[-2] if len(steps) > 1 else 0)
+            if phase == "save":
                 raise Enough
 
-    clock = Clock()
-    with contextlib.suppress(Enough):
-        run_rank(find_run(job), clock)
-    steps = [event for event in clock.events if event.kind == "step"]
-    return marks, np.diff([0, *(event.tokens for event in steps)]).tolist(), [event.loss for event in steps]
+    run_rank(find_run(job), Clock())
 
 
 def batches(job: Any) -> list[list[Any]]:
@@ -101,42 +102,51 @@ def batches(job: Any) -> list[list[Any]]:
 
 
 def configuration(job: Any) -> dict[str, Any]:
-    """As our engine has it."""
+    """DeepSpeed's, as our engine has it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     from trainers.batching.batch_plan import plan_batches
     from trainers.model.deepspeed_config import derive_config
+    from trainers.model.zero_settings import with_settings
 
-    return derive_config(job, plan_batches(ROWS, MICRO, RANKS, LENGTH))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model.path))
+    return with_settings(derive_config(job, plan_batches(ROWS, MICRO, RANKS, LENGTH)), model, RANKS)
 
 
-def by_hand(job: Any, _: argparse.Namespace) -> tuple[list[float], list[int], list[float]]:
-    """A DeepSpeed loop as everybody writes it."""
+def join() -> None:
+    import deepspeed
+    import torch
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as our ranks do
+    torch.distributed.init_process_group("gloo")
+    deepspeed.init_distributed(verbose=False)
+
+
+def by_hand(job: Any, turns: Turns) -> None:
+    """A DeepSpeed loop as everybody writes it, over rows of full length."""
     import deepspeed
     import torch
     from transformers import AutoModelForCausalLM
 
     from trainers.model.engine import partitioned_on_load
-    from trainers.model.zero_settings import with_settings
 
     rank, per_rank = int(os.environ["RANK"]), ROWS // RANKS
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.distributed.init_process_group("gloo")
-    deepspeed.init_distributed(verbose=False)
+    join()
     config = configuration(job)
     with partitioned_on_load(config):
         model: Any = AutoModelForCausalLM.from_pretrained(job.model.path).train()
-    config = with_settings(config, model, RANKS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    steps, losses = batches(job), []
-    marks = [time.process_time()]
-    for rows in steps:
-        total = torch.zeros(())
-        for part in torch.stack(rows[rank * per_rank : (rank + 1) * per_rank]).split(MICRO):
+    turns.next(0)
+    for rows in batches(job):
+        mine, total = torch.stack(rows[rank * per_rank : (rank + 1) * per_rank]), torch.zeros(())
+        for part in mine.split(MICRO):
             loss = engine(input_ids=part, labels=part, use_cache=False).loss
             engine.backward(loss)
             engine.step()
             total += loss.detach()
         torch.distributed.all_reduce(total)
-        losses.append(float(total) * MICRO / ROWS)
-        marks.append(time.process_time())
-    return marks, [sum(map(len, rows)) for rows in steps], losses
+        turns.first = turns.first or float(total) * MICRO / ROWS
+        turns.next(mine.numel())

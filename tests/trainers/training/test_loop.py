@@ -5,6 +5,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from trainers.checkpoint.records import Progress
 from trainers.training import loop
-from trainers.training.straggler import INTERVAL_S, ComputeSampler
+from trainers.training.straggler import INTERVAL_S, LONGEST_S, ComputeSampler
 
 
 class Saver:
@@ -95,3 +96,14 @@ def test_a_pause_ends_the_loop_at_its_step_committed_and_says_so(monkeypatch: py
     for until in (2, 5, None):
         outcome = run_loop(monkeypatch, Saver(commits=True), until=until)
         assert (outcome.progress.step, outcome.stopped) == (2, None)
+
+
+def test_a_sampler_looks_less_often_where_steps_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes of a step must not grow with the step."""
+    with closing(ComputeSampler()) as sampler:
+        now = time.perf_counter()
+        for step_s, interval_s in ((0.1, INTERVAL_S), (10.0, 0.2), (3600.0, LONGEST_S)):
+            now += step_s
+            monkeypatch.setattr(time, "perf_counter", partial(float, now))
+            sampler.share()
+            assert sampler._interval_s == pytest.approx(interval_s, rel=0.01)

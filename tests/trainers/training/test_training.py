@@ -35,7 +35,7 @@ class Recorder:
         return "preempted" if self.stop_after and self.step >= self.stop_after else None
 
     def at(self, phase: Phase, step: int) -> None:
-        self.step = step
+        self.step = step + (phase == "settle")  # then the next step is agreed on
 
 
 def train_here(job: Job, run: str, stop_after: int | None = None) -> dict[int, float]:
