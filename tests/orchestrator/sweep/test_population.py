@@ -107,6 +107,8 @@ def test_values_move_by_a_fifth_or_to_a_neighbour_or_are_drawn_anew_within_their
     assert rates.count(7.2e-3) + rates.count(1e-2) in range(250, 350), "three of four; 1.2 ends at the bound"
     schedules = [one["train.schedule"] for one in found]
     assert schedules.count("cosine") > schedules.count("constant") > 0, "a neighbour more often than the farthest"
+    corner = {"train.learning_rate": 1e-2, "train.schedule": "linear"}
+    assert all(explore(SPEC, corner, random.Random(seed)) != corner for seed in range(200)), "moved on from the bounds"
     only = SPEC.model_copy(update={"space": {"train.schedule": ("linear",)}})
     assert explore(only, {"train.schedule": "linear"}, random.Random(0)) == {"train.schedule": "linear"}
 
