@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from trainers.errors import EvaluationError
-from trainers.evaluation.bootstrap import CONFIDENCE, RESAMPLES, compare, percentiles, resample
+from trainers.evaluation.bootstrap import CONFIDENCE, RESAMPLES, compare, percentiles, resample, share_by_luck
 from trainers.evaluation.selection import BASELINE
 from trainers.records import Array, Record
 from trainers.run.row_scores import ROW, read_row_scores
@@ -132,6 +132,8 @@ def _weigh(
     first, second = _columns(candidate), _columns(other)
     interval = compare(first, second, task, metric, seed, len(draws), draws)
     better = interval.low > 0 if mode == "max" else interval.high < 0
+    luck = share_by_luck(first, second, task, metric, mode, seed, len(draws)) if better else 1.0
+    better = luck <= (1 - CONFIDENCE) / 2
     mine, theirs = task.metric_value(metric, first), task.metric_value(metric, second)
     if np.isnan(theirs):  # as a correlation is with equal answers, which are worth none
         low, high = percentiles(draws, len(candidate.numbers[ROW]))
@@ -142,6 +144,7 @@ def _weigh(
         f"{metric} {mine:.6g} {'beats' if better else 'does not beat'} {theirs:.6g} of {other.name}: "
         f"difference {interval.difference:+.4g}, {CONFIDENCE:.0%} interval [{interval.low:+.4g}, {interval.high:+.4g}] "
         f"over {len(draws):,} paired resamples of {len(candidate.numbers[ROW]):,} rows"
+        + (f"; of two equally good models {luck:.1%} differ so by luck" if luck < 1 else "")
     )
 
 
