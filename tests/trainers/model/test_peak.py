@@ -1,6 +1,5 @@
 """What the plan counts against the peak of real ranks; many more in `tests/benchmarks/memory/`."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,11 @@ pytestmark = pytest.mark.slow
 
 def test_the_peak_of_real_ranks_is_what_was_counted(tmp_path: Path) -> None:
     """The first is fullest at the loss, the second when its layers have run and others' weights are on their way.
-    Without these, the masters in fp32 or the bucket that stays, one of them is off by a tenth and more."""
+    Without these, the masters in fp32 or the bucket that stays, one of them is off by a tenth and more. The second has
+    many tensors below 256 KiB: where those are not given back, it holds 8 % more than was counted."""
     moments = set()
-    for cell in (Cell("small", 256, 2), replace(Cell("small", 32, 1), way="zero3", workers=2)):
+    many = Cell("deep", 128, 1, dtype="bfloat16", way="zero3", workers=2, accumulation=2)
+    for cell in (Cell("small", 256, 2), many):
         job = make_job(tmp_path, cell)
         need = predict(job, cell)
         moments.add(need.moment)
