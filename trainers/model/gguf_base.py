@@ -34,10 +34,12 @@ def dequantize(source: Path, gguf_file: str, target: Path) -> None:
         JobError: where transformers cannot read the file, or weights of the model are not in it.
     """
     from transformers import AutoTokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import get_gguf_tokenizer, select_tokenizer_builder
 
     with tempfile.TemporaryDirectory(dir=target, prefix=".unpacked-") as scratch:
         try:
-            AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(target)
+            architecture, told, _ = get_gguf_tokenizer(str(source / gguf_file))
+            select_tokenizer_builder(architecture, told.get("tokenizer_type"))
             model, missing = _open(source, gguf_file, scratch)
         except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
             raise JobError(f"model.gguf_file: {source / gguf_file} cannot be converted: {error}") from error
@@ -52,6 +54,8 @@ def dequantize(source: Path, gguf_file: str, target: Path) -> None:
             model.save_pretrained(target, state_dict={})  # what lies beside the weights
         weights = published_weights(model, _weights(model))
         write_weights(weights, Folder(str(target)), {"format": "pt"}, SHARD_BYTES)
+    # last: what a tokenizer of 50,000 words takes, 110 MB, is not given back to the system
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(target)
 
 
 def _open(source: Path, gguf_file: str, scratch: str) -> tuple[Any, set[str]]:
@@ -59,7 +63,7 @@ def _open(source: Path, gguf_file: str, scratch: str) -> tuple[Any, set[str]]:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    with _to_disk(), without_notice():
+    with _to_disk(scratch), without_notice():
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             gguf_file=gguf_file,
@@ -73,7 +77,7 @@ def _open(source: Path, gguf_file: str, scratch: str) -> tuple[Any, set[str]]:
 
 
 @contextmanager
-def _to_disk() -> Iterator[None]:
+def _to_disk(scratch: str) -> Iterator[None]:
     """transformers 5.23 refuses to put a GGUF model's weights on disk, because packed ones cannot be read from there
     again; unpacked ones can. Files of most families it unpacks whole before it begins, here one tensor at a time."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -85,7 +89,7 @@ def _to_disk() -> Iterator[None]:
             return device_map
 
         def get_state_dict(self, file: str, model: Any) -> Any:
-            return super().get_state_dict(file, model) if self.supported else _tensors(file, model)
+            return super().get_state_dict(file, model) if self.supported else _tensors(file, model, scratch)
 
     AUTO_QUANTIZER_MAPPING["gguf"] = OnDisk
     try:
@@ -116,7 +120,7 @@ class _Tensor:
         return "F32"
 
 
-def _tensors(file: str, model: Any) -> dict[str, _Tensor]:
+def _tensors(file: str, model: Any, scratch: str) -> dict[str, _Tensor]:
     """What transformers' `load_gguf_checkpoint` gives, by its own converters, nothing of it read yet."""
     import torch
     from gguf import GGUFReader
@@ -126,8 +130,7 @@ def _tensors(file: str, model: Any) -> dict[str, _Tensor]:
     architecture = library.read_field(reader, "general.architecture")[0]
     tensors = [_Stored(each.name, each.data, each.tensor_type, each.shape.tolist()[::-1]) for each in reader.tensors]
     del reader  # its fields are the vocabulary, word by word: 100 MB
-    config = library.load_gguf_checkpoint(file)["config"]
-    processor = library.TENSOR_PROCESSORS.get(architecture, library.TensorProcessor)(config=config)
+    processor = library.TENSOR_PROCESSORS.get(architecture, library.TensorProcessor)(config=model.config.to_dict())
     names = library.get_gguf_hf_weights_map(model, processor)
     sources: dict[str, list[_Stored]] = {}
     for tensor in tensors:  # experts go by their name without its ending, several to one weight
@@ -138,7 +141,7 @@ def _tensors(file: str, model: Any) -> dict[str, _Tensor]:
         found: dict[str, Any] = {}
         for tensor in sources[name]:
             done = processor.process(
-                weights=_unpack(tensor),
+                weights=_unpack(tensor, scratch),
                 name=tensor.name,
                 tensor_key_mapping=names,
                 parsed_parameters={"tensors": found},
@@ -150,12 +153,14 @@ def _tensors(file: str, model: Any) -> dict[str, _Tensor]:
     return {name: _Tensor(partial(load, name)) for name in sources}
 
 
-def _unpack(tensor: _Stored) -> Array:
-    """A tensor's values in fp32, some rows at a time: unpacking takes several times its room."""
+def _unpack(tensor: _Stored, scratch: str) -> Array:
+    """A tensor's values in fp32, some rows at a time: unpacking takes several times its room. They lie in a file
+    without a name, whose pages the system can put away."""
     from gguf import dequantize
 
     rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-    values = np.empty((len(rows), tensor.shape[-1]), np.float32)
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        values: Array = np.memmap(file, np.float32, "w+", shape=(len(rows), tensor.shape[-1]))
     count = max(PART // tensor.shape[-1], 1)
     for start in range(0, len(rows), count):
         values[start : start + count] = dequantize(rows[start : start + count], tensor.kind)
