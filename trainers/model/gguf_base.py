@@ -3,6 +3,7 @@
 transformers reads and converts the file; here each tensor is unpacked when it is asked for, and goes to disk at once.
 """
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from trainers.records import Array
 from trainers.storage import Folder
 from trainers.tensor_file import TensorSpec
 
+LONG_ARRAY = 4096
+"""Values of an array that only a vocabulary has; the longest of a configuration have one a layer."""
 SHARD_BYTES = 50_000_000_000
 """As transformers' save_pretrained: the folder is the same, byte for byte."""
 
@@ -34,12 +37,15 @@ def dequantize(source: Path, gguf_file: str, target: Path) -> None:
         JobError: where transformers cannot read the file, or weights of the model are not in it.
     """
     from transformers import AutoTokenizer
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import get_gguf_tokenizer, select_tokenizer_builder
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import select_tokenizer_builder
+    from transformers.integrations.gguf.reader import read_gguf_metadata
 
     with tempfile.TemporaryDirectory(dir=target, prefix=".unpacked-") as scratch:
         try:
-            architecture, told, _ = get_gguf_tokenizer(str(source / gguf_file))
-            select_tokenizer_builder(architecture, told.get("tokenizer_type"))
+            told, _ = read_gguf_metadata(str(source / gguf_file))
+            select_tokenizer_builder(told["general.architecture"], told.get("tokenizer.ggml.model"))
+            if "tokenizer.ggml.tokens" not in told:
+                raise ValueError("it has no tokenizer.ggml.tokens")
             model, missing = _open(source, gguf_file, scratch)
         except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
             raise JobError(f"model.gguf_file: {source / gguf_file} cannot be converted: {error}") from error
@@ -48,14 +54,23 @@ def dequantize(source: Path, gguf_file: str, target: Path) -> None:
                 f"model.gguf_file: {len(missing)} weights of {type(model).__name__} are not in {source / gguf_file}: "
                 f"{', '.join(sorted(missing)[:5])}. They would be drawn at random; take a whole file, or safetensors"
             )
-        if getattr(model.config, "quantization_config", None) is not None:
-            del model.config.quantization_config
-        with without_notice():
-            model.save_pretrained(target, state_dict={})  # what lies beside the weights
+        _write_settings(model, target)
         weights = published_weights(model, _weights(model))
         write_weights(weights, Folder(str(target)), {"format": "pt"}, SHARD_BYTES)
-    # last: what a tokenizer of 50,000 words takes, 110 MB, is not given back to the system
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(target)
+    del model, weights
+    gc.collect()
+    with _without_words():  # last: what a tokenizer takes is not given back to the system
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(target)
+
+
+def _write_settings(model: Any, target: Path) -> None:
+    """What the model's save_pretrained writes beside the weights; itself it imports DeepSpeed, which takes 65 MiB."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.config.dtype, model.config.architectures = "float32", [type(model).__name__]
+    model.config.save_pretrained(target)
+    if model.can_generate():
+        model.generation_config.save_pretrained(target)
 
 
 def _open(source: Path, gguf_file: str, scratch: str) -> tuple[Any, set[str]]:
@@ -63,7 +78,7 @@ def _open(source: Path, gguf_file: str, scratch: str) -> tuple[Any, set[str]]:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    with _to_disk(scratch), without_notice():
+    with _to_disk(scratch), _without_words(), without_notice():
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             gguf_file=gguf_file,
@@ -98,6 +113,40 @@ def _to_disk(scratch: str) -> Iterator[None]:
         AUTO_QUANTIZER_MAPPING["gguf"] = usual
 
 
+@contextmanager
+def _without_words() -> Iterator[None]:
+    """Within, gguf's reader keeps how many values a long array has and none of them. Of SmolLM2's 49,000 words, their
+    kinds and merges it would keep two maps of each, 157 MiB; a configuration asks for their number alone."""
+    import gguf
+
+    usual: Any = gguf.GGUFReader
+
+    class Reader(usual):  # type: ignore[misc]
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            from gguf import GGUFValueType
+
+            is_array = raw_type == GGUFValueType.ARRAY
+            count = self._get(orig_offs + 4, np.uint64) if is_array else [0]
+            if count[0] <= LONG_ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, offset = self._get(orig_offs, np.uint32), orig_offs + 12
+            types = [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
+            if types[1] == GGUFValueType.STRING:
+                value = np.zeros(0, np.uint8)
+                for _ in range(int(count[0])):
+                    offset += 8 + int(self._get(offset, np.uint64)[0])
+            else:
+                value = np.zeros(1, self.gguf_scalar_to_np[types[1]])
+                offset += int(count[0]) * value.itemsize
+            return offset - orig_offs, [kind, count, value], [2] * int(count[0]), types
+
+    gguf.GGUFReader = Reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = usual
+
+
 class _Stored(NamedTuple):
     """A tensor of the file, mapped; its shape as torch has it."""
 
@@ -129,7 +178,6 @@ def _tensors(file: str, model: Any, scratch: str) -> dict[str, _Tensor]:
     reader = GGUFReader(file)
     architecture = library.read_field(reader, "general.architecture")[0]
     tensors = [_Stored(each.name, each.data, each.tensor_type, each.shape.tolist()[::-1]) for each in reader.tensors]
-    del reader  # its fields are the vocabulary, word by word: 100 MB
     processor = library.TENSOR_PROCESSORS.get(architecture, library.TensorProcessor)(config=model.config.to_dict())
     names = library.get_gguf_hf_weights_map(model, processor)
     sources: dict[str, list[_Stored]] = {}
