@@ -57,6 +57,8 @@ def run_command(
 def _main(program: str, words: list[str], out: Path, err: Path, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    if raylet := sys.modules.get("ray._raylet"):  # of the process that this is a fork of: it has read other variables
+        raylet.Config.initialize("")
     for descriptor, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = [program, *words]
