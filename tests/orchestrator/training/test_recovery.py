@@ -126,7 +126,7 @@ HANGS = {
 
 
 def test_a_rank_that_hangs_is_named_with_its_line_and_the_run_goes_on(job: Job, undisturbed: dict[int, float]) -> None:
-    hanging = with_(job, scale={"hang_after_s": 3.0, "max_failures": len(HANGS)}, checkpoint={"every_steps": 2})
+    hanging = with_(job, scale={"hang_after_s": 6.0, "max_failures": len(HANGS)}, checkpoint={"every_steps": 2})
     faults = [
         {"kind": kind, "rank": rank, "step": 3 + 2 * turn} for turn, (kind, (rank, _)) in enumerate(HANGS.items())
     ]
