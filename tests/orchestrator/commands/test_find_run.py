@@ -82,6 +82,7 @@ def parsed(*words: str) -> Any:
 
 HERE = {"ledger", "plan", "status", "registry list", "doctor", "goodput", "gc", "show", "evaluate"}
 ELSEWHERE = {
+    "export",
     "verify",
     "sweep",
     "compare",
