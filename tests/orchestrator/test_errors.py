@@ -117,7 +117,7 @@ def test_a_storage_in_trouble_is_no_verdict_on_a_checkpoint(
         tries.append(1)
         if len(tries) <= times:
             raise error
-        return Measured({"f1_macro": 1.0}, {}, {}, 4)
+        return Measured({"f1_macro": 1.0}, {}, {}, {}, 4)
 
     monkeypatch.setattr(evaluation, "_measure", measure)
     monkeypatch.setattr(evaluation, "RETRY_PAUSE_S", 0.0)
