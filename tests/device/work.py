@@ -189,7 +189,7 @@ def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
 
     from tests.device.far import waits
     from tests.tiny import load_written
-    from trainers.evaluation import evaluate, placement
+    from trainers.evaluation import evaluate
     from trainers.run.record import job_task
     from trainers.shards.dataset import ShardSet
     from trainers.shards.manifest import shards_folder
@@ -206,7 +206,7 @@ def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
     held_out = ShardSet(shards_folder(Folder(job.storage), shards.eval.key), shards.eval, task)
     found = []
     for device in (torch.device("cpu"), far):
-        placement.pick_device = lambda *_, device=device: device
+        put_on(device)
         torch.manual_seed(0)  # of new heads
         before = len(waits)
         _, scores = evaluate.evaluate_model(job, task, job.model.path, held_out)
@@ -216,14 +216,22 @@ def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
     return found
 
 
+def put_on(device: Any) -> None:
+    """Models that are evaluated go to this device, which has room for them."""
+    from trainers.evaluation import placement
+
+    placement.pick_device = lambda *_: device
+    placement.device_memory = lambda _: {"cpu" if device.type == "cpu" else device.index: 1 << 40}
+
+
 def kept_warm(job: Any, folder: Path, far: Any) -> dict[str, Any]:
     """Two evaluations by one process far away: where the weights are between them, and whether the second, with swapped
     weights, says what the first does of the same folder."""
-    from trainers.evaluation import placement, warm
+    from trainers.evaluation import warm
     from trainers.evaluation.evaluate import score_batches
     from trainers.run.record import find_run
 
-    placement.pick_device = lambda *_: far
+    put_on(far)
     run, said = find_run(job), []
     path = str(small.with_head(run, folder / "export"))
     between: set[str] = set()
