@@ -19,6 +19,8 @@ from trainers.job.sections import ScaleSection
 T = TypeVar("T")
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shards travel through files, not through Ray's object store, so a small one is enough."""
+ANYWHERE = "DEFAULT"
+"""Where Ray puts a task: any node with room, also where who asks is a sweep's trial, whose own room holds no core."""
 ASK_WAIT_S = 60.0
 """How long nodes may take to tell what they have."""
 JOIN_WAIT_S = 20.0

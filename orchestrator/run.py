@@ -14,7 +14,7 @@ import ray
 from orchestrator.evaluation.pool import EvaluationPool
 from orchestrator.evaluation.task import export_step, harness_task
 from orchestrator.planning.preflight import check_file
-from orchestrator.ray_session import check_placement
+from orchestrator.ray_session import ANYWHERE, check_placement
 from orchestrator.registry import register as registry
 from orchestrator.registry.lineage import lineage
 from orchestrator.registry.manage import registry_lock
@@ -123,7 +123,7 @@ def register(session: RunSession, best: Evaluation) -> RegisteredVersion:
     run, exports, chosen = session.run, session.run.folder / "export", step_name(best.step)
     with session.timed("register"), registry_lock(registry_uri(run.job.storage, run.job.registry.uri)):
         if not (exports / chosen).exists(PROVENANCE):  # the ranks evaluate without an export
-            ray.get(ray.remote(num_cpus=1)(export_step).remote(run, best.step))
+            ray.get(ray.remote(num_cpus=1, scheduling_strategy=ANYWHERE)(export_step).remote(run, best.step))
         decision = weigh(session, best)
         parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder), read_line(run.folder))
         write_card(exports / chosen, run.job, best, parents)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from orchestrator.ray_session import ANYWHERE
 from trainers.checkpoint.export import export_checkpoint
 from trainers.errors import may_pass
 from trainers.evaluation.device import computed_on
@@ -35,7 +36,7 @@ def evaluation_task(run: Run, gpus: int) -> Any:
     import ray
 
     if run.job.evaluate.workers > 1:
-        return ray.remote(num_cpus=1, max_retries=RETRIES)(evaluate_step)
+        return ray.remote(num_cpus=1, max_retries=RETRIES, scheduling_strategy=ANYWHERE)(evaluate_step)
     return _with_resources(run, gpus, evaluate_step)
 
 
@@ -49,7 +50,8 @@ def _with_resources(run: Run, gpus: int, function: Callable[..., Any]) -> Any:
             hide_gpus()
         return function(*arguments)
 
-    return ray.remote(num_cpus=run.job.scale.cpus_per_worker, num_gpus=gpus, max_retries=RETRIES)(task)
+    needs = {"num_cpus": run.job.scale.cpus_per_worker, "num_gpus": gpus}
+    return ray.remote(**needs, max_retries=RETRIES, scheduling_strategy=ANYWHERE)(task)
 
 
 def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from orchestrator.ray_session import ANYWHERE
 from trainers.errors import TuneyardError, from_record, to_record
 from trainers.shards.writer import ShardWork
 from trainers.sources.readers import Unit
@@ -89,7 +90,7 @@ def map_tasks(
 
     check_alone()
     reference = ray.put(shared)
-    task = ray.remote(num_cpus=1, max_retries=RETRIES)(_run_remotely)
+    task = ray.remote(num_cpus=1, max_retries=RETRIES, scheduling_strategy=ANYWHERE)(_run_remotely)
     waiting = iter(enumerate(parts))
     running: dict[Any, int] = {}
     try:

@@ -75,7 +75,7 @@ def test_what_was_said_stays_until_it_is_reset(run: Path) -> None:
     talk.reset()
     assert talk.messages == [{"role": "system", "content": "be brief"}]
     assert Conversation(str(run / "export" / "step-00000003"), 1).answer("hi", pieces.append) == "A"
-    with pytest.raises(JobError, match="the model room for"):
+    with pytest.raises(JobError, match="the model has room for"):
         talk.answer("hi " * 4000, pieces.append)
 
 
