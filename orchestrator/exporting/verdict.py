@@ -15,15 +15,11 @@ from trainers.records import Array, Record
 from trainers.tasks import Task
 
 
-class Verdict(Record):
-    """quantization.json beside a quantized model: how it was judged."""
+class Judged(Record):
+    """The numbers of a verdict."""
 
-    schema_version: int = 1
-    form: str
     kept: bool
     reason: str
-    metric: str
-    better: Literal["max", "min"]
     quantized: float | None
     """The metric's value; None where it is undefined, as that of logits that are no numbers."""
     unquantized: float
@@ -33,6 +29,15 @@ class Verdict(Record):
     """The interval of quantized minus unquantized."""
     allowance: float
     """How much worse it may be, in the metric's own unit."""
+
+
+class Verdict(Judged):
+    """quantization.json beside a quantized model: how it was judged."""
+
+    schema_version: int = 1
+    form: str
+    metric: str
+    better: Literal["max", "min"]
     rows: int
     resamples: int
     seed: int
@@ -43,19 +48,6 @@ class Verdict(Record):
     unquantized_bytes: int
     """Of the weight files."""
     notes: list[str] = []
-
-
-class Judged(Record):
-    """The numbers of a verdict."""
-
-    kept: bool
-    reason: str
-    quantized: float | None
-    unquantized: float
-    difference: float | None
-    low: float | None
-    high: float | None
-    allowance: float
 
 
 def judge(
