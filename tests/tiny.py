@@ -91,19 +91,11 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
 def checked(job: Any, model: str | Path | None = None) -> Any:
     """What the data stage gets of a job; of the model a tokenizer is enough. The files are looked at as ever."""
     from orchestrator.planning.preflight import CheckedJob, find_rows
-    from trainers.errors import JobError
     from trainers.model.source import ModelFolder
-    from trainers.shards.keys import plan_splits, split_names, with_eval
+    from trainers.shards.keys import plan_splits, split_sources
 
-    path, sources, problems = str(model or job.model.path), {}, []
-    for name in split_names(job):
-        try:
-            sources[name] = find_rows(job, name)
-        except JobError as error:
-            problems += error.problems
-    if problems:
-        raise JobError(problems)
-    return CheckedJob(job, ModelFolder(path, ""), plan_splits(job, path, with_eval(sources)))
+    path = str(model or job.model.path)
+    return CheckedJob(job, ModelFolder(path, ""), plan_splits(job, path, split_sources(job, find_rows)))
 
 
 def load_written(job: Any, model: str | Path | None = None) -> Any:

@@ -6,7 +6,7 @@ nor torch nor a tokenizer, so that every launcher can find the shards. Begin at 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,14 @@ def find_split(job: Job, name: SplitName) -> tuple[SourceFile, ...]:
         raise JobError([f"data.{name}: {problem}" for problem in error.problems]) from error
 
 
-def split_sources(job: Job) -> Sources:
-    """The files of all splits. Raises JobError with every path that names nothing."""
+def split_sources(job: Job, find: Callable[[Job, SplitName], tuple[SourceFile, ...]] = find_split) -> Sources:
+    """The files of all splits, each as `find` gives them. Raises JobError with every problem: paths that name nothing,
+    where `find_split` looks for them."""
     sources: dict[SplitName, tuple[SourceFile, ...]] = {}
     problems: list[str] = []
     for name in split_names(job):
         try:
-            sources[name] = find_split(job, name)
+            sources[name] = find(job, name)
         except JobError as error:
             problems += error.problems
     if problems:
