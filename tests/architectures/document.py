@@ -29,51 +29,60 @@ TASKS = ("pretrain", "sft", "mlm", "classify", "tag", "extract", "seq2seq", "sim
 NAMES = {"regression": "similarity", "cosine": "similarity"}
 HEAD = """# Models
 
-Written by `python -m tests.architectures.document` from what its tests saw: do not edit the table by hand.
+Written by `python -m tests.architectures.document` from the results of its tests: do not edit this page by hand.
 
-Every family below is made as a tiny model of random weights. In each of its tasks the loss of the first step equals
-plain transformers' within 1e-5, packed and not, and no self-test raises an alarm (isolation, padding, packed as
-separate, the model class's own loss, reload). `tuneyard plan` says whether a job's family is here; one that is not
-may train as well, and `tuneyard verify` tells. `make matrix` runs each through `tuneyard run` with two ZeRO-3
-workers; so seen, in a task each:
-{commanded}.
-The others were not run that way. No model of real size and no GPU takes part in any of this.
+The table shows which model families are tested, and for which tasks. `tuneyard plan` says whether a job's family is in
+it. A family that is not in it may train as well; `tuneyard verify` tests it. No model of real size and no GPU takes
+part in these tests.
 
-In the tests each also trains with ZeRO-3: in full, with adapters and with a frozen layer, packed and not, and each time
-the export reloads in plain transformers with every key and the same logits. In full a checkpoint of one or two ranks
-goes on at the other size with the same loss (but for families that draw their experts at random), in the other ways too
-for {spread}. Which task meets which way turns from family
-to family; `make matrix ARGS="--product FAMILY ..."` runs the whole product of some.
+- **Losses.** Each family is built as a tiny model with random weights. In each of its tasks the loss of the first step
+  equals that of plain transformers within 1e-5, packed and not. No self-test fails (isolation, padding, packed as
+  separate, the model class's own loss, reload).
+- **Training with ZeRO-3.** Each family trains in full, with adapters and with a frozen layer, packed and not. Each time
+  the export reloads in plain transformers with every key and the same logits. Not every task is run in every way; the
+  pairs differ between families. `make matrix ARGS="--product FAMILY ..."` runs all pairs for some families.
+- **Resuming.** After full training a checkpoint of one rank resumes on two, or of two on one, with the same loss
+  (except for families that draw their experts at random). In the other ways of training this is tested only for
+  {spread}.
+- **The whole program.** `make matrix` runs each family through `tuneyard run` with two ZeRO-3 workers. This was done,
+  in one task each, only for
+  {commanded}.
 
-- **packing**: what keeps documents of a sequence apart, on a CPU with transformers {transformers}. Bounds: attention
-  computes each document by itself, without a mask (`model.attention: documents`, which `auto` comes to here), and so do
-  layers that carry a state from token to token (bounds, states); where transformers has its kernels for GPUs
-  (causal-conv1d, flash-linear-attention, mamba-ssm) those get the same bounds in one call. Position ids that begin anew
-  with each document give attention a mask of blocks. Where documents are not kept apart, `data.packing: null` does not
-  pack, and `true` is refused by the self-test of isolation.
+The columns of the table:
+
+- **Tasks** (`pretrain` to `similarity`): an empty cell means that the task is for another kind of model, or that
+  transformers has no such head for the family. Such a job is refused with this reason.
+- **packing**: what separates the documents of a sequence, on a CPU with transformers {transformers}.
+  - *bounds*: attention computes each document separately, without a mask (`model.attention: documents`, which `auto`
+    chooses here). *bounds, states*: layers that carry a state from token to token do so too. If transformers has its
+    kernels for GPUs (causal-conv1d, flash-linear-attention, mamba-ssm), they get the same bounds in one call.
+  - *position ids*: they begin again with each document, and attention makes a mask of blocks from them.
+  - *not kept apart*: `data.packing: null` does not pack, and `true` is refused by the self-test of isolation.
 - **adapters**: layers that get one by default (`model.lora.target_modules: [all-linear]`), by the last part of their
-  names; GPT-2's convolutions of width 1 are among them. The experts of a mixture are no linear layers and stay as they
-  are. So does the output projection of Mamba's mixer: on a GPU its weight goes to the mixer's kernel, past an adapter.
-- **from GGUF**: whether transformers reads the family's GGUF files (`model.gguf_file`), which are trained as the
-  safetensors that they are converted to.
-- **to GGUF**, **vLLM**: exports are safetensors under the names that transformers publishes (a test compares them).
-  To GGUF: whether llama.cpp's converter ({llama}) took a tiny model's tensors and sizes, or
-  why not; its check of the vocabulary was left out, and heads that guess several tokens are not in an export
-  (`--no-mtp`). vLLM: what the registry of {vllm} says of the class, which was read and not run: x for code of
-  its own, transformers where it runs transformers' code, until where it has dropped it. Both by
+  names. GPT-2's convolutions of width 1 are among them. The experts of a mixture are not linear layers and get none.
+  Mamba's output projection gets none either: on a GPU its weight is passed to the mixer's kernel, without the adapter.
+- **from GGUF**: whether transformers reads the family's GGUF files (`model.gguf_file`). They are converted to
+  safetensors before training.
+- **to GGUF**: exports are safetensors under the names that transformers publishes (a test compares them). The column
+  shows whether llama.cpp's converter ({llama}) accepted a tiny model's tensors and sizes, or why not.
+  Its check of the vocabulary was left out. Heads that predict several tokens are not in an export (`--no-mtp`).
+- **vLLM**: what the registry of {vllm} says about the class; it was read, not run. *x*: vLLM has its own code.
+  *transformers*: it runs transformers' code. *until*: vLLM has removed it. This column and the one before come from
   `python -m tests.architectures.served`.
-- **refused**: heads that transformers does not have for the family, and packs whose documents would see each other.
-- A mixture's balancing loss counts where its configuration sets `output_router_logits`. It is a mean over a
-  micro-batch, so it alone depends on how a step is cut up.
+- **refused**: heads that transformers does not have for the family, and packing if documents would see each other.
+
+Notes:
+
+- A mixture's balancing loss is used if its configuration sets `output_router_logits`. It is a mean over a micro-batch,
+  so it is the only loss that depends on how a step is cut into micro-batches.
 - Models of several modalities train their text part; vision and audio are frozen.
 - Layers that are dropped at random (M2M-100, NLLB) are drawn from seed and step: the same on every rank and in every
   micro-batch of a step.
-- Classification heads of decoders read a row's last token, found by the attention mask. The exported model finds it
-  in plain transformers as the last token that is not the padding token, so a text that ends with that token is read
-  differently there. XLNet's heads read a row's last place, for its rows are padded on the left: here they get the last
-  token, and so they do in plain transformers where its tokenizer pads.
-- An empty place in the columns of tasks: the task is for another kind of model, or transformers has no such head for
-  the family, and the job is refused in those words.
+- Classification heads of decoders read a row's last token, found by the attention mask. In plain transformers the
+  exported model takes the last token that is not the padding token. So a text that ends with the padding token is read
+  differently there.
+- XLNet's heads read a row's last position, because its rows are padded on the left. Here they get the last token, and
+  also in plain transformers if its tokenizer pads.
 
 """
 
@@ -96,7 +105,7 @@ def _passed(cell: Cell) -> bool:
 
 def document_of(matrix: Matrix) -> str:
     """docs/models.md."""
-    names = {"spread": ", ".join(SPREAD), "commanded": fill(", ".join(COMMANDED), 119)}
+    names = {"spread": ", ".join(SPREAD), "commanded": fill(", ".join(COMMANDED), 117, subsequent_indent="  ")}
     names |= {"vllm": served()["vllm"], "llama": served()["llama.cpp"]}
     head = HEAD.format(transformers=transformers.__version__, **names)
     return head + "\n".join(_rows(matrix)) + "\n"
