@@ -67,8 +67,8 @@ The columns of the table:
   shows whether llama.cpp's converter ({llama}) accepted a tiny model's tensors and sizes, or why not.
   Its check of the vocabulary was left out. Heads that predict several tokens are not in an export (`--no-mtp`).
 - **vLLM**: what the registry of {vllm} says about the class; it was read, not run. *x*: vLLM has its own code.
-  *transformers*: it runs transformers' code. *until*: vLLM has removed it. This column and the one before come from
-  `python -m tests.architectures.served`.
+  *transformers*: it runs transformers' code. *until*: vLLM dropped it after that version. Both this column and the
+  one before come from `python -m tests.architectures.served`.
 - **refused**: heads that transformers does not have for the family, and packing if documents would see each other.
 
 Notes:
