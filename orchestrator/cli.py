@@ -12,7 +12,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from orchestrator.commands.of_runs import app as runs_app
-from orchestrator.commands.options import TEMPLATES, Address, AsJson, Dashboard, JobPath, Overrides, print_json
+from orchestrator.commands.options import (
+    Address,
+    AsJson,
+    Dashboard,
+    Gpu,
+    JobPath,
+    Overrides,
+    Template,
+    flag,
+    print_json,
+)
 from orchestrator.commands.registry import app as registry_app
 from orchestrator.exporting.command import app as export_app
 from orchestrator.submitting.command import app as jobs_app
@@ -73,7 +83,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, flag("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Full fine-tuning on your own cluster: from a job file to a registered model, with proof of how it was made."""
@@ -81,7 +91,7 @@ def options(
 
 @app.command()
 def init(
-    template: Annotated[str, typer.Argument(metavar="TEMPLATE", help="One of " + ", ".join(TEMPLATES) + ".")],
+    template: Template,
     path: Annotated[
         Path | None, typer.Argument(metavar="PATH", help="Where to write; default: named like the template.")
     ] = None,
@@ -117,16 +127,14 @@ def schema() -> None:
 @app.command()
 def plan(
     job_path: JobPath,
-    gpu: Annotated[
-        str | None, typer.Option(help="Plan for this GPU, such as h100-80; default: this machine's.")
-    ] = None,
+    gpu: Gpu = None,
     memory: Annotated[str | None, typer.Option(help="Plan for GPUs of so much memory, such as 80GiB.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Plan for so many nodes, one worker a GPU.")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
     throughput: Annotated[float | None, typer.Option(min=1, help="Tokens a second and worker, for the hours.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of a worker's hour, for the cost.")] = None,
     overrides: Overrides = None,
-    full: Annotated[bool, typer.Option("--full", help="Print the job with every default written out, too.")] = False,
+    full: Annotated[bool, flag("--full", help="Print the job with every default written out, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check everything and print what the job will do, without starting a worker."""
@@ -174,7 +182,7 @@ def show(
 @app.command()
 def verify(
     job_path: JobPath,
-    again: Annotated[bool, typer.Option(help="Test again, even where an earlier result is kept.")] = False,
+    again: Annotated[bool, flag(help="Test again, even where an earlier result is kept.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -211,9 +219,7 @@ def run(
     job_path: JobPath,
     overrides: Overrides = None,
     address: Address = None,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Tell what takes the time of a step, with a trace (train.profile).")
-    ] = False,
+    profile: Annotated[bool, flag("--profile", help="Tell what takes a step's time, with a trace.")] = False,
 ) -> None:
     """Run the whole job: shard, train, evaluate, select, register. Goes on where an earlier run of it stopped."""
     from orchestrator.run import run_job
@@ -265,7 +271,7 @@ def submit(
     job_path: JobPath,
     address: Dashboard,
     overrides: Overrides = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Send it, say how to follow and stop it, and end.")] = False,
+    detach: Annotated[bool, flag("--detach", help="Send it, say how to follow and stop it, and end.")] = False,
 ) -> None:
     """Run the job on a cluster through Ray Jobs and follow its log; exits as the job does."""
     from orchestrator.submitting.submit import submit as send

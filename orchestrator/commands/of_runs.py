@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.commands.options import Address, AsJson, Overrides, RunName, Storage, print_json
+from orchestrator.commands.options import Address, AsJson, Overrides, RunName, Storage, complete_run, flag, print_json
 from trainers.errors import JobError
 
 app = typer.Typer()
@@ -75,7 +75,12 @@ def _job_of(run: str, storage: str, overrides: Sequence[str] | None) -> Any:
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, or NAME[@VERSION].")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", autocompletion=complete_run, help="A run, an exported folder, or NAME[@VERSION]."
+        ),
+    ],
     data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Files, globs or folders, in any format.")],
     out: Annotated[str | None, typer.Option("--out", "-o", help="A .jsonl or .parquet file; default: print.")] = None,
     step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
@@ -96,7 +101,12 @@ def predict(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, or NAME[@VERSION].")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", autocompletion=complete_run, help="A run, an exported folder, or NAME[@VERSION]."
+        ),
+    ],
     system: Annotated[str | None, typer.Option(help="Text of a system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest.")] = 0.0,
@@ -119,7 +129,12 @@ def chat(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, an exported folder, or NAME[@champion].")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", autocompletion=complete_run, help="A run, an exported folder, or NAME[@champion]."
+        ),
+    ],
     host: Annotated[str, typer.Option(help="Address to listen at; nothing asks who calls.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any that is free.")] = 8000,
     step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
@@ -134,7 +149,12 @@ def serve(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Job files, names of runs or their folders.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN RUN...", autocompletion=complete_run, help="Job files, names of runs or their folders."
+        ),
+    ],
     storage: Storage = "runs",
     as_json: AsJson = False,
 ) -> None:
@@ -151,9 +171,12 @@ def compare(
 
 @app.command()
 def status(
-    run: Annotated[str | None, typer.Argument(help="A job file, a run's name or its folder; default: all.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(autocompletion=complete_run, help="A job file, a run's name or its folder; default: all."),
+    ] = None,
     storage: Storage = "runs",
-    follow: Annotated[bool, typer.Option(help="Keep showing it until no run is running.")] = False,
+    follow: Annotated[bool, flag(help="Keep showing it until no run is running.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the state of runs; in a pipe a tab-separated line a run."""
@@ -172,9 +195,10 @@ def gc(
     storage: Storage = "runs",
     older_than_days: Annotated[float, typer.Option(min=0, help="Leave what was used or changed since then.")] = 7.0,
     checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="Also checkpoints of finished runs; the best and newest stay.")
+        bool,
+        flag("--checkpoints", help="Also checkpoints of finished runs; the best and newest stay."),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it they are only listed.")] = False,
+    yes: Annotated[bool, flag("--yes", help="Delete; without it they are only listed.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List what nothing in a storage refers to any more: shards, exports, leftovers; with --yes delete it."""
@@ -212,7 +236,12 @@ def ledger(
 def goodput(
     node_mtbf_hours: Annotated[float, typer.Option(min=0.01, help="Mean time between failures of one node, hours.")],
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="A run that the other figures are taken from, where not given.")
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            autocompletion=complete_run,
+            help="A run that the other figures are taken from, where not given.",
+        ),
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes that train together; the ranks of RUN.")] = None,
     save_s: Annotated[float | None, typer.Option(min=0.001, help="Seconds a save holds up the steps.")] = None,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.commands.options import AsJson, Storage, print_json
+from orchestrator.commands.options import AsJson, Storage, flag, print_json
 from trainers.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def path(model: Model, version: Version = None, storage: Storage = "runs", uri: 
 def promote(
     model: Model,
     version: Annotated[str, typer.Argument(help="Number of the version.")],
-    if_better: Annotated[bool, typer.Option(help="Only where it beats the champion, as after a run.")] = False,
+    if_better: Annotated[bool, flag(help="Only where it beats the champion, as after a run.")] = False,
     storage: Storage = "runs",
     uri: Uri = None,
 ) -> None:
@@ -93,9 +93,7 @@ def rollback(model: Model, storage: Storage = "runs", uri: Uri = None) -> None:
 def verify(
     model: Model,
     version: Version = None,
-    metric: Annotated[
-        bool, typer.Option("--metric", help="Evaluate it again too, on the evaluation rows of its run.")
-    ] = False,
+    metric: Annotated[bool, flag("--metric", help="Evaluate it again too, on the evaluation rows of its run.")] = False,
     storage: Storage = "runs",
     uri: Uri = None,
     as_json: AsJson = False,
@@ -132,9 +130,7 @@ def push(
     model: Model,
     repository: Annotated[str, typer.Argument(help="Repository on the Hub, e.g. acme/topics; made where missing.")],
     version: Version = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="For everybody to see; else the repository is private.")
-    ] = False,
+    public: Annotated[bool, flag("--public", help="For everybody to see; else the repository is private.")] = False,
     storage: Storage = "runs",
     uri: Uri = None,
 ) -> None:
@@ -168,7 +164,7 @@ def compare(
 def gc(
     model: Model,
     keep: Annotated[int, typer.Option(min=0, help="Newest versions whose files stay.")] = 3,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it they are only listed.")] = False,
+    delete: Annotated[bool, flag("--delete", help="Delete; without it they are only listed.")] = False,
     storage: Storage = "runs",
     uri: Uri = None,
     as_json: AsJson = False,

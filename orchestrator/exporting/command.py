@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.options import AsJson, Storage, print_json
+from orchestrator.commands.options import AsJson, Storage, complete_run, flag, print_json
 from trainers.errors import EvaluationError, JobError
 
 app = typer.Typer()
@@ -15,11 +15,16 @@ ALLOWANCE = 0.01
 @app.command()
 def export(
     run: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run; with --quantize also an exported folder, NAME[@VERSION].")
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            autocompletion=complete_run,
+            help="A run; with --quantize also an exported folder, NAME[@VERSION].",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="The adapters of a run with LoRA, for PEFT.")] = False,
+    adapter: Annotated[bool, flag("--adapter", help="The adapters of a run with LoRA, for PEFT.")] = False,
     quantize: Annotated[
         str | None,
         typer.Option(metavar="FORM", help="q8_0 (GGUF; families llama, qwen2, qwen3), int8 or fp8 (by torchao)."),

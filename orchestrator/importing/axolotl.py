@@ -5,6 +5,7 @@ from typing import Any
 
 from orchestrator.importing.draft import (
     ADAMW,
+    LIGER,
     NO_OPTIMIZER,
     NO_SCHEDULE,
     SCHEDULES,
@@ -20,7 +21,14 @@ from orchestrator.importing.draft import (
     warmup_steps,
     when,
 )
+from trainers.tasks.chat.conversations import ROLES, SPEAKERS, TEXTS
 
+READ = frozenset(("path", "type", "ds_type", "data_files", "split", "name", "field_messages", "field", "text_column",
+                  "field_instruction", "field_input", "field_output", "field_system"))  # fmt: skip
+"""Keys of a data set that are read here."""
+FIELDS = {"messages": ["field_messages"], "text": ["field", "text_column"], "instruction": ["field_instruction"],
+          "input": ["field_input"], "output": ["field_output"], "system": ["field_system"]}  # fmt: skip
+"""By our field: the keys that name its column."""
 LOCAL = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
 
 
@@ -46,54 +54,62 @@ def import_axolotl(draft: Draft) -> None:
 def _data(draft: Draft) -> None:
     """Both splits, and the task that the kinds of the data sets mean."""
     train = [one for one in draft.source.get("datasets") or [] if isinstance(one, dict)]
-    kinds = {str(one.get("type") or "completion").partition(".")[0] for one in train}
+    kinds = {_kind(one) for one in train}
     draft.set("task", "pretrain" if kinds == {"completion"} or draft.source.get("pretraining_dataset") else "sft")
-    odd = sorted(kinds - {"completion", "alpaca", "chat_template", "sharegpt", "input_output"})
-    said = [f"type {', '.join(odd)} is not known here"] if odd else []
-    unused = sorted({key for one in train for key in one} - {"path", "type", "ds_type", "data_files", "split", "name"})
-    columns: dict[str, str] = {}
-    for one in train:
-        fields = {"messages": one.get("field_messages"), "text": one.get("field") or one.get("text_column"),
-                  "instruction": one.get("field_instruction"), "input": one.get("field_input"),
-                  "output": one.get("field_output"), "system": one.get("field_system")}  # fmt: skip
-        columns |= {
-            field: column for field, column in fields.items() if column and column not in (field, "conversations")
-        }
-    read = {
-        "field_messages",
-        "field",
-        "text_column",
-        "field_instruction",
-        "field_input",
-        "field_output",
-        "field_system",
-    }
-    if unused := [key for key in unused if key not in read]:
-        said.append(f"not taken: {', '.join(unused)}")
-    draft.set("data.train", [_place(one) for one in train])
-    if columns:
-        draft.set("data.columns", columns)
-    held_out = [_place(one) for one in draft.source.get("test_datasets") or [] if isinstance(one, dict)]
+    if odd := sorted(kinds - {"completion", "alpaca", "chat_template", "sharegpt", "input_output"}):
+        draft.add("datasets", f"type {', '.join(odd)} is not known here")
+    if unused := sorted({key for one in train for key in one if key not in READ and not _as_here(key, one[key])}):
+        draft.add("datasets", f"not taken: {', '.join(unused)}")
+    draft.set("data.train", [_place(draft, one, "datasets") for one in train])
+    draft.columns(map(_columns, train), "datasets")
+    held_out = [one for one in draft.source.get("test_datasets") or [] if isinstance(one, dict)]
     share = draft.source.get("val_set_size") or 0
     if held_out:
-        draft.set("data.eval", held_out)
+        draft.set("data.eval", [_place(draft, one, "test_datasets") for one in held_out])
     elif 0 < share < 1:
         draft.set("data.eval_fraction", float(share))
     else:
         draft.set("data.eval_fraction", 0.02)
-        said.append("there are no evaluation rows: data.eval_fraction is 0.02, for a checkpoint is chosen by them")
-    if said:
-        draft.told["datasets"] = "; ".join(said)
+        key = "val_set_size" if share else "datasets"
+        draft.add(
+            key, "there are no evaluation rows by share: data.eval_fraction is 0.02, for a checkpoint is chosen by them"
+        )
 
 
-def _place(one: dict[str, Any]) -> str:
+def _kind(one: dict[str, Any]) -> str:
+    """What its rows are; a format that the file describes itself has no name."""
+    kind = one.get("type") or "completion"
+    return "of its own" if isinstance(kind, dict) else str(kind).partition(".")[0]
+
+
+def _columns(one: dict[str, Any]) -> dict[str, str]:
+    """Our field of each column that it names."""
+    fields = {field: next((one[key] for key in keys if one.get(key)), None) for field, keys in FIELDS.items()}
+    return {field: column for field, column in fields.items() if column and column not in (field, "conversations")}
+
+
+def _as_here(key: str, value: Any) -> bool:
+    """Whether a setting of the rows' form says what is read anyway."""
+    names = list(value.items()) if isinstance(value, dict) else [("", value)]
+    if key == "roles":
+        return all(ROLES.get(str(name)) == role for role, given in names if isinstance(given, list) for name in given)
+    known = {"role": SPEAKERS, "content": TEXTS, "message_field_role": SPEAKERS, "message_field_content": TEXTS}
+    return all(given in known.get(name or key, ()) for name, given in names)
+
+
+def _place(draft: Draft, one: dict[str, Any], key: str) -> str:
     """A data set as data.train names it."""
     files = one.get("data_files")
     path = str((files[0] if isinstance(files, list) else files) or one.get("path"))
+    if isinstance(files, list) and len(files) > 1:
+        draft.add(key, f"of data_files {path} alone is taken: name the others too")
     if one.get("ds_type") or path.endswith(LOCAL) or path.startswith((".", "/", "s3://", "gs://")) or Path(path).suffix:
-        return path
+        return draft.local(path)
     config = f"/{one['name']}" if one.get("name") else ""
-    return f"hf://{path}{config}:{one.get('split') or 'train'}"
+    split, bracket, part = str(one.get("split") or "train").partition("[")
+    if bracket:
+        draft.add(key, f"the whole split {split} is taken, not [{part}")
+    return f"hf://{path}{config}:{split}"
 
 
 def _length(draft: Draft, value: Any) -> None:
@@ -101,7 +117,7 @@ def _length(draft: Draft, value: Any) -> None:
 
 
 RULES: dict[str, Rule] = {
-    "base_model": "model.path",
+    "base_model": Draft.model,
     "revision_of_model": "model.revision",
     "trust_remote_code": "model.trust_remote_code",
     "bf16": lambda draft, value: draft.set("model.dtype", "bfloat16" if value else "float32"),
@@ -110,6 +126,8 @@ RULES: dict[str, Rule] = {
     "sdp_attention": when(True, "model.attention", "sdpa"),
     "eager_attention": when(True, "model.attention", "eager"),
     "attn_implementation": "model.attention",
+    "attention": chosen("model.attention", {"flash": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"},
+                        "attention", "model.attention is auto"),
     "sequence_len": _length,
     "sample_packing": "data.packing",
     "num_epochs": number("train.epochs"),
@@ -133,7 +151,7 @@ RULES: dict[str, Rule] = {
     "save_total_limit": "checkpoint.keep",
     "early_stopping_patience": lambda draft, value: draft.set("evaluate.early_stopping", {"patience": int(value)}),
     "eval_batch_size": "evaluate.batch_size",
-    "output_dir": "storage",
+    "output_dir": lambda draft, value: draft.set("storage", draft.local(str(value))),
     "use_wandb": when(True, "report_to", ["tensorboard", "mlflow", "wandb"]),
     "wandb_project": lambda draft, value: draft.set("report_to", ["tensorboard", "mlflow", "wandb"]) if value else None,
     "mlflow_tracking_uri": "registry.uri",
@@ -156,6 +174,26 @@ REFUSED = {
     "load_in_4bit": "weights are not quantized while they are trained",
     "fp16": "model.dtype is bfloat16 or float32; fp16 is not here",
     "float16": "model.dtype is bfloat16 or float32; fp16 is not here",
+    **dict.fromkeys(
+        ("loss_watchdog_threshold", "loss_watchdog_patience"),
+        "train.spike_factor rolls a loss that jumps back, in place of ending the run",
+    ),
+    **dict.fromkeys(
+        ("eval_max_new_tokens", "eval_table_size", "do_causal_lm_eval", "do_bench_eval"),
+        "evaluate.generate writes texts and scores them",
+    ),
+    **dict.fromkeys(
+        (
+            "liger_rope",
+            "liger_rms_norm",
+            "liger_glu_activation",
+            "liger_layer_norm",
+            "liger_cross_entropy",
+            "liger_fused_linear_cross_entropy",
+        ),
+        LIGER,
+    ),
+    **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), "not here; results are the same without"),
     "rl": "preference training is not here",
     "train_on_inputs": "sft trains the assistant's tokens alone; task: pretrain trains all",
     "unfrozen_parameters": "model.freeze names what stays, not what is trained",
@@ -170,7 +208,7 @@ REFUSED = {
     "eval_strategy": "every checkpoint is evaluated: checkpoint.every_steps",
     "fsdp": "ZeRO keeps the state: train.deepspeed",
     "fsdp_config": "ZeRO keeps the state: train.deepspeed",
-    "plugins": "no counterpart; a large vocabulary's loss is computed in chunks anyway",
+    "plugins": LIGER,
     "lora_modules_to_save": "adapters alone are trained",
     "lora_model_dir": "adapters start from scratch",
     "streaming": "shards are written once, then read from there",

@@ -31,7 +31,7 @@ def import_job(path: Path, out: Path) -> dict[str, str]:
     if out.exists():
         raise JobError(f"{out} exists and is left as it is; name another file")
     program, fill = KINDS[kind]
-    draft = Draft(source, path.absolute().parent)
+    draft = Draft(source, path.absolute().parent, out.absolute().parent)
     draft.set("name", out.stem)
     fill(draft)
     train: dict[str, Any] = draft.job.setdefault("train", {})

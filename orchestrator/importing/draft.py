@@ -1,6 +1,7 @@
 """What an import comes to: the job as far as it is known, and what is said of every key. Begin at `Draft`."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ class Draft:
     source: Source
     folder: Path
     """Of the file that is imported."""
+    out: Path
+    """Folder of the job file, from which its relative paths are taken."""
     job: dict[str, Any] = field(default_factory=dict)
     told: dict[str, str] = field(default_factory=dict)
     """By key: why it has no counterpart, or what to look at."""
@@ -31,6 +34,36 @@ class Draft:
         """Say something of a key that the file has."""
         if self.source.get(key) is not None:
             self.told[key] = what
+
+    def find(self, path: str) -> Path:
+        """A path as the other program means it, from the working directory; one beside the imported file where there is
+        none."""
+        beside = self.folder / path
+        return beside if beside.exists() and not Path(path).exists() else Path.cwd() / path
+
+    def local(self, path: str) -> str:
+        """A path as the job file holds it."""
+        if Path(path).is_absolute() or "://" in path:
+            return path
+        return os.path.relpath(self.find(path), self.out)
+
+    def model(self, value: Any) -> None:
+        """The model's folder, where there is one of that name; else the name is the hub's."""
+        path = str(value)
+        self.set("model.path", self.local(path) if self.find(path).is_dir() else path)
+
+    def columns(self, named: Iterable[Mapping[str, str]], key: str) -> None:
+        """data.columns of what each data set names; it holds for all of them."""
+        each = [dict(one) for one in named]
+        merged = {field: column for one in each for field, column in one.items()}
+        if merged:
+            self.set("data.columns", merged)
+        if any(one != merged for one in each):
+            self.add(key, "they name their columns differently, data.columns holds for all: rename some in the files")
+
+    def add(self, key: str, what: str) -> None:
+        """Say one thing more of a key."""
+        self.told[key] = "; ".join(filter(None, (self.told.get(key), what)))
 
 
 Rule = str | Callable[[Draft, Any], None] | None
@@ -104,8 +137,8 @@ def batch(draft: Draft, micro: str, accumulation: str) -> None:
     draft.set("train.micro_batch_size", size)
     draft.set("train.global_batch_size", size * steps)
     draft.told[micro] = (
-        f"train.global_batch_size is {size * steps}, as on one GPU; there it is multiplied by their number: set it and "
-        "scale.workers"
+        f"train.global_batch_size is {size * steps}, as on one GPU; there each GPU adds as many: set it, and "
+        "scale.workers, by your number of GPUs"
     )
 
 
@@ -137,4 +170,5 @@ def warmup_steps(draft: Draft, steps: Any, total: Any) -> None:
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 NO_SCHEDULE = "not here; train.schedule is cosine (or linear, constant)"
 ADAMW = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw"), None)
+LIGER = "no counterpart; a large vocabulary's loss is computed in chunks anyway"
 NO_OPTIMIZER = "the optimizer is AdamW with fp32 states"

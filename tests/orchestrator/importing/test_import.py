@@ -84,7 +84,7 @@ def test_axolotls_values_are_in_the_job_and_the_rest_is_listed(tmp_path: Path) -
     assert train.activation_checkpointing == "full" and "wandb" in job.report_to
     assert told.keys() == {"optimizer", "loss_watchdog_threshold", "saves_per_epoch", "special_tokens", "datasets",
                            "micro_batch_size"}  # fmt: skip
-    assert "roles_to_train" in told["datasets"]
+    assert "roles_to_train" in told["datasets"] and "columns differently" in told["datasets"]
     assert all(f"#   {key}: {what}" in out.read_text() for key, what in told.items())
 
 
@@ -112,11 +112,61 @@ def test_every_key_is_taken_or_told(tmp_path: Path, text: str, rules: object) ->
         assert key in told or key in rules.RULES or value is False, key  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("text", [AXOLOTL, LLAMA_FACTORY])
+def test_paths_are_those_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    for folder in ("examples", "jobs", "data", "acme/llama", "acme/qwen"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("rows.jsonl", "data/mine.json"):
+        (tmp_path / file).write_text("")
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.json"}}))
+    (tmp_path / "examples" / "theirs.yaml").write_text(text + "output_dir: ./out\n")
+    monkeypatch.chdir(tmp_path)
+    import_job(Path("examples/theirs.yaml"), Path("jobs/job.yaml"))
+    job = load_job("jobs/job.yaml", ())
+    assert job.storage == str(tmp_path / "out") and Path(job.model.path).parent == tmp_path / "acme"
+    assert {str(tmp_path / "rows.jsonl"), str(tmp_path / "data" / "mine.json")} & set(job.data.train_paths)
+
+
+def test_a_data_set_that_is_not_taken_as_it_is_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    info = {
+        "mine": {"file_name": "mine.json", "ranking": True, "num_samples": 10},
+        "theirs": {"file_name": "theirs.json", "columns": {"messages": "talk"},
+                   "tags": {"role_tag": "who", "content_tag": "value"}},
+        "lost": {"script_url": "make.py"},
+    }  # fmt: skip
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    told, _ = imported(tmp_path, LLAMA_FACTORY)
+    for word in ("mine: not taken: num_samples, ranking", "theirs: not taken: tags", "lost: no file", "differently"):
+        assert word in told["dataset"]
+    (tmp_path / "job.yaml").unlink()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(
+        {"mine": {"file_name": "mine.json", "columns": {"prompt": "body"}}}))  # fmt: skip
+    imported(tmp_path, LLAMA_FACTORY.replace("stage: sft", "stage: pt").replace(",theirs,lost", ""))
+    assert load_job(tmp_path / "job.yaml", ()).data.columns == {"text": "body"}
+
+
+@pytest.mark.parametrize(
+    "entry, word",
+    [
+        ({"split": "train[:20%]"}, "the whole split train is taken, not [:20%]"),
+        ({"message_property_mappings": {"role": "who", "content": "value"}}, "not taken: message_property_mappings"),
+        ({"message_property_mappings": {"role": "from", "content": "value"}, "roles": {"assistant": ["gpt"]}}, ""),
+        ({"type": {"field_instruction": "q", "format": "[INST] {instruction}"}}, "type of its own is not known here"),
+        ({"data_files": ["a.jsonl", "b.jsonl"]}, "of data_files a.jsonl alone is taken"),
+    ],
+)
+def test_what_axolotl_does_with_a_data_set_is_here_too_or_told(tmp_path: Path, entry: object, word: str) -> None:
+    source = {"base_model": "a/b", "val_set_size": 0.1, "datasets": [{"path": "a/b", "type": "chat_template"} | entry]}  # type: ignore[operator]
+    told, out = imported(tmp_path, yaml.safe_dump(source))
+    assert told.get("datasets", "") == word and load_job(out, ()).task == "sft"
+
+
 def test_the_command_prints_the_list_and_leaves_files_alone(tmp_path: Path) -> None:
     (tmp_path / "theirs.yaml").write_text(AXOLOTL)
     words = ["import", str(tmp_path / "theirs.yaml"), str(tmp_path / "mine.yaml")]
     done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0 and "loss_watchdog_threshold: no counterpart is known" in done.stdout
+    assert done.exit_code == 0 and "loss_watchdog_threshold: train.spike_factor" in done.stdout
     assert load_job(tmp_path / "mine.yaml", ()).name == "mine"
     again = CliRunner().invoke(app, words)
     assert isinstance(again.exception, JobError) and "left as it is" in str(again.exception)
