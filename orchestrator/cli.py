@@ -99,7 +99,8 @@ def init(
     """Write a commented job file and data that it runs with."""
     from orchestrator.commands.init import write_job
 
-    print(f"wrote {write_job(template, path)}")
+    job_file = write_job(template, path)
+    print(f"wrote {job_file}; `tuneyard plan {job_file}` checks it, `tuneyard run {job_file}` trains")
 
 
 @app.command("import")

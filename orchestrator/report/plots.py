@@ -177,8 +177,9 @@ def _axes(title: str, restarts: list[float]) -> tuple[Any, Any]:
     axes.set_title(title)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for step in restarts:
-        axes.axvline(step, color=MUTED, linewidth=1, linestyle=":")
+    for number, step in enumerate(restarts):
+        told = None if number else "taken up again"
+        axes.axvline(step, color=MUTED, linewidth=1, linestyle=":", label=told)
     return figure, axes
 
 

@@ -39,6 +39,7 @@ def test_every_template_is_a_valid_job_with_a_comment_a_field(tmp_path, template
     fields = [line for line in job_file.read_text().splitlines() if re.match(r"  \w+: (?!\{)", line)]
     assert len(fields) >= 8
     assert not [line for line in fields if "#" not in line and not line.startswith('  path: "/')]
+    assert not re.findall(r"\S#", job_file.read_text())  # YAML wants white space before a comment
 
 
 @pytest.mark.parametrize("template", TEMPLATES[1:])
