@@ -147,6 +147,8 @@ def plan(
     device, settings = device_bytes(gpu, memory), cluster_settings(gpu, memory, nodes, gpus_per_node)
     checked = check_file(job_path, [*settings, *(overrides or [])], weights=False)
     found = plan_job(checked, device, throughput, price)
+    if price is not None and found.cost is None:
+        raise JobError("--price: the hours are not known; give --throughput too, the tokens a second of one worker")
     print_json(found.model_dump(mode="json")) if as_json else plan_table(found, full)
     if found.fits is False:
         raise PlacementError(f"the job needs more memory than the {found.device_gib:.1f} GiB of a worker's device")

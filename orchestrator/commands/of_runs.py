@@ -45,7 +45,7 @@ def evaluate(
     screen = Screen(Console(stderr=True, soft_wrap=True, emoji=False))  # stdout is the result's alone
     if worst:
         chosen, views = worst_rows(job, step, worst, address, screen)
-        rows = [view.model_dump() for view in views]
+        rows = [view.model_dump(exclude=set() if as_json else {"file", "row"}) for view in views]
         print_json(rows) if as_json else show_rows(f"costliest evaluation rows of step {chosen}", rows)
         return
     if model:

@@ -6,6 +6,7 @@ from orchestrator.planning.costs import WayMemory
 from orchestrator.planning.plan import Plan
 from orchestrator.terminal.table import show
 from trainers.model.memory import GIVE_BACK_BYTES
+from trainers.run.describe import duration
 
 LABELS = 20
 """Labels that are shown."""
@@ -29,9 +30,8 @@ def plan_table(plan: Plan, full: bool) -> None:
         ("model", f"{plan.parameters:,} parameters"),
         ("deepspeed", f"{plan.deepspeed}: {plan.deepspeed_reason}"),
         ("layers again", _again(plan.activation_checkpointing)),
-        ("memory", f"{plan.state_gib_per_worker:.2f} GiB of state a worker, activations on top"),
-        ("host memory", f"{plan.host_gib_per_worker:.2f} GiB a worker for copies of the state"),
-        ("disk", f"{plan.disk_gib:.2f} GiB at the most for checkpoints and the exported model"),
+        *_memory(plan),
+        ("disk", f"{plan.disk_gib:,.2f} GiB at the most for checkpoints and the exported model"),
         *([("messages", f"{sent:.2f} GiB that each worker sends a step")] if (sent := plan.sent_gib_per_step) else []),
         ("arithmetic", f"{about}{plan.flops:.3g} floating-point operations"),
         *([("time", _hours(plan))] if plan.hours else []),
@@ -58,15 +58,26 @@ def _again(setting: str | int) -> str:
     )
 
 
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    """What a worker takes: at the fullest moment where that was counted, else of state alone."""
+    way = next((way for way in plan.ways if way.way == plan.deepspeed), None)
+    if way is None:
+        return [("memory", f"{plan.state_gib_per_worker:.2f} GiB of state a worker, activations on top"),
+                ("host memory", f"{plan.host_gib_per_worker:.2f} GiB a worker for copies of the state")]  # fmt: skip
+    place, host = "a worker" if plan.on_cpu else "of a worker's GPU", way.host_gib + way.staging
+    return [("memory", f"{way.device_gib:.1f} GiB {place} at the fullest moment of a step"),
+            ("host memory", f"{host:.1f} GiB a worker for state, activations and copies")]  # fmt: skip
+
+
 def _hours(plan: Plan) -> str:
     cost = f", costs {plan.cost:,.2f}" if plan.cost else ""
-    return f"about {plan.hours:,.2f} hours{cost}"
+    return f"about {duration((plan.hours or 0) * 3600)}{cost}"
 
 
 def _memory_table(plan: Plan) -> None:
     """What each way would need, by part; a column a way."""
     device = ("weights", "gradients", "optimizer", "activations", "logits", "working", "margin", "device")
-    chosen = {way.way: f"{way.way} (chosen)" if way.way == plan.deepspeed else way.way for way in plan.ways}
+    names = [way.way.replace("-", "-\n", 1) + "\n(chosen)" * (way.way == plan.deepspeed) for way in plan.ways]
     rows = [("fullest at the", *(way.moment for way in plan.ways))]
     place = "host" if plan.on_cpu else "GPU"
     rows += [(f"{place}: {name}", *(f"{_part(way, name):.1f}" for way in plan.ways)) for name in device]
@@ -75,7 +86,7 @@ def _memory_table(plan: Plan) -> None:
         rows.append(("disk: state", *(f"{way.disk_gib:.1f}" for way in plan.ways)))
     if plan.device_gib is not None:
         rows.append(("fits", *("yes" if way.fits else "no" for way in plan.ways)))
-    show("GiB a worker with this step, at its fullest moment", ("", *chosen.values()), rows)
+    show("GiB a worker with this step, at its fullest moment", ("", *names), rows)
 
 
 def _part(way: WayMemory, name: str) -> float:

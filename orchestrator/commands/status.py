@@ -28,6 +28,7 @@ from trainers.run.events import (
     Event,
     RestartEvent,
     RolledBackEvent,
+    StageStartEvent,
     StartEvent,
     StepEvent,
     outer_events,
@@ -44,6 +45,14 @@ QUIET_S = 180.0
 PACE_STEPS = 50
 """Steps whose median pace gives the time left."""
 
+STAGES = {
+    "shard": "writing shards",
+    "train": "starting the workers: loading, self-tests",
+    "evaluate": "evaluating",
+    "register": "registering",
+}
+"""What a stage of the controller does before anything else is told of it."""
+
 State = Literal["running", "trained", "done", "failed", "preempted", "paused", "interrupted"]
 """paused: by its sweep, at a committed step. trained: every step is done and committed, but the run is not evaluated
 and registered: `tuneyard run` goes on."""
@@ -57,6 +66,8 @@ class RunStatus(Record):
     folder: str
     state: State
     error: str | None = None
+    doing: str | None = None
+    """What a running run does between its steps."""
     step: int = 0
     """Last optimizer step that was taken."""
     steps: int | None = None
@@ -121,6 +132,7 @@ def _status(run: Folder) -> RunStatus:
         folder=str(run),
         state=state,
         error=problem or (result.error if result and state == result.status else None),
+        doing=_doing(events) if state == "running" else None,
         step=last.step if last else 0,
         steps=steps,
         last_checkpoint=committed[-1] if committed else None,
@@ -137,6 +149,16 @@ def _status(run: Folder) -> RunStatus:
         last_restart_age_s=max(0.0, time.time() - restarts[-1].time) if restarts else None,
         logs=str(run / "logs") if (run / "logs").exists() else None,
     )
+
+
+def _doing(events: Sequence[Event]) -> str | None:
+    """The stage that has begun, where no step came since."""
+    for event in reversed(events):
+        if isinstance(event, StageStartEvent):
+            return STAGES.get(event.stage)
+        if isinstance(event, StepEvent):
+            return None
+    return None
 
 
 def _cause(event: RestartEvent | RolledBackEvent) -> str:

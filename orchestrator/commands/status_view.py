@@ -23,6 +23,7 @@ def block(status: RunStatus) -> list[str]:
     done = f"step {status.step:,}" + (f" of {status.steps:,}" if status.steps else "")
     facts = [
         done,
+        status.doing,
         status.left_s is not None and f"{duration(status.left_s)} left",
         status.loss is not None and f"loss {status.loss:.4f}",
         status.tokens_per_s is not None and f"{status.tokens_per_s:,.0f} tokens/s",

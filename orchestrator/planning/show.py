@@ -17,6 +17,7 @@ from trainers.model.source import ModelFolder, prepare_model
 from trainers.shards.keys import SplitName, SplitPlan, Splits, plan_splits
 from trainers.shards.ledger import matches
 from trainers.shards.shown import ShownRow, ShownToken, show_rows, stretches
+from trainers.sources.place import place_of
 from trainers.sources.readers import plan_units, read_unit, task_columns
 from trainers.tasks import EncodeRules, Task, encode_rules, load_task
 from trainers.tokenizer.encoder import Encoder, load_encoder
@@ -131,7 +132,7 @@ def print_examples(rows: Sequence[ShownRow]) -> None:
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     for row in rows:
         console.print(
-            f"row {row.row} ({row.file}, {row.position}): {row.outcome}, {_counts(row.tokens)}, "
+            f"row {row.row} ({place_of(row.file, row.position)}): {row.outcome}, {_counts(row.tokens)}, "
             f"{row.tokens_lost:,} tokens cut off",
             style="bold",
         )
@@ -148,7 +149,9 @@ def print_pack(pack: ShownPack) -> None:
     tokens = [token for document in pack.documents for token in document.tokens]
     console.print(f"pack {pack.pack}: {len(pack.documents):,} documents, {_counts(tokens)}", style="bold")
     for document in pack.documents:
-        console.print(f"{document.file}, {document.position}: {_counts(document.tokens)}", style="dim", markup=False)
+        console.print(
+            f"{place_of(document.file, document.position)}: {_counts(document.tokens)}", style="dim", markup=False
+        )
         _print_sequence(console, document.values, document.tokens)
 
 

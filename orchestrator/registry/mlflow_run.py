@@ -5,7 +5,9 @@ and MLflow keeps equal points once, so sending again after a kill changes nothin
 beside the driver, and the driver as it registers; a lock lets one at a time.
 """
 
+import getpass
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,7 +92,9 @@ class MlflowRun:
 
         experiment = experiment_of(self.client, self._job)
         found = self.client.search_runs([experiment], f"tags.`{RUN}` = '{self._folder.name}'", max_results=1)
-        tags = {RUN: self._folder.name, "mlflow.source.name": "tuneyard"}
+        note = f"Task {self._job.task} on {self._job.model.path}; run folder {self._folder}. Its report is an artifact."
+        tags = {RUN: self._folder.name, "mlflow.source.name": "tuneyard", "mlflow.user": _user(),
+                "mlflow.note.content": hide_credentials(note)}  # fmt: skip
         run = found[0] if found else self.client.create_run(experiment, tags=tags, run_name=self._folder.name)
         self.id = str(run.info.run_id)
         params = [Param(key, value) for key, value in parameters(self._job).items() if key not in run.data.params]
@@ -173,6 +177,14 @@ def _points(event: Event) -> Iterator["Metric"]:
 def metric_name(name: str) -> str:
     """A name that MLflow takes: labels of the data may hold any character."""
     return re.sub(r"[^\w .\-/]", "_", name)[:250]
+
+
+def _user() -> str:
+    """Who runs it, as MLflow shows it."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def _text(value: Any) -> str:

@@ -139,7 +139,7 @@ def _log_version(run: MlflowRun, best: Evaluation, tags: Mapping[str, str]) -> s
         of_run.info.experiment_id, f"step-{best.step:08d}", source_run_id=run.id, tags={RUN_STEP: tags[RUN_STEP]}
     )  # fmt: skip
     began = of_run.info.start_time  # the same at each call, so that points logged twice are one
-    named = {metric_name(f"best/{name}"): value for name, value in best.metrics.items()}
+    named = {metric_name(f"registered/{name}"): value for name, value in best.metrics.items() if "/" not in name}
     run.log([Metric(name, value, began, best.step, model_id=model.model_id) for name, value in named.items()])
     if model.model_id not in {output.model_id for output in of_run.outputs.model_outputs}:
         client.log_outputs(run.id, [LoggedModelOutput(model.model_id, best.step)])

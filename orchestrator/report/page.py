@@ -25,13 +25,14 @@ from orchestrator.report.tables import (
 from trainers.credentials import hide_credentials
 from trainers.errors import EvaluationError
 from trainers.evaluation.row_views import RowView
-from trainers.job.schema import Job
+from trainers.job.schema import FormatName, Job
 from trainers.run.describe import duration, interval
 from trainers.run.events import Event
 from trainers.run.folder import Evaluation, RunResult
 from trainers.run.row_scores import read_labels, read_row_scores
 from trainers.shards.manifest import Shards
 from trainers.shards.shown import ShownSequence, stretches
+from trainers.sources.place import place_of
 from trainers.storage import Folder
 from trainers.tasks import choose_metric, load_task
 
@@ -88,7 +89,7 @@ def render_report(
         best_step=best_step,
         costliest=_row_table("costliest evaluation rows", details.costliest),
         generated=_row_table("generated texts", details.generated),
-        example=_example(details.example),
+        example=_example(details.example, job.data.format),
         loading=_loading(job, result),
         ledger=ledger_table(shards.all) if shards else None,
         stages=time_table(result.accounting or result.seconds),
@@ -101,18 +102,16 @@ def render_report(
 
 
 def _row_table(title: str, views: Sequence[RowView]) -> Table:
-    rows = [
-        (one.text, one.label, one.prediction, one.loss, f"{one.file.rpartition('/')[2]}:{one.row}") for one in views
-    ]
-    return Table(title, ("text", "label", "prediction", "loss", "file:row"), rows)
+    rows = [(one.text, one.label, one.prediction, one.loss, one.place) for one in views]
+    return Table(title, ("text", "label", "prediction", "loss", "where"), rows)
 
 
-def _example(sequence: ShownSequence | None) -> dict[str, Any] | None:
+def _example(sequence: ShownSequence | None, format: FormatName | None) -> dict[str, Any] | None:
     """The first training sequence in stretches of text, each a target or none; a long one loses its end."""
     if sequence is None:
         return None
     return {
-        "where": f"{sequence.file}, {sequence.position}",
+        "where": place_of(sequence.file, sequence.position, format),
         "tokens": len(sequence.tokens),
         "targets": sum(token.target for token in sequence.tokens),
         "values": dict(sequence.values),

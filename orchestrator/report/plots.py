@@ -28,7 +28,8 @@ CSS = {INK: "currentColor", MUTED: "var(--muted)"} | {
 }
 UNBOUNDED = ("loss", "perplexity")
 """Metrics that do not share an axis with those between 0 and 1."""
-LINES = ("-", "--", ":", "-.")
+LINES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 4)), (0, (6, 2, 1, 2, 1, 2)), (0, (3, 6)))
+"""Of metrics that are drawn alike otherwise."""
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,

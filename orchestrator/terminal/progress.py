@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from orchestrator.sharding.stage import ShardProgress
 from orchestrator.terminal.table import show_evaluations
@@ -33,9 +35,13 @@ from trainers.run.events import (
 from trainers.run.folder import RegisteredVersion, RunResult
 from trainers.storage import Folder
 
-WAIT = ""
 MINUTE_S = 60.0
 """Off a terminal a stage prints a line as often, with the clock; and when it has ended."""
+
+
+def whole() -> Column:
+    """A column that is never cut: where room is short the bar gives way."""
+    return Column(no_wrap=True)
 
 
 class Screen:
@@ -46,10 +52,13 @@ class Screen:
         self.metric = ""
         """The one that decides; it is told first."""
         columns = (SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(bar_width=24),
-                   MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+                   MofNCompleteColumn(table_column=whole()), TimeRemainingColumn(compact=True, table_column=whole()),
                    TextColumn("{task.fields[note]}"))  # fmt: skip
         self._progress = Progress(*columns, console=self.console)
+        self._waiting = Progress(SpinnerColumn(), TextColumn("{task.description}"), console=self.console)
+        """Apart from the bars, whose columns it would widen until they leave no room for their values."""
         self._bars: dict[str, TaskID] = {}
+        self._wait: TaskID | None = None
         self._said_at: dict[str, float] = {}
         self._began: dict[str, tuple[float, int]] = {}
         self._straggler: int | None = None
@@ -60,7 +69,7 @@ class Screen:
         if not self.console.is_terminal:
             yield self
             return
-        with self._progress:
+        with Live(Group(self._progress, self._waiting), console=self.console):
             yield self
 
     def advance(self, stage: str, done: int, total: int, note: str = "") -> None:
@@ -85,13 +94,14 @@ class Screen:
         """Say what is waited for; on a terminal something moves until the next progress or event."""
         self._wait_ends()
         if self.console.is_terminal:
-            self._bars[WAIT] = self._progress.add_task(what, total=None, note="")
+            self._wait = self._waiting.add_task(what, total=None)
         else:
             self.say(f"{time.strftime('%H:%M:%S')} {what}")
 
     def _wait_ends(self) -> None:
-        if WAIT in self._bars:
-            self._progress.remove_task(self._bars.pop(WAIT))
+        if self._wait is not None:
+            self._waiting.remove_task(self._wait)
+            self._wait = None
 
     def say(self, line: str) -> None:
         """One line of text."""

@@ -60,7 +60,7 @@ def test_mlflow_followed_the_run_to_its_report(finished: Path, job_file: Path) -
     (run,) = mlflow_runs(storage_of(job_file), "tiny")
     assert (run.info.run_name, run.info.status) == (finished.name, "FINISHED")
     assert run.data.metrics["train/loss"] == losses(finished)[24]
-    assert run.data.metrics["best/accuracy"] == result_of(finished)["best"]["value"]
+    assert run.data.metrics["registered/accuracy"] == result_of(finished)["best"]["value"]
     pages = {path.name for path in (storage_of(job_file) / "mlartifacts").rglob("*") if path.is_file()}
     assert pages == {"report.html", "confusion.png"}
 

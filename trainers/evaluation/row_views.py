@@ -10,6 +10,7 @@ from trainers.errors import EvaluationError
 from trainers.records import Array, Record
 from trainers.run.record import Run
 from trainers.run.row_scores import ROW, read_row_scores
+from trainers.sources.place import place_of
 from trainers.tasks import Task
 from trainers.tasks.base import Example
 from trainers.tasks.metrics.spans import spans_said
@@ -25,6 +26,8 @@ class RowView(Record):
     file: str
     row: int
     """As the ledger names it: the byte offset of a line, or the number of a row."""
+    place: str = ""
+    """For people: the file's name and line, as an editor counts, where the file is at hand."""
     text: str
     """What the model read, decoded from its tokens."""
     label: str
@@ -75,6 +78,7 @@ def _views(run: Run, numbers: Mapping[str, Array], losses: Array, places: Sequen
             RowView(
                 file=str(file),
                 row=row,
+                place=place_of(str(file), row, run.job.data.format),
                 text=_short(tokenizer.decode(example.input_ids.tolist(), skip_special_tokens=True)),
                 label=_short(label),
                 prediction=_short(prediction),

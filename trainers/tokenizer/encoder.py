@@ -37,6 +37,10 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
+NO_TOKENIZER = (
+    "model.path: {folder} holds no tokenizer: put the model's tokenizer.json and tokenizer_config.json beside its "
+    "config.json; `tuneyard plan` needs no weights"
+)
 """Files of a model folder that decide which ids a text becomes; their digest is part of the shard key."""
 
 
@@ -227,6 +231,8 @@ def encoder_of(spec: TokenizerSpec, fast: bool) -> Encoder:
 def _load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer  # 1.6 s: only processes that read a spec or render chats pay it
 
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        raise JobError(NO_TOKENIZER.format(folder=folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -128,6 +128,16 @@ def test_asking_takes_no_lock_away_from_a_starting_driver(storage):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_what_goes_on_before_the_first_step_is_told(storage):
+    run = make_run(storage, steps=0, age_s=0)
+    begun = [{"kind": "stage_start", "time": time.time(), "stage": "train"}]
+    run.write_bytes("events.jsonl", (json.dumps(begun[0]) + "\n").encode())
+    assert "step 0 of 50, starting the workers: loading, self-tests" in "\n".join(block(only(storage)))
+    step = {"kind": "step", "time": time.time(), "step": 1, "loss": 1.0}
+    run.write_bytes("events.jsonl", "".join(json.dumps(event) + "\n" for event in [*begun, step]).encode())
+    assert only(storage).doing is None
+
+
 def test_results_are_told(storage):
     run = make_run(storage)
     version = RegisteredVersion(model="topics", version=3, alias="champion", step=10, source="/x", decision="d")

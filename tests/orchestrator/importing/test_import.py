@@ -71,6 +71,12 @@ def imported(folder: Path, text: str) -> tuple[dict[str, str], Path]:
     return import_job(folder / "theirs.yaml", out), out
 
 
+@pytest.fixture(autouse=True)
+def in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both programs take paths from the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_axolotls_values_are_in_the_job_and_the_rest_is_listed(tmp_path: Path) -> None:
     told, out = imported(tmp_path, AXOLOTL)
     job = load_job(out, ())
@@ -101,7 +107,7 @@ def test_llama_factorys_data_sets_are_looked_up(tmp_path: Path) -> None:
     assert job.data.columns == {"output": "answer"} and job.data.eval_fraction == 0.05
     assert (job.train.epochs, job.train.schedule, job.train.global_batch_size) == (2.0, "linear", 8)
     assert told.keys() == {"template", "quantization_bit", "dataset", "per_device_train_batch_size"}
-    assert "lost: not in" in told["dataset"]
+    assert "lost: no file or hub data set in" in told["dataset"]
 
 
 @pytest.mark.parametrize("text, rules", [(AXOLOTL, axolotl), (LLAMA_FACTORY, llamafactory)])
@@ -113,14 +119,13 @@ def test_every_key_is_taken_or_told(tmp_path: Path, text: str, rules: object) ->
 
 
 @pytest.mark.parametrize("text", [AXOLOTL, LLAMA_FACTORY])
-def test_paths_are_those_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_paths_are_those_of_the_working_directory(tmp_path: Path, text: str) -> None:
     for folder in ("examples", "jobs", "data", "acme/llama", "acme/qwen"):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("rows.jsonl", "data/mine.json"):
         (tmp_path / file).write_text("")
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.json"}}))
     (tmp_path / "examples" / "theirs.yaml").write_text(text + "output_dir: ./out\n")
-    monkeypatch.chdir(tmp_path)
     import_job(Path("examples/theirs.yaml"), Path("jobs/job.yaml"))
     job = load_job("jobs/job.yaml", ())
     assert job.storage == str(tmp_path / "out") and Path(job.model.path).parent == tmp_path / "acme"
@@ -153,7 +158,7 @@ def test_a_data_set_that_is_not_taken_as_it_is_there_is_told(tmp_path: Path) -> 
         ({"message_property_mappings": {"role": "who", "content": "value"}}, "not taken: message_property_mappings"),
         ({"message_property_mappings": {"role": "from", "content": "value"}, "roles": {"assistant": ["gpt"]}}, ""),
         ({"type": {"field_instruction": "q", "format": "[INST] {instruction}"}}, "type of its own is not known here"),
-        ({"data_files": ["a.jsonl", "b.jsonl"]}, "of data_files a.jsonl alone is taken"),
+        ({"data_files": ["a.jsonl", "b.jsonl"]}, "of data_files a.jsonl alone is taken: name the others too"),
     ],
 )
 def test_what_axolotl_does_with_a_data_set_is_here_too_or_told(tmp_path: Path, entry: object, word: str) -> None:

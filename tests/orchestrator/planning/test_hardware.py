@@ -99,6 +99,17 @@ def test_a_plan_tells_what_workers_send_and_the_settings_that_follow_from_the_mo
     assert "stage3_prefetch_bucket_size" in shown.stdout
 
 
+def test_people_read_what_a_worker_takes_of_gpu_and_host_and_how_long_it_lasts(big: Path) -> None:
+    asked = ["--memory", "80GiB", "--throughput", "4000", "--price", "2", "--set", "train.deepspeed=zero3-cpu-offload"]
+    shown = CliRunner().invoke(app, ["plan", str(big), *asked], env={"COLUMNS": "80"}).stdout
+    (way,) = (way for way in plan(big, *asked)[1]["ways"] if way["way"] == "zero3-cpu-offload")
+    assert f"{way['device_gib']:.1f} GiB of a worker's GPU" in shown
+    assert f"{way['host_gib'] + way['staging']:.1f} GiB a worker for state" in shown and way["host_gib"] > 0
+    assert "cpu-offload" in shown and "hours" not in shown and ", costs " in shown
+    refused = CliRunner().invoke(app, ["plan", str(big), "--memory", "80GiB", "--price", "2"])
+    assert isinstance(refused.exception, JobError) and "--throughput" in str(refused.exception)
+
+
 def test_what_does_not_fit_ends_with_the_smallest_change_that_does(big: Path) -> None:
     asked = ["--memory", "20GiB", "--set", "train.deepspeed=zero1", "--set", "train.activation_checkpointing=none"]
     code, told = plan(big, *asked)

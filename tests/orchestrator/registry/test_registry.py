@@ -94,7 +94,8 @@ def test_mlflow_shows_the_parameters_and_curves_of_the_run(storage):
     (run,) = client.search_runs([client.get_experiment_by_name("topics").experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["train.learning_rate"] == "0.0001"
-    assert run.data.metrics["best/accuracy"] == 0.75
+    assert run.data.metrics["registered/accuracy"] == 0.75
+    assert run.data.tags["mlflow.user"] and "topics-0badcafe" in run.data.tags["mlflow.note.content"]
     history = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "eval/accuracy")}
     assert history == {10: 0.5, 20: 0.75}
     losses = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "train/loss")}

@@ -303,12 +303,14 @@ def test_every_input_row_is_in_the_ledger(page):
 
 
 def test_what_the_rows_tell_is_shown(tmp_path):
-    view = RowView(file="/d/dev.jsonl", row=70, text=EVIL, label="ai", prediction="coding", loss=3.25)
+    view = RowView(
+        file="/d/dev.jsonl", row=70, place="dev.jsonl:3", text=EVIL, label="ai", prediction="coding", loss=3.25
+    )
     details = Details({"the majority class": 0.4}, (view,), (view,))
     run, result, *_ = finished_run(tmp_path)
     result = result.model_copy(update={"intervals": {"accuracy": (0.71, 0.81)}})
     page = render_report(run, result, job_of(), events_of(), shards_of(), LINEAGE, details)
-    assert EVIL not in page and page.count("dev.jsonl:70") == 2
+    assert EVIL not in page and page.count("dev.jsonl:3") == 2 and page.count('data-name="label"') == 2
     assert "95 %: 0.710–0.810" in page and "the majority class 0.4" in page
     assert "Where it is most wrong, at step 80" in page and "Generated texts, at step 80" in page
     assert "model = AutoModelForSequenceClassification.from_pretrained(&#39;/x&#39;)" in page

@@ -73,6 +73,20 @@ def test_a_pipe_gets_a_line_a_minute_with_clock_and_time_left(monkeypatch: pytes
     assert "100/100" in lines[-1] and "left" not in lines[-1]
 
 
+@pytest.mark.parametrize("steps", [114, 1_000_000])
+def test_what_is_waited_for_and_long_runs_leave_the_bars_their_values(steps: int) -> None:
+    stream = io.StringIO()
+    screen = Screen(Console(file=stream, force_terminal=True, width=80, color_system=None))
+    with screen.live():
+        screen.advance("train data", 1, 1, "607 rows, 12,678 tokens")
+        screen.wait("starting the workers: self-tests and loading")
+    shown = stream.getvalue()
+    assert "1/1" in shown and "607 rows, 12,678 tokens" in shown and "self-tests and loading" in shown
+    with screen.live():
+        screen.on_event(StepEvent(step=steps // 2, loss=10.1402, tokens_per_s=144_125.0), steps)
+    assert f"{steps // 2}/{steps}" in stream.getvalue() and "loss 10.1402, 144,125 tokens/s" in stream.getvalue()
+
+
 def test_the_deciding_metric_comes_first() -> None:
     screen, stream = screen_of(terminal=False)
     screen.metric = "f1_macro"
@@ -85,7 +99,7 @@ def test_something_moves_while_the_ranks_load_and_a_commit_breaks_no_bar() -> No
     screen, stream = screen_of(terminal=True)
     with screen.live():
         screen.wait("starting the workers")
-        assert [task.description for task in screen._progress.tasks] == ["starting the workers"]
+        assert [task.description for task in screen._waiting.tasks] == ["starting the workers"]
         screen.on_event(CheckpointEvent(step=1), 20)
         screen.on_event(StepEvent(step=1, loss=1.0), 20)
         assert [task.description for task in screen._progress.tasks] == ["train"]

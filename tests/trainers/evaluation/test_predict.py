@@ -79,6 +79,8 @@ def test_the_costliest_rows_are_told_as_they_stand_in_the_data(jobs: dict[str, A
     data = Path(run.job.data.eval[0]).read_bytes()
     for view in views:
         raw = json.loads(data[view.row :].split(b"\n")[0])
+        file, _, line = view.place.partition(":")
+        assert file == Path(view.file).name and json.loads(data.splitlines()[int(line) - 1]) == raw
         said = " ".join(str(value) for value in raw.values())
         assert view.text and view.file == run.job.data.eval[0]
         assert not view.label or view.label.split()[0].strip(".,") in said or name == "regression"
