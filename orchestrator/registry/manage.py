@@ -1,17 +1,16 @@
 """The registry by hand: promote, roll back, verify, collect. Every call can be repeated after a kill at any point.
 
 The versions that held the alias champion stand in the model's tag CHAMPIONS, oldest first; the last one is who should
-hold it now. A promotion writes the tag, then the alias; a rerun that finds the tag written sets the alias alone.
+hold it now. A promotion writes the tag, then the alias: at once in SQLite; on a server a rerun that finds the tag
+written sets the alias alone.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from orchestrator.registry import mlflow_client
 from orchestrator.registry.digests import digest_file
 from orchestrator.registry.mlflow_client import explain_failures, sqlite_path
 from orchestrator.registry.promotion import Promotion, baselines_of, decide
@@ -24,6 +23,7 @@ from orchestrator.registry.read import (
     row_scores_of,
     show_model,
 )
+from orchestrator.registry.tables import Writer, open_writer
 from trainers.checkpoint.records import FileRecord
 from trainers.errors import JobError
 from trainers.job.load import parse_job
@@ -33,9 +33,6 @@ from trainers.run.row_scores import read_labels
 from trainers.storage import Folder
 from trainers.tasks import choose_metric, load_task
 from trainers.tasks.options import task_options
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 CHAMPIONS = "tuneyard.champions"
 COLLECTED = "tuneyard.collected"
@@ -92,16 +89,17 @@ def promote(uri: str, version: ModelVersion) -> None:
         model = find_model(uri, version.model)
         if COLLECTED in model.versions[version.version].tags:
             raise JobError(f"the files of {version.model} version {version.version} were deleted by `registry gc`")
-        crown(mlflow_client.open_client(uri), model, version.version)
+        with open_writer(uri) as registry:
+            crown(registry, model, version.version)
 
 
-def crown(client: "MlflowClient", model: StoredModel, version: int) -> None:
+def crown(registry: Writer, model: StoredModel, version: int) -> None:
     """Give the alias to a version and note it in the history. The caller holds the lock."""
     history = champions(model)
     if history[-1:] != [version]:
-        _note(client, model.name, [*history, version])
+        _note(registry, model.name, [*history, version])
     if model.aliases.get(CHAMPION) != version:
-        client.set_registered_model_alias(model.name, CHAMPION, str(version))
+        registry.set_registered_model_alias(model.name, CHAMPION, str(version))
 
 
 def champions(model: StoredModel) -> list[int]:
@@ -119,9 +117,9 @@ def rollback(uri: str, name: str) -> int:
         usable = [number for number in history if COLLECTED not in model.versions[number].tags]
         if not usable:
             raise JobError(f"{name} has no champion before version {standing} to go back to")
-        client = mlflow_client.open_client(uri)
-        _note(client, name, usable)
-        client.set_registered_model_alias(name, CHAMPION, str(usable[-1]))
+        with open_writer(uri) as registry:
+            _note(registry, name, usable)
+            registry.set_registered_model_alias(name, CHAMPION, str(usable[-1]))
         return usable[-1]
 
 
@@ -170,10 +168,10 @@ def collect(uri: str, name: str, keep: int, delete: bool) -> list[Collected]:
         collected = [
             Collected(version=version.version, folder=version.source, bytes=_bytes(version.files)) for version in gone
         ]
-        if delete and gone:
-            client = mlflow_client.open_client(uri)
+        if delete:
             for version in gone:
-                client.set_model_version_tag(name, str(version.version), COLLECTED, "true")
+                with open_writer(uri) as registry:  # written down before anything is deleted
+                    registry.set_model_version_tag(name, str(version.version), COLLECTED, "true")
                 Folder(version.source).delete()
         return collected
 
@@ -192,5 +190,5 @@ def _state(folder: Folder, name: str, registered: FileRecord) -> str:
     return "ok" if present == registered else f"digest {present.digest}, registered with {registered.digest}"
 
 
-def _note(client: Any, name: str, history: Sequence[int]) -> None:
-    client.set_registered_model_tag(name, CHAMPIONS, json.dumps(list(history)[-100:]))
+def _note(registry: Writer, name: str, history: Sequence[int]) -> None:
+    registry.set_registered_model_tag(name, CHAMPIONS, json.dumps(list(history)[-100:]))

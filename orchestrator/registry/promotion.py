@@ -12,7 +12,16 @@ from typing import Literal
 import numpy as np
 
 from trainers.errors import EvaluationError
-from trainers.evaluation.bootstrap import CONFIDENCE, RESAMPLES, compare, percentiles, resample, share_by_luck
+from trainers.evaluation.bootstrap import (
+    CONFIDENCE,
+    RESAMPLES,
+    compare,
+    percentiles,
+    resample,
+    share_by_luck,
+    value,
+    values,
+)
 from trainers.evaluation.selection import BASELINE
 from trainers.records import Array, Record
 from trainers.run.row_scores import ROW, read_row_scores
@@ -72,9 +81,9 @@ def decide(
     reason = "the model has no champion yet"
     if not baselines and not standing:
         return Promotion(promote=True, reason=f"promoted: {reason}")
-    values = task.measure(_columns(candidate))
-    if metric not in values:
-        raise EvaluationError(f"evaluate.metric: the task knows no {metric!r}, only {', '.join(values)}")
+    known = (*values(_columns(candidate), task), *task.options.metrics)
+    if metric not in known:
+        raise EvaluationError(f"evaluate.metric: the task knows no {metric!r}, only {', '.join(known)}")
     if champion and metric in task.options.metrics and TEXT not in champion.numbers:
         reason = f"the champion ({champion.name}) was evaluated without {metric}, so the two do not compare"
         return Promotion(promote=False, reason=f"not promoted: {reason}; set registry.promote: always")
@@ -134,7 +143,7 @@ def _weigh(
     better = interval.low > 0 if mode == "max" else interval.high < 0
     luck = share_by_luck(first, second, task, metric, mode, seed, len(draws)) if better else 1.0
     better = luck <= (1 - CONFIDENCE) / 2
-    mine, theirs = task.metric_value(metric, first), task.metric_value(metric, second)
+    mine, theirs = value(first, task, metric), value(second, task, metric)
     if np.isnan(theirs):  # as a correlation is with equal answers, which are worth none
         low, high = percentiles(draws, len(candidate.numbers[ROW]))
         return mode == "min" or low > 0, (

@@ -197,8 +197,14 @@ class Task(ABC):
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """Metrics over the documents that `score` saw, in any order."""
 
-    def draw_metrics(self, row_scores: Mapping[str, Array], draws: Iterable[Array]) -> Iterator[dict[str, float]]:
-        """`metrics` of each draw of documents, int [documents drawn], for callers that draw hundreds."""
+    def draw_metrics(
+        self, row_scores: Mapping[str, Array], draws: Iterable[Array], metric: str | None = None
+    ) -> Iterator[dict[str, float]]:
+        """`metrics` of each draw of documents, int [documents drawn], for callers that draw hundreds.
+
+        Args:
+            metric: where one alone is asked for, so that others may be left out.
+        """
         numbers = {
             name: values for name, values in row_scores.items() if values.dtype != object
         }  # no metric reads texts

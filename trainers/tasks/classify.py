@@ -152,9 +152,11 @@ class Classify(Task):
     def guesses(self, row_scores: Mapping[str, Array], seed: int) -> dict[str, dict[str, Array]]:
         return guess_labels(row_scores) if self.options.multi_label else guess_class(row_scores, seed)
 
-    def draw_metrics(self, row_scores: Mapping[str, Array], draws: Iterable[Array]) -> Iterator[dict[str, float]]:
+    def draw_metrics(
+        self, row_scores: Mapping[str, Array], draws: Iterable[Array], metric: str | None = None
+    ) -> Iterator[dict[str, float]]:
         if "label" in row_scores or "true_1" in row_scores:
-            return class_draws(row_scores, self.labels, draws)
+            return class_draws(row_scores, self.labels, draws, metric)
         return super().draw_metrics(row_scores, draws)  # scikit-learn takes one label of many for two classes
 
     def metric_value(self, name: str, row_scores: Mapping[str, Array]) -> float:

@@ -9,7 +9,8 @@ as negatives would depend on how a step is cut into micro-batches, which nothing
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import tee
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from trainers.tasks.base import Batch, EncodeRules, Example, Task
 from trainers.tasks.classify import fit_pair
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.losses import find_targets
+from trainers.tasks.metrics.correlations import correlation_draws
 from trainers.tasks.options import TaskOptions
 from trainers.tasks.padding import as_inputs, places
 from trainers.tokenizer.encoder import Encoder
@@ -99,30 +101,31 @@ class Similarity(Task):
         first, second = ((states * mask).sum(1) / mask.sum(1)).chunk(2)
         return cosine_similarity(first, second)
 
-    def _scaled(self, scores: torch.Tensor) -> torch.Tensor:
+    def _scaled(self, scores: Any) -> Any:
         low, high = self.options.score_range
         return (scores - low) / (high - low)
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Squared error, of the score or of the cosine with the scaled score, or the contrastive loss; summed."""
         targets = find_targets(labels) if targets is None else targets
-        return self._losses(logits.index_select(0, targets).float(), labels.index_select(0, targets)).sum()
+        summed: torch.Tensor = self._losses(
+            logits.index_select(0, targets).float(), labels.index_select(0, targets)
+        ).sum()
+        return summed
 
-    def _losses(self, predicted: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def _losses(self, predicted: Any, scores: Any) -> Any:
+        """The loss of each pair; tensors give a tensor, arrays an array."""
         if not self.embeds:
             return (predicted - scores) ** 2
         scaled = self._scaled(scores)
         if self.options.objective == "cosine":
             return (predicted - scaled) ** 2
-        distance, alike = 1 - predicted, (scaled >= ALIKE).to(predicted.dtype)
-        return 0.5 * (alike * distance**2 + (1 - alike) * (MARGIN - distance).clamp(min=0) ** 2)
+        distance, alike = 1 - predicted, scaled >= ALIKE
+        return 0.5 * (alike * distance**2 + ~alike * (MARGIN - distance).clip(min=0) ** 2)
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
-        import torch
-
-        said, scores = logits.detach().double().cpu(), torch.from_numpy(batch.labels).double()
-        losses = self._losses(said, scores).numpy()
-        return {"score": scores.numpy(), "said": said.numpy(), "loss_sum": losses}
+        said, scores = logits.detach().double().cpu().numpy(), batch.labels.astype(np.float64)
+        return {"score": scores, "said": said, "loss_sum": self._losses(said, scores)}
 
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         """scipy's correlations (left out where one side is constant) and the mean loss."""
@@ -139,13 +142,20 @@ class Similarity(Task):
             }
         return values
 
+    def draw_metrics(
+        self, row_scores: Mapping[str, Array], draws: Iterable[Array], metric: str | None = None
+    ) -> Iterator[dict[str, float]]:
+        score, said, loss = (row_scores[name] for name in ("score", "said", "loss_sum"))
+        error, (draws, same) = (score - said) ** 2, tee(draws)
+        for rows, correlations in zip(draws, correlation_draws(score, said, same), strict=True):
+            values = {"loss": float(loss[rows].mean()), **correlations}
+            yield values if self.embeds else values | {"mse": float(error[rows].mean())}
+
     def guesses(self, row_scores: Mapping[str, Array], seed: int) -> dict[str, dict[str, Array]]:
         """The mean score for every pair."""
-        import torch
-
-        scores = torch.from_numpy(row_scores["score"])
-        mean = (self._scaled(scores) if self.embeds else scores).mean().expand(len(scores)).contiguous()
-        return {"the mean score": {**row_scores, "said": mean.numpy(), "loss_sum": self._losses(mean, scores).numpy()}}
+        score = row_scores["score"]
+        mean = np.full(len(score), (self._scaled(score) if self.embeds else score).mean())
+        return {"the mean score": {**row_scores, "said": mean, "loss_sum": self._losses(mean, score)}}
 
 
 def _encode_pairs(rows: Sequence[Mapping[str, Any]], encoder: Encoder, rules: EncodeRules) -> list[EncodedRow]:

@@ -293,18 +293,6 @@ def test_a_version_of_an_earlier_program_is_named(storage):
         champion(uri_of(storage), "topics")
 
 
-def test_reading_imports_no_heavy_library(storage):
-    enter(storage)
-    program = f"""
-import sys
-from orchestrator.registry.read import list_models, show_model
-assert [one.versions for one in list_models({uri_of(storage)!r})] == [1] and show_model({uri_of(storage)!r}, "topics")
-heavy = {{"torch", "ray", "transformers", "mlflow", "sqlalchemy"}} & set(sys.modules)
-assert not heavy, heavy
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
 def test_a_storage_may_have_any_name(tmp_path, empty_database):
     folder = tmp_path / "50% ?a=b #c 'é\""
     folder.mkdir()

@@ -45,6 +45,29 @@ def test_of_each_draw_a_classification_says_what_scikit_learn_says(seed, rows, c
         assert found == pytest.approx(expected, abs=1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 6), st.booleans())
+def test_of_each_draw_correlations_are_scipy_s(seed, rows, values, embeds):
+    random = np.random.default_rng(seed)
+    score, said = random.integers(0, values, rows).astype(float), np.round(random.random(rows), 1)
+    numbers = {"score": score, "said": said, "loss_sum": random.random(rows)}
+    task = load_task("similarity", TaskOptions(objective="cosine" if embeds else "regression"))
+    draws = [np.arange(rows), *(random.integers(0, rows, rows) for _ in range(3))]
+    for rows_drawn, found in zip(draws, task.draw_metrics(numbers, draws), strict=True):
+        expected = task.metrics({name: column[rows_drawn] for name, column in numbers.items()})
+        assert found == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss", "auroc", "f1_macro", "recall/b"])
+@pytest.mark.parametrize("rows_of", [single, multi])
+def test_one_metric_alone_is_what_it_is_among_all(metric, rows_of):
+    random = np.random.default_rng(1)
+    numbers = rows_of(random, 60, 3, True)
+    task = load_task("classify", TaskOptions(multi_label=rows_of is multi))
+    task.labels = NAMES
+    assert np.array_equal(resample(numbers, task, metric, 2, 20), resample_all(numbers, task, 2, 20)[metric])
+
+
 def films(rows=80):
     random = np.random.default_rng(3)
     return single(random, rows, 3, False)
