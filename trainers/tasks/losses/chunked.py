@@ -124,12 +124,16 @@ def _loss_and_slope(
     distance = slope = None
     if guide is not None and teacher is not None:
         distance, slope = _distance_and_slope(logits, guide, teacher.temperature)
-    log_sum = logits.logsumexp(-1)
-    picked = logits.gather(1, labels[:, None])[:, 0]
+    most = logits.amax(-1, keepdim=True)
+    picked = logits.gather(1, labels[:, None])
+    mean = logits.mean(-1, keepdim=True) if smoothing else None
+    own_slope = logits.sub_(most).exp_()  # one exponential gives loss and slope
+    total = own_slope.sum(-1, keepdim=True)
+    log_sum = most + total.log()
     own = (log_sum - picked).sum()
-    if smoothing:
-        own = (1 - smoothing) * own + smoothing * (log_sum - logits.mean(-1)).sum()
-    own_slope = logits.sub_(log_sum[:, None]).exp_()
+    if mean is not None:
+        own = (1 - smoothing) * own + smoothing * (log_sum - mean).sum()
+    own_slope.div_(total)
     if smoothing:
         own_slope -= smoothing / logits.shape[-1]
     own_slope.scatter_add_(1, labels[:, None], own_slope.new_full((len(labels), 1), smoothing - 1.0))
