@@ -180,6 +180,11 @@ def _clean_temporary(checkpoints: Folder) -> None:
     """Files that a killed writer had not named yet; a bucket holds none, since an upload appears when it is whole."""
     if not checkpoints.is_local:
         return
+    left = []
     with contextlib.suppress(OSError):  # what cannot be listed or deleted now goes at a later start
-        left = [*checkpoints.path.glob(f"{TEMPORARY}*"), *checkpoints.path.glob(f"*/{TEMPORARY}*")]
-        _beside(partial(_delete_each, left))
+        for path in checkpoints.path.iterdir():
+            if path.name.startswith(TEMPORARY):
+                left.append(path)  # perhaps a folder that is being deleted: it is not looked into
+            elif path.is_dir():
+                left += path.glob(f"{TEMPORARY}*")
+    _beside(partial(_delete_each, left))

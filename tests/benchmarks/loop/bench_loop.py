@@ -148,6 +148,8 @@ def contend(asked: argparse.Namespace, lengths: list[int]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})  # no rank moves, and none makes way
     kind, contender = CONTENDERS[asked.contender]
     job = make_job(asked.folder, kind, asked.steps, lengths)
     try:

@@ -1,10 +1,12 @@
 """Checkpoint files without an engine: committed or absent, damage found, any span read back, who may be deleted."""
 
+import contextlib
 import io
 import json
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +204,32 @@ def test_a_start_removes_what_was_never_committed_and_files_without_a_name(check
     assert not partial.exists()
     assert [path.name for path in checkpoints.path.iterdir()] == [step_name(1)]
     assert find_damage(LocalCopies(whole)) is None
+
+
+def test_files_without_a_name_go_while_other_folders_are_being_deleted(checkpoints: Folder) -> None:
+    whole, over = write_step(checkpoints, 1), threading.Event()
+    partial = whole.path / f"{TEMPORARY}12345678-rank-00000-of-00002.safetensors"
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            doomed = checkpoints.path / f"{TEMPORARY}{time.monotonic_ns()}-step-00000002"
+            doomed.mkdir()
+            with contextlib.suppress(FileNotFoundError):  # the start under test was quicker
+                doomed.rmdir()
+
+    others = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for other in others:
+        other.start()
+    try:
+        for _ in range(50):
+            partial.write_bytes(b"half")
+            clean_leftovers(checkpoints)
+            finish_removals()
+            assert not partial.exists()
+    finally:
+        over.set()
+        for other in others:
+            other.join()
 
 
 def test_a_commit_that_lost_its_marker_is_committed_again(checkpoints: Folder) -> None:
