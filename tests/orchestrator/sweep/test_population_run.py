@@ -1,18 +1,15 @@
 """Population-based training as a user runs it: two members, two generations, killed after the decision."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from orchestrator.sweep.record import SweepRecord, read_sweep
+from tests.forked import Command, start_command
 from tests.tiny import film_rows, make_bert, tiny_job
+from tests.whole_run import environment
 from trainers.checkpoint.reading import committed_steps
 from trainers.run.continued import read_line
 from trainers.run.events import Event, read_events
@@ -22,9 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 END, STEPS = 6, 12
 
 
-def start(file: Path, **options: Any) -> subprocess.Popen[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "orchestrator", "sweep", str(file)], env=env, text=True, **options)
+def start(file: Path) -> Command:
+    return start_command(["sweep", str(file)], file.parent, environment=environment())
 
 
 def record_of(storage: Path) -> SweepRecord | None:
@@ -50,14 +46,14 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> tup
     file, storage = folder / "sweep.yaml", folder / "storage"
     spec = {"job": "job.yaml", "method": "population", "trials": 2, "generations": 2, "space": space}
     file.write_text(yaml.safe_dump(spec), encoding="utf-8")
-    first, deadline = start(file, stdout=subprocess.DEVNULL), time.monotonic() + 400
+    first, deadline = start(file), time.monotonic() + 400
     while not ((record := record_of(storage)) and record.generations):
-        assert first.poll() is None and time.monotonic() < deadline
+        assert first.process.is_alive() and time.monotonic() < deadline
         time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    second = start(file, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    said = second.communicate(timeout=400)[0]
+    first.process.kill()
+    first.finish()
+    second = start(file).finish()
+    said = second.stdout + second.stderr
     assert second.returncode == 0, said
     return storage, record, said
 

@@ -1,10 +1,7 @@
 """A sweep as a user runs it: halved, killed, run again. Two trials of two workers on two cores."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,9 @@ import pytest
 import yaml
 
 from orchestrator.sweep.record import SweepRecord, read_sweep
+from tests.forked import Command, start_command
 from tests.tiny import film_rows, make_bert, tiny_job
+from tests.whole_run import environment
 from trainers.checkpoint.reading import committed_steps
 from trainers.run.events import read_events
 from trainers.storage import Folder
@@ -22,23 +21,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 GRID = ("--set-grid", "train.learning_rate=1e-6,3e-3", "--halving", "2")
 
 
-def command(job_file: Path) -> list[str]:
-    return [sys.executable, "-m", "orchestrator", "sweep", str(job_file), *GRID]
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
+def start(job_file: Path, *more: str) -> Command:
+    words = ["sweep", str(job_file), *GRID, *more]
+    return start_command(words, job_file.parent, environment=environment())
 
 
 def call(job_file: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    words, env = [*command(job_file), *more], environment()
-    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=400, check=False)
+    return start(job_file, *more).finish()
 
 
-def wait_for(started: subprocess.Popen[bytes], storage: Path, pattern: str, count: int) -> None:
+def wait_for(started: Command, storage: Path, pattern: str, count: int) -> None:
     deadline = time.monotonic() + 400
     while len(list(storage.glob(pattern))) < count:
-        assert started.poll() is None and time.monotonic() < deadline
+        assert started.process.is_alive() and time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -63,14 +58,14 @@ def job_file(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> 
 def storage(job_file: Path) -> Path:
     """The storage of a sweep whose command was killed in its first trial, stopped in its second, and run again."""
     storage = job_file.parent / "storage"
-    first = subprocess.Popen(command(job_file), env=environment(), stdout=subprocess.DEVNULL)
+    first = start(job_file)
     wait_for(first, storage, "runs/*/checkpoints/step-*/COMMITTED", 1)
-    first.kill()
-    first.wait()
-    second = subprocess.Popen(command(job_file), env=environment(), stdout=subprocess.DEVNULL)
+    first.process.kill()
+    first.finish()
+    second = start(job_file)
     wait_for(second, storage, "runs/*/logs/rank-00000.log", 2)
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(400) == 75
+    second.process.terminate()
+    assert second.finish().returncode == 75
     done = call(job_file)
     assert done.returncode == 0, done.stdout + done.stderr
     return storage
