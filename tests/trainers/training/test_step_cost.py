@@ -123,7 +123,7 @@ def test_a_step_runs_hardly_more_operators_than_a_loop_by_hand(costs: dict[int, 
 
 def test_a_step_makes_no_more_bytes_than_a_loop_by_hand(costs: dict[int, Any]) -> None:
     ours, theirs = (side[1] for side in costs[1])
-    assert ours <= 0.55 * theirs, "the loss makes no copy of all logits"
+    assert ours <= 0.52 * theirs, "the loss makes no copy of all logits"
 
 
 def test_a_step_computes_what_a_loop_by_hand_computes(costs: dict[int, Any]) -> None:
