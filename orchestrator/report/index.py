@@ -39,6 +39,6 @@ def _row(run: Folder) -> tuple[str, str, str, str, object, object, object, int, 
         return None
     best, version = result.best or {}, result.registry
     registered = f"{version.model} v{version.version}{' champion' if version.alias else ''}" if version else None
-    model = Path(job.model.path).name
+    model = "/".join(Path(job.model.path).parts[-2:])  # a folder is often called just model
     return (run.name, result.status, job.task, model, best.get("metric"), best.get("value"), best.get("step"),
             result.steps, registered)  # fmt: skip

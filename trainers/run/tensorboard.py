@@ -111,9 +111,10 @@ def _layout(metric: str) -> dict[str, Any]:
 
 
 def _hyperparameters(job: Job) -> dict[str, bool | float | str]:
+    """What the job sets: with every default the page hides the learning rate behind forty names."""
     return {
         f"{section}.{name}": value
         for section in HYPERPARAMETERS
-        for name, value in getattr(job, section).model_dump(mode="json").items()
+        for name, value in getattr(job, section).model_dump(mode="json", exclude_defaults=True).items()
         if isinstance(value, bool | int | float | str)
     }

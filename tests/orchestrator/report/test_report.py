@@ -194,6 +194,7 @@ def test_there_is_a_curve_for_each_series_with_the_best_marked(page):
     ]
     assert "0.7667 at the best step 80" in plots[0] and "training from" in plots[1]
     assert page.count("best, step 80") == 2
+    assert page.count("<style") == 1  # the page's own: one within a plot holds for all of it
     assert "#010203" not in page and "#0a0b01" not in page  # every stand-in colour became the page's
     ids = re.findall(r'<clipPath id="([^"]*)"', page)
     assert len(ids) == len(set(ids)) == 5
@@ -373,5 +374,5 @@ def test_the_index_lists_every_run_that_ended_with_a_link_to_its_report(tmp_path
     page = (run.parent.path / "index.html").read_text()
     assert 'href="topics-0badcafe/report.html"' in page and "other-" not in page
     (row,) = [row for row in Reader(page).rows if row and row[0] == "topics-0badcafe"]
-    assert row[1:] == ["done", "classify", "model", "accuracy", "0.7667", "80", "100", "topics v4 champion"]
+    assert row[1:] == ["done", "classify", "some/model", "accuracy", "0.7667", "80", "100", "topics v4 champion"]
     assert "no run" not in page and "verysecret" not in page

@@ -103,5 +103,6 @@ def test_figures_of_classes_stand_apart_and_the_first_page_and_hyperparameters_a
     charts = [chart["title"] for category in layout["category"] for chart in category["chart"]]
     assert any("decides" in title for title in charts)
     experiment = read("hparams/experiment", request=json.dumps({"experimentName": ""}))
-    assert "train.learning_rate" in {known["name"] for known in experiment["hparamInfos"]}
+    names = {known["name"] for known in experiment["hparamInfos"]}
+    assert "train.learning_rate" in names and "data.decontaminate" not in names
     assert [known["name"]["tag"] for known in experiment["metricInfos"]] == ["eval/f1_macro"]
