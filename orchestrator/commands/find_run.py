@@ -10,6 +10,9 @@ from orchestrator.report.index import INDEX
 from trainers.errors import JobError
 from trainers.job.load import load_job, parse_job
 from trainers.job.schema import Job
+from trainers.run.events import EVENTS
+from trainers.run.folder import RESULT, SHARDS
+from trainers.run.lock import LOCK
 from trainers.storage import Folder, is_remote
 
 JOB_FILE = "job.yaml"
@@ -26,14 +29,24 @@ def find_folder(run: str, storage: str = "runs", overrides: Sequence[str] = ()) 
     Raises:
         JobError: where there is no such run, or a name fits several.
     """
-    if Path(run).is_file():
-        return _folder_of_job(load_job(run, overrides), run)
+    if job_file := job_file_of(run):
+        return _folder_of_job(load_job(job_file, overrides), str(job_file))
     if is_remote(run) or "/" in run.rstrip("/") or (Path(run) / JOB_FILE).exists():
         folder = Folder(run.rstrip("/") if is_remote(run) else str(Path(run).absolute()))
         if folder.exists(JOB_FILE):
             return folder
         raise JobError(f"{folder} is not a run folder: it {'has no job.yaml' if folder.exists() else 'does not exist'}")
     return _folder_of_name(run.rstrip("/"), runs_folder(storage))
+
+
+def job_file_of(run: str) -> Path | None:
+    """The job file that is named, or that of a folder as `tuneyard init` writes it; None where a run is meant."""
+    path = Path(run)
+    if path.is_file():
+        return path
+    job_file = path / JOB_FILE
+    ran = any((path / name).exists() for name in (EVENTS, LOCK, RESULT, SHARDS))
+    return job_file if job_file.is_file() and not ran else None
 
 
 def find_job(run: str, storage: str = "runs", overrides: Sequence[str] = ()) -> tuple[Job, Folder]:

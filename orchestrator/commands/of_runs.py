@@ -67,10 +67,11 @@ def evaluate(
 
 def _job_of(run: str, storage: str, overrides: Sequence[str] | None) -> Any:
     """The job file itself, which need not have run yet, or the job of a run."""
-    from orchestrator.commands.find_run import find_job
+    from orchestrator.commands.find_run import find_job, job_file_of
     from trainers.job.load import load_job
 
-    return load_job(run, overrides or ()) if Path(run).is_file() else find_job(run, storage, overrides or ())[0]
+    job_file = job_file_of(run)
+    return load_job(job_file, overrides or ()) if job_file else find_job(run, storage, overrides or ())[0]
 
 
 @app.command()

@@ -211,7 +211,13 @@ def _show_models(models: "Sequence[RegisteredModel]") -> None:
         print("no models yet")
         return
     names = list(RegisteredModel.model_fields)
-    show_table("registered models", names, [[getattr(model, name) for name in names] for model in models])
+    rows = [[*(getattr(model, name) for name in names[:-1]), _minute(model.updated)] for model in models]
+    show_table("registered models", names, rows)
+
+
+def _minute(iso: str) -> str:
+    """A time in UTC, short enough for a column."""
+    return f"{iso[:16].replace('T', ' ')} UTC"
 
 
 def _show_versions(model: str, versions: "Sequence[ModelVersion]") -> None:
@@ -225,7 +231,7 @@ def _show_versions(model: str, versions: "Sequence[ModelVersion]") -> None:
             version.metrics.get(version.metric),
             version.step,
             version.run.rpartition("/")[2],
-            version.created,
+            _minute(version.created),
         )
         for version in versions
     ]

@@ -10,12 +10,11 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from orchestrator.commands.find_run import JOB_FILE, choose_names, find_folder, run_names, runs_folder
+from orchestrator.commands.find_run import JOB_FILE, choose_names, find_folder, job_file_of, run_names, runs_folder
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import JobError
 from trainers.evaluation.selection import find_best
@@ -104,7 +103,7 @@ def run_status(storage: Folder, run: str | None = None) -> list[RunStatus]:
     Raises:
         JobError: no such folder, job file or run.
     """
-    if run is not None and (Path(run).is_file() or is_remote(run) or "/" in run.rstrip("/")):
+    if run is not None and (job_file_of(run) or is_remote(run) or "/" in run.rstrip("/")):
         return [_status(find_folder(run))]
     runs = runs_folder(str(storage))
     names = run_names(runs) if run is None else choose_names(run.rstrip("/"), runs)

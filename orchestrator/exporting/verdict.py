@@ -79,13 +79,13 @@ def judge(
         reason = f"refused: {metric} is {after}, before {before:.6g}"
         return Judged(kept=False, reason=reason, quantized=None, difference=None, low=None, high=None, **numbers)
     found = compare(quantized, unquantized, task, metric, seed, resamples)
-    worst = -found.low if mode == "max" else found.high
+    worst = 0.0 - found.low if mode == "max" else found.high
     kept = bool(worst <= allowance)  # False for an interval that is undefined
     defined = bool(np.isfinite(worst))
     reason = (
         f"{'kept' if kept else 'refused'}: {metric} {after:.6g}, before {before:.6g}; difference "
         f"{found.difference:+.4g}, {CONFIDENCE:.0%} interval [{found.low:+.4g}, {found.high:+.4g}], "
-        + (f"a loss of {max(worst, 0):.4g} cannot be ruled out" if defined else "which no draw defines")
+        + (f"a loss of {max(worst, 0.0):.4g} cannot be ruled out" if defined else "which no draw defines")
         + f", {allowance:.4g} is allowed"
     )
     low, high = (found.low, found.high) if defined else (None, None)

@@ -8,22 +8,25 @@ from trainers.storage import Folder
 
 LEFT_OUT = ["tuneyard.json"]
 """Names paths of the machine that trained."""
+NO_TOKEN = "the Hub wants a token: `hf auth login`, or set HF_TOKEN"
 
 
 def push(version: ModelVersion, repository: str, private: bool) -> str:
     """Upload the folder as one commit, with the token of `hf auth login` or HF_TOKEN. Returns the commit's address.
 
     Raises:
-        EvaluationError: where a file is not as it was registered, or the Hub refuses.
+        EvaluationError: where a file is not as it was registered, there is no token, or the Hub refuses.
     """
-    from huggingface_hub import HfApi, ModelCard
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub import HfApi, ModelCard, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     bad = [f"{one.file} {one.state}" for one in verify_files(version) if one.state != "ok"]
     folder = Folder(version.source)
     if bad or not folder.is_local:
         why = ", ".join(bad) or "it lies in a bucket, and only folders are sent"
         raise EvaluationError(f"{version.model} version {version.version} is not sent: {why}")
+    if get_token() is None:
+        raise EvaluationError(f"{version.model} version {version.version} is not sent: {NO_TOKEN}")
     if folder.exists(CARD):
         ModelCard.load(folder.path / CARD)  # as the Hub's parser reads it
     try:
@@ -33,6 +36,8 @@ def push(version: ModelVersion, repository: str, private: bool) -> str:
         done = api.upload_folder(
             repo_id=repository, folder_path=folder.path, commit_message=message, ignore_patterns=LEFT_OUT
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, ConnectionError, OSError) as error:
-        raise EvaluationError(f"the Hub refused {repository}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # its client's errors change with its HTTP library
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        said = isinstance(error, HfHubHTTPError | HFValidationError)
+        raise EvaluationError(f"the Hub {'refused' if said else 'did not answer for'} {repository}: {cause}") from error
     return str(done.commit_url)

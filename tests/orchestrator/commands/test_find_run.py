@@ -46,6 +46,17 @@ def test_the_job_file_the_name_its_start_and_the_folder_mean_the_same_run(job: J
         assert find_job(*words)[0] == job
 
 
+def test_a_folder_that_init_wrote_means_its_job_though_it_is_named_like_the_run(
+    job: Job, run: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run.path.parents[2]
+    monkeypatch.chdir(folder.parent)
+    for word in (folder.name, f"{folder.name}/", str(folder)):
+        assert find_folder(word).path == run.path
+    shown = CliRunner().invoke(app, ["status", folder.name])
+    assert shown.exit_code == 0 and run.name in shown.stdout
+
+
 def test_what_is_no_run_is_named(job: Job, run: Folder, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=f"there are: {run.name}"):
         find_folder("tiny-0000", job.storage)

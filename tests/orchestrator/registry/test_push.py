@@ -91,7 +91,7 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def test_a_version_is_sent_with_its_card_unless_a_bit_is_wrong(storage, hub):
+def test_a_version_is_sent_with_its_card_unless_a_bit_is_wrong_or_nobody_answers(storage, hub, monkeypatch):
     run, job = run_of(storage), job_of(storage)
     export = run / "export" / "step-00000020"
     export.write_bytes("config.json", b"{}")
@@ -112,6 +112,11 @@ def test_a_version_is_sent_with_its_card_unless_a_bit_is_wrong(storage, hub):
     contents = {file["path"]: base64.b64decode(file["content"]) for file in files}
     assert contents == {"config.json": b"{}", "README.md": (export.path / "README.md").read_bytes()}
     count = len(hub.got)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for token, words_said in (("hf_verysecret", "did not answer for acme/topics"), (None, "set HF_TOKEN")):
+        monkeypatch.setattr("huggingface_hub.get_token", lambda token=token: token)
+        refused = CliRunner().invoke(app, words)
+        assert isinstance(refused.exception, EvaluationError) and words_said in str(refused.exception)
     export.write_bytes("config.json", b"[]")
     refused = CliRunner().invoke(app, words)
     assert isinstance(refused.exception, EvaluationError) and "config.json digest" in str(refused.exception)
