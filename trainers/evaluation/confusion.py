@@ -40,7 +40,8 @@ def _figure(counts: Array, names: list[str]) -> Any:
 
     size = len(names)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure = Figure(figsize=(3 + 0.6 * size, 2.5 + 0.6 * size), dpi=120, layout="constrained")
+    cell = max(0.36, 0.1 * len(str(counts.max())))  # inches; TensorBoard shows the picture some 300 pixels wide
+    figure = Figure(figsize=(1.6 + cell * size, 1.4 + cell * size), dpi=180, layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(size), names, rotation=45, ha="right")
@@ -49,5 +50,5 @@ def _figure(counts: Array, names: list[str]) -> Any:
     axes.set_ylabel("true")
     for true, said in np.ndindex(size, size):
         colour = "white" if shares[true, said] > 0.5 else "black"
-        axes.text(said, true, str(counts[true, said]), ha="center", va="center", color=colour)
+        axes.text(said, true, str(counts[true, said] or ""), ha="center", va="center", color=colour)
     return figure
