@@ -76,11 +76,13 @@ def _hours(plan: Plan) -> str:
 
 def _memory_table(plan: Plan) -> None:
     """What each way would need, by part; a column a way."""
-    device = ("weights", "gradients", "optimizer", "activations", "logits", "working", "margin", "device")
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "working", "margin", "device")
     names = [way.way.replace("-", "-\n", 1) + "\n(chosen)" * (way.way == plan.deepspeed) for way in plan.ways]
     rows = [("fullest at the", *(way.moment for way in plan.ways))]
     place = "host" if plan.on_cpu else "GPU"
-    rows += [(f"{place}: {name}", *(f"{_part(way, name):.1f}" for way in plan.ways)) for name in device]
+    for name in parts:
+        shown = "all of it" if name == "device" else name
+        rows.append((f"{place}: {shown}", *(f"{_part(way, name):.1f}" for way in plan.ways)))
     rows += [(f"host: {shown}", *(f"{_part(way, name):.1f}" for way in plan.ways)) for name, shown in HOST.items()]
     if any(way.disk_gib for way in plan.ways):
         rows.append(("disk: state", *(f"{way.disk_gib:.1f}" for way in plan.ways)))

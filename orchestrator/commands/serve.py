@@ -8,7 +8,7 @@ from orchestrator.registry.manage import pick_version, verify_files
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.read import CHAMPION, ModelVersion
 from orchestrator.serving.apps import ServedModel, is_causal
-from orchestrator.serving.server import serve
+from orchestrator.serving.server import bind, serve
 from trainers.checkpoint.export import PROVENANCE, Provenance
 from trainers.errors import EvaluationError
 from trainers.storage import Folder
@@ -18,14 +18,19 @@ def serve_model(name: str, storage: str, step: int | None, uri: str | None, host
     """Answer over HTTP until Ctrl-C or SIGTERM.
 
     Raises:
+        PlacementError: where the address is taken.
         EvaluationError: where a file of the model is not as it was written.
     """
+    bound = bind(host, port)
     model = served_model(name, storage, step, uri)
-    where = f"http://{host}:{port}"
-    paths = "/v1/chat/completions and /v1/completions" if is_causal(model.job) else "/predict"
-    print(f"{model.name} answers at {where}{paths}; health at {where}/health", flush=True)
-    if is_causal(model.job):
-        print(f"faster, on GPUs: {vllm_line(model, host, port)}", flush=True)
+
+    def ready() -> None:
+        port = bound.getsockname()[1]  # that of 0 is any
+        where = f"http://{host}:{port}"
+        paths = "/v1/chat/completions and /v1/completions" if is_causal(model.job) else "/predict"
+        print(f"{model.name} answers at {where}{paths}; health at {where}/health", flush=True)
+        if is_causal(model.job):
+            print(f"faster, on GPUs: {vllm_line(model, host, port)}", flush=True)
 
     def newer(present: ServedModel) -> ServedModel | None:
         if present.version is None or not name.endswith(f"@{CHAMPION}"):
@@ -33,7 +38,7 @@ def serve_model(name: str, storage: str, step: int | None, uri: str | None, host
         standing = pick_version(registry_uri(storage, uri), name.rpartition("@")[0])
         return served_model(name, storage, step, uri) if standing.version != present.version else None
 
-    serve(model, host, port, newer, lambda line: print(line, flush=True))
+    serve(model, bound, newer, lambda line: print(line, flush=True), ready)
 
 
 def served_model(name: str, storage: str, step: int | None, uri: str | None) -> ServedModel:

@@ -4,12 +4,14 @@ Begin at `serve`. What a model answers stands in `apps.py`.
 """
 
 import logging
+import socket
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.serving.apps import ServedModel, build_app, close_app
+from trainers.errors import PlacementError
 
 Scope = MutableMapping[str, Any]
 Handler = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -79,26 +81,41 @@ async def _lifespan(receive: Any, send: Any) -> None:
             return
 
 
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address, on which nobody is heard before the model is there. Raises PlacementError where it is taken."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise PlacementError(f"cannot listen at {host}:{port} ({error.strerror}): name another --port") from error
+    return bound
+
+
 def serve(
     model: ServedModel,
-    host: str,
-    port: int,
+    bound: socket.socket,
     newer: Callable[[ServedModel], ServedModel | None],
     say: Callable[[str], None],
+    ready: Callable[[], None],
     watch_s: float = WATCH_S,
 ) -> None:
     """Answer until Ctrl-C or SIGTERM.
 
     Args:
+        bound: as `bind` gives it.
         newer: another model that should answer from now on, checked, or None; asked in a thread, may raise.
         say: takes a line for the terminal.
+        ready: called once the model is loaded.
     """
     import asyncio
 
     import uvicorn
 
     switch = Switch(model)
-    server = uvicorn.Server(uvicorn.Config(switch, host=host, port=port, log_level="warning"))
+    ready()
+    server = uvicorn.Server(uvicorn.Config(switch, log_level="warning"))
     over = threading.Event()
 
     async def run() -> None:
@@ -116,7 +133,7 @@ def serve(
                     say(f"{switch.model.name} stays: {error}")
 
         threading.Thread(target=watch, daemon=True, name="champion").start()
-        await server.serve()
+        await server.serve(sockets=[bound])
 
     try:
         asyncio.run(run())

@@ -127,6 +127,14 @@ def test_the_champion_is_exchanged_without_a_dropped_request(run: Run, tmp_path:
         assert [one["probability"] for one in said[:2]] == pytest.approx(wanted, abs=1e-6)
 
 
+def test_an_address_that_is_taken_is_told_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        words = ["serve", "tiny@champion", "--storage", run.job.storage, "--port", str(port)]
+        done = run_command(words, tmp_path)
+    assert done.returncode == 3 and f"cannot listen at 127.0.0.1:{port}" in done.stderr and not done.stdout
+
+
 def test_a_file_with_one_other_bit_is_not_served(run: Run, tmp_path: Path) -> None:
     weights = run.folder.path / "export" / "step-00000003" / "model.safetensors"
     content = bytearray(weights.read_bytes())
