@@ -8,7 +8,9 @@ from orchestrator.importing.draft import (
     LIGER,
     NO_OPTIMIZER,
     NO_SCHEDULE,
+    NO_SHARE,
     SCHEDULES,
+    SHARE,
     Draft,
     Rule,
     apply,
@@ -69,11 +71,9 @@ def _data(draft: Draft) -> None:
     elif 0 < share < 1:
         draft.set("data.eval_fraction", float(share))
     else:
-        draft.set("data.eval_fraction", 0.02)
+        draft.set("data.eval_fraction", SHARE)
         key = "val_set_size" if share else "datasets"
-        draft.add(
-            key, "there are no evaluation rows by share: data.eval_fraction is 0.02, for a checkpoint is chosen by them"
-        )
+        draft.add(key, NO_SHARE)
 
 
 def _kind(one: dict[str, Any]) -> str:

@@ -172,3 +172,6 @@ NO_SCHEDULE = "not here; train.schedule is cosine (or linear, constant)"
 ADAMW = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw"), None)
 LIGER = "no counterpart; a large vocabulary's loss is computed in chunks anyway"
 NO_OPTIMIZER = "the optimizer is AdamW with fp32 states"
+SHARE = 0.05
+"""Of the rows, where the file names no share for evaluation: of 120 rows some are drawn in 998 cases of 1,000."""
+NO_SHARE = f"there are no evaluation rows by share: data.eval_fraction is {SHARE}, for a checkpoint is chosen by them"
