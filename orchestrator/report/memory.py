@@ -29,7 +29,9 @@ def memory_table(plan: Mapping[str, Any], events: Sequence[Event]) -> Table | No
         rows.append(("the first rank's peak; the others' are told when all have ended", None, f"{max(told):.2f}"))
     way = _chosen(plan)
     moment = f", at the {way['moment']}" if way else ""
-    return Table(f"GiB a worker: planned{moment}, and measured", ("", "planned", "measured"), rows) if rows else None
+    how = [f"{name} {plan[name]}" for name in ("deepspeed", "activation_checkpointing") if name in plan]
+    title = f"GiB a worker: planned{moment}, and measured; {', '.join(how)}".removesuffix("; ")
+    return Table(title, ("", "planned", "measured"), rows) if rows else None
 
 
 def _chosen(plan: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -255,11 +255,17 @@ def test_planned_memory_stands_beside_what_each_rank_measured():
         "host_gib": 0.0,
         "disk_gib": 3.0,
     }
-    plan = {"deepspeed": "zero3", "on_cpu": False, "ways": [{**way, "way": "zero1"}, way]}
+    plan = {
+        "deepspeed": "zero3",
+        "activation_checkpointing": "full",
+        "on_cpu": False,
+        "ways": [{**way, "way": "zero1"}, way],
+    }
     done = [{"kind": "done", "step": 3, "device_gib": [6.5, 6.25], "host_gib": [1.5, 1.75]}]
     table = memory_table(plan, parse_events(json.dumps(event).encode() for event in done))
     rows = {row[0]: row[1:] for row in table.texts()}
-    assert "at the backward pass" in table.title and rows["GPU: all of these"] == ["7.0000", "–"]
+    assert table.title.endswith("at the backward pass, and measured; deepspeed zero3, activation_checkpointing full")
+    assert rows["GPU: all of these"] == ["7.0000", "–"]
     assert rows["GPU: tensors at their peak"] == ["–", "rank 0 6.50, rank 1 6.25"]
     assert rows["host: resident at the peak, with all libraries"][1] == "rank 0 1.50, rank 1 1.75"
     assert rows["disk: state that is kept there"] == ["3.0000", "–"] and "host: state that is kept there" not in rows
