@@ -31,7 +31,7 @@ def show_comparison(comparison: Comparison) -> None:
         for line in comparison.metrics
     ]
     show(
-        "metrics, with the difference from the first and its 95 % interval",
+        "metrics, with the difference from the first and its 95 % interval; * which leaves out zero",
         ("metric", head, *others),
         rows,
     )

@@ -16,6 +16,8 @@ from trainers.run.lock import LOCK
 from trainers.storage import Folder, is_remote
 
 JOB_FILE = "job.yaml"
+RAN = (EVENTS, LOCK, RESULT, SHARDS, "evals", "checkpoints", "export")
+"""What a run folder has beside its job, one or the other."""
 
 
 def find_folder(run: str, storage: str = "runs", overrides: Sequence[str] = ()) -> Folder:
@@ -45,7 +47,7 @@ def job_file_of(run: str) -> Path | None:
     if path.is_file():
         return path
     job_file = path / JOB_FILE
-    ran = any((path / name).exists() for name in (EVENTS, LOCK, RESULT, SHARDS))
+    ran = any((path / name).exists() for name in RAN)
     return job_file if job_file.is_file() and not ran else None
 
 

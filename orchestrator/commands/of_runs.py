@@ -82,7 +82,7 @@ def predict(
             metavar="RUN|MODEL", autocompletion=complete_run, help="A run, an exported folder, or NAME[@VERSION]."
         ),
     ],
-    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Files, globs or folders, in any format.")],
+    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Files, globs or folders, in any format.")],
     out: Annotated[str | None, typer.Option("--out", "-o", help="A .jsonl or .parquet file; default: print.")] = None,
     step: Annotated[int | None, typer.Option(help="The checkpoint's step; default: the best.")] = None,
     overrides: Overrides = None,
@@ -152,9 +152,7 @@ def serve(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(
-            metavar="RUN RUN...", autocompletion=complete_run, help="Job files, names of runs or their folders."
-        ),
+        typer.Argument(metavar="RUN", autocompletion=complete_run, help="Job files, names of runs or their folders."),
     ],
     storage: Storage = "runs",
     as_json: AsJson = False,

@@ -242,3 +242,5 @@ def test_help_shows_no_value_for_a_flag(command):
     shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "120", "NO_COLOR": "1"}).stdout
     flags = [line for line in shown.splitlines() if "<bool>" in line and "--help" not in line]
     assert "--help" in shown and not flags, flags
+    usage = CliRunner().invoke(app, ["predict", "--help"], env={"COLUMNS": "120", "NO_COLOR": "1"}).stdout
+    assert "{DATA}..." in usage  # not {DATA...}...
