@@ -5,9 +5,10 @@ Where a job asks for several evaluation workers, the task of a step shares its r
 
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
+from orchestrator.evaluation.one_gpu import ENVIRONMENT, on_own_gpu
 from orchestrator.ray_session import ANYWHERE
 from trainers.checkpoint.export import export_checkpoint
 from trainers.errors import may_pass
@@ -40,18 +41,33 @@ def evaluation_task(run: Run, gpus: int) -> Any:
     return _with_resources(run, gpus, evaluate_step)
 
 
-def _with_resources(run: Run, gpus: int, function: Callable[..., Any]) -> Any:
-    """A function as a Ray task that sees the GPUs it gets and no others: of none Ray leaves all to be seen."""
+def _with_resources(run: Run, gpus: int, function: Callable[..., Any], lasts: bool = True) -> Any:
+    """A function as a Ray task that computes on the GPUs it gets and no others: of none Ray leaves all to be seen.
+
+    Args:
+        lasts: whether a process with one GPU takes more than one task. Those with several, over which a model may be
+            spread, Ray ends after each; those without any last.
+    """
     import ray
+
+    needs: dict[str, Any] = {"num_cpus": run.job.scale.cpus_per_worker, "num_gpus": gpus}
+    body = function
+    if gpus == 0:
+        body = partial(_without_gpus, function)
+    elif gpus == 1 and lasts:
+        body = partial(on_own_gpu, function)
+        needs |= {"max_calls": 0, "runtime_env": {"env_vars": ENVIRONMENT}}
 
     @wraps(function)
     def task(*arguments: Any) -> Any:
-        if gpus == 0:
-            hide_gpus()
-        return function(*arguments)
+        return body(*arguments)
 
-    needs = {"num_cpus": run.job.scale.cpus_per_worker, "num_gpus": gpus}
     return ray.remote(**needs, max_retries=RETRIES, scheduling_strategy=ANYWHERE)(task)
+
+
+def _without_gpus(function: Callable[..., Any], *arguments: Any) -> Any:
+    hide_gpus()
+    return function(*arguments)
 
 
 def evaluate_step(run: Run, step: int, gpus: int = 0) -> Evaluation:
@@ -85,7 +101,7 @@ def _measure(run: Run, step: int, gpus: int) -> Measured:
 
 def harness_task(run: Run, gpus: int) -> Any:
     """`ask_harness` as a Ray task."""
-    return _with_resources(run, gpus, ask_harness)
+    return _with_resources(run, gpus, ask_harness, lasts=False)
 
 
 def ask_harness(run: Run, record: Evaluation) -> Evaluation:

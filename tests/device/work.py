@@ -218,31 +218,34 @@ def evaluations(job: Any, far: Any) -> list[dict[str, float]]:
 
 def put_on(device: Any) -> None:
     """Models that are evaluated go to this device, which has room for them."""
-    from trainers.evaluation import placement
+    from trainers.evaluation import placement, warm
 
-    placement.pick_device = lambda *_: device
+    placement.pick_device = warm.pick_device = lambda *_: device
     placement.device_memory = lambda _: {"cpu" if device.type == "cpu" else device.index: 1 << 40}
 
 
 def kept_warm(job: Any, folder: Path, far: Any) -> dict[str, Any]:
-    """Two evaluations by one process far away: where the weights are between them, and whether the second, with swapped
-    weights, says what the first does of the same folder."""
+    """Evaluations by one process, first on the host and then twice far away: where the weights are in them and between
+    them, and whether those far away say the same of the same folder."""
+    import torch
+
     from trainers.evaluation import warm
     from trainers.evaluation.evaluate import score_batches
     from trainers.run.record import find_run
 
-    put_on(far)
     run, said = find_run(job), []
     path = str(small.with_head(run, folder / "export"))
+    on: list[str] = []
     between: set[str] = set()
-    for _ in range(2):
+    for device in ("cpu", far, far):
+        put_on(torch.device(device))
         loaded, batches = warm.open_warm(run, path)
-        on = {tensor.device.type for tensor in loaded.model.state_dict().values()}
+        on += sorted({tensor.device.type for tensor in loaded.model.state_dict().values()} | {loaded.device.type})
         said.append(np.concatenate([one["loss_sum"] for one in score_batches(loaded, batches, 0, 1)[""].numbers]))
         warm.keep_warm(run, path, loaded, batches)
         between |= {tensor.device.type for tensor in loaded.model.state_dict().values()}
-        warm.load_for_scoring = None  # the second finds what it needs
-    return {"on": sorted(on), "between": sorted(between), "alike": bool(np.array_equal(*said))}
+        warm.load_for_scoring = None  # the others find what they need
+    return {"on": on, "between": sorted(between), "alike": bool(np.array_equal(*said[1:]))}
 
 
 def save(job: Any, folder: Path, far: Any) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def test_every_evaluation_gives_the_host_s_metrics(seen: dict[str, dict[str, Any
         assert found[1] == pytest.approx(found[0], rel=1e-5), name
 
 
-def test_a_warm_evaluator_leaves_nothing_on_the_device(seen: dict[str, dict[str, Any]]) -> None:
-    assert seen["warm"]["tag"] == {"on": ["far"], "between": ["cpu"], "alike": True}
+def test_a_warm_evaluator_leaves_nothing_on_the_device_and_goes_to_the_next(seen: dict[str, dict[str, Any]]) -> None:
+    assert seen["warm"]["tag"] == {"on": ["cpu", "far", "far"], "between": ["cpu"], "alike": True}
 
 
 def test_weights_are_copied_and_exported_as_they_are(seen: dict[str, dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from trainers.job.schema import Job
 from trainers.model.engine import load_options
 from trainers.model.fit import count_parameters, tensor_shapes
 from trainers.model.memory import GIB, MARGIN, RESERVE_BYTES
-from trainers.model.world import pick_device
+from trainers.model.world import own_gpus, pick_device
 from trainers.pretrained import weight_files
 from trainers.tasks import Task
 
@@ -86,6 +86,6 @@ def device_memory(device: Any) -> dict[Any, int]:
     host = {"cpu": int(memory_available() * HOST_SHARE)}
     if device.type == "cpu":
         return host
-    order = sorted(range(torch.cuda.device_count()), key=lambda each: each != device.index)
+    order = sorted(own_gpus(), key=lambda each: each != device.index)
     free = {each: int(torch.cuda.mem_get_info(each)[0] / (1 + MARGIN)) - RESERVE_BYTES for each in order}
     return {each: size for each, size in free.items() if size > 0} | host

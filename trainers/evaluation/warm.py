@@ -2,11 +2,12 @@
 tokenizer and the model, whose weights are swapped for those of the next export. Begin at `open_warm`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trainers.evaluation.evaluate import Loaded, SetBatches, load_for_scoring, plan_sets
-from trainers.model.world import free_memory
+from trainers.model.world import free_memory, pick_device
 from trainers.pretrained import weight_files
 from trainers.run.record import Run
 
@@ -24,8 +25,8 @@ def open_warm(run: Run, path: str) -> tuple[Loaded, SetBatches]:
     if kept:
         loaded, batches = kept
         if swap_weights(loaded.model, Path(path)):
-            loaded.model.to(loaded.device)
-            return loaded, batches
+            device = pick_device(run.job.scale.gpus_per_worker, run.job.scale.cpus_per_worker)
+            return replace(loaded, model=loaded.model.to(device), device=device), batches
     task = run.load_task()
     loaded = load_for_scoring(run.job, task, path)
     return loaded, plan_sets(run.job, task, run.open_held(task), loaded.encoder)

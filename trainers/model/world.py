@@ -56,6 +56,30 @@ def hide_gpus() -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
+_claimed: list[int] = []
+"""At most one: see `claim_gpu`."""
+
+
+def claim_gpu(gpu: int) -> None:
+    """This process computes from here on with one of the GPUs that it sees, and looks at no other.
+
+    Args:
+        gpu: as torch counts them.
+    """
+    import torch
+
+    _claimed[:] = [gpu]
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpu)  # what names none means this one
+
+
+def own_gpus() -> list[int]:
+    """The GPUs that this process may use, as torch counts them: all that it sees, unless it has claimed one."""
+    import torch
+
+    return list(_claimed) or list(range(torch.cuda.device_count()))
+
+
 def pick_device(gpus_per_worker: int | Literal["auto"], threads: int | None = None) -> Any:
     """The torch.device this process computes on: where a worker takes no GPU the CPU, whatever the machine has; else
     the GPU of its local rank, if there is any.
@@ -67,7 +91,8 @@ def pick_device(gpus_per_worker: int | Literal["auto"], threads: int | None = No
     import torch
 
     if gpus_per_worker != 0 and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        own = own_gpus()
+        return torch.device("cuda", own[int(os.environ.get("LOCAL_RANK", "0")) % len(own)])
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else sums depend on where in memory a weight happens to lie
     if threads is not None:
         torch.set_num_threads(threads)
