@@ -36,6 +36,7 @@ def class_draws(
         yield from ({metric: float(numbers[rows].mean())} for rows in draws)
         return
     auroc = _auroc(row_scores) if metric in (None, "auroc") else lambda weights: np.nan
+    told = names if metric is None or "/" in metric else ()
     for rows in draws:
         weights = np.bincount(rows, minlength=len(loss)).astype(np.float64)
         right, true, said = count_of(weights)
@@ -47,7 +48,7 @@ def class_draws(
         if single:
             metrics["mcc"] = _mcc(right, true, said)
         value = auroc(weights)
-        yield metrics | ({} if np.isnan(value) else {"auroc": value}) | _by_class(right, true, said, names)
+        yield metrics | ({} if np.isnan(value) else {"auroc": value}) | _by_class(right, true, said, told)
 
 
 Counts = tuple[Array, Array, Array]
