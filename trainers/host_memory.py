@@ -1,7 +1,10 @@
 """Memory of the node a rank runs on, within the limit of its container."""
 
+import ctypes
+import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -11,6 +14,17 @@ UNLIMITED = 1 << 60
 FILES = (("memory.max", "memory.current", "inactive_file"),
          ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # fmt: skip
 """Limit, usage and what of it the kernel gives back first: cgroup v2, then v1."""
+
+M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
+
+
+def give_freed_memory_back(least: int) -> None:
+    """Let the C library give freed memory of so many bytes back to the node at once, unless the environment says how it
+    allocates. glibc keeps it for what comes next, and what lives on between free parts holds them."""
+    if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, least)
 
 
 def node_id() -> str:

@@ -5,6 +5,7 @@ import yaml
 from orchestrator.planning.costs import WayMemory
 from orchestrator.planning.plan import Plan
 from orchestrator.terminal.table import show
+from trainers.model.deepspeed_config import keeps_on_disk
 from trainers.model.memory import GIVE_BACK_BYTES
 from trainers.run.describe import duration
 
@@ -98,6 +99,8 @@ def _part(way: WayMemory, name: str) -> float:
 
 def _verdict(plan: Plan) -> str:
     """Whether the job fits its devices, and what to change where it does not."""
+    if plan.fits and plan.on_cpu and keeps_on_disk(plan.deepspeed):
+        return f"fits {plan.device_gib:.1f} GiB a worker"  # ranks with state on disk give freed memory back
     if plan.fits and plan.on_cpu:
         return f"fits {plan.device_gib:.1f} GiB a worker with {GIVE_BACK} in the environment; without it the C library"\
                " kept up to 35 % more of what was freed (docs/memory.md)"  # fmt: skip

@@ -93,9 +93,10 @@ def write_job(folder: Path, size: str, steps: int, length: int) -> Path:
 
 def show(job_file: Path, steps: int) -> None:
     """Plan, run until half of the steps are committed, kill, run to the end; a line for each, and the figures."""
-    plan = json.loads(run_command("plan", str(job_file), "--json").stdout)
-    print(f"plan: {plan['parameters']:,} parameters, {plan['deepspeed']}, a checkpoint {plan['checkpoint_gib']:.2f} "
-          f"GiB; disk {plan['disk_gib']:.1f} GiB", flush=True)  # fmt: skip
+    on_cpus = ("--memory", "12GiB", "--set", "scale.gpus_per_worker=0")
+    plan = json.loads(run_command("plan", str(job_file), "--json", *on_cpus).stdout)
+    print(f"plan: {plan['parameters']:,} parameters, a rank {plan['ways'][0]['device_gib']:.2f} GiB, a checkpoint "
+          f"{plan['checkpoint_gib']:.2f} GiB; disk {plan['disk_gib']:.1f} GiB", flush=True)  # fmt: skip
     first = Watched(job_file)
     first.until(lambda: half_is_committed(job_file, steps // 2))
     first.kill()

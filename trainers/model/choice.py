@@ -6,12 +6,13 @@ that are kept.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
 
 from trainers.batching.batch_plan import BatchPlan, plan_batches
 from trainers.job.schema import Job
+from trainers.model.deepspeed_config import way_of
 from trainers.model.memory import GIB, ModelSize, Need, StepShape, needs
 
 WAYS = {"zero0": 1.0, "zero1": 1.1, "zero2": 1.2, "zero3": 1.9, "zero3-cpu-offload": 10.0}
@@ -54,14 +55,16 @@ def choose(job: Job, world_size: int, device_bytes: int | None, measure: Callabl
     """
     named = None if job.train.deepspeed == "auto" else job.train.deepspeed
     batches = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world_size, job.data.max_length)
-    if device_bytes is None or (named is not None and named not in (*WAYS, *NAMED)):
+    on_cpu = job.scale.gpus_per_worker == 0
+    own = named is not None and named not in (*WAYS, *NAMED)
+    if device_bytes is None or (own and not (on_cpu and way_of(job.train.deepspeed))):
         step = StepShape(batches.micro_batch_size, batches.accumulation, job.train.checkpoint_every_layers,
                          job.train.activation_offload)  # fmt: skip
         return Choice(
             named or WITHOUT_DEVICES[job.train.compile], step, "named by the job" if named else "ranks compute on CPUs"
         )
     size = measure()
-    if job.scale.gpus_per_worker == 0:
+    if on_cpu:
         return _on_cpu(job, batches, world_size, device_bytes, size)
     least, chosen = inf, None
     for _, way, step in _candidates(job, batches, size):
@@ -83,6 +86,8 @@ def _on_cpu(job: Job, batches: BatchPlan, world_size: int, memory: int, size: Mo
     step = StepShape(batches.micro_batch_size, batches.accumulation, job.train.checkpoint_every_layers,
                      job.train.activation_offload)  # fmt: skip
     found = needs(size, world_size, step, on_card=False)
+    if way not in (*WAYS, *NAMED):  # a file of the job's own
+        found = tuple(replace(each, way=way) for each in found if each.way == way_of(way))
     need = next(each.device for each in found if each.way == way)
     figures = f"ranks compute on CPUs; one needs {need / GIB:.1f} GiB and may take {memory / GIB:.1f}"
     return Choice(way, step, figures, need <= memory, found)

@@ -109,6 +109,26 @@ def offloads(name: str) -> bool:
     return bool(section.get("device", "none") != "none")
 
 
+def way_of(name: str) -> str | None:
+    """The template that a template or a file of the job's own is like in how it keeps the state; None where it is like
+    none: with the optimizer alone beyond the devices. Raises JobError where there is none of that name."""
+    zero = read_template(name)["zero_optimization"]
+    devices = {(zero.get(part) or {}).get("device", "none") for part in OFFLOADED}
+    way = f"zero{zero['stage']}" if devices == {"none"} else f"zero{zero['stage']}-{'-'.join(devices)}-offload"
+    return way if (files("ds_configs") / f"{way}.json").is_file() else None
+
+
+def own_settings(name: str) -> dict[str, int]:
+    """Numbers that a file of the job's own sets under zero_optimization, by DeepSpeed's names, those of a section as
+    section.name; of a template none. Raises JobError where there is no such file."""
+    if not name.endswith(".json"):
+        return {}
+    zero = read_template(name)["zero_optimization"]
+    sections = {f"{part}.{key}": value for part in OFFLOADED for key, value in (zero.get(part) or {}).items()}
+    return {key: int(value) for key, value in (zero | sections).items()
+            if isinstance(value, int | float) and not isinstance(value, bool)}  # fmt: skip
+
+
 def disk_sections(zero: dict[str, Any]) -> list[dict[str, Any]]:
     """The sections of what is kept on disk."""
     return [zero[part] for part in OFFLOADED if (zero.get(part) or {}).get("device") == "nvme"]

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from trainers.architecture import cut_layers, describe
 from trainers.job.schema import Job
+from trainers.model.deepspeed_config import own_settings
 from trainers.model.engine import prepare_model
 from trainers.model.memory import ModelSize
 from trainers.model.zero_settings import sizes_of
@@ -67,6 +68,7 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         late_parameters=_late_parameters(model),
         checkpoints=_core(model).supports_gradient_checkpointing,
         saves_frozen=job.model.lora is None,
+        own=own_settings(job.train.deepspeed),
     )
 
 

@@ -16,7 +16,9 @@ from typing import Any
 
 from trainers.checkpoint.swapped import on_disk
 from trainers.errors import JobError
+from trainers.host_memory import give_freed_memory_back
 from trainers.model.deepspeed_config import disk_sections
+from trainers.model.memory import GIVE_BACK_BYTES
 from trainers.model.world import World
 
 PROBE = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }"
@@ -85,6 +87,7 @@ def check_frozen(engine: Any) -> None:
 @contextmanager
 def swap_files(config: dict[str, Any], largest: Callable[[], int], run: str, world: World) -> Iterator[dict[str, Any]]:
     """The configuration with this rank's own folder and buffers as large as they must be; the folder goes at the end.
+    Who keeps state on disk is short of memory, so freed memory is given back at once.
 
     Args:
         largest: values of the model's largest parameter; not asked where nothing depends on it.
@@ -94,6 +97,7 @@ def swap_files(config: dict[str, Any], largest: Callable[[], int], run: str, wor
     if not sections:
         yield config
         return
+    give_freed_memory_back(GIVE_BACK_BYTES)
     build_async_io()
     runs = {Path(section["nvme_path"]) / run for section in sections}
     if os.environ.get("LOCAL_RANK", "0") == "0":

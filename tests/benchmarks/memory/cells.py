@@ -1,6 +1,9 @@
 """Small real jobs whose ranks' memory is measured: models, data, and what a rank held at its peak."""
 
 import ctypes
+import json
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,13 @@ import numpy as np
 
 from tests.conftest import make_chat_tokenizer
 from tests.tiny import shard_locally, tiny_job, write_rows
+from trainers.host_memory import M_MMAP_THRESHOLD
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
+from trainers.model.deepspeed_config import read_template
 from trainers.model.memory import GIVE_BACK_BYTES, Need, StepShape, needs
 
 MIB = 2**20
-M_MMAP_THRESHOLD = -3
 STEPS = 2
 """The moments exist from the first update on, so the second step is the fullest."""
 LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096}
@@ -25,6 +29,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {**LLAMA, "hidden_size": 768, "num_hidden_layers": 4, "intermediate_size": 2048, "vocab_size": 4096},
     "vocabulary": {**LLAMA, "hidden_size": 512, "num_hidden_layers": 4, "intermediate_size": 1408,
                    "vocab_size": 32_000},
+    "tall": {**LLAMA, "hidden_size": 1024, "num_hidden_layers": 8, "intermediate_size": 4096, "vocab_size": 4096},
+    "broad": {**LLAMA, "hidden_size": 1536, "num_hidden_layers": 4, "intermediate_size": 6144, "vocab_size": 4096},
     "bert": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048,
              "vocab_size": 4096, "max_position_embeddings": 1024},
 }  # fmt: skip
@@ -46,12 +52,15 @@ class Cell:
     lora: bool = False
     task: str = "pretrain"
     dtype: str = "float32"
+    groups: int = 0
+    """Millions of values that are updated at a time, by a DeepSpeed file of the job's own; 0: as the template says."""
 
     def __str__(self) -> str:
         parts = [f"{self.shape} {self.length}x{self.micro}", self.way, f"{self.workers} ranks"]
         parts += [f"x{self.accumulation}"] * (self.accumulation > 1) + [f"again {self.again}"] * (self.again != "none")
         parts += ["packed"] * (self.documents > 1) + ["lora"] * self.lora + [self.task] * (self.task != "pretrain")
-        return ", ".join([*parts, *(["bf16"] if self.dtype == "bfloat16" else [])])
+        parts += ["bf16"] * (self.dtype == "bfloat16") + [f"groups of {self.groups} M"] * (self.groups > 0)
+        return ", ".join(parts)
 
 
 def make_model(folder: Path, shape: str) -> Path:
@@ -100,13 +109,14 @@ def make_job(root: Path, cell: Cell) -> Job:
     labels = {"label": "a"} if cell.task == "classify" else {}
     data = [{"text": text, **labels, **({"label": "ab"[at % 2]} if labels else {})} for at, text in enumerate(texts)]
     batch = cell.micro * cell.accumulation * cell.workers
+    disk = {"offload_folder": str(folder / "swap")} if "nvme" in cell.way else {}
     packing = {"packing": cell.documents > 1} if cell.task == "pretrain" else {}
     job = tiny_job(
         folder, model, cell.task, data[:4],
         data={"max_length": cell.length, "overlong": "truncate", **packing},
         train={"global_batch_size": batch, "micro_batch_size": cell.micro, "steps": STEPS, "learning_rate": 1e-5,
-               "schedule": "constant", "verify": False, "deepspeed": cell.way, "spike_factor": None,
-               "activation_checkpointing": cell.again},
+               "schedule": "constant", "verify": False, "deepspeed": template_of(folder, cell),
+               "spike_factor": None, "activation_checkpointing": cell.again, **disk},
         scale={"workers": cell.workers, "gpus_per_worker": 0},
         checkpoint={"every_steps": 10**6},
     )  # fmt: skip
@@ -119,14 +129,26 @@ def make_job(root: Path, cell: Cell) -> Job:
     return job
 
 
+def template_of(folder: Path, cell: Cell) -> str:
+    """The name of the cell's template, or the path of a file like it with smaller groups."""
+    if not cell.groups:
+        return cell.way
+    folder.mkdir(parents=True, exist_ok=True)
+    template = read_template(cell.way)
+    template["zero_optimization"]["sub_group_size"] = cell.groups * 10**6
+    (folder / "zero3.json").write_text(json.dumps(template))
+    return str(folder / "zero3.json")
+
+
 def status_bytes(name: str) -> int:
     """A line of this process's /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def train_and_measure(job: Job, exact: bool) -> dict[str, int]:
-    """Be a rank of the job to its end: resident bytes before anything of it is loaded, and at the peak.
+def train_and_measure(job: Job, exact: bool) -> dict[str, float]:
+    """Be a rank of the job to its end: resident bytes before anything of it is loaded, and at the peak; processor
+    seconds of the last step.
 
     Args:
         exact: the C library gives the memory of every freed tensor back at once; else it keeps some for the next.
@@ -138,18 +160,24 @@ def train_and_measure(job: Job, exact: bool) -> dict[str, int]:
     run = find_run(job)
     if exact:
         assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVE_BACK_BYTES)
+    else:
+        os.environ["MALLOC_TOP_PAD_"] = "0"  # read at a process's start; here it says that ranks shall leave that be
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     base = status_bytes("VmRSS")
 
-    peak = 0
+    peak, began, step_s = 0, 0.0, 0.0
 
     class Watch(Recorder):
         def at(self, phase: Any, step: int) -> None:
-            nonlocal peak
+            nonlocal peak, began, step_s
             peak = max(peak, status_bytes("VmHWM"))
+            if phase == "step":
+                began = time.process_time()
+            if phase == "settle":
+                step_s = time.process_time() - began
 
     run_rank(run, Watch())
-    return {"base": base, "peak": max(peak, status_bytes("VmHWM")) - base}
+    return {"base": base, "peak": max(peak, status_bytes("VmHWM")) - base, "step_s": step_s}
 
 
 def predict(job: Job, cell: Cell) -> Need:

@@ -1,5 +1,6 @@
 """`auto`: the cheapest way whose memory fits, and the largest micro-batch beside it. Devices are numbers here."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ from tests.trainers.job.test_job import changed
 from trainers.job.load import parse_job
 from trainers.job.schema import Job
 from trainers.model.choice import WAYS, choose, settle
-from trainers.model.memory import GIB, ModelSize, StepShape, needs
+from trainers.model.deepspeed_config import own_settings, read_template, way_of
+from trainers.model.memory import (
+    DISK_GROUPS,
+    DISK_SUB_GROUP_ELEMENTS,
+    DISK_WEIGHTS,
+    GIB,
+    ModelSize,
+    StepShape,
+    needs,
+)
 
 BUCKET = {"largest_layer": 500_000_000}
 """As large as buckets get."""
@@ -61,7 +71,10 @@ def test_a_disk_is_taken_where_it_is_named() -> None:
     need = next(need for need in found.needs if need.way == found.way)
     assert found.way == "zero3-nvme-offload" and found.fits
     assert need.disk == 18 * eight.parameters // 2
-    assert need.host == 4 * 4 * (100_000_000 + 1_000_000_000) + 8 * 2 * 1_000_000_000
+    group = weight = 1_000_000_000  # one tensor, in two parts
+    buffers = 4 * 4 * group + 2 * 2 * group + 8 * 2 * (weight + 4096)
+    gradients, first_moments = 4 * eight.parameters // 2, 8 * group  # of several micro-batches in fp32
+    assert need.host == buffers + gradients + first_moments
     assert need.staging == 0 and need.state == 0
     assert choice_of(EIGHT, 1, 30, deepspeed="auto")[0] == "zero3-cpu-offload"  # never by itself
 
@@ -131,3 +144,33 @@ def test_a_template_of_stage_0_knows_no_other_setting(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 0, "overlap_comm": true}}')
     with pytest.raises(JobError, match="trains without DeepSpeed"):
         read_template(str(tmp_path / "mine.json"))
+
+
+def test_a_deepspeed_file_of_the_jobs_own_is_planned_for_ranks_on_cpus_by_what_it_says(tmp_path: Path) -> None:
+    file, named = tmp_path / "mine.json", "zero3-nvme-offload"
+    template = read_template(named)
+    template["zero_optimization"] |= {"sub_group_size": 1_000_000, "stage3_max_live_parameters": 5}
+    file.write_text(json.dumps(template))
+    eight = replace(EIGHT, tensors=(1_000_000,) * 8000)
+    held = []
+    for deepspeed in (named, str(file)):
+        job = job_of(deepspeed=deepspeed, offload_folder="/local")
+        job = job.model_copy(update={"scale": job.scale.model_copy(update={"gpus_per_worker": 0})})
+        said = replace(eight, own=own_settings(deepspeed))
+        found = choose(job, 2, 80 * GIB, lambda said=said: said)  # type: ignore[misc]
+        need = next(need for need in found.needs if need.way == found.way)
+        assert found.way == deepspeed and found.fits
+        held.append(need.host + need.working)
+    assert said.own["sub_group_size"] == 1_000_000 and said.own["offload_param.buffer_count"] == 8
+    fewer = 100_000_000 - 1_000_000  # in a group, of which there are four in fp32, and one of whole weights
+    assert held[0] - held[1] == fewer * (4 * 4 + 2 * 2)
+    assert [way_of(name) for name in (str(file), named, "zero2")] == [named, named, "zero2"]
+    del template["zero_optimization"]["offload_param"]
+    file.write_text(json.dumps(template))
+    assert way_of(str(file)) is None
+
+
+def test_the_plan_knows_the_groups_and_buffers_of_the_template() -> None:
+    zero = read_template("zero3-nvme-offload")["zero_optimization"]
+    said = (zero["sub_group_size"], zero["offload_optimizer"]["buffer_count"], zero["offload_param"]["buffer_count"])
+    assert said == (DISK_SUB_GROUP_ELEMENTS, DISK_GROUPS, DISK_WEIGHTS)
