@@ -15,7 +15,8 @@ from tests.ranks import run_ranks
 from tests.tiny import chat_rows, make_llama, tiny_job
 from trainers.model.memory import CPU_RESERVE_BYTES, GIB, ModelSize, StepShape, needs
 from trainers.model.memory.beyond import largest_group
-from trainers.model.model_size import keep_bytes, measure_size
+from trainers.model.model_size import Live, keep_bytes, measure_size
+from trainers.tasks.losses.chunked import ChunkedLoss
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 300}
 CONFIGS = {
@@ -159,3 +160,13 @@ def test_what_ranks_with_state_on_disk_held_is_met(
 def test_a_group_ends_with_the_tensor_that_fills_it() -> None:
     assert largest_group([4, 4, 4, 1], 6) == 8 and largest_group([4, 4, 4], 100) == 12
     assert largest_group([9, 1, 1], 6) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_in_chunks_holds_what_was_counted(dtype: torch.dtype) -> None:
+    rows, width, vocabulary = 6000, 8, 16_384
+    hidden, weight = (torch.randn(count, width, dtype=dtype, requires_grad=True) for count in (rows, vocabulary))
+    with Live() as live:
+        ChunkedLoss.apply(hidden, weight, None, torch.zeros(rows, dtype=torch.long), 0.0, None)
+    size = ModelSize(1, 1, dtype.itemsize, 0, length=rows, width=width, vocabulary=vocabulary, chunked=True)
+    assert live.peak == pytest.approx(size.loss_bytes(StepShape(1), on_card=False), rel=0.02)

@@ -106,6 +106,7 @@ class ModelSize:
             each = max(self.weight_bytes + 8 * self.targets, 12 * self.targets)
             return int(positions * self.vocabulary * each)
         logits = int(4 * positions * self.targets * self.vocabulary)
-        chunk = CARD_CHUNK_BYTES // 2 if on_card else 2 * min(logits, CHUNK_BYTES)
+        halves = 0 if self.weight_bytes == 4 else min(logits, CHUNK_BYTES) // 2  # as they come, and as they go on
+        chunk = CARD_CHUNK_BYTES // 2 if on_card else min(logits, CHUNK_BYTES) + halves
         gradient = self.vocabulary * self.width * (4 if self.weight_bytes == 4 else 4 + self.weight_bytes)
         return chunk + gradient + int(2 * self.input_bytes * step.micro_batch_size * self.targets)

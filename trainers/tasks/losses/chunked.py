@@ -80,6 +80,7 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
                 torch.mm(slope, weight, out=of_hidden[part])
             if of_weight is not None:
                 _add_product(of_weight, slope, hidden[part])
+            logits = slope = guide = None  # else they lie beside the next chunk's
         ctx.gradients = tuple(
             None if found is None else found.to(like.dtype)
             for found, like in ((of_hidden, hidden), (of_weight, weight), (of_bias, weight))
