@@ -109,6 +109,10 @@ def _main() -> int:
     parser.add_argument("job", help="job file (YAML)")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a value")
     arguments = parser.parse_args()
+    if not sys.stderr.isatty():  # in a file or pipe a bar is a hundred fragments
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     try:
         job = load_job(arguments.job, arguments.set)
         check_measures(job)

@@ -50,6 +50,7 @@ def test_launchers_without_ray_give_the_same_losses(finished: Path, own: Path, l
     done = call(*start, "-m", "trainers", str(own), *sets(name=launcher))
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(find_run(own, launcher)) == losses(finished)
+    assert "it/s]" not in done.stderr and "FutureWarning" not in done.stderr
 
 
 def test_a_submitted_job_whose_worker_and_then_driver_are_killed_goes_on_when_submitted_by_hand(

@@ -125,6 +125,8 @@ def join_world(threads: int, gpus_per_worker: int | Literal["auto"] = "auto") ->
 
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates, some hundred times a step
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # as peft asks transformers 5.23 for a name that it renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.modeling_utils")
     rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     if gpus_per_worker == 0:
         hide_gpus()
