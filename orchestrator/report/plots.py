@@ -177,7 +177,7 @@ def _axes(title: str, restarts: list[float]) -> tuple[Any, Any]:
     axes.patch.set_alpha(0)
     axes.set_title(title)
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for number, step in enumerate(restarts):
         told = None if number else "taken up again"
         axes.axvline(step, color=MUTED, linewidth=1, linestyle=":", label=told)

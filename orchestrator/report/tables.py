@@ -1,5 +1,6 @@
 """Evaluations, ledger and classes as tables, for terminal and report alike. Pure: records and arrays in, tables out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -49,7 +50,8 @@ def evaluation_table(
         rows.append((evaluation.step, *(_measure(evaluation, name) for name in shown), *effort, state))
         kinds.append(kind)
     for name, values in baselines.items():
-        rows.append((name, *map(values.get, shown), *(() if most else (None, None)), ""))
+        known = {metric: value for metric, value in values.items() if not math.isnan(value)}
+        rows.append((name, *map(known.get, shown), *(() if most else (None, None)), ""))
         kinds.append("")
     title = f"evaluations, by {metric}"
     if any(evaluation.intervals for evaluation in evaluations):

@@ -14,7 +14,7 @@ from orchestrator.report.index import write_index
 from orchestrator.report.memory import by_rank, memory_table
 from orchestrator.report.page import render_report
 from orchestrator.report.plots import draw_curves
-from orchestrator.report.tables import table_by_class
+from orchestrator.report.tables import evaluation_table, table_by_class
 from tests.tiny import make_llama, shard_locally, tiny_job
 from trainers.evaluation.row_views import RowView
 from trainers.job.load import parse_job
@@ -293,6 +293,14 @@ def test_a_plot_with_many_series_keeps_its_height():
 
     few, many = heights(["f1"]), heights(["f1", *map(str, range(13))])
     assert many > 0.85 * few
+
+
+def test_one_evaluation_stands_at_a_whole_step_and_what_a_guess_has_not_is_a_dash():
+    one = Evaluation(step=2, status="done", metrics={"f1": 81.0, "loss": 2.5}, eval_key="e")
+    (plot, _) = draw_curves((), [one], 2, "f1", Details())
+    assert "1.975" not in plot and "2.025" not in plot and ">2</text>" in plot
+    table = evaluation_table([one], "f1", 2, None, {"no answer": {"f1": 0.0, "loss": float("nan")}})
+    assert table.texts()[-1][:3] == ["no answer", "0.0000", "–"]
 
 
 def test_many_classes_are_shown_as_the_worst_confusions(tmp_path):
