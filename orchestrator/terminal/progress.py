@@ -104,8 +104,9 @@ class Screen:
             self._wait = None
 
     def say(self, line: str) -> None:
-        """One line of text."""
-        self.console.print(line, highlight=False, markup=False)
+        """One line of text; on a terminal wrapped between words, unless it holds a path, which is copied."""
+        soft = not self.console.is_terminal or "/" in line
+        self.console.print(line, highlight=False, markup=False, soft_wrap=soft)
 
     def on_shards(self, progress: ShardProgress) -> None:
         """A bar a split."""

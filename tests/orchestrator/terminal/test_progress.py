@@ -87,6 +87,16 @@ def test_what_is_waited_for_and_long_runs_leave_the_bars_their_values(steps: int
     assert f"{steps // 2}/{steps}" in stream.getvalue() and "loss 10.1402, 144,125 tokens/s" in stream.getvalue()
 
 
+def test_sentences_are_wrapped_between_words_and_paths_are_left_whole() -> None:
+    stream = io.StringIO()
+    screen = Screen(Console(file=stream, force_terminal=True, width=80, color_system=None, soft_wrap=True))
+    sentence, path = "an evaluation needs a processor " * 4, f"folder  /storage/{'x' * 90}"
+    screen.say(sentence.strip())
+    screen.say(path)
+    *lines, last = stream.getvalue().splitlines()
+    assert last == path and len(lines) == 2 and " ".join(lines).split() == sentence.split()
+
+
 def test_the_deciding_metric_comes_first() -> None:
     screen, stream = screen_of(terminal=False)
     screen.metric = "f1_macro"
