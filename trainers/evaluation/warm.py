@@ -39,7 +39,8 @@ def keep_warm(run: Run, path: str, loaded: Loaded, batches: SetBatches) -> None:
     if sum(held.values()) <= MOST_BYTES and not spread:
         loaded.model.to("cpu")
         _kept[_identity(run, path)] = loaded, batches
-    free_memory()  # torch would hold what the model had of the device
+    if loaded.device.type != "cpu":
+        free_memory()  # torch would hold what the model had of the device; looking for cycles takes 0.3 s
 
 
 def _identity(run: Run, path: str) -> str:
