@@ -7,7 +7,7 @@ All contenders live at the same time and take turns, a step each. Counted are to
 second of both ranks and in a second by the clock; a contender's figure is the median of its steps, `times` the median
 over the turns. The first steps are left out, for ZeRO-3 learns then. Nothing is shown unless losses of the first step
 agree. `full`: rows of one length. `documents`: lengths as those of chats, in words, of a JSONL of your own with
-`--like`; without it log-normal ones, of which about half a batch is padding.
+`--like`; without it log-normal ones. Padded in the order in which they come, half of a micro-batch is padding.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from tests.benchmarks.loop import contenders, peers
-from tests.benchmarks.loop.contenders import LENGTH, RANKS, Enough, make_job
+from tests.benchmarks.loop.contenders import LENGTH, RANKS, Enough, make_job, padding_share
 from tests.benchmarks.loop.turns import Turns
 from tests.ranks import free_port
 
@@ -94,8 +94,10 @@ def main() -> None:
     for group in [asked.only] if asked.only else GROUPS:
         with tempfile.TemporaryDirectory() as place:
             asked.folder = Path(place)
-            for kind in {CONTENDERS[name][0] for name in GROUPS[group]}:
-                make_job(asked.folder, kind, asked.steps, lengths)
+            for kind in sorted({CONTENDERS[name][0] for name in GROUPS[group]}):
+                job = make_job(asked.folder, kind, asked.steps, lengths)
+                if kind == "documents":
+                    print(f"documents, padded as they come: {padding_share(job):.0%} padding", file=sys.stderr)
             show(compete(asked, GROUPS[group]))
     print(f"hooks, events and heartbeat: {hook_ms():.3f} ms a step")
 

@@ -8,8 +8,10 @@ import numpy as np
 
 from tests.benchmarks.loop.turns import Turns
 
-RANKS, LENGTH, ROWS, MICRO = 2, 256, 8, 2
-"""Rows a step; sequences a micro-batch and rank."""
+RANKS, LENGTH = 2, 256
+SHAPES = {"full": (8, 2), "documents": (32, 8), "packed": (32, 8)}
+"""Sequences a step, and a micro-batch and rank. Of documents eight a micro-batch: padded in the order in which they
+come, about half of its positions are padding; with two it is a quarter."""
 WIDTHS = {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 704, "num_attention_heads": 4,
           "num_key_value_heads": 2, "vocab_size": 8192}  # fmt: skip
 RATE = 1e-4
@@ -36,12 +38,13 @@ def make_job(folder: Path, kind: str, steps: int, lengths: list[int]) -> Any:
         LlamaForCausalLM(LlamaConfig(**WIDTHS)).save_pretrained(model)
         make_chat_tokenizer(model)
     fresh = not (folder / kind).exists()
+    count, micro = SHAPES[kind]
     (folder / kind).mkdir(exist_ok=True)
     rows = [{"text": text} for text in texts(kind, steps, lengths)]
     job = tiny_job(
         folder / kind, model, "pretrain", rows[:1] * 2,
         data={"max_length": LENGTH, "packing": packed, "overlong": "truncate"},
-        train={"global_batch_size": ROWS, "micro_batch_size": MICRO, "steps": steps, "learning_rate": RATE,
+        train={"global_batch_size": count, "micro_batch_size": micro, "steps": steps, "learning_rate": RATE,
                "schedule": "constant", "weight_decay": 0.0, "verify": False, "deepspeed": "zero3"},
         checkpoint={"every_steps": 10**6},
     )  # fmt: skip
@@ -55,7 +58,7 @@ def make_job(folder: Path, kind: str, steps: int, lengths: list[int]) -> Any:
 def texts(kind: str, steps: int, lengths: list[int]) -> list[str]:
     """Letters, a token each."""
     draw = np.random.default_rng(0)
-    count = ROWS * steps * (4 if kind == "packed" else 1)
+    count = SHAPES[kind][0] * steps * (4 if kind == "packed" else 1)
     wanted = np.full(count, 2 * LENGTH) if kind == "full" else draw.choice(lengths, count)
     return [bytes(draw.integers(97, 123, int(each), np.uint8)).decode() for each in wanted.clip(16, 2 * LENGTH)]
 
@@ -101,6 +104,17 @@ def batches(job: Any) -> list[list[Any]]:
     return [[torch.from_numpy(np.array(row.input_ids, np.int64)) for row in step] for _, step in lines]
 
 
+def shape_of(job: Any) -> tuple[int, int]:
+    """Sequences a step, and a micro-batch and rank."""
+    return job.train.global_batch_size, job.train.micro_batch_size
+
+
+def padding_share(job: Any) -> float:
+    """Of the positions that rows have which are padded to the longest of each micro-batch as they come."""
+    lengths = np.array([[len(row) for row in step] for step in batches(job)]).reshape(-1, shape_of(job)[1])
+    return float(1 - lengths.sum() / (lengths.max(1) * lengths.shape[1]).sum())
+
+
 def configuration(job: Any) -> dict[str, Any]:
     """DeepSpeed's, as our engine has it."""
     import torch
@@ -112,7 +126,7 @@ def configuration(job: Any) -> dict[str, Any]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model.path))
-    return with_settings(derive_config(job, plan_batches(ROWS, MICRO, RANKS, LENGTH)), model, RANKS)
+    return with_settings(derive_config(job, plan_batches(*shape_of(job), RANKS, LENGTH)), model, RANKS)
 
 
 def join() -> None:
@@ -132,7 +146,8 @@ def by_hand(job: Any, turns: Turns) -> None:
 
     from trainers.model.engine import partitioned_on_load
 
-    rank, per_rank = int(os.environ["RANK"]), ROWS // RANKS
+    rank, (count, micro) = int(os.environ["RANK"]), shape_of(job)
+    per_rank = count // RANKS
     join()
     config = configuration(job)
     with partitioned_on_load(config):
@@ -142,11 +157,11 @@ def by_hand(job: Any, turns: Turns) -> None:
     turns.next(0)
     for rows in batches(job):
         mine, total = torch.stack(rows[rank * per_rank : (rank + 1) * per_rank]), torch.zeros(())
-        for part in mine.split(MICRO):
+        for part in mine.split(micro):
             loss = engine(input_ids=part, labels=part, use_cache=False).loss
             engine.backward(loss)
             engine.step()
             total += loss.detach()
         torch.distributed.all_reduce(total)
-        turns.first = turns.first or float(total) * MICRO / ROWS
+        turns.first = turns.first or float(total) * micro / count
         turns.next(mine.numel())

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.loop.contenders import LENGTH, MICRO, RANKS, RATE, ROWS, batches, configuration
+from tests.benchmarks.loop.contenders import LENGTH, RANKS, RATE, batches, configuration, shape_of
 from tests.benchmarks.loop.turns import Turns
 
 
@@ -20,12 +20,13 @@ def settings(job: Any) -> dict[str, Any]:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as our ranks do
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    count, micro = shape_of(job)
     state = PartialState(backend="gloo")
     assert (state.num_processes, state.device.type) == (RANKS, "cpu")
     return dict(  # noqa: C408
         output_dir=str(Path(job.storage) / "peer"), deepspeed=configuration(job), max_steps=job.train.steps,
-        accelerator_config={"use_configured_state": True}, per_device_train_batch_size=MICRO,
-        gradient_accumulation_steps=ROWS // RANKS // MICRO, learning_rate=RATE, lr_scheduler_type="constant",
+        accelerator_config={"use_configured_state": True}, per_device_train_batch_size=micro,
+        gradient_accumulation_steps=count // RANKS // micro, learning_rate=RATE, lr_scheduler_type="constant",
         weight_decay=0.0, max_grad_norm=job.train.max_grad_norm, optim="adamw_torch_fused", save_strategy="no",
         logging_first_step=True, logging_steps=10**6, report_to=[], disable_tqdm=True, log_level="error", bf16=False,
         gradient_checkpointing=False, dataloader_pin_memory=False,
@@ -111,7 +112,7 @@ def trl(job: Any, turns: Turns) -> None:
     rows = datasets.Dataset.from_dict({"input_ids": [ids.tolist() for step in batches(job) for ids in step]})
     tokenizer = AutoTokenizer.from_pretrained(job.model.path)
     peer = mixed(SFTTrainer, turns)(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
-    check_apart(whole, peer.data_collator([peer.train_dataset[place] for place in range(MICRO)]))
+    check_apart(whole, peer.data_collator([peer.train_dataset[place] for place in range(shape_of(job)[1])]))
     del whole
     peer.train_all()
 
