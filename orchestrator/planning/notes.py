@@ -17,6 +17,7 @@ from trainers.shards.worth import metric_refusal
 from trainers.tasks import encode_rules
 from trainers.tasks.chat.render import renderer_of
 from trainers.tokenizer.encoder import load_encoder
+from trainers.tokenizer.stand_in import CHARACTERS
 
 
 def all_notes(checked: CheckedJob, batches: BatchPlan, steps: int, elsewhere: bool) -> tuple[str, ...]:
@@ -27,7 +28,13 @@ def all_notes(checked: CheckedJob, batches: BatchPlan, steps: int, elsewhere: bo
     """
     job, model = checked.job, checked.model
     bare = [] if tensor_shapes(Path(model.path)) else ["the model folder holds no weights: `tuneyard run` refuses it"]
-    ours = (*architecture_notes(checked), *chat_notes(job, model.path), *notes(job, batches, steps, elsewhere))
+    if model.stand_in:
+        bare.append(
+            f"the model folder holds no tokenizer: {CHARACTERS} characters are counted as a token, by which sequences, "
+            "steps and time are rough; memory does not depend on it; `tuneyard run` refuses it"
+        )
+    chat = [] if model.stand_in else chat_notes(job, model.path)
+    ours = (*architecture_notes(checked), *chat, *notes(job, batches, steps, elsewhere))
     return (*checked.notes, *bare, *ours)
 
 

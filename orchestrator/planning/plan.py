@@ -142,14 +142,15 @@ def plan_job(
     run = run_folder(job, model.digest, shards) if shards else None
     if shards is None:
         check_first_labels(checked)
-    counted = count_sequences(job, shards) if shards else count_small(checked)
+    small = None if shards or model.stand_in else count_small(checked)
+    counted = count_sequences(job, shards) if shards else small
     rows, tokens, sequences = counted or estimate_sequences(checked)
     steps = job_order(job, max(sequences, 1)).steps
     trained = tokens * steps * batches.global_batch_size / max(sequences, 1)
     measured = measured_speed(run) if run and not elsewhere else None  # of other devices it says nothing
     speed = tokens_per_s * world_size if tokens_per_s else measured
     metric, mode = choose_metric(job)
-    first = first_example(view(job, model, checked.splits))
+    first = None if model.stand_in else first_example(view(job, model, checked.splits))
     costs = _costs(job, model.path, choice, trained, speed, price, measure)
     return Plan(
         run=str(run) if run else None,

@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -21,6 +21,7 @@ from trainers.model.hub import hub_folder
 from trainers.pretrained import weight_files
 from trainers.storage import Folder
 from trainers.tokenizer.encoder import TOKENIZER_FILES
+from trainers.tokenizer.stand_in import has_tokenizer, with_stand_in
 
 BLOCK_BYTES = 16 << 20
 
@@ -33,13 +34,16 @@ class ModelFolder:
     digest: str
     """Of config, tokenizer, every byte of the weights, and of code that is trusted; of a teacher's too, where the job
     learns from one. Part of the run's identity."""
+    stand_in: bool = False
+    """Whether it has no tokenizer of its own: what it says of tokens is about right, and nothing may be trained."""
 
 
 def prepare_model(job: Job, weights: bool = True) -> ModelFolder:
     """Download or convert where needed. Calling it again does nothing twice.
 
     Args:
-        weights: whether a folder without weights is refused; a plan needs the configuration alone.
+        weights: whether a folder without weights is refused; a plan needs the configuration alone, and gets a tokenizer
+            that stands in where there is none.
 
     Raises:
         JobError: where there is no such model, or it cannot be used.
@@ -47,7 +51,10 @@ def prepare_model(job: Job, weights: bool = True) -> ModelFolder:
     source = _source(job)
     if job.model.gguf_file is not None:
         source = _convert_gguf(job, source)
-    return _checked(source, job, weights)
+    found = _checked(source, job, weights)
+    if weights or has_tokenizer(source):
+        return found
+    return replace(_checked(with_stand_in(source), job, weights), stand_in=True)
 
 
 def find_model(job: Job) -> ModelFolder | None:

@@ -37,11 +37,11 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
+"""Files of a model folder that decide which ids a text becomes; their digest is part of the shard key."""
 NO_TOKENIZER = (
     "model.path: {folder} holds no tokenizer: put the model's tokenizer.json and tokenizer_config.json beside its "
-    "config.json; `tuneyard plan` needs no weights"
+    "config.json; only `tuneyard plan` does without"
 )
-"""Files of a model folder that decide which ids a text becomes; their digest is part of the shard key."""
 
 
 @dataclass(frozen=True)
