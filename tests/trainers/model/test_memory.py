@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
 
 from tests.ranks import run_ranks
 from tests.tiny import chat_rows, make_llama, tiny_job
-from trainers.model.memory import CPU_RESERVE_BYTES, GIB, ModelSize, StepShape, needs
+from trainers.model.memory import CPU_RESERVE_BYTES, GIB, ModelSize, StepShape, needs, shape
 from trainers.model.memory.beyond import largest_group
 from trainers.model.model_size import Live, keep_bytes, measure_size
 from trainers.tasks.losses.chunked import ChunkedLoss
@@ -155,6 +155,17 @@ def test_what_ranks_with_state_on_disk_held_is_met(
     need = needs(size, 2, StepShape(1), on_card=False)[-1]
     assert need.way == "zero3-nvme-offload"
     assert (need.counted + CPU_RESERVE_BYTES) / 2**20 == pytest.approx(held, rel=0.055)
+
+
+def test_what_follows_from_all_tensors_is_worked_out_for_the_model_and_not_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A plan asks for thirty steps and more; of 70 billion parameters with 723 tensors this took it two seconds."""
+    asked: list[int] = []
+    made = shape.zero_settings
+    monkeypatch.setattr(shape, "zero_settings", lambda *given: asked.append(1) or made(*given))
+    needs(ModelSize(723_000, 723_000, 2, 100, length=16, width=8, tensors=(1000,) * 723), 2, StepShape(1))
+    assert 0 < len(asked) < 30
 
 
 def test_a_group_ends_with_the_tensor_that_fills_it() -> None:

@@ -42,7 +42,8 @@ def on_disk(size: ModelSize, world_size: int, step: StepShape, on_card: bool) ->
     copied = width < 4 and step.accumulation == 1  # to fp32, and kept whole where only a part can go to disk
     loose = 4 * sum(each for each in parts if copied and (4 * each < LEAST_ON_DISK or each % ALIGNED))
     buffers, first = groups + weights + world_size * group * width + small + gradients, 8 * group
-    whole = width * sum(each for each in size.tensors if each <= _persistent(size, world_size))
+    persistent = size.settings(3, world_size)["stage3_param_persistence_threshold"]
+    whole = width * sum(each for each in size.tensors if each <= persistent)
     gathered = width * max(size.tensors, default=0) if world_size > 1 or on_card else 0
     return replace(
         held, always=held.always + whole, gathered=gathered, ahead=0 if on_card else gathered,
@@ -65,8 +66,3 @@ def largest_group(parts: Iterable[int], limit: int) -> int:
         largest = max(largest, filled)
         filled = 0 if filled >= limit else filled
     return largest
-
-
-def _persistent(size: ModelSize, world_size: int) -> int:
-    """Values up to which tensors stay whole on every rank."""
-    return size.settings(3, world_size)["stage3_param_persistence_threshold"]
