@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 
+gc.disable()
 sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused in ranks
 for name in (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it when it looks at an optimizer
@@ -24,3 +25,4 @@ os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARN
 for name in ("orchestrator.run", "matplotlib.figure", "mlflow.store.tracking.sqlalchemy_store", "sklearn.metrics"):
     importlib.import_module(name)  # only commands do
 gc.freeze()  # as the rank server does
+gc.enable()

@@ -49,7 +49,9 @@ def main(mode: Mode) -> None:
 
 
 def _import_ahead() -> None:
-    """What a rank imports, also late and inside functions: most of the time to the first step."""
+    """What a rank imports, also late and inside functions: most of the time to the first step, of which searches for
+    cycles among what is made meanwhile were a fifth."""
+    gc.disable()
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused here
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - DeepSpeed does when it looks at an optimizer
     import torch._dynamo
@@ -65,6 +67,7 @@ def _import_ahead() -> None:
 
     del sys.modules["mlflow"]
     gc.freeze()  # 800,000 objects: DeepSpeed's gc.collect() would look through them, 0.4 s for each engine it builds
+    gc.enable()
 
 
 def _say(message: dict[str, Any]) -> None:
