@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from orchestrator.report.html import render_page
 from orchestrator.report.table import Table
 from trainers.errors import TuneyardError
 from trainers.job.load import parse_job
@@ -19,10 +20,7 @@ TASK, METRIC, ENDED = (COLUMNS.index(name) for name in ("task", "metric", "ended
 
 def write_index(runs: Folder) -> None:
     """Write the page into the folder that holds the runs, over an earlier one."""
-    from jinja2 import Environment, StrictUndefined
-
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    runs.write_bytes(INDEX, page.render(table=index_table(runs)).encode())
+    runs.write_bytes(INDEX, render_page(TEMPLATE, table=index_table(runs)).encode())
 
 
 def index_table(runs: Folder) -> Table:

@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.registry.lineage import resolved_yaml
 from orchestrator.report.details import Details
+from orchestrator.report.html import render_page
 from orchestrator.report.memory import memory_table
 from orchestrator.report.plots import draw_curves
 from orchestrator.report.table import Table, text
@@ -66,7 +67,6 @@ def render_report(
         lineage: as `lineage.lineage` gives it.
         details: as `details.gather` gives them.
     """
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     details, (metric, _) = details or Details(), choose_metric(job)
@@ -76,8 +76,8 @@ def render_report(
     curves = draw_curves(events, result.evaluations, best_step, metric, details)
     origin = {name: hide_credentials(value) for name, value in (lineage or {}).items() if name != SHOWN_AS_JOB}
     folded = {name for name in origin if any(part in name for part in FOLDED)}
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return page.render(
+    return render_page(
+        TEMPLATE,
         job=job,
         result=result,
         run_name=run.name,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.report.html import render_page
 from orchestrator.report.page import REPORT
 from orchestrator.report.plots import INK, MUTED, SERIES, STYLE, as_svg
 from orchestrator.report.table import Table, text
@@ -59,14 +60,12 @@ def line_table(record: SweepRecord) -> Table | None:
 
 def write_page(folder: Folder, record: SweepRecord) -> None:
     """Write the page into the sweep's folder, over an earlier one."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
     plot, table = Markup(draw_parallel(record)), trial_table(record)
     runs = {text(trial.number): trial.run for trial in record.trials}
     steps = sum(trial.step for trial in record.trials), sum(trial.steps for trial in record.trials)
-    told = page.render(record=record, table=table, plot=plot, runs=runs, steps=steps, line=line_table(record))
+    told = render_page(TEMPLATE, record=record, table=table, plot=plot, runs=runs, steps=steps, line=line_table(record))
     folder.write_bytes(REPORT, told.encode())
 
 

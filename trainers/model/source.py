@@ -20,8 +20,8 @@ from trainers.model.gguf_base import dequantize
 from trainers.model.hub import hub_folder
 from trainers.pretrained import weight_files
 from trainers.storage import Folder
-from trainers.tokenizer.encoder import TOKENIZER_FILES
-from trainers.tokenizer.stand_in import has_tokenizer, with_stand_in
+from trainers.tokenizer.encoder import tokenizer_files
+from trainers.tokenizer.stand_in import with_stand_in
 
 BLOCK_BYTES = 16 << 20
 
@@ -52,7 +52,7 @@ def prepare_model(job: Job, weights: bool = True) -> ModelFolder:
     if job.model.gguf_file is not None:
         source = _convert_gguf(job, source)
     found = _checked(source, job, weights)
-    if weights or has_tokenizer(source):
+    if weights or tokenizer_files(source):
         return found
     return replace(_checked(with_stand_in(source), job, weights), stand_in=True)
 
@@ -113,9 +113,8 @@ def _checked(path: Path, job: Job, needs_weights: bool = True) -> ModelFolder:
 
 
 def _add_content(digest: xxhash.xxh3_128, path: Path, job: Job) -> None:
-    for name in ("config.json", *TOKENIZER_FILES):
-        if (path / name).is_file():
-            digest.update(name.encode() + (path / name).read_bytes())
+    for name in ("config.json", *tokenizer_files(path)):
+        digest.update(name.encode() + (path / name).read_bytes())
     cache = Folder(job.storage) / "models" / "digests"
     for file in [*weight_files(path), *(sorted(path.glob("*.py")) if job.model.trust_remote_code else ())]:
         digest.update(file.name.encode() + _digest(file, cache).encode())

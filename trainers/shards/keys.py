@@ -24,7 +24,7 @@ from trainers.sources.files import SourceFile, entries_of, find_sources, source_
 from trainers.sources.formats.columnar import declared_classes
 from trainers.storage import Folder
 from trainers.tasks.options import task_options
-from trainers.tokenizer.encoder import NO_TOKENIZER, TOKENIZER_FILES
+from trainers.tokenizer.encoder import NO_TOKENIZER, tokenizer_files
 
 ENCODER_VERSION = 6
 """Raised whenever the same inputs would give other shards."""
@@ -226,7 +226,7 @@ def _form(job: Job) -> list[Any]:
 
 
 def _tokenizer_digest(folder: Path) -> str:
-    held = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    held = tokenizer_files(folder)
     if not held:
         raise JobError(NO_TOKENIZER.format(folder=folder))
     return _digest([[name, xxhash.xxh3_128_hexdigest((folder / name).read_bytes())] for name in held])

@@ -44,6 +44,11 @@ NO_TOKENIZER = (
 )
 
 
+def tokenizer_files(folder: Path) -> list[str]:
+    """Those that a model folder holds."""
+    return [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
 @dataclass(frozen=True)
 class TokenizerSpec:
     """A tokenizer as one process hands it to another."""
@@ -231,7 +236,7 @@ def encoder_of(spec: TokenizerSpec, fast: bool) -> Encoder:
 def _load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer  # 1.6 s: only processes that read a spec or render chats pay it
 
-    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+    if Path(folder).is_dir() and not tokenizer_files(Path(folder)):
         raise JobError(NO_TOKENIZER.format(folder=folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -5,8 +5,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from trainers.tokenizer.encoder import TOKENIZER_FILES
-
 CHARACTERS = 4
 """Of a token: about what published tokenizers take of English text."""
 END, MASK = "<end>", "<mask>"
@@ -14,11 +12,6 @@ TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}\n{{ message['content'] }}" + END + "\n{% endfor %}"
     "{% if add_generation_prompt %}assistant\n{% endif %}"
 )
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder holds any file of a tokenizer."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def with_stand_in(folder: Path) -> Path:
