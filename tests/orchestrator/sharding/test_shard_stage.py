@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,23 +64,21 @@ def test_killed_workers_cost_the_shards_in_flight_alone(
     killed: list[int] = []
     written: dict[str, int] = {}
 
-    def committed() -> int:
-        with suppress(FileNotFoundError):  # a staged file got its name while the folder was listed
-            return len(list(Path(job.storage).rglob("shard-*.json")))
-        return 0
-
     def kill() -> None:
         deadline = time.monotonic() + 400
-        while committed() < 3 and time.monotonic() < deadline:
+        while len(list(Path(job.storage).glob("shards/*/shard-*.json"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.005)
         written.update({name: stamp for name, stamp in stamps(job).items() if name.endswith(".json")})
         while not killed and time.monotonic() < deadline:
-            killed.extend(pid for pid in workers() if not os.kill(pid, signal.SIGKILL))
+            for pid in workers():
+                with suppress(ProcessLookupError):  # it ended since it was listed
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
 
-    thread = threading.Thread(target=kill)
-    thread.start()
-    shards = write_shards(checked(job, tiny_chat_tokenizer))
-    thread.join()
+    with ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(kill)
+        shards = write_shards(checked(job, tiny_chat_tokenizer))
+    killing.result()
     assert killed and len(shards.train.shards) > 15
     done = {name: stamp for name, stamp in written.items() if "shard-" in name}
     assert len(done) >= 3 and {name: stamps(job)[name] for name in done} == done
