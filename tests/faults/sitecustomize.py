@@ -3,7 +3,8 @@
 A run folder's `faults.json` lists what goes wrong: `{"kind", "rank", "step"}`, each once unless it says `"always"`.
 Kinds: stop (SIGSTOP), kill, oom (in the control group `cgroup`, which has a memory limit), sleep_loader, raise, memory,
 endless_forward, nan, slow (`seconds` a step), skip (all ranks exchange a number after the backward pass, this one not),
-mismatch (it leaves out the exchange of losses), kill_evaluating (once the ranks evaluate after that step).
+mismatch (it leaves out the exchange of losses), kill_evaluating (once the ranks evaluate after that step). `committed`:
+a step whose checkpoint must be committed before the fault happens; the rank waits for it.
 Without that file nothing is changed.
 """
 
@@ -113,6 +114,9 @@ def _due(run, fault, step):
     if step != fault["step"] or mark.exists():
         return False
     mark.touch()
+    marker = Path(run) / "checkpoints" / f"step-{fault.get('committed', 0):08d}" / "COMMITTED"
+    while "committed" in fault and not marker.exists():
+        time.sleep(0.01)
     return True
 
 

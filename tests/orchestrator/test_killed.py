@@ -112,7 +112,7 @@ def test_a_driver_killed_in_each_stage_is_finished_by_the_same_command(
         return any((storage_of(own) / "shards").glob("*"))
 
     def training() -> bool:
-        return any(len(losses(run)) >= 8 for run in runs_of(own, "killed"))
+        return any(events_of(run, "checkpoint") for run in runs_of(own, "killed"))
 
     def evaluating() -> bool:
         return any(any((run / "evals").glob("*.json")) for run in runs_of(own, "killed"))

@@ -60,7 +60,7 @@ def test_a_submitted_job_whose_worker_and_then_driver_are_killed_goes_on_when_su
     `ray job submit` of the same job then ends with the losses of an undisturbed run."""
     run = coming_run(own, "name=again")
     slow = {"kind": "slow", "rank": 0, "step": 0, "seconds": 0.05, "always": True}
-    put_faults(run, slow, {"kind": "kill", "rank": 1, "step": 11})
+    put_faults(run, slow, {"kind": "kill", "rank": 1, "step": 11, "committed": 6})
     words = [sys.executable, "-m", "orchestrator", "submit", str(own), "--address", head, *sets(name="again")]
     disabled = {"RAY_AUTH_MODE": "disabled"}
     first = subprocess.Popen(words, env=environment(**disabled), stdout=subprocess.PIPE, text=True)
