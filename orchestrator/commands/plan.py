@@ -19,12 +19,15 @@ def plan_table(plan: Plan, full: bool) -> None:
     """What the job comes to and, where `full`, the job with every default written out."""
     about = "" if plan.exact else "about "
     batch = f"{plan.world_size} workers x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated"
+    shorter = (
+        "; shorter ones go together to as many tokens" if plan.lengths_differ and plan.global_batch_size > 1 else ""
+    )
     data = f"{plan.train_rows:,} rows, {plan.train_tokens:,} tokens, {plan.sequences:,} sequences an epoch"
     known = plan.labels or ()
     labels = ", ".join(known[:LABELS]) + (" ..." if len(known) > LABELS else "")
     rows = [
         ("data", about + data),
-        ("global batch", f"{plan.global_batch_size:,} sequences = {batch}"),
+        ("global batch", f"{plan.global_batch_size:,} sequences = {batch}{shorter}"),
         ("steps", f"{about}{plan.steps:,}, {plan.checkpoints:,} checkpoints of {plan.checkpoint_gib:.2f} GiB"),
         *([("labels", labels)] if known else []),
         ("chosen by", f"{plan.mode} {plan.metric}"),

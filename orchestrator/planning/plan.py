@@ -26,7 +26,7 @@ from orchestrator.planning.preflight import CheckedJob
 from orchestrator.planning.show import first_example, in_short, view
 from orchestrator.planning.small_data import count_small
 from orchestrator.ray_session import gpu_memory
-from trainers.batching.batch_plan import plan_batches
+from trainers.batching.batch_plan import BatchPlan
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
@@ -66,6 +66,9 @@ class Plan(Record):
     global_batch_size: int
     micro_batch_size: int
     accumulation: int
+    lengths_differ: bool
+    """Whether shorter sequences than the longest go together in a micro-batch, so that a step may take fewer or, with
+    short and long ones, more micro-batches than that."""
     labels: tuple[str, ...] | None
     """In the order of the logits, for tasks with labels; null while the shards are not written."""
     metric: str
@@ -134,10 +137,9 @@ def plan_job(
     elsewhere = device_bytes is not None
     if device_bytes is None and job.scale.gpus_per_worker != 0:
         device_bytes = gpu_memory()
-    world_size = job.scale.max_workers
     measure = cache(lambda: size_model(job, model.path))
-    choice = choose(job, world_size, device_bytes, measure)
-    batches = plan_batches(job.train.global_batch_size, choice.step.micro_batch_size, world_size, job.data.max_length)
+    choice = choose(job, job.scale.max_workers, device_bytes, measure)
+    batches = choice.batches
     shards = load_shards(job, checked.splits)
     run = run_folder(job, model.digest, shards) if shards else None
     if shards is None:
@@ -148,7 +150,7 @@ def plan_job(
     steps = job_order(job, max(sequences, 1)).steps
     trained = tokens * steps * batches.global_batch_size / max(sequences, 1)
     measured = measured_speed(run) if run and not elsewhere else None  # of other devices it says nothing
-    speed = tokens_per_s * world_size if tokens_per_s else measured
+    speed = tokens_per_s * batches.world_size if tokens_per_s else measured
     metric, mode = choose_metric(job)
     first = None if model.stand_in else first_example(view(job, model, checked.splits))
     costs = _costs(job, model.path, choice, trained, speed, price, measure)
@@ -159,15 +161,16 @@ def plan_job(
         train_tokens=tokens,
         sequences=sequences,
         steps=steps,
-        world_size=world_size,
+        world_size=batches.world_size,
         global_batch_size=batches.global_batch_size,
         micro_batch_size=batches.micro_batch_size,
         accumulation=batches.accumulation,
+        lengths_differ=job.lengths_differ,
         labels=job_task(job, shards.train, model.path).labels if shards and load_task(job.task).has_labels else None,
         metric=metric,
         mode=mode,
         checkpoints=-(-steps // job.checkpoint.every_steps),
-        **_memory(job, choice, device_bytes, world_size, measure),
+        **_memory(job, choice, device_bytes, batches, measure),
         **costs,
         evaluation=where_evaluated(job, costs["parameters"], device_bytes, elsewhere),
         notes=(*all_notes(checked, batches, steps, elsewhere), *metric_notes(job, shards)),
@@ -177,11 +180,11 @@ def plan_job(
 
 
 def _memory(
-    job: Job, choice: Choice, device_bytes: int | None, world_size: int, measure: Callable[[], ModelSize]
+    job: Job, choice: Choice, device_bytes: int | None, batches: BatchPlan, measure: Callable[[], ModelSize]
 ) -> dict[str, Any]:
     """The plan's fields on how the step is cut and what it needs."""
     refused = device_bytes is not None and choice.fits is False
-    sent = messages(choice, measure(), world_size) if choice.needs else {"sent_gib_per_step": None, "settings": ()}
+    sent = messages(choice, batches, measure()) if choice.needs else {"sent_gib_per_step": None, "settings": ()}
     return {
         **sent,
         "deepspeed": choice.way,

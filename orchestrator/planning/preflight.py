@@ -7,7 +7,6 @@ from pathlib import Path
 
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.tracking.wandb_outlet import check_wandb
-from trainers.batching.batch_plan import plan_batches
 from trainers.errors import JobError
 from trainers.evaluation.harness import check_harness
 from trainers.job.draft import Checks, Draft
@@ -174,10 +173,8 @@ def check_batches(job: Job) -> None:
     problems: dict[str, None] = {}
     for workers in sorted({job.scale.min_workers, job.scale.max_workers}):
         try:
-            batches = plan_batches(
-                job.train.global_batch_size, job.train.micro_batch_size, workers, job.data.max_length
-            )
-            derive_config(settle(job, choose(job, workers, None, lambda: ModelSize(0, 0, 0, 0))), batches)
+            choice = choose(job, workers, None, lambda: ModelSize(0, 0, 0, 0))
+            derive_config(settle(job, choice), choice.batches)
         except JobError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:

@@ -1,11 +1,11 @@
 """The micro-batches of a step for one rank, collated ahead of time by a thread.
 
 Every rank works out the whole step from lengths alone, so ranks agree on targets and token counts without a word, and
-take equal numbers of micro-batches: where a step holds fewer sequences than the global batch, the missing ones are
-copies without targets, which add nothing to the loss.
+take equal numbers of micro-batches: where one is missing, a copy of a sequence without targets takes its place, which
+adds nothing to the loss.
 
-Within a step, micro-batches are cut from its sequences by length, the longest first, and dealt to the ranks in turn:
-little padding, ranks that work alike at any moment, and the fullest moment of a step at its beginning. What a step
+Within a step, micro-batches are cut from its sequences by length, the longest first (`cutting`), and dealt to the ranks
+in turn: little padding, ranks that work alike at any moment, and the long sequences at a step's beginning. What a step
 holds, and so its gradient, is the order's alone.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from trainers.batching.batch_plan import BatchPlan
+from trainers.batching.cutting import cut_step
 from trainers.batching.order import Order
 from trainers.batching.packing import PackIndex
 from trainers.shards.dataset import ShardSet
@@ -24,6 +25,9 @@ from trainers.tasks import Task
 from trainers.tasks.base import IGNORE, Batch
 
 POLL_S = 0.1
+WIDEST = 8
+"""A short sequence counts as at least this share of the longest one, so no micro-batch holds more than so many times as
+many of them. Some models pad rows to a block of attention."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,25 @@ class StepSource:
     """Gives any step's micro-batches; asking for the next one in order finds it ready."""
 
     def __init__(
-        self, shards: ShardSet, packs: PackIndex, order: Order, plan: BatchPlan, rank: int, task: Task, pad_id: int
+        self,
+        shards: ShardSet,
+        packs: PackIndex,
+        order: Order,
+        plan: BatchPlan,
+        rank: int,
+        task: Task,
+        pad_id: int,
+        overhead: float = 0.0,
     ) -> None:
+        """Args: overhead: what a micro-batch costs beside its positions, in positions."""
         self._shards, self._packs, self._order, self._plan = shards, packs, order, plan
         self._rank, self._task, self._pad_id = rank, task, pad_id
+        self._overhead = overhead
         self._targets, self._tokens = packs.sums(shards.targets), packs.sums(shards.lengths)
+        spans = packs.sums(task.spans(shards.lengths, shards.targets))
+        self._longest = int(spans.max(initial=1))
+        alike = bool(task.options.pack_length)  # padded to one length, each for itself
+        self._spans = np.maximum(spans, self._longest if alike else -(-self._longest // WIDEST))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collate")
         self._ahead: tuple[int, Future[StepBatch]] | None = None
 
@@ -85,12 +103,10 @@ class StepSource:
 
     def _make(self, step: int) -> StepBatch:
         sequences = self._order.step(step)
-        sequences = sequences[np.argsort(-self._tokens[sequences], kind="stable")]
-        size, ranks = self._plan.micro_batch_size, self._plan.world_size
-        micro_batches = tuple(
-            self._collate(sequences[start : start + size], sequences, step + 1)
-            for start in range(self._rank * size, ranks * size * self._plan.accumulation, ranks * size)
-        )
+        sequences = sequences[np.lexsort((-self._tokens[sequences], -self._spans[sequences]))]
+        cuts = cut_step(self._spans[sequences], self._plan, self._longest, self._overhead)
+        own = cuts[self._rank :: self._plan.world_size]
+        micro_batches = tuple(self._collate(sequences[cut], sequences, step + 1) for cut in own)
         targets, tokens = int(self._targets[sequences].sum()), int(self._tokens[sequences].sum())
         return StepBatch(micro_batches, max(targets, 1), tokens)
 

@@ -254,6 +254,11 @@ class Job(Section):
         return self.task in PACKING_TASKS if self.data.packing is None else self.data.packing
 
     @property
+    def lengths_differ(self) -> bool:
+        """Whether training sequences are of many lengths: neither packs nor blocks cut from longer texts."""
+        return not self.packing and self.task != "pretrain"
+
+    @property
     def overlong(self) -> Overlong:
         return self.data.overlong or ("split" if self.task in SPLITTING_TASKS else "truncate")
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
 
-from trainers.batching.batch_plan import BatchPlan, plan_batches
+from trainers.batching.batch_plan import BatchPlan
 from trainers.job.schema import Job
-from trainers.model.deepspeed_config import way_of
+from trainers.model.deepspeed_config import job_batches, way_of
 from trainers.model.memory import GIB, ModelSize, Need, StepShape, needs
 
 WAYS = {"zero0": 1.0, "zero1": 1.1, "zero2": 1.2, "zero3": 1.9, "zero3-cpu-offload": 10.0}
@@ -25,6 +25,8 @@ AGAIN = {(0, False): 1.0, (2, False): 1.17, (1, False): 1.33, (1, True): 1.5}
 third of a step."""
 SMALL = 2.0
 """What micro-batches below 4,096 tokens cost: too small to fill a GPU."""
+PADDED = 1.05
+"""What it costs if long sequences pad short ones: less than the next way."""
 WITHOUT_DEVICES = {False: "zero3", True: "zero2"}
 """Where no device's memory is known, by whether layers are compiled."""
 
@@ -35,6 +37,7 @@ class Choice:
 
     way: str
     """Name or path of a template."""
+    batches: BatchPlan
     step: StepShape
     reason: str
     fits: bool | None = None
@@ -54,56 +57,57 @@ def choose(job: Job, world_size: int, device_bytes: int | None, measure: Callabl
         JobError: where the batch does not divide.
     """
     named = None if job.train.deepspeed == "auto" else job.train.deepspeed
-    batches = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world_size, job.data.max_length)
+    batches = job_batches(job, world_size, named or WITHOUT_DEVICES[job.train.compile])
     on_cpu = job.scale.gpus_per_worker == 0
     own = named is not None and named not in (*WAYS, *NAMED)
     if device_bytes is None or (own and not (on_cpu and way_of(job.train.deepspeed))):
-        step = StepShape(batches.micro_batch_size, batches.accumulation, job.train.checkpoint_every_layers,
-                         job.train.activation_offload)  # fmt: skip
-        return Choice(
-            named or WITHOUT_DEVICES[job.train.compile], step, "named by the job" if named else "ranks compute on CPUs"
-        )
+        reason = "named by the job" if named else "ranks compute on CPUs"
+        return Choice(named or WITHOUT_DEVICES[job.train.compile], batches, _shape(job, batches), reason)
     size = measure()
     if on_cpu:
         return _on_cpu(job, batches, world_size, device_bytes, size)
     least, chosen = inf, None
-    for _, way, step in _candidates(job, batches, size):
+    for _, way, cut, step in _candidates(job, batches, size):
         need = _need(size, world_size, step, way)
         if need.device <= device_bytes:
             figure = f"{need.device / GIB:.1f} of {device_bytes / GIB:.1f} GiB"
             reason = f"named by the job: needs {figure}" if named else f"the cheapest way that fits: {figure}"
-            return Choice(way, step, reason, True, needs(size, world_size, step))
+            return Choice(way, cut, step, reason, True, needs(size, world_size, step))
         if need.device < least:
-            least, chosen = need.device, (way, step)
+            least, chosen = need.device, (way, cut, step)
     assert chosen is not None
     figure = f"{least / GIB:.1f} GiB, a device has {device_bytes / GIB:.1f}"
-    return Choice(*chosen, f"may not fit: needs {figure}", False, needs(size, world_size, chosen[1]))
+    return Choice(*chosen, f"may not fit: needs {figure}", False, needs(size, world_size, chosen[2]))
 
 
 def _on_cpu(job: Job, batches: BatchPlan, world_size: int, memory: int, size: ModelSize) -> Choice:
     """What ranks on CPUs do anyway, held against the memory that each may take."""
     way = WITHOUT_DEVICES[job.train.compile] if job.train.deepspeed == "auto" else job.train.deepspeed
-    step = StepShape(batches.micro_batch_size, batches.accumulation, job.train.checkpoint_every_layers,
-                     job.train.activation_offload)  # fmt: skip
+    step = _shape(job, batches)
     found = needs(size, world_size, step, on_card=False)
     if way not in (*WAYS, *NAMED):  # a file of the job's own
         found = tuple(replace(each, way=way) for each in found if each.way == way_of(way))
     need = next(each.device for each in found if each.way == way)
     figures = f"ranks compute on CPUs; one needs {need / GIB:.1f} GiB and may take {memory / GIB:.1f}"
-    return Choice(way, step, figures, need <= memory, found)
+    return Choice(way, batches, step, figures, need <= memory, found)
 
 
-def _candidates(job: Job, batches: BatchPlan, size: ModelSize) -> list[tuple[float, str, StepShape]]:
+def _shape(job: Job, batches: BatchPlan) -> StepShape:
+    again = job.train.checkpoint_every_layers, job.train.activation_offload
+    return StepShape(batches.micro_batch_size, batches.rounds, *again)
+
+
+def _candidates(job: Job, batches: BatchPlan, size: ModelSize) -> list[tuple[float, str, BatchPlan, StepShape]]:
     """Every way and step that the job allows, with its cost; the cheapest first, of equal cost the largest step."""
     ways = WAYS if job.train.deepspeed == "auto" else {job.train.deepspeed: 1.0}
     if job.train.compile:
         ways = {way: cost for way, cost in ways.items() if not way.startswith("zero3")}
     found = []
     for (way, slower), ((every, offload), longer) in product(ways.items(), _layers_again(job, size).items()):
-        for micro, accumulation in _micro_batches(job, batches):
-            cost = slower * longer * (SMALL if micro < batches.micro_batch_size else 1.0)
-            found.append((cost, way, StepShape(micro, accumulation, every, offload)))
-    return sorted(found, key=lambda each: (each[0], -each[2].micro_batch_size))
+        for cut, padded in _cuts(job, batches, way):
+            cost = slower * longer * padded * (SMALL if cut.micro_batch_size < batches.micro_batch_size else 1.0)
+            found.append((cost, way, cut, StepShape(cut.micro_batch_size, cut.rounds, every, offload)))
+    return sorted(found, key=lambda each: (each[0], -each[3].micro_batch_size))
 
 
 def _layers_again(job: Job, size: ModelSize) -> dict[tuple[int, bool], float]:
@@ -116,12 +120,15 @@ def _layers_again(job: Job, size: ModelSize) -> dict[tuple[int, bool], float]:
     return {setting: cost for setting, cost in AGAIN.items() if setting[1] or not asked.activation_offload}
 
 
-def _micro_batches(job: Job, batches: BatchPlan) -> Iterator[tuple[int, int]]:
-    """The sizes that may be taken, each with its number of micro-batches a step."""
-    per_rank = batches.micro_batch_size * batches.accumulation
+def _cuts(job: Job, batches: BatchPlan, way: str) -> Iterator[tuple[BatchPlan, float]]:
+    """The cuts that may be taken, each with what its padding costs."""
+    per_rank = batches.per_rank
     for micro in range(1, per_rank + 1) if job.train.micro_batch_size == "auto" else [batches.micro_batch_size]:
         if per_rank % micro == 0:
-            yield micro, per_rank // micro
+            cut = job_batches(job, batches.world_size, way, micro)
+            yield cut, 1.0
+            if cut.rounds > cut.accumulation:  # whose gradients need memory of their own
+                yield replace(cut, spread=False), PADDED
 
 
 def _need(size: ModelSize, world_size: int, step: StepShape, way: str) -> Need:

@@ -5,11 +5,12 @@ job: a template that states another value is refused with both values.
 """
 
 import json
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from trainers.batching.batch_plan import BatchPlan
+from trainers.batching.batch_plan import BatchPlan, plan_batches
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.storage import is_remote
@@ -62,6 +63,9 @@ def read_template(name: str) -> dict[str, Any]:
 def derive_config(job: Job, batches: BatchPlan) -> dict[str, Any]:
     """The configuration that `deepspeed.initialize` gets.
 
+    The file may say how a step is cut if all its sequences are as long as the longest; the engine is given the most
+    micro-batches that a step may take, and told at each whether it is the last.
+
     bf16 gradients of several micro-batches are summed in fp32: in bf16 a sum of 64 would be off by about 1 %, for 2
     bytes a parameter less. Under stage 1 DeepSpeed takes another optimizer for that, which checkpoints do not know.
 
@@ -70,7 +74,7 @@ def derive_config(job: Job, batches: BatchPlan) -> dict[str, Any]:
     """
     template = read_template(job.train.deepspeed)
     derived = _derived(job, batches)
-    if derived["bf16"]["enabled"] and batches.accumulation > 1 and template["zero_optimization"]["stage"] > 1:
+    if derived["bf16"]["enabled"] and batches.rounds > 1 and template["zero_optimization"]["stage"] > 1:
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     problems = [
         f"{job.train.deepspeed} sets {key!r}, which belongs to the job: {owner}"
@@ -95,7 +99,34 @@ def derive_config(job: Job, batches: BatchPlan) -> dict[str, Any]:
         for key in READ_AHEAD:
             template["zero_optimization"].setdefault(key, 0)
     kept = {key: value for key, value in template.items() if key not in OWNED_BY_THE_JOB}
-    return _merge(kept, derived)
+    most = {
+        "train_micro_batch_size_per_gpu": batches.per_rank // batches.rounds,
+        "gradient_accumulation_steps": batches.rounds,
+    }
+    return _merge(kept, derived) | most
+
+
+def job_batches(job: Job, world_size: int, way: str | None = None, micro: int | None = None) -> BatchPlan:
+    """How a job's step is cut. Where sequences differ in length it may take more micro-batches than it must, except
+    where the sums of their gradients would be less exact: of bf16 under stage 1.
+
+    Args:
+        way: a template in the place of the job's.
+        micro: the size of a micro-batch in the place of the job's.
+
+    Raises:
+        JobError: where the batch does not divide.
+    """
+    way, train = way or job.train.deepspeed, job.train
+    micro_batch_size = micro or train.micro_batch_size
+    plan = plan_batches(train.global_batch_size, micro_batch_size, world_size, job.data.max_length, job.lengths_differ)
+    inexact = plan.rounds > plan.accumulation and job.model.dtype == "bfloat16" and _stage(way) == 1
+    return replace(plan, spread=False) if inexact else plan
+
+
+def _stage(way: str) -> int | None:
+    """Of ZeRO; None while it is open."""
+    return None if way == "auto" else int(read_template(way)["zero_optimization"]["stage"])
 
 
 def keeps_on_disk(name: str) -> bool:

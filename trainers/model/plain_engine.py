@@ -23,8 +23,8 @@ class PlainEngine(torch.nn.Module):  # type: ignore[misc]  # torch is not typed 
         super().__init__()
         self.module = model
         self.global_rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._clip, self._accumulation = config["gradient_clipping"], config["gradient_accumulation_steps"]
-        self._taken = 0
+        self._clip = config["gradient_clipping"]
+        self._last = True
         self._norm: Any = None
         self.masters = {
             parameter: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
@@ -46,6 +46,10 @@ class PlainEngine(torch.nn.Module):  # type: ignore[misc]  # torch is not typed 
         """Of the last update, before clipping; a scalar on the device."""
         return self._norm
 
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the micro-batch to come is the last of its step."""
+        self._last = is_boundary
+
     def backward(self, loss: Any, scale_wrt_gas: bool = False) -> None:
         """Add a micro-batch's gradients to the step's."""
         assert not scale_wrt_gas, "the loop scales its losses itself"
@@ -57,10 +61,8 @@ class PlainEngine(torch.nn.Module):  # type: ignore[misc]  # torch is not typed 
 
     def step(self) -> None:
         """Update after the last micro-batch of a step; before that, nothing."""
-        self._taken += 1
-        if self._taken < self._accumulation:
+        if not self._last:
             return
-        self._taken = 0
         gradients = [self._gradient(master) for master in self.masters.values()]
         if self.world_size > 1:
             average(gradients, self.world_size)

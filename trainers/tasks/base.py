@@ -93,6 +93,11 @@ class Task(ABC):
         """Targets of each sequence of a shard, int64 [rows]: what the loss is averaged over."""
         return np.ones(table.num_rows, dtype=np.int64)
 
+    def spans(self, lengths: Array, targets: Array) -> Array:
+        """What each sequence takes of a micro-batch, in positions of `input_ids`, int64 [rows]; so are `lengths` and
+        `targets`."""
+        return lengths.astype(np.int64)
+
     @abstractmethod
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Sequences (each of one or more documents) as arrays [batch, seq].

@@ -90,6 +90,14 @@ class Seq2Seq(Task):
 
     def prepare(self, encoder: Encoder) -> None:
         self._tokenizer = encoder.tokenizer
+        self._apart = encoder.is_encoder_decoder
+
+    def spans(self, lengths: Array, targets: Array) -> Array:
+        """Source and target in one line, or the longer of the two, each measured by the longest of its kind."""
+        if not self._apart or not len(lengths):
+            return lengths.astype(np.int64) + targets
+        spans: Array = np.ceil(np.maximum(lengths, targets * (lengths.max() / max(targets.max(), 1)))).astype(np.int64)
+        return spans
 
     def collate(self, packs: Sequence[Sequence[Example]], pad_id: int, draw: int = 0) -> Batch:
         """Sources and targets padded on the right; of a causal model source and target as one line."""

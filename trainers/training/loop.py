@@ -195,10 +195,12 @@ def run_micro_batches(
 
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for place, micro in enumerate(batch.micro_batches, 1):
+        last = place == len(batch.micro_batches)
+        engine.set_gradient_accumulation_boundary(last)
         with masks_known(micro.mask_facts()):
             loss_sum = objective.step_loss(engine, *micro.to(world.device), micro.targets(world.device))
         engine.backward(share_of_step(loss_sum, batch.targets, world.size), scale_wrt_gas=False)
-        if place == len(batch.micro_batches):
+        if last:
             before_update()
         engine.step()
         total += loss_sum.detach()

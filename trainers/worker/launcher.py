@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from trainers.batching.batch_plan import plan_batches
 from trainers.errors import JobError
 from trainers.job.schema import Job
-from trainers.model.deepspeed_config import derive_config
+from trainers.model.deepspeed_config import derive_config, job_batches
 
 AUTO = "auto"
 
@@ -21,7 +20,7 @@ def check_launcher(job: Job, environment: Mapping[str, str]) -> list[str]:
         JobError: with every setting of an accelerate configuration that contradicts the job.
     """
     world = int(environment.get("WORLD_SIZE", "1"))
-    batches = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world, job.data.max_length)
+    batches = job_batches(job, world)
     is_open = job.train.deepspeed == AUTO  # settled once the devices are known, so no stage contradicts it
     config = {} if is_open else derive_config(job, batches)
     zero: dict[str, Any] = config.get("zero_optimization") or {}

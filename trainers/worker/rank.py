@@ -3,8 +3,8 @@
 import time
 from typing import Any
 
-from trainers.batching.batch_plan import BatchPlan, plan_batches
 from trainers.batching.batches import StepSource
+from trainers.batching.cutting import overhead_positions
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
@@ -86,7 +86,6 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     task = run.load_task()
     choice = choose(run.job, world.size, smallest_device(world), lambda: measure_size(run.job, run.model.path))
     job = settle(run.job, choice)
-    plan = plan_batches(job.train.global_batch_size, job.train.micro_batch_size, world.size, job.data.max_length)
     encoder = load_encoder(run.model.path, job.model.trust_remote_code)
     task.prepare(encoder)
 
@@ -94,8 +93,8 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
         config = task.load_config(run.model.path, encoder.pad_id, job.model.trust_remote_code)
         return max(int(p.numel()) for p in on_meta(config, task, job.model.trust_remote_code).parameters())
 
-    with swap_files(derive_config(job, plan), largest, run.folder.name, world) as config:
-        return _train(run, job, task, encoder, choice, plan, config, hooks, world)
+    with swap_files(derive_config(job, choice.batches), largest, run.folder.name, world) as config:
+        return _train(run, job, task, encoder, choice, config, hooks, world)
 
 
 def _train(
@@ -104,7 +103,6 @@ def _train(
     task: Task,
     encoder: Encoder,
     choice: Choice,
-    plan: BatchPlan,
     config: dict[str, Any],
     hooks: Hooks,
     world: World,
@@ -115,7 +113,7 @@ def _train(
         job: settled.
         config: of DeepSpeed.
     """
-    pad_id = encoder.pad_id
+    plan, pad_id = choice.batches, encoder.pad_id
     shards = run.open_shards("train", task)
     packs = index_packs(job, shards)
     order = job_order(job, len(packs))
@@ -128,7 +126,7 @@ def _train(
     check_longest(engine, objective, task, shards, packs, plan.micro_batch_size, pad_id, world)
     if job.train.compile:
         compile_layers(engine, task, job.data.max_length)
-    source = StepSource(shards, packs, order, plan, world.rank, task, pad_id)
+    source = StepSource(shards, packs, order, plan, world.rank, task, pad_id, _overhead(engine, config, world))
     schedule = Schedule(job.train.schedule, job.train.learning_rate, order.steps, job.train.warmup_ratio)
     checkpointer = _checkpointer(run, job, engine, skipped, hooks, world)
     start = checkpointer.resume()
@@ -157,6 +155,14 @@ def _train(
     _tell_end(hooks, outcome, world)
     hooks.at("done", outcome.progress.step)
     return outcome
+
+
+def _overhead(engine: Any, config: dict[str, Any], world: World) -> float:
+    """What a micro-batch costs beside its positions."""
+    parameters = sum(int(getattr(each, "ds_numel", each.numel())) for each in engine.parameters())
+    offload = config["zero_optimization"].get("offload_param") or {}
+    kept = offload.get("device", "none") if engine.zero_optimization_stage() == 3 else None
+    return overhead_positions(parameters, world.device.type != "cpu", kept)
 
 
 def _begin(run: Run, steps: int, hooks: Hooks) -> SkippedSteps:

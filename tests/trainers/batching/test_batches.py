@@ -20,20 +20,26 @@ RANKS, MICRO, ROUNDS = 2, 2, 2
 GLOBAL = RANKS * MICRO * ROUNDS
 
 
-@pytest.fixture
-def sources(tmp_path: Path, tiny_chat_tokenizer: Path) -> list[StepSource]:
-    """Of each rank, over 13 rows of different lengths: the second step holds 5."""
+def sources_of(
+    folder: Path, tokenizer: Path, characters: list[int], order: Order, padded_to: int = 0, overhead: float = 0.0
+) -> list[StepSource]:
+    """Of each rank, over rows of so many characters."""
     draw = np.random.default_rng(0)
-    rows = [
-        {"text": bytes(draw.integers(97, 123, size, np.uint8)).decode()} for size in draw.permutation(range(9, 57, 3))
-    ]
-    job = tiny_job(tmp_path, tiny_chat_tokenizer, "pretrain", rows, data={"packing": False})
+    rows = [{"text": bytes(draw.integers(97, 123, size, np.uint8)).decode()} for size in draw.permutation(characters)]
+    job = tiny_job(folder, tokenizer, "pretrain", rows, data={"packing": False})
     shard_locally(job)
     written = load_written(job).train
     task = job_task(job, written)
+    task.options = task.options.model_copy(update={"pack_length": padded_to})
     shards = ShardSet(shards_folder(Folder(job.storage), written.key), written, task)
-    order, plan = Order(13, GLOBAL, 13, 0), BatchPlan(GLOBAL, RANKS, MICRO, ROUNDS)
-    return [StepSource(shards, index_packs(job, shards), order, plan, rank, task, 0) for rank in range(RANKS)]
+    packs, plan = index_packs(job, shards), BatchPlan(GLOBAL, RANKS, MICRO, ROUNDS)
+    return [StepSource(shards, packs, order, plan, rank, task, 0, overhead) for rank in range(RANKS)]
+
+
+@pytest.fixture
+def sources(tmp_path: Path, tiny_chat_tokenizer: Path) -> list[StepSource]:
+    """Over 13 rows of different lengths: the third step holds 1."""
+    return sources_of(tmp_path, tiny_chat_tokenizer, list(range(9, 57, 3)), Order(13, GLOBAL, 17, 0))
 
 
 def lengths(batch: Any) -> list[int]:
@@ -50,12 +56,30 @@ def test_micro_batches_go_from_the_longest_to_the_shortest_and_ranks_hold_neighb
     assert dealt == sorted(dealt, reverse=True)
 
 
+@pytest.mark.parametrize("padded_to", [0, 64])
+def test_short_rows_go_together_unless_each_is_padded_to_one_length(
+    tmp_path: Path, tiny_chat_tokenizer: Path, padded_to: int
+) -> None:
+    """A micro-batch holds two long rows or many short ones; where layers are compiled all rows are long."""
+    rows, order = [50] * 4 + [9] * 12, Order(13, GLOBAL, 16, 0)
+    sources = sources_of(tmp_path, tiny_chat_tokenizer, rows, order, padded_to, overhead=100.0)
+    sizes = []
+    for step in range(order.steps):
+        found = [len(micro.rows) for source in sources for micro in source.next(step).micro_batches]
+        assert sum(found) == GLOBAL
+        sizes += found
+    if padded_to:
+        assert sizes == [MICRO] * RANKS * ROUNDS * order.steps
+    else:
+        assert max(sizes) > MICRO and len(sizes) < RANKS * ROUNDS * order.steps
+
+
 def test_a_short_step_holds_each_sequence_once_and_fills_up_without_targets(sources: list[StepSource]) -> None:
-    batches = [source.next(1) for source in sources]
+    batches = [source.next(2) for source in sources]
     micro = [each for batch in batches for each in batch.micro_batches]
-    assert [len(batch.micro_batches) for batch in batches] == [ROUNDS] * RANKS
+    assert [len(batch.micro_batches) for batch in batches] == [1] * RANKS
     rows = [int(row) for each in micro for row in each.rows]
-    assert sorted(rows) == sorted(int(row) for row in Order(13, GLOBAL, 13, 0).step(1))
+    assert rows == [int(row) for row in Order(13, GLOBAL, 17, 0).step(2)]
     assert sum(int((each.labels >= 0).sum()) for each in micro) == batches[0].targets
     filler = [each for each in micro if not len(each.rows)]
     assert [each.labels.max() for each in filler] == [-100]

@@ -174,3 +174,21 @@ def test_the_plan_knows_the_groups_and_buffers_of_the_template() -> None:
     zero = read_template("zero3-nvme-offload")["zero_optimization"]
     said = (zero["sub_group_size"], zero["offload_optimizer"]["buffer_count"], zero["offload_param"]["buffer_count"])
     assert said == (DISK_SUB_GROUP_ELEMENTS, DISK_GROUPS, DISK_WEIGHTS)
+
+
+@pytest.mark.parametrize(("way", "rounds"), [("zero0", 4), ("zero1", 1), ("zero2", 4), ("zero3", 4)])
+def test_rows_of_many_lengths_may_take_more_micro_batches_unless_their_sum_would_be_less_exact(
+    way: str, rounds: int
+) -> None:
+    """Under stage 1 DeepSpeed sums gradients in the weights' bf16."""
+    found = choose(job_of(deepspeed=way, micro_batch_size=16), 1, 144 * GIB, lambda: BILLION)
+    assert (found.batches.rounds, found.step.accumulation) == (rounds, rounds)
+    assert found.batches.accumulation == 1
+
+
+def test_where_more_micro_batches_do_not_fit_it_stays_with_one() -> None:
+    """The sums of their gradients take 4 bytes a parameter."""
+    several, one = (needs(BILLION, 1, StepShape(16, rounds))[0].device for rounds in (4, 1))
+    assert several > one
+    fitting = choose(job_of(deepspeed="zero0", micro_batch_size=16), 1, one, lambda: BILLION)
+    assert fitting.fits and fitting.batches.rounds == 1

@@ -11,10 +11,15 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.tiny import chat_rows, film_rows, make_bert, make_llama, shard_locally, tiny_job
+from trainers.batching.batches import StepSource
+from trainers.batching.order import job_order
+from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
+from trainers.model.deepspeed_config import job_batches
 from trainers.records import Phase, StopReason
 from trainers.run.events import Event, StepEvent
+from trainers.run.record import find_run
 from trainers.storage import Folder
 
 pytestmark = pytest.mark.slow
@@ -77,6 +82,15 @@ def chat_job(tmp_path_factory: pytest.TempPathFactory, tiny_chat_tokenizer: Path
     return job
 
 
+MANY_LENGTHS = [("zero0", 1), ("zero1", 1), ("zero2", 1), ("zero2", 8), ("zero3", 1), ("zero3", 8)]
+
+
+def many_lengths(job: Job, way: str, micro: int) -> Job:
+    """Rows of their own, of which a step takes 8 for each rank."""
+    train = {"deepspeed": way, "global_batch_size": 16, "micro_batch_size": micro, "steps": 3, "epochs": None}
+    return with_(job, train=train, data={"packing": False})
+
+
 @pytest.fixture(scope="module")
 def two_ranks(film_job: Job, chat_job: Job) -> dict[str, dict[int, float]]:
     """Losses of many runs of two ranks, in one launch."""
@@ -129,7 +143,9 @@ def two_ranks(film_job: Job, chat_job: Job) -> dict[str, dict[int, float]]:
         "adapters, layers again": (with_(adapters, train={"activation_checkpointing": "full"}), "adapters-again", None),
         "chunks": (chat_job, "chunks", None),
         "zero2 chunks": (zero2, "zero2-chunks", None),
-    }
+        **{f"many lengths {way} {micro}": (many_lengths(chat_job, way, micro), f"{way}-{micro}", None)
+           for way, micro in MANY_LENGTHS},
+    }  # fmt: skip
     losses = run_ranks(train_all, 2, list(plan.values()))[0]
     return dict(zip(plan, losses, strict=True))
 
@@ -204,6 +220,20 @@ def test_frozen_parameters_resume_and_stay(two_ranks: dict[str, dict[int, float]
 
 def test_the_gradient_does_not_depend_on_the_micro_batch(two_ranks: dict[str, dict[int, float]]) -> None:
     assert two_ranks["one by one"] == pytest.approx(two_ranks["chat"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("way", "micro"), MANY_LENGTHS)
+def test_the_gradient_does_not_depend_on_the_way_rows_of_many_lengths_are_cut(
+    two_ranks: dict[str, dict[int, float]], chat_job: Job, way: str, micro: int
+) -> None:
+    """Micro-batches of a step are fewer than of its longest rows, whatever DeepSpeed was told of their number."""
+    job = many_lengths(chat_job, way, micro)
+    run = find_run(job)
+    shards = run.open_shards("train", run.load_task())
+    packs, plan = index_packs(job, shards), job_batches(job, 2)
+    source = StepSource(shards, packs, job_order(job, len(packs)), plan, 0, run.load_task(), 0, overhead=5000.0)
+    assert len(source.next(0).micro_batches) < plan.rounds
+    assert two_ranks[f"many lengths {way} {micro}"] == pytest.approx(two_ranks["many lengths zero0 1"], abs=1e-5)
 
 
 def test_the_loss_does_not_depend_on_packing(two_ranks: dict[str, dict[int, float]], chat_job: Job) -> None:

@@ -129,7 +129,8 @@ def fifth_step(engine: Any, case: Case, world: Any) -> Step:
         return fetch(*given, **named)
 
     def step() -> float:
-        for _ in range(case.parts):
+        for part in range(case.parts):
+            engine.set_gradient_accumulation_boundary(part == case.parts - 1)
             loss = engine(input_ids=ids, labels=ids).loss
             engine.backward(loss / case.parts, scale_wrt_gas=False)
             engine.step()

@@ -13,7 +13,7 @@ class StepShape:
 
     micro_batch_size: int
     accumulation: int = 1
-    """Micro-batches a step; stages 2 and 3 sum the gradients of several in fp32 (`derive_config`)."""
+    """The most micro-batches a step takes; stages 2 and 3 sum the gradients of several in fp32 (`derive_config`)."""
     checkpoint_every: int = 0
     """Of so many layers one is computed again in the backward pass; 0: none."""
     offload: bool = False
