@@ -86,6 +86,7 @@ def show_rows(title: str, records: Sequence[dict[str, Any]]) -> None:
 
 def show_verification(found: Verification) -> None:
     """One line a self-test."""
-    rows = [(one.name, "ok" if one.passed else "fail", one.detail, round(one.seconds, 1)) for one in found.checks]
-    title = f"self-tests of task {found.task} with {found.attention} attention, key {found.key}"
+    rows = [(one.name, "ok" if one.passed else "fail", one.detail, f"{one.seconds:.1f}") for one in found.checks]
+    part = f", first {found.layers} layers" if found.layers else ""
+    title = f"self-tests of task {found.task} with {found.attention} attention on {found.device}{part}, key {found.key}"
     show(title, ("test", "state", "found", "seconds"), rows, [row[1] for row in rows])

@@ -80,6 +80,13 @@ def own_gpus() -> list[int]:
     return list(_claimed) or list(range(torch.cuda.device_count()))
 
 
+def device_name(device: Any) -> str:
+    """What kind of device it is: cpu, or a GPU by its name."""
+    import torch
+
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else str(device.type)
+
+
 def pick_device(gpus_per_worker: int | Literal["auto"], threads: int | None = None) -> Any:
     """The torch.device this process computes on: where a worker takes no GPU the CPU, whatever the machine has; else
     the GPU of its local rank, if there is any.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trainers.architecture import distinct_layers
 from trainers.batching.packing import PackIndex, one_row_each, pack_rows
 from trainers.errors import DataError
 from trainers.job.schema import Job
@@ -34,9 +35,9 @@ ALONE, PACKED, PACK = 64, 32, 3
 A pack holds at least so many rows."""
 LOOKED_AT = 2400
 """Rows that are looked at before a longer length is tried, where too few can be used."""
-WHOLE_BYTES = 2 * 2**30
-LAYERS = 2
-"""Of models with more bytes of weights only so many layers are looked at: depth changes neither masks nor losses."""
+WHOLE_BYTES, WHOLE_BYTES_ON_CPU = 2 * 2**30, 2**28
+"""Of models with more bytes of weights only as many layers are looked at as hold every kind of layer: depth changes
+neither masks nor losses."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ def make_context(job: Job, model_path: str, folder: Path, device: Any = "cpu") -
     task.prepare(encoder)
     shards = ShardSet(Folder(str(folder)), manifest_of(plan, job.task, {0: record}), task)
     packs = pack_rows(shards.lengths, PACK * longest, 0) if job.packing else one_row_each(len(shards))
-    layers = LAYERS if weight_bytes(model_path) > WHOLE_BYTES else None
+    most = WHOLE_BYTES_ON_CPU if torch.device(device).type == "cpu" else WHOLE_BYTES
+    layers = None
+    if weight_bytes(model_path) > most:
+        layers = distinct_layers(task.load_config(model_path, encoder.pad_id, job.model.trust_remote_code))
     model = _load(job, task, model_path, encoder.pad_id, layers, device)
     return CheckContext(task, shards, packs, encoder.pad_id, model, device, job.packing, job.train.seed, layers)
 

@@ -1,7 +1,7 @@
 """What self-tests found, as a record: by what it is kept, and what follows from it. Imports no torch.
 
-The result stands under storage/verify/, keyed by the digest of model, attention backend, task, packing and library
-versions, so that a launch asks again only after one of them changed.
+The result stands under storage/verify/, keyed by the digest of model, attention backend, task, packing, device and
+library versions, so that a launch asks again only after one of them changed.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ PACKING_CHECKS = ("isolation", "packed_as_separate", "cut_of_step")
 """Checks that can fail because documents share a sequence."""
 ATTENTION_CHECKS = (*PACKING_CHECKS, "padding", BF16)
 """Checks that depend on the attention backend."""
-VERSION = 4
+VERSION = 5
 """Raised whenever a check changes."""
 
 
@@ -42,6 +42,8 @@ class Verification(Record):
     attention: str
     packing: bool
     checks: tuple[CheckResult, ...]
+    device: str = "cpu"
+    """What it ran on, as `device_name` has it."""
     layers: int | None = None
     """Layers of the model that were looked at; None: all."""
 
@@ -51,16 +53,20 @@ class Verification(Record):
         return all(check.passed for check in self.checks)
 
 
-def verification_key(job: Job, model: ModelFolder) -> str:
-    """What a result depends on."""
+def verification_key(job: Job, model: ModelFolder, device: str) -> str:
+    """What a result depends on. Other devices have other kernels.
+
+    Args:
+        device: as `device_name` has it.
+    """
     libraries = [version(name) for name in ("torch", "transformers")]
-    parts = [VERSION, model.digest, job.model.attention, job.task, job.packing, job.train.objective, *libraries]
+    parts = [VERSION, model.digest, job.model.attention, job.task, job.packing, job.train.objective, device, *libraries]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def read_verification(job: Job, model: ModelFolder) -> Verification | None:
-    """What was found before, or None."""
-    folder, name = verify_folder(job), f"{verification_key(job, model)}.json"
+def read_verification(job: Job, model: ModelFolder, device: str) -> Verification | None:
+    """What was found before on such a device, or None."""
+    folder, name = verify_folder(job), f"{verification_key(job, model, device)}.json"
     return Verification.model_validate_json(folder.read_bytes(name)) if folder.exists(name) else None
 
 

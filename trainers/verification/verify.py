@@ -12,7 +12,7 @@ import torch
 from trainers.architecture import attention_of
 from trainers.job.schema import Job
 from trainers.model.source import ModelFolder
-from trainers.model.world import pick_device
+from trainers.model.world import device_name, pick_device
 from trainers.verification.checks import CHECKS, Check
 from trainers.verification.precision import bf16_follows
 from trainers.verification.sample import CheckContext, make_context, weight_bytes
@@ -38,15 +38,16 @@ def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verificatio
     Raises:
         DataError: where no row can be used.
     """
-    if not again and (kept := read_verification(job, model)) is not None:
+    device = pick_device(job.scale.gpus_per_worker)
+    name = device_name(device)
+    if not again and (kept := read_verification(job, model, name)) is not None:
         return kept
-    key = verification_key(job, model)
+    key = verification_key(job, model, name)
     with _quick_threads(model.path), tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
-        device = pick_device(job.scale.gpus_per_worker)
         context = make_context(job, model.path, Path(scratch), device)
         attention = attention_of(context.model)
-        result = Verification(key=key, task=job.task, attention=attention, packing=job.packing,
-                             checks=run_checks(context), layers=context.layers)  # fmt: skip
+        result = Verification(key=key, task=job.task, attention=attention, packing=job.packing, device=name,
+                              checks=run_checks(context), layers=context.layers)  # fmt: skip
         del context
     if device.type == "cuda":  # the training's own peak is what counts
         torch.cuda.empty_cache()

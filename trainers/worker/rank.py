@@ -17,7 +17,7 @@ from trainers.model.compiled import compile_layers
 from trainers.model.deepspeed_config import derive_config, keeps_on_disk
 from trainers.model.engine import build_engine, release_engine
 from trainers.model.model_size import measure_size
-from trainers.model.world import World, compute_deterministically, free_memory, join_world, smallest_device
+from trainers.model.world import World, compute_deterministically, device_name, free_memory, join_world, smallest_device
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run
 from trainers.storage import Folder
@@ -70,7 +70,7 @@ def _verify(run: Run, world: World, hooks: Hooks) -> None:
         TrainingError: where a self-test fails.
     """
     if world.rank == 0:
-        found = read_verification(run.job, run.model)
+        found = read_verification(run.job, run.model, device_name(world.device))
         if found is None:
             began = time.monotonic()
             found = verify_job(run.job, run.model)

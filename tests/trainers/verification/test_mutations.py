@@ -23,8 +23,9 @@ from trainers.tasks.mlm import Mlm
 from trainers.tasks.pretrain import Pretrain
 from trainers.tasks.tag import Tag
 from trainers.training import loop
-from trainers.verification import checks
+from trainers.verification import checks, sample
 from trainers.verification.sample import CheckContext, make_context
+from trainers.verification.verdict import read_verification
 from trainers.verification.verify import run_checks, verify_job
 
 
@@ -231,6 +232,39 @@ def test_a_result_is_kept_until_something_it_depends_on_changes(
     assert not verify_job(job, model, again=True).passed
     eager = job.model_copy(update={"model": job.model.model_copy(update={"attention": "eager"})})
     assert verify_job(eager, model).key != first.key
+    assert read_verification(job, model, "cpu") is not None
+    assert read_verification(job, model, "NVIDIA H100 80GB HBM3") is None, "a card has kernels of its own"
+
+
+def test_on_cpus_only_two_layers_of_a_large_model_are_looked_at(
+    jobs: dict[str, Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs["pretrain"].model_copy(update={"storage": str(tmp_path)})
+    model = find_model(job)
+    assert model is not None and verify_job(job, model).layers is None
+    monkeypatch.setattr(sample, "WHOLE_BYTES_ON_CPU", 1000)
+    found = verify_job(job, model, again=True)
+    assert found.passed and found.layers == 2 and found.device == "cpu"
+
+
+def test_every_kind_of_layer_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth layer is the first that sees the whole sequence."""
+    from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3TextConfig
+
+    folder = small.llama(tmp_path)
+    kinds = [*["sliding_attention"] * 3, "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=AutoConfig.from_pretrained(folder).vocab_size, hidden_size=32, intermediate_size=64, head_dim=16,
+        num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=1, sliding_window=4, layer_types=kinds,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    job = tiny_job(tmp_path / "job", folder, "pretrain", [{"text": "the old dog ran ."}] * 60)
+    monkeypatch.setattr(sample, "WHOLE_BYTES_ON_CPU", 1000)
+    model = find_model(job)
+    assert model is not None
+    found = verify_job(job, model)
+    assert found.layers == 4, "and not two"
+    assert found.passed, found.checks
 
 
 def test_rows_of_one_label_alone_raise_no_alarm(tmp_path: Path) -> None:
