@@ -93,8 +93,18 @@ def _on_cpu(job: Job, batches: BatchPlan, world_size: int, memory: int, size: Mo
 
 
 def _shape(job: Job, batches: BatchPlan) -> StepShape:
-    again = job.train.checkpoint_every_layers, job.train.activation_offload
-    return StepShape(batches.micro_batch_size, batches.rounds, *again)
+    return step_shape(batches, job.train.checkpoint_every_layers, job.train.activation_offload)
+
+
+def step_shape(batches: BatchPlan, every: int, offload: bool) -> StepShape:
+    """What a cut needs memory for.
+
+    Args:
+        every: of so many layers one is computed again.
+        offload: whether what such layers keep lies in host memory.
+    """
+    spread = batches.rounds > batches.accumulation == 1
+    return StepShape(batches.micro_batch_size, batches.accumulation, every, offload, spread)
 
 
 def _candidates(job: Job, batches: BatchPlan, size: ModelSize) -> list[tuple[float, str, BatchPlan, StepShape]]:
@@ -106,7 +116,7 @@ def _candidates(job: Job, batches: BatchPlan, size: ModelSize) -> list[tuple[flo
     for (way, slower), ((every, offload), longer) in product(ways.items(), _layers_again(job, size).items()):
         for cut, padded in _cuts(job, batches, way):
             cost = slower * longer * padded * (SMALL if cut.micro_batch_size < batches.micro_batch_size else 1.0)
-            found.append((cost, way, cut, StepShape(cut.micro_batch_size, cut.rounds, every, offload)))
+            found.append((cost, way, cut, step_shape(cut, every, offload)))
     return sorted(found, key=lambda each: (each[0], -each[3].micro_batch_size))
 
 

@@ -182,13 +182,22 @@ def test_rows_of_many_lengths_may_take_more_micro_batches_unless_their_sum_would
 ) -> None:
     """Under stage 1 DeepSpeed sums gradients in the weights' bf16."""
     found = choose(job_of(deepspeed=way, micro_batch_size=16), 1, 144 * GIB, lambda: BILLION)
-    assert (found.batches.rounds, found.step.accumulation) == (rounds, rounds)
-    assert found.batches.accumulation == 1
+    assert (found.batches.rounds, found.batches.accumulation) == (rounds, 1)
+    assert found.step.spread == (rounds > 1)
 
 
 def test_where_more_micro_batches_do_not_fit_it_stays_with_one() -> None:
-    """The sums of their gradients take 4 bytes a parameter."""
-    several, one = (needs(BILLION, 1, StepShape(16, rounds))[0].device for rounds in (4, 1))
+    """Under stage 3 the sums of bf16 gradients take 4 bytes a parameter in place of 2."""
+    several, one = (needs(BILLION, 1, StepShape(16, spread=spread))[3].device for spread in (True, False))
     assert several > one
-    fitting = choose(job_of(deepspeed="zero0", micro_batch_size=16), 1, one, lambda: BILLION)
+    fitting = choose(job_of(deepspeed="zero3", micro_batch_size=16), 1, one, lambda: BILLION)
     assert fitting.fits and fitting.batches.rounds == 1
+
+
+def test_what_several_micro_batches_sum_and_what_one_keeps_are_not_there_at_once() -> None:
+    """Where everything is on every rank."""
+    full, light = replace(BILLION, sequence_bytes=int(6.6 * GIB)), replace(BILLION, sequence_bytes=2**20)
+    one, spread = (needs(full, 1, StepShape(4, spread=spread))[0] for spread in (False, True))
+    assert spread == one, "half of the activations is more than the sums"
+    assert needs(light, 1, StepShape(4, spread=True))[0] == needs(light, 1, StepShape(2, 2))[0]
+    assert needs(light, 1, StepShape(4, spread=True))[0].device > needs(light, 1, StepShape(4))[0].device

@@ -13,11 +13,13 @@ class StepShape:
 
     micro_batch_size: int
     accumulation: int = 1
-    """The most micro-batches a step takes; stages 2 and 3 sum the gradients of several in fp32 (`derive_config`)."""
+    """Micro-batches a step; stages 2 and 3 sum the gradients of several in fp32 (`derive_config`)."""
     checkpoint_every: int = 0
     """Of so many layers one is computed again in the backward pass; 0: none."""
     offload: bool = False
     """Whether what such layers keep lies in host memory."""
+    spread: bool = False
+    """Whether a step of one micro-batch may also take several, with as few positions in each as will do."""
 
 
 @dataclass(frozen=True)
