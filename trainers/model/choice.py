@@ -25,8 +25,6 @@ AGAIN = {(0, False): 1.0, (2, False): 1.17, (1, False): 1.33, (1, True): 1.5}
 third of a step."""
 SMALL = 2.0
 """What micro-batches below 4,096 tokens cost: too small to fill a GPU."""
-PADDED = 1.05
-"""What it costs if long sequences pad short ones: less than the next way."""
 WITHOUT_DEVICES = {False: "zero3", True: "zero2"}
 """Where no device's memory is known, by whether layers are compiled."""
 
@@ -93,18 +91,8 @@ def _on_cpu(job: Job, batches: BatchPlan, world_size: int, memory: int, size: Mo
 
 
 def _shape(job: Job, batches: BatchPlan) -> StepShape:
-    return step_shape(batches, job.train.checkpoint_every_layers, job.train.activation_offload)
-
-
-def step_shape(batches: BatchPlan, every: int, offload: bool) -> StepShape:
-    """What a cut needs memory for.
-
-    Args:
-        every: of so many layers one is computed again.
-        offload: whether what such layers keep lies in host memory.
-    """
-    spread = batches.rounds > batches.accumulation == 1
-    return StepShape(batches.micro_batch_size, batches.accumulation, every, offload, spread)
+    again = job.train.checkpoint_every_layers, job.train.activation_offload
+    return StepShape(batches.micro_batch_size, batches.accumulation, *again)
 
 
 def _candidates(job: Job, batches: BatchPlan, size: ModelSize) -> list[tuple[float, str, BatchPlan, StepShape]]:
@@ -114,9 +102,10 @@ def _candidates(job: Job, batches: BatchPlan, size: ModelSize) -> list[tuple[flo
         ways = {way: cost for way, cost in ways.items() if not way.startswith("zero3")}
     found = []
     for (way, slower), ((every, offload), longer) in product(ways.items(), _layers_again(job, size).items()):
-        for cut, padded in _cuts(job, batches, way):
-            cost = slower * longer * padded * (SMALL if cut.micro_batch_size < batches.micro_batch_size else 1.0)
-            found.append((cost, way, cut, step_shape(cut, every, offload)))
+        for cut in _cuts(job, batches, way):
+            cost = slower * longer * (SMALL if cut.micro_batch_size < batches.micro_batch_size else 1.0)
+            step = StepShape(cut.micro_batch_size, cut.accumulation, every, offload)
+            found.append((cost, way, _spread(job, cut, size, way, step), step))
     return sorted(found, key=lambda each: (each[0], -each[3].micro_batch_size))
 
 
@@ -130,15 +119,26 @@ def _layers_again(job: Job, size: ModelSize) -> dict[tuple[int, bool], float]:
     return {setting: cost for setting, cost in AGAIN.items() if setting[1] or not asked.activation_offload}
 
 
-def _cuts(job: Job, batches: BatchPlan, way: str) -> Iterator[tuple[BatchPlan, float]]:
-    """The cuts that may be taken, each with what its padding costs."""
+def _cuts(job: Job, batches: BatchPlan, way: str) -> Iterator[BatchPlan]:
+    """The cuts that may be taken."""
     per_rank = batches.per_rank
     for micro in range(1, per_rank + 1) if job.train.micro_batch_size == "auto" else [batches.micro_batch_size]:
         if per_rank % micro == 0:
-            cut = job_batches(job, batches.world_size, way, micro)
-            yield cut, 1.0
-            if cut.rounds > cut.accumulation:  # whose gradients need memory of their own
-                yield replace(cut, spread=False), PADDED
+            yield job_batches(job, batches.world_size, way, micro)
+
+
+def _spread(job: Job, cut: BatchPlan, size: ModelSize, way: str, step: StepShape) -> BatchPlan:
+    """The cut, with more micro-batches than it must have where the memory of one is enough for that: each holds at most
+    half as many of the longest sequences, beside the sum of their gradients. DeepSpeed would keep a sum of bf16
+    gradients in fp32 also where one micro-batch comes."""
+    wider = replace(cut, spread=True)
+    if not job.lengths_differ or (size.weight_bytes < 4 and way != "zero0") or wider.rounds == cut.rounds:
+        return cut
+    several = replace(step, accumulation=2)
+    if cut.accumulation == 1:
+        several = replace(several, micro_batch_size=-(-step.micro_batch_size // 2))
+    enough = _need(size, cut.world_size, step, way).device
+    return wider if _need(size, cut.world_size, several, way).device <= enough else cut
 
 
 def _need(size: ModelSize, world_size: int, step: StepShape, way: str) -> Need:

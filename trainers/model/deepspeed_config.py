@@ -107,8 +107,8 @@ def derive_config(job: Job, batches: BatchPlan) -> dict[str, Any]:
 
 
 def job_batches(job: Job, world_size: int, way: str | None = None, micro: int | None = None) -> BatchPlan:
-    """How a job's step is cut. Where sequences differ in length it may take more micro-batches than it must, except
-    where the sums of their gradients would be less exact: of bf16 under stage 1.
+    """How a job's step is cut. Where sequences differ in length it may take more micro-batches than it must, if that
+    takes no memory: under stage 3 the sum of fp32 gradients is always there.
 
     Args:
         way: a template in the place of the job's.
@@ -117,16 +117,11 @@ def job_batches(job: Job, world_size: int, way: str | None = None, micro: int | 
     Raises:
         JobError: where the batch does not divide.
     """
-    way, train = way or job.train.deepspeed, job.train
-    micro_batch_size = micro or train.micro_batch_size
-    plan = plan_batches(train.global_batch_size, micro_batch_size, world_size, job.data.max_length, job.lengths_differ)
-    inexact = plan.rounds > plan.accumulation and job.model.dtype == "bfloat16" and _stage(way) == 1
-    return replace(plan, spread=False) if inexact else plan
-
-
-def _stage(way: str) -> int | None:
-    """Of ZeRO; None while it is open."""
-    return None if way == "auto" else int(read_template(way)["zero_optimization"]["stage"])
+    train, way = job.train, way or job.train.deepspeed
+    plan = plan_batches(train.global_batch_size, micro or train.micro_batch_size, world_size, job.data.max_length)
+    if not job.lengths_differ or job.model.dtype != "float32" or way == "auto":
+        return plan
+    return replace(plan, spread=read_template(way)["zero_optimization"]["stage"] == 3)
 
 
 def keeps_on_disk(name: str) -> bool:

@@ -15,9 +15,8 @@ from tests.tiny import shard_locally, tiny_job, write_rows
 from trainers.host_memory import M_MMAP_THRESHOLD
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
-from trainers.model.choice import step_shape
-from trainers.model.deepspeed_config import job_batches, read_template
-from trainers.model.memory import GIVE_BACK_BYTES, Need, needs
+from trainers.model.deepspeed_config import read_template
+from trainers.model.memory import GIVE_BACK_BYTES, Need, StepShape, needs
 
 MIB = 2**20
 STEPS = 2
@@ -186,6 +185,6 @@ def predict(job: Job, cell: Cell) -> Need:
     from trainers.model.model_size import measure_size
 
     every = {"none": 0, "full": 1}.get(str(cell.again), cell.again)
-    step = step_shape(job_batches(job, cell.workers), int(every), offload=False)
+    step = StepShape(cell.micro, cell.accumulation, int(every))
     said = needs(measure_size(job, job.model.path), cell.workers, step, on_card=False)
     return next(need for need in said if need.way == cell.way)

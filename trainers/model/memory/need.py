@@ -4,7 +4,7 @@ A step has moments that are full of different things: of activations when the la
 copies of gradients when they are reduced, of fp32 gradients at the update. What counts is the fullest.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from trainers.model.memory.beyond import offloaded, on_disk
 from trainers.model.memory.held import parted, plain, sharded
@@ -70,26 +70,10 @@ class Need:
 def needs(size: ModelSize, world_size: int, step: StepShape, on_card: bool = True) -> tuple[Need, ...]:
     """What each way needs, the cheapest way first.
 
-    Where a step may be spread, the fuller of two: one micro-batch, or several that hold at most half as many of the
-    longest sequences, beside the sum of their gradients. For several DeepSpeed sums bf16 in fp32 whether they come or
-    not.
-
     Args:
         on_card: ranks compute on GPUs; else on CPUs, where a buffer takes what was written to it, and gloo reduces in a
             copy.
     """
-    if not step.spread:
-        return _needs(size, world_size, step, on_card)
-    one, several = replace(step, spread=False), replace(step, accumulation=2, spread=False)
-    wholes = _needs(size, world_size, one, on_card)
-    summed = _needs(size, world_size, several, on_card) if size.weight_bytes < 4 else wholes
-    parts = _needs(size, world_size, replace(several, micro_batch_size=-(-step.micro_batch_size // 2)), on_card)
-    return tuple(
-        max(pair, key=lambda need: need.device) for pair in zip((*wholes[:1], *summed[1:]), parts, strict=True)
-    )
-
-
-def _needs(size: ModelSize, world_size: int, step: StepShape, on_card: bool) -> tuple[Need, ...]:
     ways = {
         "zero0": plain(size, world_size, step),
         "zero1": parted(size, world_size, step, on_card, 1),

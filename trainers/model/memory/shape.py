@@ -18,8 +18,6 @@ class StepShape:
     """Of so many layers one is computed again in the backward pass; 0: none."""
     offload: bool = False
     """Whether what such layers keep lies in host memory."""
-    spread: bool = False
-    """Whether a step of one micro-batch may also take several, with as few positions in each as will do."""
 
 
 @dataclass(frozen=True)
