@@ -6,7 +6,6 @@ from statistics import median
 from typing import Any
 
 from trainers.architecture import num_layers, width
-from trainers.batching.batch_plan import BatchPlan
 from trainers.job.schema import Job
 from trainers.job.sections import LoraSection
 from trainers.model.choice import Choice
@@ -60,13 +59,13 @@ def way_memory(need: Need, device_bytes: int) -> WayMemory:
     return WayMemory(way=need.way, moment=need.moment, **gib, fits=fits)
 
 
-def messages(choice: Choice, batches: BatchPlan, size: ModelSize) -> dict[str, Any]:
+def messages(choice: Choice, size: ModelSize) -> dict[str, Any]:
     """The plan's fields on what workers send each other, and in messages of what size."""
     zero = read_template(choice.way)["zero_optimization"]
-    stage, world_size = zero["stage"], batches.world_size
+    stage, world_size = zero["stage"], choice.batches.world_size
     gradients = size.trainable * (size.weight_bytes if stage else 4)
     weights = (size.parameters if stage == 3 else size.trainable) * size.weight_bytes
-    sent = sent_bytes(stage, weights, gradients, batches.accumulation, 2 * size.parameters <= LIVE)
+    sent = sent_bytes(stage, weights, gradients, choice.batches.accumulation, 2 * size.parameters <= LIVE)
     settings: dict[str, Setting] = unsaid(zero, size.tensors, size.largest_layer, world_size)
     return {
         "sent_gib_per_step": sent * (world_size - 1) / world_size / GIB,

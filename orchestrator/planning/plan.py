@@ -26,7 +26,6 @@ from orchestrator.planning.preflight import CheckedJob
 from orchestrator.planning.show import first_example, in_short, view
 from orchestrator.planning.small_data import count_small
 from orchestrator.ray_session import gpu_memory
-from trainers.batching.batch_plan import BatchPlan
 from trainers.batching.order import job_order
 from trainers.batching.packing import index_packs
 from trainers.job.schema import Job
@@ -170,7 +169,7 @@ def plan_job(
         metric=metric,
         mode=mode,
         checkpoints=-(-steps // job.checkpoint.every_steps),
-        **_memory(job, choice, device_bytes, batches, measure),
+        **_memory(job, choice, device_bytes, measure),
         **costs,
         evaluation=where_evaluated(job, costs["parameters"], device_bytes, elsewhere),
         notes=(*all_notes(checked, batches, steps, elsewhere), *metric_notes(job, shards)),
@@ -179,12 +178,10 @@ def plan_job(
     )
 
 
-def _memory(
-    job: Job, choice: Choice, device_bytes: int | None, batches: BatchPlan, measure: Callable[[], ModelSize]
-) -> dict[str, Any]:
+def _memory(job: Job, choice: Choice, device_bytes: int | None, measure: Callable[[], ModelSize]) -> dict[str, Any]:
     """The plan's fields on how the step is cut and what it needs."""
     refused = device_bytes is not None and choice.fits is False
-    sent = messages(choice, batches, measure()) if choice.needs else {"sent_gib_per_step": None, "settings": ()}
+    sent = messages(choice, measure()) if choice.needs else {"sent_gib_per_step": None, "settings": ()}
     return {
         **sent,
         "deepspeed": choice.way,

@@ -18,6 +18,7 @@ from trainers.model.deepspeed_config import derive_config, keeps_on_disk
 from trainers.model.engine import build_engine, release_engine
 from trainers.model.model_size import measure_size
 from trainers.model.world import World, compute_deterministically, device_name, free_memory, join_world, smallest_device
+from trainers.model.zero_settings import sizes_of
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run
 from trainers.storage import Folder
@@ -159,10 +160,10 @@ def _train(
 
 def _overhead(engine: Any, config: dict[str, Any], world: World) -> float:
     """What a micro-batch costs beside its positions."""
-    parameters = sum(int(getattr(each, "ds_numel", each.numel())) for each in engine.parameters())
+    tensors, _ = sizes_of(engine)
     offload = config["zero_optimization"].get("offload_param") or {}
     kept = offload.get("device", "none") if engine.zero_optimization_stage() == 3 else None
-    return overhead_positions(parameters, world.device.type != "cpu", kept)
+    return overhead_positions(sum(tensors), world.device.type != "cpu", kept)
 
 
 def _begin(run: Run, steps: int, hooks: Hooks) -> SkippedSteps:
