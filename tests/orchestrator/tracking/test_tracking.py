@@ -155,28 +155,30 @@ def test_a_leg_of_a_sweep_waits_in_mlflow_or_is_finished(storage, stopped, statu
     assert mlflow_run(storage)[1].info.status == status
 
 
-def test_what_a_registry_that_is_away_missed_is_sent_when_it_is_back(tmp_path, empty_database, monkeypatch, capsys):
+def test_what_a_registry_that_is_away_missed_is_sent_when_it_is_back(tmp_path, empty_database, monkeypatch):
+    said: list[str] = []
     monkeypatch.setattr(outlets, "EVERY_S", 0.1)
+    monkeypatch.setattr(outlets, "_say", said.append)
     storage = Folder(str(tmp_path / "storage"))
-    (tmp_path / "away").write_text("not a folder")
-    run = run_of(storage, registry={"uri": f"sqlite:///{tmp_path}/away/mlflow.db"})
+    (tmp_path / "not a folder").write_text("")
+    (tmp_path / "place").symlink_to("not a folder")
+    run = run_of(storage, registry={"uri": f"sqlite:///{tmp_path}/place/mlflow.db"})
     train(run, step(1), step(2))
     read, write = os.pipe()
     follower = threading.Thread(target=follow, args=(run, os.fdopen(read, "rb")))
-    follower.start()
-    said = ""
-    while "tried again" not in said:
-        said += capsys.readouterr().out
-    train(run, step(3))
-    time.sleep(0.5)
-    (tmp_path / "away").unlink()
-    (tmp_path / "away").mkdir()
-    (tmp_path / "away" / "mlflow.db").write_bytes(empty_database.read_bytes())
-    while "answers again" not in said:
-        said += capsys.readouterr().out
-    os.close(write)
+    with os.fdopen(write, "wb"):  # the follower ends with it
+        follower.start()
+        wait_for(lambda: said)
+        train(run, step(3))
+        time.sleep(0.5)
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "mlflow.db").write_bytes(empty_database.read_bytes())
+        (tmp_path / "back").symlink_to("folder")
+        (tmp_path / "back").replace(tmp_path / "place")  # at once: the follower is never shown half a registry
+        wait_for(lambda: len(said) > 1)
     follower.join()
-    assert said.count("tried again") == 1 and "MLflow" in said
+    tried, answers = said
+    assert "MLflow" in tried and "tried again" in tried and "answers again" in answers
     client = open_client(run.job.registry.uri)
     (told,) = client.search_runs([client.get_experiment_by_name("topics").experiment_id])
     assert history(client, told, "train/loss") == {1: 1.0, 2: 1.0, 3: 1.0}
