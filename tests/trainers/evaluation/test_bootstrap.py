@@ -1,5 +1,7 @@
 """Intervals of all metrics: of each draw what scikit-learn says, in little time; and why a metric has none."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -122,6 +124,29 @@ def test_a_jobs_own_metric_has_an_interval_too_and_says_why_where_it_has_none(mo
     numbers["text"] = np.array([f"row {number}" for number in range(80)], dtype=object)
     found, without = intervals_beside(numbers, own_task(monkeypatch, needs_all), 1)
     assert "mine" not in found and without == {"mine": "no interval: no resample defines it"}
+
+
+def test_a_pause_while_a_jobs_own_metric_is_timed_costs_no_interval(monkeypatch):
+    """Another process had its turn: the first call takes as long as a metric may not."""
+    numbers, calls = films() | {"text": np.array(["x"] * 80, dtype=object)}, []
+
+    def paused(labels, predictions, texts):
+        calls.append(len(texts))
+        if len(calls) == 1:
+            time.sleep(2 * bootstrap.OWN_S / bootstrap.BESIDE)
+        return 1.0
+
+    found, without = intervals_beside(numbers, own_task(monkeypatch, paused), 1)
+    assert found["mine"] == (1.0, 1.0) and without == {}
+
+    def slow(labels, predictions, texts):
+        calls.append(len(texts))
+        time.sleep(0.3)
+        return 1.0
+
+    calls.clear()
+    assert "mine" in intervals_beside(numbers, own_task(monkeypatch, slow), 1)[1]
+    assert len(calls) <= 3, "what is slow is not timed for long"
 
 
 def test_a_metric_that_no_resample_defines_says_so():
