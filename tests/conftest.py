@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.ray_head import ray_head
+from tests.ray_head import init_ray, ray_head
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none may wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -40,7 +40,7 @@ def ray_session() -> Iterator[None]:
     """One Ray of two cores for the whole session: starting it takes 5 s."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    init_ray(num_cpus=2, object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
 

@@ -44,7 +44,7 @@ class Host:
         return kept | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | extra
 
     def start_ray(self, head: "Host | None" = None, cpus: int = 1) -> None:
-        """Start a Ray node: the head, or one that joins it."""
+        """Start a Ray node: the head, or one that joins it; once more where it misses its own deadline of 30 s."""
         place = (
             [f"--address={head.address}:{PORT}"] if head else ["--head", f"--port={PORT}", "--include-dashboard=false"]
         )
@@ -52,9 +52,13 @@ class Host:
             "ray", "start", *place, f"--node-ip-address={self.address}", f"--num-cpus={cpus}",
             f"--temp-dir={self.folder}", "--object-store-memory=100000000", "--disable-usage-stats",
         ]  # fmt: skip
-        done = subprocess.run(
-            self.command(*words), env=self.environment(), capture_output=True, text=True, timeout=400, check=False
-        )
+        for _ in range(2):
+            done = subprocess.run(
+                self.command(*words), env=self.environment(), capture_output=True, text=True, timeout=400, check=False
+            )
+            if "timed out during startup" not in done.stdout + done.stderr:
+                break
+            self.kill_everything()
         assert done.returncode == 0, done.stdout + done.stderr
 
     def drain(self, head: "Host") -> None:

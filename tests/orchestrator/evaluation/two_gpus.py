@@ -16,6 +16,7 @@ import ray
 from orchestrator.evaluation import one_gpu
 from orchestrator.evaluation.task import _with_resources, score
 from orchestrator.ray_session import gpu_memory, smallest_gpu
+from tests.ray_head import init_ray
 from trainers.evaluation import warm
 from trainers.model import world
 from trainers.run.record import Run
@@ -42,7 +43,7 @@ class Holder:
 def main() -> None:
     run, gpus, *paths = sys.argv[1:]
     options = {"num_gpus": int(gpus) or None, "runtime_env": {"env_vars": {"OF_THE_JOB": "yes"}}}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **options)
+    init_ray(num_cpus=2, **options)
     of = Run.model_validate_json(Path(run).read_text())
     task = _with_resources(of, 1, scored)
     found = [ray.get(task.remote(of, paths[0], 60.0))]

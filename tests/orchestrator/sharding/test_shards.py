@@ -25,13 +25,14 @@ from trainers.storage import Folder
 
 LABELS = ("good", "bad")
 DRIVER = """
-import json, sys, ray
+import json, sys
+from tests.ray_head import init_ray
 from tests.tiny import checked
 from orchestrator.sharding import stage
 from orchestrator.sharding.stage import write_shards
 from trainers.job.load import parse_job
 stage.SMALL_BYTES = -1
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+init_ray(num_cpus=1, object_store_memory=200 * 2**20)
 job = parse_job(json.loads(sys.argv[1]))
 write_shards(checked(job))
 """
@@ -163,13 +164,14 @@ def test_a_driver_killed_at_one_worker_is_finished_at_two_with_the_same_bytes(
 
 WORKERS = """
 import json, sys, ray
+from tests.ray_head import init_ray
 from tests.tiny import checked
 from orchestrator.sharding import stage
 from orchestrator.sharding.stage import write_shards
 from trainers.job.load import parse_job
 stage.SMALL_BYTES = -1
 for cpus, plain in json.loads(sys.argv[1]):
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    init_ray(num_cpus=cpus, object_store_memory=200 * 2**20)
     job = parse_job(plain)
     write_shards(checked(job))
     ray.shutdown()
