@@ -16,6 +16,9 @@ from pathlib import Path
 from trainers.training.straggler import in_collective
 
 FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$')
+QUIET_S = 0.2
+"""A dump is whole once no more of it has come for so long: on a busy machine its process waits for its turn meanwhile,
+and the main thread, which tells most, comes last."""
 LIBRARIES = ("site-packages", "dist-packages", "/lib/python3", "<frozen")
 
 
@@ -39,13 +42,14 @@ def read_stacks(process: int, file: Path, wait_s: float) -> tuple[str, str]:
         os.kill(process, signal.SIGUSR1)
         if state in ("T", "t"):
             os.kill(process, signal.SIGCONT)
-    deadline = time.monotonic() + wait_s
-    text = ""
+    came = time.monotonic()
+    deadline, text = came + wait_s, ""
     while time.monotonic() < deadline and file.exists():
         grown = file.read_text(errors="replace")[size:]
-        if grown and grown == text:  # nothing more came since the last look
+        if grown != text:
+            text, came = grown, time.monotonic()
+        elif text and time.monotonic() - came > QUIET_S:
             break
-        text = grown
         time.sleep(0.02)
     return state, text
 
