@@ -1,6 +1,5 @@
 """The group of ranks: it grows where it is, leaves the user's network settings alone, and lets killed ranks go."""
 
-import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -39,17 +38,21 @@ def test_what_the_node_or_the_user_has_set_wins(monkeypatch: pytest.MonkeyPatch)
 def test_a_killed_rank_on_a_gpu_gets_time_until_it_is_gone(
     monkeypatch: pytest.MonkeyPatch, gpus: tuple[str, ...], left: int
 ) -> None:
-    monkeypatch.setattr(node_agent, "KILL_WAIT_S", 0.05)
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > node_agent.GPU_KILL_WAIT_S / 2:
+            rank.exit = "gone"
+
+    monkeypatch.setattr(node_agent, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     monkeypatch.setattr(node_agent.os, "kill", lambda *_: None)
     monkeypatch.setattr(node_agent.os, "close", lambda *_: None)
-    rank = SimpleNamespace(exit=None, process=1, server=None, events=0, files="/nowhere")
+    rank: Any = SimpleNamespace(exit=None, process=1, server=None, events=0, files="/nowhere")
     agent: Any = node_agent.NodeAgent.__new__(node_agent.NodeAgent)
     agent._gpus, agent._ranks = gpus, {0: rank}
-    timer = threading.Timer(0.3, lambda: setattr(rank, "exit", "gone"))
-    timer.start()
     agent.kill()
     assert (rank.exit is None) == bool(left)
-    timer.join()
 
 
 @pytest.mark.slow
