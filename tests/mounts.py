@@ -56,8 +56,11 @@ def failing_view(folder: Path, real: Path) -> Iterator[tuple[Path, Path]]:
                 time.sleep(0.02)
             yield view, control
         finally:
-            _unmount(view)
-            process.wait(10)
+            try:
+                _unmount(view)
+                process.wait(60)
+            finally:
+                process.kill()  # leaving the block waits for it without end
 
 
 def _unmount(view: Path) -> None:

@@ -180,10 +180,12 @@ def test_end_of_the_head_waits_for_the_driver_to_commit(kind: str, tmp_path: Pat
     running = subprocess.Popen([str(driver)], cwd=tmp_path)
     threading.Thread(target=running.wait, daemon=True).start()  # reaps it, as Ray's job supervisor does
     try:
+        deadline = time.monotonic() + 60
         while not (tmp_path / "up").exists():
+            assert time.monotonic() < deadline, "the driver did not start"
             time.sleep(0.05)
         ours = [part.replace("-x tuneyard", f"-x {name}") for part in command]
-        subprocess.run(ours, cwd=tmp_path, timeout=30, check=False, capture_output=True)
+        subprocess.run(ours, cwd=tmp_path, timeout=120, check=False, capture_output=True)
         assert (tmp_path / "committed").exists()
     finally:
         running.kill()
