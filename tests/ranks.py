@@ -4,7 +4,9 @@ Ranks are forks of one server that has imported what they need: importing anew t
 A CUDA context does not survive a fork, so machines with a GPU start every rank anew.
 """
 
+import atexit
 import multiprocessing
+import multiprocessing.util  # what it does at the exit comes after what is registered below
 import os
 import socket
 import traceback
@@ -67,6 +69,13 @@ def rank_context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.ranks_ahead"])
     return context
+
+
+@atexit.register
+def _kill_those_left() -> None:
+    """Processes that a failed test has left: multiprocessing would wait for them, and pytest not end."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _enter(
