@@ -24,6 +24,7 @@ from orchestrator.registry.register import register
 from orchestrator.serving.apps import ServedModel, build_app, close_app
 from tests.forked import Command, run_command, start_command
 from tests.orchestrator.commands.test_chat import make_talker
+from tests.ranks import free_port
 from tests.tiny import chat_rows, film_rows, make_bert, make_llama, shard_locally, tiny_job
 from trainers.evaluation import placement
 from trainers.run.folder import Evaluation
@@ -53,9 +54,7 @@ def run(tmp_path: Path, tiny_tokenizer: Path) -> Run:
 @contextmanager
 def serving(folder: Path, *words: str) -> Iterator[tuple[str, Command]]:
     """The address of a server that answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server, address = start_command(["serve", *words, "--port", str(port)], folder), f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: answers(address), server)
@@ -112,12 +111,14 @@ def test_the_champion_is_exchanged_without_a_dropped_request(run: Run, tmp_path:
         callers = [threading.Thread(target=call, args=(address,)) for _ in range(3)]
         for caller in callers:
             caller.start()
-        wait_for(lambda: len(seen) > 5, server)
-        promote(registry_uri(storage), pick_version(registry_uri(storage), "tiny", "2"))
-        wait_for(lambda: seen[-1]["version"] == 2, server)
-        over.set()
-        for caller in callers:
-            caller.join()
+        try:
+            wait_for(lambda: len(seen) > 5, server)
+            promote(registry_uri(storage), pick_version(registry_uri(storage), "tiny", "2"))
+            wait_for(lambda: seen[-1]["version"] == 2, server)
+        finally:
+            over.set()
+            for caller in callers:
+                caller.join()
         assert ask(f"{address}/health")["model"] == "tiny-2"
     assert faults == []
     for version, step in ((1, 3), (2, 6)):
