@@ -288,6 +288,7 @@ def test_a_full_disk_costs_this_checkpoint_and_says_both_figures(
     assert committed_steps(checkpoints) == [1]
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 100)), st.integers(1, 5), st.sets(st.integers(0, 100)))
 def test_retention_never_deletes_the_newest_or_a_pinned_one(committed: set[int], keep: int, pinned: set[int]) -> None:
     gone = deletable(sorted(committed), keep, pinned)
