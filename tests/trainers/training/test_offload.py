@@ -3,7 +3,7 @@ exported. On disk it needs DeepSpeed's async I/O, which takes minutes to build: 
 
 import json
 import shutil
-import time
+import threading
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -176,12 +176,19 @@ def save_beside_a_step(place: str, waits: bool) -> bool:
 
     step(lambda: None)
     agent = Checkpointer(engine, Folder(place), world, new_attempt(world), "key", "job", lambda _: None)
-    write = host_buffer.write_rank_file
-    host_buffer.write_rank_file = lambda *words: (time.sleep(1.0), write(*words))[1]  # type: ignore[assignment]
+    write, go_on = host_buffer.write_rank_file, threading.Event()
+    host_buffer.write_rank_file = lambda *words: (go_on.wait(60), write(*words))[1]  # type: ignore[assignment]
+
+    def before_update() -> None:
+        if waits:
+            threading.Timer(1.0, go_on.set).start()
+            agent.before_update()
+
     before = state_digest(engine)
     agent.save(Progress(1, 4))
     assert agent.reading
-    step(agent.before_update if waits else lambda: None)
+    step(before_update)
+    go_on.set()
     agent.finish()
     agent.resume()
     restored = state_digest(engine)
