@@ -30,6 +30,8 @@ from trainers.storage import TEMPORARY, Folder
 
 WORLD = 2
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+PATIENCE_S = 200.0
+"""For what writers do: at their priority a busy machine gives them a hundredth of a processor."""
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Launched:
         for rank in self.ranks:
             rank.kill()
         self.join()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while any(is_alive(writer) for writer in self.writers()):
             assert time.monotonic() < deadline, "a writer outlived its rank"
             time.sleep(0.01)
@@ -120,14 +122,14 @@ def _light_rank(
     link = WriterLink(buffer.descriptor)
     _note_writer(folder, rank, link.process.pid)
     for step in range(first + 1, steps + 1):
-        barrier.wait(60)  # as the collectives of a step would
+        barrier.wait(PATIENCE_S)  # as the collectives of a step would
         now[0] = step
         buffer.copy_beside(lambda _: None).wait()
         state = _state(step, values) if rank == 0 else None
         save = Save(id=f"{folder.name}-{step}", rank=rank, world_size=WORLD)
         place = checkpoints / step_name(step)
         link.send(SaveRequest(save=save, step=step, folder=place.uri, total_bytes=2 * buffer.num_bytes, state=state))
-        report = link.hear(60)
+        report = link.hear(PATIENCE_S)
         _note_writer(folder, rank, link.process.pid)
         if rank == 0:
             assert report is not None
