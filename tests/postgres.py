@@ -3,7 +3,6 @@
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import free_port
 
 PASSWORD = "postgres-secret"
 
@@ -37,9 +38,7 @@ def postgres() -> Iterator[str]:
     """The address of its database, with its password."""
     pytest.importorskip("psycopg2", reason="psycopg2 is not installed")
     initdb, control, as_owner = program("initdb"), program("pg_ctl"), owner()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="tuneyard-postgres-", dir="/tmp"))
     (folder / "password").write_text(PASSWORD)
     if as_owner:
