@@ -26,6 +26,7 @@ from orchestrator.training.node_report import (
     NodeReport,
     RankExit,
     free_bytes,
+    free_port,
     interface_of,
     oom_kills,
 )
@@ -97,10 +98,8 @@ class NodeAgent:
         return all(server.ready.wait(timeout_s) for server in list(self._servers))
 
     def free_port(self) -> int:
-        """A TCP port that was free a moment ago."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return int(probe.getsockname()[1])
+        """A TCP port for rank 0 to listen on."""
+        return free_port()
 
     def warm_up(self, ranks: int) -> None:
         """Have as many processes at hand as the next launch needs; one is enough where ranks are forks."""

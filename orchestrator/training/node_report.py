@@ -2,14 +2,20 @@
 
 import contextlib
 import shutil
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import SystemRandom
 
 import psutil
 
 from trainers.run.events import Event, FailedEvent
 from trainers.worker.heartbeat import Heartbeat
 
+FIRST_PORT = 20_000
+"""Ray's workers take 10,002 to 19,999."""
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""First and last of the ports that outgoing connections are given."""
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -73,6 +79,18 @@ def interface_of(address: str) -> str | None:
         if any(one.address == address for one in addresses):
             return str(name)
     return None
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago, and that no outgoing connection is given before a rank listens there: it
+    is none of the ephemeral ports, unless these begin too low."""
+    end = int(EPHEMERAL.read_text().split()[0]) if EPHEMERAL.exists() else 0
+    ports = range(FIRST_PORT, end)
+    for port in [*SystemRandom().sample(ports, min(len(ports), 100)), 0]:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    raise OSError("no TCP port is free")
 
 
 def oom_kills() -> int:
