@@ -130,16 +130,20 @@ class NodeAgent:
             if "ready" in message:
                 server.ready.set()
             elif "pid" in message:
-                for rank in [each for each in self._ranks.values() if str(each.files) == message["files"]]:
+                for rank in [each for each in self._known() if str(each.files) == message["files"]]:
                     rank.process = message["pid"]
             elif "exit" in message:
-                for rank in [each for each in self._ranks.values() if each.process == message["exit"]]:
+                for rank in [each for each in self._known() if each.process == message["exit"]]:
                     self._note_end(rank, message["code"], message["max_rss_bytes"])
         code = server.process.wait()
-        for rank in [each for each in self._ranks.values() if each.server is server and each.exit is None]:
-            self._note_end(rank, code, 0)  # it was the rank, or its death took the ranks with it
         with contextlib.suppress(ValueError):
-            self._servers.remove(server)
+            self._servers.remove(server)  # first: who waits for the ends of the ranks launches others at once
+        for rank in [each for each in self._known() if each.server is server and each.exit is None]:
+            self._note_end(rank, code, 0)  # it was the rank, or its death took the ranks with it
+
+    def _known(self) -> list[_Rank]:
+        """The ranks of this moment, for a thread beside that which launches more."""
+        return list(self._ranks.values())
 
     def launch(self, run: Run, environments: dict[int, dict[str, str]], log_folder: str | None) -> None:
         """Start these ranks. What ran here before is killed and forgotten.
