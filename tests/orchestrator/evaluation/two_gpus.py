@@ -1,4 +1,5 @@
-"""Evaluations, the last after a pause, as Ray tasks of a node that is said to have two GPUs; prints what was seen.
+"""Evaluations as Ray tasks of a node that is said to have two GPUs, the last once the process of the others has ended;
+prints what was seen.
 
 python -m tests.orchestrator.evaluation.two_gpus RUN.json EXPORT EXPORT
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 
 from orchestrator.evaluation import one_gpu
@@ -46,10 +48,12 @@ def main() -> None:
     init_ray(num_cpus=2, **options)
     of = Run.model_validate_json(Path(run).read_text())
     task = _with_resources(of, 1, scored)
-    found = [ray.get(task.remote(of, paths[0], 60.0))]
+    found = [ray.get(task.remote(of, paths[0], 600.0))]
     held = hold_all_but_another(found[0]["gpu"]) if ray.cluster_resources()["GPU"] > 1 else []
     found.append(ray.get(task.remote(of, paths[1], 0.5)))
-    time.sleep(3)
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(found[-1]["process"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
     found.append(ray.get(task.remote(of, paths[1], 60.0)))
     os.environ["PATH"] = "/nowhere"  # Ray's processes keep theirs
     memory = {"driver": gpu_memory(), "smallest": smallest_gpu(ray)}
