@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -23,6 +22,7 @@ from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.read import _from_client, _from_tables, champion, list_models, row_scores_of, show_model
 from orchestrator.registry.register import register
 from tests.postgres import postgres
+from tests.ranks import free_port
 from trainers.errors import EvaluationError, JobError
 from trainers.job.load import parse_job
 from trainers.run.continued import Ancestor
@@ -380,9 +380,7 @@ def server(request, tmp_path):
 
 @contextmanager
 def tracking_server(tmp_path, database):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", database, "--artifacts-destination", f"{tmp_path}/art"]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
