@@ -18,6 +18,7 @@ import pytest
 from orchestrator.registry.mlflow_client import open_client, registry_uri
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.register import register
+from orchestrator.tracking import follower as follower_module
 from orchestrator.tracking import outlets
 from orchestrator.tracking.follower import Follower
 from orchestrator.tracking.outlets import follow
@@ -84,7 +85,8 @@ def history(client, run, name):
     return {point.step: point.value for point in client.get_metric_history(run.info.run_id, name)}
 
 
-def test_mlflow_follows_live_and_the_same_run_goes_on_after_a_failure(storage):
+def test_mlflow_follows_live_and_the_same_run_goes_on_after_a_failure(storage, monkeypatch):
+    monkeypatch.setattr(follower_module, "CLOSE_WAIT_S", 400.0)  # the second has only begun to import MLflow by then
     run, said = run_of(storage), []
     with pytest.raises(JobError), Follower(run, said.append) as follower:
         train(run, step(1), step(2))
