@@ -14,7 +14,9 @@ from tests.architectures.trained import train_all
 from tests.architectures.trials import DRAWING, Outcome, Trial, every_trial, trials_of
 from trainers.model.fit import tested_families
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4500)]
+"""As long as `run_matrix` and `train_all` wait at the most. Looking alone takes a rank over 77 s of a processor, and
+a busy machine gave it 7 % of one."""
 
 
 @pytest.fixture(scope="module")
