@@ -94,7 +94,7 @@ def test_killed_at_any_statement_nothing_is_written_and_the_same_command_goes_on
     while True:
         process = rank_context().Process(target=killed_at, args=(killed + 1, uri_of(versions), act))
         process.start()
-        process.join(60)
+        process.join(400)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
