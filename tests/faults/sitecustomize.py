@@ -3,8 +3,9 @@
 A run folder's `faults.json` lists what goes wrong: `{"kind", "rank", "step"}`, each once unless it says `"always"`.
 Kinds: stop (SIGSTOP), kill, oom (in the control group `cgroup`, which has a memory limit), sleep_loader, raise, memory,
 endless_forward, nan, slow (`seconds` a step), skip (all ranks exchange a number after the backward pass, this one not),
-mismatch (it leaves out the exchange of losses), kill_evaluating (once the ranks evaluate after that step). `committed`:
-a step whose checkpoint must be committed before the fault happens; the rank waits for it.
+mismatch (it leaves out the exchange of losses), wait (until there is a `file`), kill_evaluating (once the ranks
+evaluate after that step). `committed`: a step whose checkpoint must be committed before the fault happens; the rank
+waits for it.
 Without that file nothing is changed.
 """
 
@@ -89,7 +90,7 @@ def _install(run):
         step_loss = objective.step_loss
 
         def step_loss_(*batch):
-            for fault in due("stop", "kill", "oom", "raise", "memory", "endless_forward", "slow"):
+            for fault in due("stop", "kill", "oom", "raise", "memory", "endless_forward", "slow", "wait"):
                 _happen(fault)
             return step_loss(*batch)
 
@@ -136,6 +137,9 @@ def _happen(fault):
         raise MemoryError("cannot allocate 1 TiB")
     elif kind == "slow":
         time.sleep(fault["seconds"])
+    elif kind == "wait":
+        while not Path(fault["file"]).exists():
+            time.sleep(0.01)
     elif kind == "endless_forward":
         while True:
             sum(range(100_000))

@@ -178,10 +178,14 @@ def test_sigterm_to_one_rank_is_agreed_by_all_and_goes_on_bit_for_bit(job: Job, 
         """Tell one rank once that step was made. Returns the last step."""
         sent = threading.Event()
 
+        def tell() -> None:
+            os.kill(rank_processes()[f"rank-{rank}"], signal.SIGTERM)
+            (run / f"told-{step}").touch()
+
         def send(event: Event) -> None:
             if isinstance(event, StepEvent) and event.step >= step and not sent.is_set():
                 sent.set()
-                threading.Timer(delay_s, lambda: os.kill(rank_processes()[f"rank-{rank}"], signal.SIGTERM)).start()
+                threading.Timer(delay_s, tell).start()
 
         with pytest.raises(Preempted) as caught:
             run_training(job, "preempted", *faults, on_event=send)
@@ -190,9 +194,12 @@ def test_sigterm_to_one_rank_is_agreed_by_all_and_goes_on_bit_for_bit(job: Job, 
         assert stopped in committed_steps(Folder(str(run)) / "checkpoints")
         return stopped
 
-    slow = {"kind": "slow", "rank": 0, "step": 0, "seconds": 0.1, "always": True}
-    stopped = stop_after(1, 0, 0.0, slow)
-    stopped = stop_after(stopped + 1, 1, 0.0, slow)
+    def until_told(step: int) -> dict[str, Any]:
+        """Rank 0 stays in the step after that one until a rank was told."""
+        return {"kind": "wait", "rank": 0, "step": step, "file": str(run / f"told-{step}")}
+
+    stopped = stop_after(1, 0, 0.0, until_told(1))
+    stopped = stop_after(stopped + 1, 1, 0.0, until_told(stopped + 1))
     waits_at = stopped + 2
     assert stop_after(waits_at, 1, 1.0, {"kind": "sleep_loader", "rank": 0, "step": waits_at}) == waits_at < STEPS
     assert losses(run_training(job, "preempted")) == undisturbed
