@@ -33,7 +33,7 @@ def test_two_trials_of_two_workers_on_two_cores_take_turns(ray_session: None) ->
 
     def hold(group: WorkerGroup) -> tuple[float, float]:
         try:
-            group.gather(120)
+            group.gather(400)
             assert group.size == 2
             began = time.monotonic()
             time.sleep(2)
@@ -62,6 +62,6 @@ def test_what_a_trial_asks_of_ray_is_placed_outside_the_trial_s_own_room(ray_ses
     inside = PlacementGroupSchedulingStrategy(room, placement_group_capture_child_tasks=True)
     try:
         task = ray.remote(num_cpus=0, memory=1, max_retries=0, scheduling_strategy=inside)(trial)
-        assert ray.get(task.remote(), timeout=120) == (3, [(0, 1), (1, 2)])
+        assert ray.get(task.remote(), timeout=400) == (3, [(0, 1), (1, 2)])
     finally:
         remove_placement_group(room)

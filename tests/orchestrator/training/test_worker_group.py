@@ -70,14 +70,14 @@ def test_an_elastic_group_grows_on_a_node_that_it_holds() -> None:
     ray.get(tenant.here.remote())
     group = WorkerGroup(job_of({"min": 1, "max": 2}), 0)
     try:
-        group.gather(60)
+        group.gather(400)
         assert group.size == 1 and not group.can_grow()
         ray.kill(tenant)
         deadline = time.monotonic() + 400
         while not group.can_grow():
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        group.gather(60)
+        group.gather(400)
         assert group.size == 2 and len(group.layout) == 1
     finally:
         group.close()
