@@ -13,6 +13,7 @@ from tests.ray_head import init_ray, ray_head
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none may wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as ranks and evaluations have it; here others may compute first
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # no question starts a Ray that `ray_session` then meets
 FAULTS = str(Path(__file__).parent / "faults")
 os.environ["PYTHONPATH"] = os.pathsep.join([FAULTS, *filter(None, [os.environ.get("PYTHONPATH")])])
 

@@ -11,7 +11,7 @@ from orchestrator.training import node_agent as agent
 from tests.benchmarks.bench_recovery import named_run
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 
 def test_ranks_that_are_no_forks_run_and_leave_a_spare(
