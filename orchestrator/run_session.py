@@ -29,7 +29,7 @@ from trainers.run.continued import read_line
 from trainers.run.events import Event, StageEvent, StageStartEvent, StartEvent, read_events, steps_of
 from trainers.run.folder import RESULT, SHARDS, Evaluation, RegisteredVersion, RunResult, read_result, run_folder
 from trainers.run.goodput import account, share
-from trainers.run.lock import own_folder
+from trainers.run.lock import LET_GO_S, own_folder
 from trainers.run.log import RunLog
 from trainers.run.record import Run, run_of
 from trainers.shards.keys import load_shards
@@ -54,7 +54,7 @@ class RunSession:
         self._began, self._steps = time.monotonic(), 0
 
     @contextmanager
-    def hold(self, run: Run, wait_s: float = 0.2) -> Iterator[None]:
+    def hold(self, run: Run, wait_s: float = LET_GO_S) -> Iterator[None]:
         """Own the run folder for the length of the block; result.json says how the block ended, also where badly.
 
         Args:

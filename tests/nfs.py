@@ -1,5 +1,5 @@
 """NFS as it is: a server and two clients in a Linux kernel of their own (user-mode-linux), which sees this machine's
-files and runs a command there. Debian's packages user-mode-linux and nfs-kernel-server are needed, and root."""
+files and runs a command there. Debian's packages user-mode-linux, nfs-kernel-server and kmod are needed, and root."""
 
 import os
 import shlex
@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("linux.uml", "mkfs.ext4", "nsenter", "modprobe", "exportfs", "rpc.mountd", "rpc.nfsd")
@@ -73,6 +75,8 @@ def run_on_nfs(folder: Path, lag_s: int, module: str, memory_gib: int = 2) -> st
     kernel = ["linux.uml", f"mem={memory_gib}G", f"ubd0={disk}", "rootfstype=hostfs", "root=/dev/root", "rw",
               f"init={init}", "quiet", "con=null", "con0=null,fd:1"]  # fmt: skip
     done = subprocess.run(kernel, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False)
+    if "ptrace set fp regs failed" in done.stdout:
+        pytest.skip("this processor has more registers than user-mode-linux can save: it starts no process")
     status, said = folder / "status", folder / "said"
     shown = done.stdout + (said.read_text() if said.exists() else "")
     assert status.exists() and status.read_text().strip() == "0", shown

@@ -11,16 +11,18 @@ from trainers.errors import JobError
 from trainers.storage import Folder
 
 LOCK = "driver.lock"
+LET_GO_S = 2.0
+"""How long an owner is waited for that only looks, as `tuneyard status` does for a moment."""
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems answer that know no locks, or whose lock server is gone."""
 
 
 @contextmanager
-def own_folder(folder: Folder, wait_s: float = 0.2) -> Iterator[None]:
+def own_folder(folder: Folder, wait_s: float = LET_GO_S) -> Iterator[None]:
     """Own a run folder for the length of the block.
 
     Args:
-        wait_s: how long another owner may take to let go; `tuneyard status` is one for a moment.
+        wait_s: how long another owner may take to let go.
 
     Raises:
         JobError: another process is at work on it, or its file system knows no locks.
@@ -30,7 +32,7 @@ def own_folder(folder: Folder, wait_s: float = 0.2) -> Iterator[None]:
         deadline = time.monotonic() + wait_s
         while not hold(lock, folder):
             if time.monotonic() < deadline:
-                time.sleep(min(wait_s, 0.2))
+                time.sleep(min(wait_s, 0.05))
                 continue
             raise JobError(f"another process is at work on {folder}; wait for it or stop it first")
         yield
