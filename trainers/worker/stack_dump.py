@@ -1,10 +1,11 @@
 """Where a process stands, told from outside: its state, and the Python stack of each thread.
 
 The process has registered `faulthandler` on SIGUSR1, which writes from the signal handler itself, also while the GIL is
-held. A stopped process (SIGSTOP) writes when it is woken.
+held. A stopped process (SIGSTOP) writes when it is woken, and is stopped again.
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -19,6 +20,8 @@ FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>
 QUIET_S = 0.2
 """A dump is whole once no more of it has come for so long: on a busy machine its process waits for its turn meanwhile,
 and the main thread, which tells most, comes last."""
+OUTERMOST = " in _run_module_as_main\n"
+"""Ends a whole dump: the main thread's first frame, of `python -m`."""
 LIBRARIES = ("site-packages", "dist-packages", "/lib/python3", "<frozen")
 
 
@@ -37,10 +40,11 @@ class Frame:
 def read_stacks(process: int, file: Path, wait_s: float) -> tuple[str, str]:
     """(process state, new stacks) of a process; stacks are empty where it does not answer in time."""
     state = process_state(process)
+    stopped = state in ("T", "t")
     size = file.stat().st_size if file.exists() else 0
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGUSR1)
-        if state in ("T", "t"):
+        _signal_main_thread(process, signal.SIGUSR1)
+        if stopped:
             os.kill(process, signal.SIGCONT)
     came = time.monotonic()
     deadline, text = came + wait_s, ""
@@ -48,10 +52,21 @@ def read_stacks(process: int, file: Path, wait_s: float) -> tuple[str, str]:
         grown = file.read_text(errors="replace")[size:]
         if grown != text:
             text, came = grown, time.monotonic()
-        elif text and time.monotonic() - came > QUIET_S:
+        if text.endswith(OUTERMOST) or (text and time.monotonic() - came > QUIET_S):
             break
-        time.sleep(0.02)
+        time.sleep(0.01)
+    if stopped:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGSTOP)
     return state, text
+
+
+def _signal_main_thread(process: int, number: int) -> None:
+    """Any thread of a woken process may take a signal that is sent to the process, while the main thread goes on; one
+    that is the main thread's own comes before its next instruction."""
+    send = getattr(ctypes.CDLL(None), "tgkill", None)  # since glibc 2.30
+    if send is None or send(process, process, int(number)):
+        os.kill(process, number)
 
 
 def process_state(process: int) -> str:

@@ -118,11 +118,12 @@ def test_a_rank_that_always_fails_ends_the_run_with_its_own_words(job: Job) -> N
 
 HANGS = {
     "sleep_loader": (0, "phase data"),
-    "stop": (1, "its process is stopped"),
     "endless_forward": (1, "the others wait for it in a collective"),
     "skip": (0, "it waits in another collective than the others"),
+    "stop": (1, "its process is stopped"),
 }
-"""Rank, and what is said of it. The loader is the first: it works ahead, and would sleep before another hang's turn."""
+"""Rank, and what is said of it. The loader is the first: it works ahead, and would sleep before another hang's turn.
+The stopped rank is the last: it is woken to tell its stack, and could come to another fault before it is killed."""
 
 
 def test_a_rank_that_hangs_is_named_with_its_line_and_the_run_goes_on(job: Job, undisturbed: dict[int, float]) -> None:
