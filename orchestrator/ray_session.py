@@ -65,7 +65,7 @@ def _own_handler(number: int) -> Iterator[None]:
 def _start(ray: Any, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address is None:
-        _start_here(ray, quiet)
+        start_private(ray, quiet)
         return
     try:
         ray.init(address=address, **quiet)
@@ -76,12 +76,19 @@ def _start(ray: Any, address: str | None) -> None:
         ) from error
 
 
-def _start_here(ray: Any, options: dict[str, Any]) -> None:
-    """Start a private Ray; on a loaded machine it may miss its own deadline, so it is tried once more."""
-    sizes = {"num_cpus": usable_cpus(), "object_store_memory": OBJECT_STORE_BYTES}
+def start_private(ray: Any, options: dict[str, Any]) -> None:
+    """Start a private Ray; on a loaded machine it may miss its own deadline, so it is tried once more.
+
+    Args:
+        options: of `ray.init`; by default all cores and a small object store.
+
+    Raises:
+        PlacementError: it did not start.
+    """
+    options = {"num_cpus": usable_cpus(), "object_store_memory": OBJECT_STORE_BYTES} | options
     for tries_left in (1, 0):
         try:
-            ray.init(address="local", include_dashboard=False, **sizes, **options)
+            ray.init(address="local", include_dashboard=False, **options)
             return
         except Exception as error:  # of a raylet that does not come up Ray says no more than Exception
             ray.shutdown()

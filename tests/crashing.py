@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import free_port, rank_context
+from orchestrator.training.node_report import free_port
+from tests.ranks import rank_context
 from tests.thread_ranks import Alone
 from trainers.checkpoint.choosing import choose_checkpoint
 from trainers.checkpoint.cleaning import remove_checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import free_port
+from orchestrator.training.node_report import free_port
 
 PASSWORD = "postgres-secret"
 

@@ -8,13 +8,12 @@ import atexit
 import multiprocessing
 import multiprocessing.util  # what it does at the exit comes after what is registered below
 import os
-import socket
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from random import SystemRandom
 from typing import Any
+
+from orchestrator.training.node_report import free_port
 
 START_S = 540
 
@@ -50,16 +49,6 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, pa
     if failures:
         raise AssertionError("\n".join(failures))
     return [found[rank] for rank in range(world_size)]
-
-
-def free_port() -> int:
-    """A TCP port that is free, below those that outgoing connections get: one of these would take it before a rank
-    listens."""
-    for port in SystemRandom().sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise AssertionError("of 100 ports none is free")
 
 
 def rank_context() -> Any:

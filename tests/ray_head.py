@@ -13,22 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import free_port
+from orchestrator.ray_session import start_private
+from orchestrator.training.node_report import free_port
 
 
 def init_ray(**options: Any) -> None:
-    """A private Ray of this process, without a dashboard. On a loaded machine it may miss its own deadline of 30 s,
-    which no option changes, so it is tried once more, as the product does."""
+    """A private Ray of this process, as the product starts it: once more where it misses its own deadline of 30 s."""
     import ray
 
-    for last in (False, True):
-        try:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, **options)
-            return
-        except Exception as error:  # of a raylet that does not come up Ray says no more than Exception
-            ray.shutdown()
-            if last or "timed out during startup" not in str(error):
-                raise
+    start_private(ray, {"log_to_driver": False, **options})
 
 
 def free_ports(count: int) -> list[int]:

@@ -207,7 +207,7 @@ class NodeAgent:
     def stacks(self) -> dict[int, tuple[str, str]]:
         """Of each living rank: its process state as /proc has it (T is stopped), and where each thread stands.
 
-        A stopped process is woken, for it is killed next anyway.
+        A stopped process is woken for as long as that takes.
         """
         found = {}
         for number, rank in self._ranks.items():

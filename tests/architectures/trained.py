@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import transformers
 
+from orchestrator.training.node_report import free_port
 from tests.architectures.matrix import Matrix
 from tests.architectures.single import PACKED, job_of, kind_of
 from tests.architectures.trials import WAYS, Outcome, Trial
-from tests.ranks import free_port, run_ranks
+from tests.ranks import run_ranks
 from tests.tiny import shard_locally
 from trainers.architecture import other_modalities
 from trainers.architecture.adjust import read_last_tokens

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.ranks import free_port
+from orchestrator.training.node_report import free_port
 from tests.tiny import shard_locally, tiny_job, write_rows
 from trainers.training.profiling import PEAK_FLOPS
 

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
+from orchestrator.training.node_report import free_port
 from tests.benchmarks.loop import contenders, peers
 from tests.benchmarks.loop.contenders import LENGTH, RANKS, Enough, make_job, padding_share
 from tests.benchmarks.loop.turns import Turns
-from tests.ranks import free_port
 
 WARM_UP = 3
 """Steps that are left out."""

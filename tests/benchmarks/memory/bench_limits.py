@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
+from orchestrator.training.node_report import free_port
 from tests.benchmarks.memory.cells import MIB, Cell, make_job, predict, train_and_measure
-from tests.ranks import free_port, rank_context
+from tests.ranks import rank_context
 from trainers.model.memory import CPU_IMPORT_BYTES
 
 LIMITS = {1: (640, 800, 960, 1120, 1280), 2: (1120, 1360, 1600, 1840, 2080)}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.commands.init import TEMPLATES, write_job
+from orchestrator.training.node_report import free_port
 from tests.forked import run_command
-from tests.ranks import free_port
 from tests.tiny import make_bert, make_llama
 from tests.trainers.tasks.small import encoder_decoder, word_tokenizer
 from trainers.job.load import load_job

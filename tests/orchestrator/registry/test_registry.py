@@ -21,8 +21,8 @@ from orchestrator.registry.mlflow_client import open_client, registry_uri
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.read import _from_client, _from_tables, champion, list_models, row_scores_of, show_model
 from orchestrator.registry.register import register
+from orchestrator.training.node_report import free_port
 from tests.postgres import postgres
-from tests.ranks import free_port
 from trainers.errors import EvaluationError, JobError
 from trainers.job.load import parse_job
 from trainers.run.continued import Ancestor

@@ -22,9 +22,9 @@ from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.register import register
 from orchestrator.serving.apps import ServedModel, build_app, close_app
+from orchestrator.training.node_report import free_port
 from tests.forked import Command, run_command, start_command
 from tests.orchestrator.commands.test_chat import make_talker
-from tests.ranks import free_port
 from tests.tiny import chat_rows, film_rows, make_bert, make_llama, shard_locally, tiny_job
 from trainers.evaluation import placement
 from trainers.run.folder import Evaluation

@@ -102,7 +102,7 @@ server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_buck
 @pytest.fixture(scope="module")
 def gs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A function from a key to its URI, in a bucket of the Google protocol on loopback."""
-    from tests.ranks import free_port
+    from orchestrator.training.node_report import free_port
 
     port = free_port()
     log = (tmp_path_factory.mktemp("gs") / "log").open("wb")
