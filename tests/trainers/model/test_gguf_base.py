@@ -54,13 +54,13 @@ def write_file(
     end_file(writer)
 
 
-def llama_shapes(tied: bool, words: int = 400, width: int = 64) -> Shapes:
+def llama_shapes(tied: bool, words: int = 400, width: int = 64, layers: int = 2, inner: int = 96) -> Shapes:
     shapes: Shapes = {"token_embd.weight": (words, width), "output_norm.weight": (width,)}
     shapes |= {} if tied else {"output.weight": (words, width)}
-    for layer in range(2):
+    for layer in range(layers):
         block = {"attn_norm": (width,), "ffn_norm": (width,), "attn_q": (width, width), "attn_k": (width // 2, width),
-                 "attn_v": (width // 2, width), "attn_output": (width, width), "ffn_gate": (96, width),
-                 "ffn_up": (96, width), "ffn_down": (width, 96)}  # fmt: skip
+                 "attn_v": (width // 2, width), "attn_output": (width, width), "ffn_gate": (inner, width),
+                 "ffn_up": (inner, width), "ffn_down": (width, inner)}  # fmt: skip
         shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
     return shapes
 
@@ -142,14 +142,19 @@ def test_a_file_without_words_is_refused_before_its_weights_are_read(tmp_path: P
         dequantize(tmp_path, "m.gguf", tmp_path)
 
 
-def write_large_file(file: Path, words: int, width: int) -> None:
+def write_large_file(file: Path, words: int, width: int, layers: int = 2, inner: int = 96) -> None:
     """A Llama in blocks of Q8_0, with so many words: the bytes', and those that are merged of two of them."""
     from gguf import GGMLQuantizationType, quantize
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
     pairs = list(islice(product(letters, letters), words - len(letters)))
-    sizes = SIZES | {"embedding_length": width, "vocab_size": words}
+    sizes = SIZES | {
+        "embedding_length": width,
+        "vocab_size": words,
+        "block_count": layers,
+        "feed_forward_length": inner,
+    }
     writer = begin_file(file, "llama", sizes)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -157,7 +162,7 @@ def write_large_file(file: Path, words: int, width: int) -> None:
     writer.add_token_types([1] * words)
     writer.add_token_merges([*map(" ".join, pairs)])
     draw = np.random.default_rng(0)
-    for name, shape in llama_shapes(True, words, width).items():
+    for name, shape in llama_shapes(True, words, width, layers, inner).items():
         kind = GGMLQuantizationType.Q8_0 if len(shape) > 1 else GGMLQuantizationType.F32
         row = quantize(draw.normal(size=shape[-1:]).astype(np.float32), kind)
         writer.add_tensor(name, row if len(shape) == 1 else np.tile(row, (shape[0], 1)), raw_dtype=kind)
