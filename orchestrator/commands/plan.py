@@ -18,7 +18,11 @@ HOST = {"host": "state and activations", "staging": "staging of checkpoints"}
 def plan_table(plan: Plan, full: bool) -> None:
     """What the job comes to and, where `full`, the job with every default written out."""
     about = "" if plan.exact else "about "
-    batch = f"{plan.world_size} workers x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated"
+    workers = f"{plan.world_size} workers"
+    if plan.sequence_parallel > 1:
+        groups = plan.world_size // plan.sequence_parallel
+        workers = f"{groups} groups of {plan.sequence_parallel} workers that share each sequence"
+    batch = f"{workers} x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated"
     shorter = (
         "; shorter ones go together to as many tokens" if plan.lengths_differ and plan.global_batch_size > 1 else ""
     )

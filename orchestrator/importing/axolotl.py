@@ -142,6 +142,7 @@ RULES: dict[str, Rule] = {
     "deepspeed": deepspeed,
     "gradient_checkpointing": checkpointing,
     "neftune_noise_alpha": number("train.neftune_alpha"),
+    **dict.fromkeys(("sequence_parallel_degree", "context_parallel_size"), "train.sequence_parallel"),
     "torch_compile": when(True, "train.compile", True),
     "chat_template_jinja": "data.chat_template",
     "chat_template": chosen(
@@ -213,7 +214,6 @@ REFUSED = {
     "lora_model_dir": "adapters start from scratch",
     "streaming": "shards are written once, then read from there",
     "pretraining_dataset": "name its files in data.train",
-    "sequence_parallel_degree": "not here",
     "adam_beta2": "AdamW's betas are 0.9 and 0.999",
     "adam_beta1": "AdamW's betas are 0.9 and 0.999",
     "adam_epsilon": "AdamW's epsilon is 1e-8",

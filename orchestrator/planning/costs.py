@@ -68,9 +68,18 @@ def messages(choice: Choice, size: ModelSize) -> dict[str, Any]:
     sent = sent_bytes(stage, weights, gradients, choice.batches.accumulation, 2 * size.parameters <= LIVE)
     settings: dict[str, Setting] = unsaid(zero, size.tensors, size.largest_layer, world_size)
     return {
-        "sent_gib_per_step": sent * (world_size - 1) / world_size / GIB,
+        "sent_gib_per_step": (sent * (world_size - 1) / world_size + _exchanged(choice, size)) / GIB,
         "settings": tuple((name, each.value, each.reason) for name, each in settings.items()),
     }
+
+
+def _exchanged(choice: Choice, size: ModelSize) -> float:
+    """Bytes that a worker sends a step to those with whom it shares sequences: as much back as forward, and forward
+    twice in layers that are computed again."""
+    step, sharing = choice.step, choice.batches.sharing
+    passes = 2 * size.layers + size.layers_again(step)
+    each = size.exchanged_bytes * step.micro_batch_size * step.accumulation
+    return passes * each * (sharing - 1) / sharing
 
 
 def count_flops(job: Job, model_path: str, parameters: int, trainable: int, every: int) -> float:

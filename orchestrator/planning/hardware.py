@@ -2,8 +2,11 @@
 
 import json
 import re
+from functools import partial
 
+from trainers.architecture import DOCUMENTS
 from trainers.errors import JobError
+from trainers.job.load import UNSHARED
 from trainers.job.schema import Job
 from trainers.model.choice import choose, settle
 from trainers.model.memory import ModelSize
@@ -46,21 +49,37 @@ def cluster_settings(gpu: str | None, memory: str | None, nodes: int | None, gpu
 
 
 def smallest_fit(job: Job, device: int, size: ModelSize) -> tuple[str, ...]:
-    """What must change in a job that does not fit, as --set takes it: settings at first, then twice the workers, again
-    and again. Empty where nothing was found."""
+    """What must change in a job that does not fit, as --set takes it: settings at first, then sequences that workers
+    share, then twice the workers, again and again. Empty where nothing was found."""
     free = {"deepspeed": "auto", "micro_batch_size": "auto", "activation_checkpointing": "auto"}
     open_job = job.model_copy(update={"train": job.train.model_copy(update=free)})
     workers = job.scale.max_workers
     while workers <= MOST_WORKERS:
-        try:
-            choice = choose(open_job, workers, device, lambda: size)
-        except JobError:  # the batch does not divide by so many
-            return ()
-        if choice.fits:
-            grown = (f"scale.workers={workers}",) if workers != job.scale.max_workers else ()
-            return (*grown, *_changes(job, settle(job, choice)))
+        for times in _times_shared(job, size, workers):
+            sharing = job.train.sequence_parallel * times
+            asked = open_job.model_copy(
+                update={"train": open_job.train.model_copy(update={"sequence_parallel": sharing})}
+            )
+            try:
+                choice = choose(asked, workers, device, partial(size.shared, times))
+            except JobError:  # the batch does not divide by so many
+                continue
+            if choice.fits:
+                grown = (f"scale.workers={workers}",) if workers != job.scale.max_workers else ()
+                shared = (f"train.sequence_parallel={sharing}",) if times > 1 else ()
+                return (*grown, *shared, *_changes(job, settle(job, choice)))
         workers *= 2
     return ()
+
+
+def _times_shared(job: Job, size: ModelSize, workers: int) -> list[int]:
+    """How many times as many workers may share a sequence as the job says."""
+    times = [1]
+    can_share = job.packing and job.model.attention == DOCUMENTS and size.heads
+    can_share = can_share and not any(getattr(job.train, name) for name in UNSHARED)
+    while can_share and workers % (most := 2 * times[-1] * size.sharing) == 0 and size.heads % most == 0:
+        times.append(2 * times[-1])
+    return times
 
 
 def _changes(job: Job, settled: Job) -> list[str]:

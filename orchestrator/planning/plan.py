@@ -62,6 +62,8 @@ class Plan(Record):
     """Sequences an epoch, packed where the job packs."""
     steps: int
     world_size: int
+    sequence_parallel: int
+    """Workers that share each sequence."""
     global_batch_size: int
     micro_batch_size: int
     accumulation: int
@@ -185,6 +187,7 @@ def _memory(job: Job, choice: Choice, device_bytes: int | None, measure: Callabl
     return {
         **sent,
         "deepspeed": choice.way,
+        "sequence_parallel": choice.batches.sharing,
         "deepspeed_reason": choice.reason,
         "activation_checkpointing": settle(job, choice).train.activation_checkpointing,
         "ways": tuple(

@@ -18,6 +18,7 @@ from trainers.model.deepspeed_config import derive_config
 from trainers.model.fit import check_fit, check_teacher, tensor_shapes
 from trainers.model.lora import check_frozen
 from trainers.model.memory import ModelSize
+from trainers.model.sharing import check_sharing
 from trainers.model.source import ModelFolder, find_teacher, prepare_model
 from trainers.run.record import run_of
 from trainers.shards.keys import Splits, find_split, load_shards, plan_splits, split_names, with_eval
@@ -30,7 +31,8 @@ from trainers.verification.packing import PackingDecision, decide_packing, with_
 
 METRIC = ("task", "evaluate.metric", "evaluate.mode", "evaluate.metrics")
 BATCHES = ("scale.workers", "data.max_length", "train.global_batch_size", "train.micro_batch_size", "train.deepspeed",
-           "train.compile", "train.activation_checkpointing", "train.activation_offload")  # fmt: skip
+           "train.compile", "train.activation_checkpointing", "train.activation_offload",
+           "train.sequence_parallel")  # fmt: skip
 ROWS = ("task", "data.format", "data.columns", "data.prompt")
 MODEL = ("storage", "model.path", "model.revision", "model.gguf_file", "model.trust_remote_code", "train.distill")
 LENGTHS = ("task", "data.max_length", "data.max_target_length", "data.chat_template")
@@ -109,7 +111,9 @@ def _check(draft: Draft, weights: bool, runs: bool = False) -> CheckedJob:
     check.require()
     assert model is not None and splits is not None
     packing = decide_packing(job, model)
-    return CheckedJob(with_packing(job, packing), model, splits, packing, notes)
+    settled = with_packing(job, packing)
+    check_sharing(settled, model.path)
+    return CheckedJob(settled, model, splits, packing, notes)
 
 
 def _check_model(job: Job, check: Checks, weights: bool) -> tuple[ModelFolder | None, tuple[str, ...]]:

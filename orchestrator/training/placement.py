@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainers.batching.batch_plan import plan_batches
 from trainers.errors import JobError
 from trainers.job.schema import Job
+from trainers.model.deepspeed_config import job_batches
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def fitting_sizes(job: Job) -> list[int]:
 def keeps_batch(job: Job, size: int) -> bool:
     """Whether the global batch can be cut for that many ranks."""
     try:
-        plan_batches(job.train.global_batch_size, job.train.micro_batch_size, size, job.data.max_length)
+        job_batches(job, size)
     except JobError:
         return False
     return True

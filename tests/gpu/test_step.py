@@ -91,6 +91,8 @@ def looked(job: Job, world: int) -> dict[str, dict[str, Any]]:
     }
     if not has_gpu():
         del plan["on the host"]  # refused there
+    if world > 1:
+        plan["sequences shared"] = with_(job, train={"deepspeed": "zero3", "sequence_parallel": world})
     if async_io_is_built():
         place = Path(job.storage).parent / "swap"
         place.mkdir()
@@ -115,6 +117,13 @@ def test_adapters_train_alike_in_every_way(looked: dict[str, dict[str, Any]]) ->
     assert looked["adapters, layers again"]["losses"] == plain
     assert looked["adapters, zero3"]["losses"] == pytest.approx(plain, abs=2e-2)
     assert looked["adapters, zero3, layers again"]["losses"] == looked["adapters, zero3"]["losses"]
+
+
+def test_sequences_that_devices_share_train_as_whole_ones_and_take_less(looked: dict[str, dict[str, Any]]) -> None:
+    if "sequences shared" not in looked:
+        pytest.skip("there are no two GPUs")
+    assert looked["sequences shared"]["losses"] == pytest.approx(looked["zero3"]["losses"], abs=2e-2)
+    assert looked["sequences shared"]["peak"] < 0.8 * looked["zero3"]["peak"]
 
 
 def test_state_on_disk_trains_as_state_on_the_device(looked: dict[str, dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from trainers.architecture.adjust import make_ready as make_ready
 from trainers.architecture.adjust import set_dropout as set_dropout
 from trainers.architecture.adjust import set_pad as set_pad
 from trainers.architecture.adjust import shrink as shrink
+from trainers.architecture.config import attention_values as attention_values
 from trainers.architecture.config import distinct_layers as distinct_layers
 from trainers.architecture.config import experts as experts
 from trainers.architecture.config import num_layers as num_layers
@@ -29,10 +30,12 @@ from trainers.architecture.ggml import ggml_model as ggml_model
 from trainers.architecture.ggml import ggml_obstacle as ggml_obstacle
 from trainers.architecture.model import DOCUMENTS as DOCUMENTS
 from trainers.architecture.model import LAYER as LAYER
+from trainers.architecture.model import SHARED as SHARED
 from trainers.architecture.model import STACK as STACK
 from trainers.architecture.model import adaptable_layers as adaptable_layers
 from trainers.architecture.model import attention_of as attention_of
 from trainers.architecture.model import dropping_stacks as dropping_stacks
+from trainers.architecture.model import feed_forward_layers as feed_forward_layers
 from trainers.architecture.model import linear_layers as linear_layers
 from trainers.architecture.model import makes_weights as makes_weights
 from trainers.architecture.model import may_cache as may_cache

@@ -97,6 +97,16 @@ def dropout_places(config: Any, model_class: type) -> list[tuple[Any, str]]:
     ]
 
 
+def attention_values(config: Any) -> tuple[int, int]:
+    """Values of a position's query, all heads together, and of its key; its width where heads are not told."""
+    text = text_config(config)
+    heads, fewer = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if not isinstance(heads, int):
+        return width(config), width(config)
+    each = getattr(text, "head_dim", None) or width(config) // heads
+    return heads * each, (fewer if isinstance(fewer, int) else heads) * each
+
+
 def router_loss_weight(config: Any) -> float:
     """Factor of the loss that balances a mixture's experts; 0 unless the configuration asks for router logits."""
     text = text_config(config)

@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from trainers.architecture import DOCUMENTS as NAME
 from trainers.architecture import attention_of, plain_model, router_loss_weight, stateful_layers
+from trainers.architecture.sequence_parallel import SequenceGroup, shared_states
 
 WIDEST_HEAD = 256
 """Of the flash kernel."""
@@ -39,18 +40,23 @@ def bounds_of(bounds: Any, longest: int, makes_mask: bool) -> dict[str, Any]:
     return said if makes_mask else {**said, "attention_mask": torch.empty(1, 1, 0, 0, device=bounds.device)}
 
 
-def document_bounds(model: Any, positions: Any, bounds: Any) -> dict[str, Any]:
+def document_bounds(model: Any, positions: Any, bounds: Any, group: SequenceGroup | None = None) -> dict[str, Any]:
     """Where documents begin, for attention that goes by it and for layers that carry a state along: transformers raises
     where it has no kernel that respects it.
 
     Args:
         positions: int64 [1, tokens], 0 where a document begins.
         bounds: int32 [documents + 1], the same as places in the row, with its end.
+        group: whose the row is together, where these positions are one rank's part of it.
     """
     if attention_of(model) == NAME:
         inner = plain_model(model)
         reads_mask = getattr(inner, "keeps_states_apart", False) or router_loss_weight(inner.config) > 0
-        return bounds_of(bounds, positions.shape[1], makes_mask=reads_mask)
+        longest = positions.shape[1] * (group.size if group else 1)
+        found = bounds_of(bounds, longest, makes_mask=reads_mask)
+        return {**found, "sequence_group": group} if group else found
+    if group:
+        raise ValueError(f"sequences are shared with attention backend {NAME} alone, not {attention_of(model)}")
     if not stateful_layers(model):
         return {}
     longest = int(positions.max()) + 1
@@ -74,6 +80,7 @@ def attend(
     sliding_window: int | None = None,
     cu_seq_lens_q: Any = None,
     max_length_q: int | None = None,
+    sequence_group: SequenceGroup | None = None,
     **others: Any,
 ) -> tuple[Any, None]:
     """As transformers calls an attention backend.
@@ -81,6 +88,7 @@ def attend(
     Args:
         query: [1, heads, positions, width]; key and value may have fewer heads.
         sliding_window: positions that a position sees, its own included; None sees all before it.
+        sequence_group: the ranks that have the other parts of the positions, where this one has a part.
 
     Returns:
         [1, positions, heads, width], and no weights.
@@ -99,23 +107,34 @@ def attend(
         return output, None
     if asked or others.get("is_causal") is False:
         raise ValueError(f"attention backend {NAME} does not compute {', '.join(asked) or 'non-causal attention'}")
+    if sequence_group is None:
+        return _by_bounds(
+            [query, key, value], cu_seq_lens_q, max_length_q, dropout, scaling, sliding_window, sinks
+        ), None
+    *states, sinks = shared_states(sequence_group, query, key, value, sinks)
+    found = _by_bounds(states, cu_seq_lens_q, max_length_q, dropout, scaling, sliding_window, sinks)
+    return sequence_group.own_positions(found), None
+
+
+def _by_bounds(
+    states: list[Any],
+    bounds: Any,
+    longest: int | None,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    sinks: Any,
+) -> Any:
+    """Attention of a row's documents, [1, positions, heads, width]."""
+    query, key, value = states
     if sinks is None and _flash_takes(query, value):
-        flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        window = {"window_size_left": sliding_window - 1, "window_size_right": 0} if sliding_window else {}
-        result = torch.ops.aten._flash_attention_forward(
-            *flat,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            dropout,
-            True,
-            False,
-            scale=scaling,
-            **window,
+        flat = [tensor[0].transpose(0, 1) for tensor in states]
+        near = {"window_size_left": window - 1, "window_size_right": 0} if window else {}
+        found = torch.ops.aten._flash_attention_forward(
+            *flat, bounds, bounds, longest, longest, dropout, True, False, scale=scaling, **near
         )
-        return result[0][None], None
-    return _one_by_one([query, key, value], cu_seq_lens_q, dropout, scaling, sliding_window, sinks), None
+        return found[0][None]
+    return _one_by_one([query, key, value], bounds, dropout, scaling, window, sinks)
 
 
 def _flash_takes(query: Any, value: Any) -> bool:

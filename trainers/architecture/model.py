@@ -11,6 +11,8 @@ from trainers.architecture.folder import POSITIONS
 
 DOCUMENTS = "documents"
 """The attention backend of `trainers.architecture.document_attention`."""
+SHARED = "shared"
+"""Among the inputs of a batch: it holds one rank's part of its sequences, and this many ranks have them together."""
 LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block|blocks)\.(\d+)\.")
 """A layer's number in a parameter's name."""
 STACK = re.compile(r"(?:^|\.)(encoder|decoder)\.")
@@ -129,6 +131,23 @@ def fused_layers(model: Any) -> set[str]:
         if any(isinstance(child, torch.nn.Conv1d) for child in part.children())
         for layer in re.findall(r"=self\.(\w+)\.weight,", inspect.getsource(type(part)))
     }
+
+
+def feed_forward_layers(model: Any) -> list[Any]:
+    """Parts of a model's layers that look at one position at a time: linear layers with nothing between them that has
+    weights, called with the states alone. Mixtures of experts are none."""
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.pytorch_utils import Conv1D
+
+    def is_plain(part: Any) -> bool:
+        linear = [child for child in part.children() if isinstance(child, torch.nn.Linear | Conv1D)]
+        others = [child for child in part.children() if child not in linear]
+        asked = inspect.signature(part.forward).parameters.values()
+        return len(linear) > 1 and len(asked) == 1 and not any(True for other in others for _ in other.parameters())
+
+    layers = (part for part in plain_model(model).modules() if isinstance(part, GradientCheckpointingLayer))
+    return [child for layer in layers for child in layer.children() if is_plain(child)]
 
 
 def stateful_layers(model: Any) -> list[Any]:

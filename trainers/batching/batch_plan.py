@@ -26,11 +26,18 @@ class BatchPlan:
     accumulation: int
     spread: bool = False
     """Whether a step may take more micro-batches than that."""
+    sharing: int = 1
+    """Ranks that have each sequence together."""
+
+    @property
+    def groups(self) -> int:
+        """Ranks, or groups of them, that have sequences of their own."""
+        return self.world_size // self.sharing
 
     @property
     def per_rank(self) -> int:
-        """Sequences of a rank in one step."""
-        return self.global_batch_size // self.world_size
+        """Sequences of a rank in one step, or of a group that shares them."""
+        return self.global_batch_size // self.groups
 
     @property
     def rounds(self) -> int:
@@ -46,30 +53,40 @@ def plan_batches(
     world_size: int,
     max_length: int,
     spread: bool = False,
+    sharing: int = 1,
 ) -> BatchPlan:
     """Cut a global batch over ranks and micro-batches.
 
     Args:
         spread: whether a step may take more micro-batches than it must.
+        sharing: ranks that have each sequence together.
 
     Raises:
         JobError: where the global batch does not divide; names the sizes that would.
     """
-    if global_batch_size % world_size:
-        fitting = [size for size in range(1, global_batch_size + 1) if global_batch_size % size == 0]
+    if world_size % sharing:
         raise JobError(
-            f"train.global_batch_size ({global_batch_size}) must be divisible by the world size ({world_size}); "
+            f"scale.workers ({world_size}) must be a multiple of train.sequence_parallel ({sharing}), the workers that "
+            f"share each sequence: {sharing}, {2 * sharing}, {3 * sharing} ..."
+        )
+    groups = world_size // sharing
+    if global_batch_size % groups:
+        fitting = [size * sharing for size in range(1, global_batch_size + 1) if global_batch_size % size == 0]
+        among = f"{groups} groups of {sharing} workers" if sharing > 1 else f"the world size ({world_size})"
+        raise JobError(
+            f"train.global_batch_size ({global_batch_size}) must be divisible by {among}; "
             f"scale.workers may be one of {fitting}"
         )
-    per_rank = global_batch_size // world_size
-    micro = _auto_size(per_rank, max_length) if micro_batch_size == "auto" else micro_batch_size
+    per_rank = global_batch_size // groups
+    micro = _auto_size(per_rank, -(-max_length // sharing)) if micro_batch_size == "auto" else micro_batch_size
     if per_rank % micro:
         fitting = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+        shared = f"{groups} groups of workers" if sharing > 1 else f"world size ({world_size})"
         raise JobError(
-            f"train.global_batch_size ({global_batch_size}) / world size ({world_size}) = {per_rank} must be divisible "
+            f"train.global_batch_size ({global_batch_size}) / {shared} = {per_rank} must be divisible "
             f"by train.micro_batch_size ({micro}); it may be one of {fitting}, or auto"
         )
-    return BatchPlan(global_batch_size, world_size, micro, per_rank // micro, spread)
+    return BatchPlan(global_batch_size, world_size, micro, per_rank // micro, spread, sharing)
 
 
 def _auto_size(per_rank: int, max_length: int) -> int:

@@ -105,17 +105,19 @@ class StepSource:
         sequences = self._order.step(step)
         sequences = sequences[np.lexsort((-self._tokens[sequences], -self._spans[sequences]))]
         cuts = cut_step(self._spans[sequences], self._plan, self._longest, self._overhead)
-        own = cuts[self._rank :: self._plan.world_size]
+        own = cuts[self._rank // self._plan.sharing :: self._plan.groups]
         micro_batches = tuple(self._collate(sequences[cut], sequences, step + 1) for cut in own)
         targets, tokens = int(self._targets[sequences].sum()), int(self._tokens[sequences].sum())
         return StepBatch(micro_batches, max(targets, 1), tokens)
 
     def _collate(self, sequences: Any, of_step: Any, draw: int) -> Batch:
-        """One micro-batch; an empty one is the step's shortest sequence without targets."""
-        if len(sequences):
-            return self._task.collate([self._rows(index) for index in sequences], self._pad_id, draw)
-        batch = self._task.collate([self._rows(of_step[-1])], self._pad_id)
-        return replace(batch, labels=np.full_like(batch.labels, IGNORE), rows=batch.rows[:0])
+        """One micro-batch, or this rank's part of it; an empty one is the step's shortest sequence without targets."""
+        rows = [self._rows(index) for index in (sequences if len(sequences) else of_step[-1:])]
+        batch = self._task.collate(rows, self._pad_id, draw)
+        if not len(sequences):
+            batch = replace(batch, labels=np.full_like(batch.labels, IGNORE), rows=batch.rows[:0])
+        ranks = self._plan.sharing
+        return batch.part(self._rank % ranks, ranks) if ranks > 1 else batch
 
     def _rows(self, sequence: int) -> list[Any]:
         return [self._shards.row(int(row)) for row in self._packs.pack(int(sequence))]

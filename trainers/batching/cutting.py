@@ -47,15 +47,15 @@ def cut_step(lengths: Array, plan: BatchPlan, longest: int, overhead: float) -> 
     """
     of_each = [int(each) for each in lengths]
     cuts = _by_rows(len(of_each), plan)
-    least = _cost(cuts, of_each, plan.world_size, overhead)
-    room, share = plan.micro_batch_size * longest, sum(of_each) / plan.world_size
+    least = _cost(cuts, of_each, plan.groups, overhead)
+    room, share = plan.micro_batch_size * longest, sum(of_each) / plan.groups
     for rounds in _numbers(plan.rounds):
         if rounds * overhead + share >= least:
             break
-        found = _by_positions(of_each, rounds * plan.world_size, room)
-        if found and (cost := _cost(found, of_each, plan.world_size, overhead)) < least:
+        found = _by_positions(of_each, rounds * plan.groups, room)
+        if found and (cost := _cost(found, of_each, plan.groups, overhead)) < least:
             cuts, least = found, cost
-    missing = -len(cuts) % plan.world_size
+    missing = -len(cuts) % plan.groups
     return [*cuts, *[slice(len(of_each), len(of_each))] * missing]
 
 

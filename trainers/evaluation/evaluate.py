@@ -1,9 +1,11 @@
 """Evaluates one model folder on the evaluation shards, every row exactly once. No Ray, no process group."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +21,12 @@ from trainers.run.record import Run
 from trainers.run.row_scores import write_row_scores
 from trainers.shards.dataset import ShardSet
 from trainers.tasks import SET, Task, guard_margins
+from trainers.tasks.losses import gather_scores
 from trainers.tasks.metrics.own import TEXT
 from trainers.tokenizer.encoder import Encoder, load_encoder
+
+if TYPE_CHECKING:
+    from trainers.architecture.sequence_parallel import SequenceGroup
 
 
 def evaluate_model(
@@ -101,7 +107,7 @@ def score_share(
 
 def score_batches(
     loaded: Loaded,
-    batches: "SetBatches",
+    batches: SetBatches,
     share: int,
     shares: int,
     on_progress: Callable[[float], None] | None = None,
@@ -133,16 +139,23 @@ class EvaluationBatches:
     def __len__(self) -> int:
         return len(self.groups)
 
-    def score(self, number: int, model: Any, device: Any) -> tuple[Array, dict[str, Array]]:
-        """Rows of one batch and the numbers of each, by a model in evaluation mode."""
+    def score(
+        self, number: int, model: Any, device: Any, group: SequenceGroup | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Rows of one batch and the numbers of each, by a model in evaluation mode.
+
+        Args:
+            group: ranks that have its sequences together, and all call this with the same number.
+        """
         import torch
 
-        group = [[self.shards.row(int(row)) for row in self.packs.pack(int(pack))] for pack in self.groups[number]]
-        documents, pad_id = [row for pack in group for row in pack], self.encoder.pad_id
-        batch = self.task.collate(group, pad_id)
-        inputs, labels = batch.to(device)
+        packs = [[self.shards.row(int(row)) for row in self.packs.pack(int(pack))] for pack in self.groups[number]]
+        documents, pad_id = [row for pack in packs for row in pack], self.encoder.pad_id
+        batch = self.task.collate(packs, pad_id)
+        part = batch.part(group.place, group.size) if group else batch
         with torch.no_grad():  # not inference mode: weights that ZeRO-3 gathers in it could not be trained again
-            numbers = self.task.score(self.task.answers(model, inputs, labels), batch)
+            answers = self.task.answers(model, *part.to(device))
+            numbers = self.task.score(gather_scores(answers, part.labels, group) if group else answers, batch)
             numbers |= self.task.generate(model, documents, pad_id)
         if self.task.options.metrics:
             decode = partial(self.encoder.tokenizer.decode, skip_special_tokens=True)
@@ -164,11 +177,13 @@ class SetBatches:
         """No rows of any set."""
         return {name: RowScores([], []) for name in self.sets}
 
-    def score(self, number: int, model: Any, device: Any) -> tuple[str, Array, dict[str, Array]]:
+    def score(
+        self, number: int, model: Any, device: Any, group: SequenceGroup | None = None
+    ) -> tuple[str, Array, dict[str, Array]]:
         """The set of a batch, its rows and their numbers."""
         for name, batches in self.sets.items():
             if number < len(batches):
-                return name, *batches.score(number, model, device)
+                return name, *batches.score(number, model, device, group)
             number -= len(batches)
         raise IndexError(number)
 

@@ -18,6 +18,13 @@ from trainers.job.explain import explain, meant, unknown_key
 from trainers.job.schema import TASK_FIELDS, Job
 from trainers.job.task_fields import PACKING_TASKS, PLACE, PROMPT_FIELDS, SPLITTING_TASKS, For
 
+UNSHARED = {
+    "neftune_alpha": "whose noise goes by the length of what a worker has",
+    "distill": "whose teacher reads whole sequences",
+    "compile": "whose workers exchange within a layer",
+}
+"""Settings of the section `train` that do not go with sequences shared by workers, and why."""
+
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Read a job file, apply `section.key=value` overrides, and check it.
@@ -81,6 +88,7 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
         problems.append("train.activation_offload: without GPUs all activations lie in host memory; leave it out")
     if train.get("compile") and str(train.get("deepspeed", "")).startswith("zero3"):
         problems.append("train.compile: not under ZeRO-3, whose hooks stand between a layer's operators; leave it out")
+    problems += _sharing_problems(data, train)
     if section["evaluate"].get("early_stopping") and section["evaluate"].get("while_training") is False:
         problems.append("evaluate.early_stopping: nothing is evaluated while_training; leave out one of the two")
     if section["evaluate"].get("on") == "ranks" and section["evaluate"].get("while_training") is False:
@@ -107,6 +115,17 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
             f"data.overlong: split cuts one row into several, which {task} cannot use; choose truncate, drop or error"
         )
     return problems
+
+
+def _sharing_problems(data: dict[str, Any], train: dict[str, Any]) -> Iterator[str]:
+    """What cannot go with sequences that several workers share."""
+    if train.get("sequence_parallel") in (None, 1):
+        return
+    if data.get("packing") is False:
+        yield "train.sequence_parallel: needs data.packing, which tells documents by their bounds; leave packing out"
+    for key, why in UNSHARED.items():
+        if train.get(key):
+            yield f"train.{key}: not with train.sequence_parallel, {why}; leave out one of the two"
 
 
 def _entry_problems(entry: dict[str, Any], key: str, task: Any) -> Iterator[str]:

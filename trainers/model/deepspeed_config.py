@@ -118,7 +118,13 @@ def job_batches(job: Job, world_size: int, way: str | None = None, micro: int | 
         JobError: where the batch does not divide.
     """
     train, way = job.train, way or job.train.deepspeed
-    plan = plan_batches(train.global_batch_size, micro or train.micro_batch_size, world_size, job.data.max_length)
+    plan = plan_batches(
+        train.global_batch_size,
+        micro or train.micro_batch_size,
+        world_size,
+        job.data.max_length,
+        sharing=train.sequence_parallel,
+    )
     if not job.lengths_differ or job.model.dtype != "float32" or way == "auto":
         return plan
     return replace(plan, spread=read_template(way)["zero_optimization"]["stage"] == 3)
@@ -185,7 +191,7 @@ def _offload_problems(job: Job, zero: dict[str, Any]) -> list[str]:
 
 def _derived(job: Job, batches: BatchPlan) -> dict[str, Any]:
     return {
-        "train_batch_size": batches.global_batch_size,
+        "train_batch_size": batches.global_batch_size * batches.sharing,  # it counts a sequence once a rank
         "train_micro_batch_size_per_gpu": batches.micro_batch_size,
         "gradient_accumulation_steps": batches.accumulation,
         "gradient_clipping": job.train.max_grad_norm,

@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainers.architecture import cut_layers, describe
+from trainers.architecture import attention_values, cut_layers, describe
+from trainers.architecture.sequence_parallel import sharing_heads
 from trainers.job.schema import Job
 from trainers.model.deepspeed_config import own_settings
 from trainers.model.engine import prepare_model
@@ -32,13 +33,14 @@ DEPTH = 2
 
 
 def measure_size(job: Job, model_path: str) -> ModelSize:
-    """Sizes of a job's model; sequences are of `data.max_length`."""
+    """Sizes of a job's model; sequences are of `data.max_length`, or of one rank's part of that."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     task = load_task(job.task, task_options(job))
     task.labels = ("0", "1") if task.has_labels else ()
-    dtype, length = getattr(torch, job.model.dtype), job.data.max_length
+    dtype, sharing = getattr(torch, job.model.dtype), job.train.sequence_parallel
+    length = -(-job.data.max_length // sharing)
     model, cut = (build(job, task, model_path, depth) for depth in (None, DEPTH))
     with FakeTensorMode():
         for each in (model, cut):
@@ -50,6 +52,7 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         tensors, largest = sizes_of(model)
         kept, outside = keep_bytes(model, length, task.over_vocabulary)
         passing = _passing_bytes(cut, length, task.over_vocabulary)
+    query, key = (each * length * dtype.itemsize for each in attention_values(model.config))
     return ModelSize(
         parameters=sum(each.numel() for each in parameters),
         trainable=sum(each.numel() for each in parameters if each.requires_grad),
@@ -63,6 +66,10 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         targets=task.options.mask.fraction if job.task == "mlm" else 1.0,
         chunked=chunked,
         layers=shape.layers,
+        sharing=sharing,
+        heads=sharing_heads(model.config, model),
+        query_bytes=query,
+        key_bytes=key,
         tensors=tuple(tensors),
         largest_layer=largest,
         late_parameters=_late_parameters(model),

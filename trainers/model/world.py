@@ -9,9 +9,12 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from trainers.errors import JobError
+
+if TYPE_CHECKING:
+    from trainers.architecture.sequence_parallel import SequenceGroup
 
 T = TypeVar("T")
 CONTRACT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -26,6 +29,8 @@ class World:
     size: int
     device: Any
     """torch.device of this rank."""
+    group: "SequenceGroup | None" = None
+    """The ranks that share sequences with this one; None where each has its own."""
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank."""
@@ -115,8 +120,11 @@ def compute_deterministically() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
 
 
-def join_world(threads: int, gpus_per_worker: int | Literal["auto"] = "auto") -> World:
+def join_world(threads: int, gpus_per_worker: int | Literal["auto"] = "auto", sharing: int = 1) -> World:
     """Become a rank: pick the device, set the thread count, and join the process group unless the launcher has.
+
+    Args:
+        sharing: ranks that share each sequence; divides their number.
 
     Raises:
         JobError: where the launcher's variables are missing.
@@ -145,7 +153,11 @@ def join_world(threads: int, gpus_per_worker: int | Literal["auto"] = "auto") ->
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
-    return World(rank, size, device)
+    if sharing == 1 or size % sharing:  # the latter is refused with the batch
+        return World(rank, size, device)
+    from trainers.architecture.sequence_parallel import join_group
+
+    return World(rank, size, device, join_group(rank, size, sharing))
 
 
 def free_memory() -> None:

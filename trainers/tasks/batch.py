@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainers.architecture import SHARED
 from trainers.known_masks import MaskFacts
 from trainers.records import Array
 
@@ -57,6 +58,29 @@ class Batch:
     def to(self, device: torch.device | str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Inputs and labels as tensors on a device."""
         return {name: move(array, device) for name, array in self.inputs.items()}, move(self.labels, device)
+
+    def part(self, place: int, ranks: int) -> Batch:
+        """What one of several ranks has of packed sequences: all of them as one row, of that a part of the positions.
+        `bounds` stay those of the whole row, which is filled up to a multiple of the ranks.
+
+        Args:
+            place: of the rank among those that share the sequences.
+        """
+        positions = self.labels.size
+        each = -(-positions // ranks)
+
+        def cut(array: Array, fill: int) -> Array:
+            row = np.full(each * ranks, fill, dtype=array.dtype)
+            row[:positions] = array.ravel()
+            return row[None, each * place : each * (place + 1)]
+
+        fills = {"documents": -1}
+        inputs = {name: cut(array, fills.get(name, 0)) for name, array in self.inputs.items() if name != "bounds"}
+        bounds = self.inputs["bounds"]
+        inputs["bounds"] = np.where(bounds == positions, np.int32(each * ranks), bounds)
+        inputs[SHARED] = np.array(ranks)
+        segments = None if self.segments is None else cut(self.segments, -1)
+        return replace(self, inputs=inputs, labels=cut(self.labels, IGNORE), segments=segments)
 
     def targets(self, device: torch.device | str) -> torch.Tensor:
         """int64 [targets] on a device: places of the labels that count, in the flattened batch. Worked out here, for

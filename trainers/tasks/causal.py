@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainers.architecture import packs_as_one_row
+from trainers.architecture import SHARED, packs_as_one_row
 from trainers.known_masks import MaskFacts, masks_known
 from trainers.records import Array
 from trainers.tasks.base import IGNORE, Batch, Example, Task
@@ -75,13 +75,14 @@ class CausalTask(Task):
 
     def outputs(self, model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
         """What the model class returns; packs go as one row where documents are told apart in a row alone."""
-        given = {name: tensor for name, tensor in inputs.items() if name not in ("documents", "bounds")}
+        given = {name: tensor for name, tensor in inputs.items() if name not in ("documents", "bounds", SHARED)}
         if not (self.options.packing and packs_as_one_row(model)):
             return model(**given, **self.forward_options)
         from trainers.architecture.document_attention import document_bounds
+        from trainers.architecture.sequence_parallel import group_of
 
-        row = {name: tensor.reshape(1, -1) for name, tensor in given.items()}
-        bounds = document_bounds(model, row["position_ids"], inputs["bounds"])
+        row, group = {name: tensor.reshape(1, -1) for name, tensor in given.items()}, group_of(inputs)
+        bounds = document_bounds(model, row["position_ids"], inputs["bounds"], group)
         with masks_known(MaskFacts(padded=False, restarts=True)):  # rows of one document each begin anew in the one row
             outputs = model(**row, **bounds, **self.forward_options)
         if outputs.logits.numel() > 1:  # else the output layer gave the loss in their place

@@ -73,18 +73,20 @@ class RankEvaluation:
 
     def _score_share(self, step: int) -> SetScores | None:
         """This rank's scores; None where the ranks were asked to leave."""
-        found, last, size = self._batches.nothing(), len(self._batches) - 1, self.world.size
+        found, last, group = self._batches.nothing(), len(self._batches) - 1, self.world.group
+        ranks = group.size if group else 1  # that take a batch together
+        first, size = self.world.rank // ranks, self.world.size // ranks
         with evaluated(self.engine, self.run.job.model.lora) as model:
             if step:
                 self._generate_as_exported(model)
-            for number in range(self.world.rank, size * -(-len(self._batches) // size), size):
+            for number in range(first, size * -(-len(self._batches) // size), size):
                 self.hooks.at("evaluate", step)
                 self.saver.poll()
                 reason = self.hooks.stop_reason()
                 if agree_to_stop(reason if reason in LEAVING else None, self.world):
                     return None
-                name, rows, numbers = self._batches.score(min(number, last), model, self.world.device)
-                if number <= last:
+                name, rows, numbers = self._batches.score(min(number, last), model, self.world.device, group)
+                if number <= last and (group is None or group.place == 0):
                     found[name].add(rows, numbers)
         return found
 

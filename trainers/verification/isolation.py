@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainers.architecture.sequence_parallel import SequenceGroup
 from trainers.batching.packing import PackIndex
 from trainers.errors import TrainingError
 from trainers.model.zero_passes import beside_training
@@ -35,6 +36,7 @@ def check_isolation(
     pad_id: int,
     backend: str,
     device: Any,
+    group: SequenceGroup | None = None,
 ) -> None:
     """Change one packed document and look at what the model says of the others, in micro-batches as the training has
     them: the longest packs, the first of them with short documents in its place. Every rank calls this with the same
@@ -43,6 +45,7 @@ def check_isolation(
     Args:
         model: the engine, or any model; its mode is restored afterwards.
         backend: the job's attention backend, for the message.
+        group: the ranks that share each sequence.
 
     Raises:
         TrainingError: where a document sees another.
@@ -52,7 +55,8 @@ def check_isolation(
     if len(longest[0]) > 1:  # a leak may need the length
         batches.append(longest)
     changed, moved = max(
-        (worst_leak(model, task, batch, pad_id, device) for batch in batches), key=lambda pair: pair[1]
+        (worst_leak(model, task, batch, pad_id, device, group) for batch in batches),
+        key=lambda pair: pair[1],
     )
     if moved > TOLERANCE:
         raise TrainingError(
@@ -63,14 +67,23 @@ def check_isolation(
 
 
 def worst_leak(
-    model: Any, task: Task, packs: Sequence[Sequence[Example]], pad_id: int, device: Any
+    model: Any,
+    task: Task,
+    packs: Sequence[Sequence[Example]],
+    pad_id: int,
+    device: Any,
+    group: SequenceGroup | None = None,
 ) -> tuple[int, float]:
     """The document of the first pack whose change moves the others most, and by how much: of the first, which those
     after it must not see, and of the last."""
+
+    def states(batch: Batch) -> torch.Tensor:
+        return shared_states_of(model, task, batch, device, group) if group else states_of(model, task, batch, device)
+
     moves = []
-    with _evaluating(model):
+    with evaluating(model):
         for changed in (0, len(packs[0]) - 1):
-            moved, _ = logit_change(lambda batch: states_of(model, task, batch, device), task, packs, changed, pad_id)
+            moved, _ = logit_change(states, task, packs, changed, pad_id)
             moves.append((changed, moved))
     return max(moves, key=lambda pair: pair[1])
 
@@ -92,6 +105,13 @@ def states_of(model: Any, task: Task, batch: Batch, device: Any) -> torch.Tensor
     with torch.no_grad():
         hidden = hidden_states(head, lambda: task.forward(model, inputs))
     return hidden.reshape(*batch.labels.shape, -1).float().cpu()
+
+
+def shared_states_of(model: Any, task: Task, batch: Batch, device: Any, group: SequenceGroup) -> torch.Tensor:
+    """`states_of` by all ranks of a group, a part of the positions each."""
+    own = states_of(model, task, batch.part(group.place, group.size), device)
+    whole = group.whole(own.to(device)).cpu()[:, : batch.labels.size]
+    return whole.reshape(*batch.labels.shape, -1)
 
 
 def logit_change(
@@ -148,7 +168,7 @@ def _short_rows(shards: ShardSet) -> list[Example]:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Without dropout."""
     was_training = model.training
     model.eval()

@@ -3,10 +3,11 @@
 import time
 from typing import Any
 
+from trainers.batching.batch_plan import BatchPlan
 from trainers.batching.batches import StepSource
 from trainers.batching.cutting import overhead_positions
 from trainers.batching.order import job_order
-from trainers.batching.packing import index_packs
+from trainers.batching.packing import PackIndex, index_packs
 from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
 from trainers.checkpoint.export import on_meta
 from trainers.checkpoint.records import Progress
@@ -17,23 +18,26 @@ from trainers.model.compiled import compile_layers
 from trainers.model.deepspeed_config import derive_config, keeps_on_disk
 from trainers.model.engine import build_engine, release_engine
 from trainers.model.model_size import measure_size
+from trainers.model.sharing import check_sharing
 from trainers.model.world import World, compute_deterministically, device_name, free_memory, join_world, smallest_device
 from trainers.model.zero_settings import sizes_of
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run
+from trainers.shards.dataset import ShardSet
 from trainers.storage import Folder
 from trainers.tasks import Task
 from trainers.tokenizer.encoder import Encoder, load_encoder
 from trainers.training.continuing import begin_from_parent
 from trainers.training.distill import load_objective
 from trainers.training.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
-from trainers.training.hooks import Evaluate, Hooks
+from trainers.training.hooks import Evaluate, Hooks, Objective
 from trainers.training.loop import LoopOutcome, LoopSettings, peak_memory, train
 from trainers.training.profiling import Profiled
 from trainers.training.rank_evaluation import RankEvaluation, elsewhere
 from trainers.training.schedule import Schedule
 from trainers.verification.isolation import check_isolation
 from trainers.verification.longest import check_longest
+from trainers.verification.sharing import check_shared
 from trainers.verification.verdict import read_verification, require_passed
 from trainers.verification.verify import verify_job
 from trainers.worker.swap_folder import async_io_problem, check_frozen, swap_files
@@ -49,7 +53,8 @@ def run_rank(run: Run, hooks: Hooks) -> LoopOutcome:
     hooks.at("load", 0)
     if run.job.train.deterministic:
         compute_deterministically()
-    world = join_world(run.job.scale.cpus_per_worker, run.job.scale.gpus_per_worker)
+    job = run.job
+    world = join_world(job.scale.cpus_per_worker, job.scale.gpus_per_worker, job.train.sequence_parallel)
     if keeps_on_disk(run.job.train.deepspeed) and (problem := async_io_problem()):
         raise JobError(problem)
     if run.job.train.verify:
@@ -85,6 +90,7 @@ def _verify(run: Run, world: World, hooks: Hooks) -> None:
 def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     """Settle what the job leaves open, then build everything and train until the end, a stop or a divergence."""
     task = run.load_task()
+    check_sharing(run.job, run.model.path)
     choice = choose(run.job, world.size, smallest_device(world), lambda: measure_size(run.job, run.model.path))
     job = settle(run.job, choice)
     encoder = load_encoder(run.model.path, job.model.trust_remote_code)
@@ -122,9 +128,7 @@ def _train(
     skipped = world.broadcast(_begin(run, order.steps, hooks) if world.rank == 0 else SkippedSteps())
     engine = build_engine(job, task, run.model.path, pad_id, config, world)
     check_frozen(engine)
-    if job.packing:
-        check_isolation(engine, task, shards, packs, plan.micro_batch_size, pad_id, job.model.attention, world.device)
-    check_longest(engine, objective, task, shards, packs, plan.micro_batch_size, pad_id, world)
+    _check_given(job, engine, objective, task, shards, packs, plan, pad_id, world)
     if job.train.compile:
         compile_layers(engine, task, job.data.max_length)
     source = StepSource(shards, packs, order, plan, world.rank, task, pad_id, _overhead(engine, config, world))
@@ -156,6 +160,31 @@ def _train(
     _tell_end(hooks, outcome, world)
     hooks.at("done", outcome.progress.step)
     return outcome
+
+
+def _check_given(
+    job: Job,
+    engine: Any,
+    objective: Objective,
+    task: Task,
+    shards: ShardSet,
+    packs: PackIndex,
+    plan: BatchPlan,
+    pad_id: int,
+    world: World,
+) -> None:
+    """Try what the first step takes for granted: shared sequences, documents that are kept apart, room for the longest.
+
+    Raises:
+        TrainingError: where it does not hold.
+    """
+    if world.group:
+        check_shared(engine, task, shards, pad_id, job.model.dtype, world.device, world.group)
+    if job.packing:
+        check_isolation(
+            engine, task, shards, packs, plan.micro_batch_size, pad_id, job.model.attention, world.device, world.group
+        )
+    check_longest(engine, objective, task, shards, packs, plan.micro_batch_size, pad_id, world)
 
 
 def _overhead(engine: Any, config: dict[str, Any], world: World) -> float:

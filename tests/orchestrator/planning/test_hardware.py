@@ -149,3 +149,51 @@ def test_ranks_on_cpus_are_held_against_the_memory_that_each_may_take(big: Path)
     chosen = next(way for way in told["ways"] if way["way"] == "zero2")
     assert chosen["device_gib"] > chosen["staging"] + 20  # copies for checkpoints lie in the same memory
     assert plan(big, "--memory", f"{chosen['device_gib'] - 1:.2f}GiB", *asked)[0] == 3
+
+
+def test_a_sequence_too_long_for_one_device_is_planned_over_several(big: Path) -> None:
+    """The advice is taken as it comes, and fits; half the positions a rank are half the activations."""
+    long = ["--gpu", "h100-80", "--nodes", "1", "--set", "data.max_length=786432", "--set", "train.global_batch_size=8"]
+    code, told = plan(big, *long)
+    advice = [f"--set={each}" for each in told["remedy"]]
+    assert code == 3 and not told["fits"] and "train.sequence_parallel=2" in told["remedy"]
+    code, shared = plan(big, *long, *advice)
+    assert code == 0 and shared["fits"] and (shared["sequence_parallel"], shared["world_size"]) == (2, 8)
+    assert (shared["global_batch_size"], shared["micro_batch_size"], shared["accumulation"]) == (8, 1, 2)
+    way, whole = ({way["way"]: way for way in each["ways"]}[shared["deepspeed"]] for each in (shared, told))
+    assert way["activations"] < 0.6 * whole["activations"]
+    shown = CliRunner().invoke(app, ["plan", str(big), *long, *advice], env={"COLUMNS": "200"}).stdout
+    assert "8 sequences = 4 groups of 2 workers that share each sequence x 1 sequences x 2 accumulated" in shown
+
+
+def test_what_workers_that_share_sequences_exchange_is_among_what_they_send(big: Path) -> None:
+    """Queries, keys, values and outputs of each layer: forward, backward, and forward again."""
+    asked = ["--gpu", "h100-80", "--nodes", "1", "--set", "train.deepspeed=zero0", "--set", "train.global_batch_size=8",
+             "--set", "train.activation_checkpointing=full", "--set", "train.micro_batch_size=1"]  # fmt: skip
+    alone, shared = (plan(big, *asked, "--set", f"train.sequence_parallel={ranks}")[1] for ranks in (1, 4))
+    values = 2 * (32 * 64 + 8 * 64)
+    exchanged = 3 * 16 * values * 512 * 2 * 4 * (3 / 4)  # passes, layers, values, positions, bytes, accumulated
+    more = (shared["sent_gib_per_step"] - alone["sent_gib_per_step"]) * 2**30
+    assert more == pytest.approx(exchanged)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["train.sequence_parallel=3", "scale.workers=3"], r"its 32 attention heads do not divide by 3.*\[1, 2, 4, 8"),
+        (["train.sequence_parallel=2", "scale.workers=3"], r"scale\.workers \(3\) must be a multiple"),
+        (["train.sequence_parallel=2", "data.packing=false"], r"needs data\.packing"),
+        (["train.sequence_parallel=2", "train.neftune_alpha=5"], r"train\.neftune_alpha: not with train\.sequence_par"),
+        (["train.sequence_parallel=2", "train.compile=true"], r"train\.compile: not with train\.sequence_parallel"),
+        (
+            ["train.sequence_parallel=2", "model.attention=sdpa", "scale.workers=2"],
+            r"model\.attention documents.* sdpa",
+        ),
+    ],
+)
+def test_sequences_that_cannot_be_shared_are_refused_with_the_reason(
+    big: Path, settings: list[str], problem: str
+) -> None:
+    flags = [part for each in settings for part in ("--set", each)]
+    done = CliRunner().invoke(app, ["plan", str(big), *flags, "--set", "train.global_batch_size=12"])
+    assert isinstance(done.exception, JobError) and re.search(problem, str(done.exception)), done.exception

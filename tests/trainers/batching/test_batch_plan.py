@@ -32,6 +32,22 @@ def test_a_micro_batch_that_does_not_divide_is_refused_with_those_that_do() -> N
         plan_batches(12, 4, 2, 128)
 
 
+@pytest.mark.parametrize("sharing", [2, 4, 8])
+def test_groups_that_share_sequences_count_once_each(sharing: int) -> None:
+    plan = plan_batches(64, "auto", 16, 4096 * sharing, sharing=sharing)
+    assert plan.groups == 16 // sharing and plan.micro_batch_size == 1, "a rank's part is 4,096 tokens"
+    assert plan.groups * plan.micro_batch_size * plan.accumulation == 64
+
+
+def test_workers_that_groups_do_not_divide_are_refused() -> None:
+    with pytest.raises(
+        JobError, match=r"scale.workers \(6\) must be a multiple of train.sequence_parallel \(4\).* 4, 8"
+    ):
+        plan_batches(12, "auto", 6, 128, sharing=4)
+    with pytest.raises(JobError, match=r"divisible by 5 groups of 2 workers; .* \[2, 4, 6, 8, 12, 24\]"):
+        plan_batches(12, "auto", 10, 128, sharing=2)
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_rates_equal_transformers_one_step_ahead_in_the_warm_up(kind: str) -> None:
     """transformers starts the warm-up at 0, a wasted step; ours starts one step further up."""

@@ -74,6 +74,8 @@ def test_every_problem_is_reported_at_once() -> None:
             "evaluate.early_stopping: nothing is evaluated while_training",
         ),
         ({"train": {"compile": True, "deepspeed": "zero3"}}, "train.compile: not under ZeRO-3"),
+        ({"train": {"sequence_parallel": 2}}, "train.sequence_parallel: means nothing to task classify"),
+        ({"train": {"sequence_parallel": 0}}, "train.sequence_parallel: must be greater than or equal to 1, got 0"),
         ({"data": {"packing": True}}, "data.packing: classify reads one row a sequence"),
         ({"data": {"overlong": "split"}}, "data.overlong: split cuts one row into several, which classify cannot use"),
         ({"model": {"dtype": "float16"}}, "model.dtype: must be 'float32' or 'bfloat16', got 'float16'"),

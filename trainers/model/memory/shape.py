@@ -1,10 +1,14 @@
 """Sizes of one model under one job, and how a step is cut: what of them a micro-batch brings. Pure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trainers.model.zero_settings import zero_settings
 from trainers.tasks.losses import CARD_CHUNK_BYTES, CHUNK_BYTES
+
+EXCHANGED = 3
+"""Copies of a layer's queries beside the one that is kept, where ranks exchange heads: as sent, as received, in order.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Of one model under one job; a sequence is one of `length` positions."""
+    """Of one model under one job; a sequence is one of `length` positions, where ranks share it the part of one."""
 
     parameters: int
     trainable: int
@@ -44,6 +48,14 @@ class ModelSize:
     chunked: bool = False
     """Whether the loss is computed in chunks (`losses.chunked`)."""
     layers: int = 1
+    sharing: int = 1
+    """Ranks that share each sequence."""
+    heads: int = 0
+    """Of queries, which ranks that share a sequence divide among themselves; 0 where they cannot share it."""
+    query_bytes: int = 0
+    """Of a layer's queries, for one sequence,"""
+    key_bytes: int = 0
+    """and of its keys."""
     tensors: tuple[int, ...] = ()
     """Elements of each tensor,"""
     largest_layer: int = 0
@@ -81,6 +93,16 @@ class ModelSize:
         """What a layer keeps of one sequence."""
         return (self.sequence_bytes - self.outside_bytes) // self.layers
 
+    @property
+    def exchanged_bytes(self) -> int:
+        """What ranks that share a sequence exchange of it in a layer's forward pass: query, key, value and output."""
+        return 2 * (self.query_bytes + self.key_bytes) if self.sharing > 1 else 0
+
+    def shared(self, times: int) -> "ModelSize":
+        """The same where so many times as many ranks share each sequence: all grows with positions in proportion."""
+        parts = ("length", "sequence_bytes", "outside_bytes", "passing_bytes", "query_bytes", "key_bytes")
+        return replace(self, sharing=self.sharing * times, **{name: -(-getattr(self, name) // times) for name in parts})
+
     def layers_again(self, step: StepShape) -> int:
         return -(-self.layers // step.checkpoint_every) if step.checkpoint_every else 0
 
@@ -96,7 +118,8 @@ class ModelSize:
 
     def again_bytes(self, step: StepShape) -> int:
         """What passes through a layer of the backward pass; of one that is computed again all that it keeps."""
-        return (bool(step.checkpoint_every) * self.layer_bytes + self.passing_bytes) * step.micro_batch_size
+        exchanged = EXCHANGED * self.query_bytes if self.sharing > 1 else 0
+        return (bool(step.checkpoint_every) * self.layer_bytes + self.passing_bytes + exchanged) * step.micro_batch_size
 
     def loss_bytes(self, step: StepShape, on_card: bool) -> int:
         """Logits, their fp32 copy and its logarithms, or three fp32 gradients in the backward pass; in chunks, a chunk

@@ -14,6 +14,8 @@ from trainers.tasks.batch import IGNORE as IGNORE
 if TYPE_CHECKING:
     import torch
 
+    from trainers.architecture.sequence_parallel import SequenceGroup
+
 CHUNK_BYTES = 160 * 2**20
 """fp32 logits that are held at a time. Larger chunks were not faster on a CPU; smaller ones cost up to a third more."""
 CARD_CHUNK_BYTES = 2**30
@@ -73,6 +75,18 @@ def join_scores(parts: Sequence[TokenScores]) -> TokenScores:
     return TokenScores(torch.cat([part.losses for part in parts]), torch.cat([part.correct for part in parts]))
 
 
+def gather_scores(answers: torch.Tensor | TokenScores, labels: Array, group: SequenceGroup) -> TokenScores:
+    """What each rank of a group says to the targets of its part, put together in the order of the positions.
+
+    Args:
+        answers: to this rank's part of the positions, logits or scores.
+        labels: of that part.
+    """
+    scores = answers if isinstance(answers, TokenScores) else score_targets(answers, labels)
+    parts = group.gather((scores.losses.cpu(), scores.correct.cpu()))
+    return join_scores([TokenScores(*each) for each in parts])
+
+
 def score_tokens(said: torch.Tensor | TokenScores, labels: Array, document: Array, count: int) -> dict[str, Array]:
     """Loss, targets and correct predictions of each document.
 
@@ -82,7 +96,7 @@ def score_tokens(said: torch.Tensor | TokenScores, labels: Array, document: Arra
         document: int64 [batch, seq], which document a position belongs to.
         count: number of documents.
     """
-    scores = said if isinstance(said, TokenScores) else _score_targets(said, labels)
+    scores = said if isinstance(said, TokenScores) else score_targets(said, labels)
     losses, correct = scores.losses.double().cpu().numpy(), scores.correct.cpu().numpy()
     of = document[labels != IGNORE]
     return {
@@ -92,7 +106,7 @@ def score_tokens(said: torch.Tensor | TokenScores, labels: Array, document: Arra
     }
 
 
-def _score_targets(logits: torch.Tensor, labels: Array) -> TokenScores:
+def score_targets(logits: torch.Tensor, labels: Array) -> TokenScores:
     """Where the logits lie, and in pieces: no fp32 copy of them all."""
     import torch
 
