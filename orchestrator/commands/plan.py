@@ -37,7 +37,7 @@ def plan_table(plan: Plan, full: bool) -> None:
         ("chosen by", f"{plan.mode} {plan.metric}"),
         ("model", f"{plan.parameters:,} parameters"),
         ("deepspeed", f"{plan.deepspeed}: {plan.deepspeed_reason}"),
-        ("layers again", _again(plan.activation_checkpointing)),
+        ("layers again", _again(plan.activation_checkpointing) + "; feed-forward in tiles" * plan.feed_forward_tiles),
         *_memory(plan),
         ("disk", f"{plan.disk_gib:,.2f} GiB at the most for checkpoints and the exported model"),
         *([("messages", f"{sent:.2f} GiB that each worker sends a step")] if (sent := plan.sent_gib_per_step) else []),

@@ -19,6 +19,8 @@ GPUS = {
 """MiB of memory, as nvidia-smi tells it."""
 UNITS = {"GIB": 2**30, "GB": 10**9, "MIB": 2**20, "MB": 10**6, "": 2**30}
 MOST_WORKERS = 4096
+FREED = ("deepspeed", "micro_batch_size", "activation_checkpointing", "feed_forward_tiles")
+"""Settings of the section `train` that a job which does not fit may change."""
 
 
 def device_bytes(gpu: str | None, memory: str | None) -> int | None:
@@ -51,7 +53,7 @@ def cluster_settings(gpu: str | None, memory: str | None, nodes: int | None, gpu
 def smallest_fit(job: Job, device: int, size: ModelSize) -> tuple[str, ...]:
     """What must change in a job that does not fit, as --set takes it: settings at first, then sequences that workers
     share, then twice the workers, again and again. Empty where nothing was found."""
-    free = {"deepspeed": "auto", "micro_batch_size": "auto", "activation_checkpointing": "auto"}
+    free = dict.fromkeys(FREED, "auto")
     open_job = job.model_copy(update={"train": job.train.model_copy(update=free)})
     workers = job.scale.max_workers
     while workers <= MOST_WORKERS:
@@ -84,8 +86,7 @@ def _times_shared(job: Job, size: ModelSize, workers: int) -> list[int]:
 
 def _changes(job: Job, settled: Job) -> list[str]:
     """What a job names otherwise than it was settled; what it leaves to auto may stay so."""
-    names = ["deepspeed", "micro_batch_size", "activation_checkpointing"]
-    named = {name: getattr(settled.train, name) for name in names if getattr(job.train, name) != "auto"}
+    named = {name: getattr(settled.train, name) for name in FREED if getattr(job.train, name) != "auto"}
     if "activation_checkpointing" in named:
         named["activation_offload"] = settled.train.activation_offload
     return [f"train.{name}={json.dumps(value).strip(chr(34))}" for name, value in named.items()

@@ -80,6 +80,8 @@ class Plan(Record):
     deepspeed_reason: str
     activation_checkpointing: str | int
     """Of how many layers one is computed again in the backward pass; none, full (every one)."""
+    feed_forward_tiles: bool
+    """Whether feed-forward layers are computed in tiles, and again in the backward pass."""
     ways: tuple[WayMemory, ...]
     """What each way would need with that step; empty where no device's memory is known."""
     sent_gib_per_step: float | None
@@ -190,6 +192,7 @@ def _memory(job: Job, choice: Choice, device_bytes: int | None, measure: Callabl
         "sequence_parallel": choice.batches.sharing,
         "deepspeed_reason": choice.reason,
         "activation_checkpointing": settle(job, choice).train.activation_checkpointing,
+        "feed_forward_tiles": choice.step.tiled,
         "ways": tuple(
             way_memory(need, device_bytes or 0) for need in choice.needs if need.way in WAYS or need.way == choice.way
         ),

@@ -15,10 +15,9 @@ from trainers.job.schema import Job
 from trainers.job.task_fields import names_folder
 from trainers.model.choice import choose, settle
 from trainers.model.deepspeed_config import derive_config
-from trainers.model.fit import check_fit, check_teacher, tensor_shapes
+from trainers.model.fit import check_fit, check_sharing, check_teacher, tensor_shapes
 from trainers.model.lora import check_frozen
 from trainers.model.memory import ModelSize
-from trainers.model.sharing import check_sharing
 from trainers.model.source import ModelFolder, find_teacher, prepare_model
 from trainers.run.record import run_of
 from trainers.shards.keys import Splits, find_split, load_shards, plan_splits, split_names, with_eval

@@ -134,17 +134,21 @@ def fused_layers(model: Any) -> set[str]:
 
 
 def feed_forward_layers(model: Any) -> list[Any]:
-    """Parts of a model's layers that look at one position at a time: linear layers with nothing between them that has
-    weights, called with the states alone. Mixtures of experts are none."""
+    """Parts of a model's layers that look at one position at a time: linear layers with no other matrix beside them,
+    called with the states alone. Mixtures of experts are none."""
     import torch
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.pytorch_utils import Conv1D
 
     def is_plain(part: Any) -> bool:
         linear = [child for child in part.children() if isinstance(child, torch.nn.Linear | Conv1D)]
-        others = [child for child in part.children() if child not in linear]
-        asked = inspect.signature(part.forward).parameters.values()
-        return len(linear) > 1 and len(asked) == 1 and not any(True for other in others for _ in other.parameters())
+        asked = inspect.signature(part.forward).parameters
+        others = (weight for child in part.children() if child not in linear for weight in child.parameters())
+        return (
+            len(linear) > 1
+            and len(asked) == 1
+            and all(len(getattr(each, "ds_shape", each.shape)) < 2 for each in others)
+        )
 
     layers = (part for part in plain_model(model).modules() if isinstance(part, GradientCheckpointingLayer))
     return [child for layer in layers for child in layer.children() if is_plain(child)]

@@ -72,18 +72,23 @@ def plan_batches(
     groups = world_size // sharing
     if global_batch_size % groups:
         fitting = [size * sharing for size in range(1, global_batch_size + 1) if global_batch_size % size == 0]
-        among = f"{groups} groups of {sharing} workers" if sharing > 1 else f"the world size ({world_size})"
+        advice = f"scale.workers may be one of {fitting}"
+        if sharing == 1:
+            raise JobError(
+                f"train.global_batch_size ({global_batch_size}) must be divisible by the world size ({world_size}); "
+                f"{advice}"
+            )
         raise JobError(
-            f"train.global_batch_size ({global_batch_size}) must be divisible by {among}; "
-            f"scale.workers may be one of {fitting}"
+            f"train.global_batch_size ({global_batch_size}) must be divisible by the {groups} groups of {sharing} "
+            f"workers that share sequences; {advice}"
         )
     per_rank = global_batch_size // groups
     micro = _auto_size(per_rank, -(-max_length // sharing)) if micro_batch_size == "auto" else micro_batch_size
     if per_rank % micro:
         fitting = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
-        shared = f"{groups} groups of workers" if sharing > 1 else f"world size ({world_size})"
+        among = f"{groups} groups of workers" if sharing > 1 else f"world size ({world_size})"
         raise JobError(
-            f"train.global_batch_size ({global_batch_size}) / {shared} = {per_rank} must be divisible "
+            f"train.global_batch_size ({global_batch_size}) / {among} = {per_rank} must be divisible "
             f"by train.micro_batch_size ({micro}); it may be one of {fitting}, or auto"
         )
     return BatchPlan(global_batch_size, world_size, micro, per_rank // micro, spread, sharing)

@@ -88,6 +88,10 @@ def _cross_problems(raw: dict[str, Any]) -> list[str]:
         problems.append("train.activation_offload: without GPUs all activations lie in host memory; leave it out")
     if train.get("compile") and str(train.get("deepspeed", "")).startswith("zero3"):
         problems.append("train.compile: not under ZeRO-3, whose hooks stand between a layer's operators; leave it out")
+    if train.get("compile") and train.get("feed_forward_tiles") is True:
+        problems.append(
+            "train.compile: not with train.feed_forward_tiles, which cut a layer up; leave out one of the two"
+        )
     problems += _sharing_problems(data, train)
     if section["evaluate"].get("early_stopping") and section["evaluate"].get("while_training") is False:
         problems.append("evaluate.early_stopping: nothing is evaluated while_training; leave out one of the two")

@@ -193,6 +193,9 @@ class TrainSection(TrainOptions):
     """Hold what checkpointed layers keep in host memory; needs activation_checkpointing. auto does so where it must."""
     offload_folder: AnyPath | None = None
     """For zero3-nvme-offload: a folder on each node's own disk, which holds weights and optimizer state meanwhile."""
+    feed_forward_tiles: bool | Literal["auto"] = "auto"
+    """Compute feed-forward layers a few thousand positions at a time, and again in the backward pass: less memory for
+    long sequences, a sixth more time. auto does so where that is the cheapest way that fits the GPUs."""
     sequence_parallel: Annotated[int, Field(ge=1), For(*PACKING_TASKS)] = 1
     """Workers that share each sequence, a part of its positions on each: for sequences too long for one device. Divides
     scale.workers and the model's attention heads; the result does not depend on it."""
@@ -280,7 +283,7 @@ class Job(Section):
             "micro_batch_size",
             "activation_checkpointing",
         }
-        how |= {"activation_offload", "offload_folder", "sequence_parallel"}
+        how |= {"activation_offload", "offload_folder", "sequence_parallel", "feed_forward_tiles"}
         parts = self.model_dump(mode="json", include={"task", "model", "data", "train"}, exclude={"train": how})
         parts["model"]["attention"] = parts["model"]["attention"].replace("documents", "auto")  # what auto comes to
         scored_by = {"metric", "mode", "generate", "no_answer_threshold", "bleu_tokenize", "guards", "metrics"}

@@ -20,9 +20,10 @@ WAYS = {"zero0": 1.0, "zero1": 1.1, "zero2": 1.2, "zero3": 1.9, "zero3-cpu-offlo
 of 1.24 billion parameters on one H200: 0.65 s by torch alone, 0.78 with stage 2, 1.27 with stage 3."""
 NAMED = ("zero3-nvme-offload",)
 """Ways that are taken where a job names them: a disk is written many times over."""
-AGAIN = {(0, False): 1.0, (2, False): 1.17, (1, False): 1.33, (1, True): 1.5}
-"""Of how many layers one is computed again, whether what it keeps goes to the host, and the time: a forward pass is a
-third of a step."""
+AGAIN = {(0, False, False): 1.0, (2, False, False): 1.17, (1, False, False): 1.33, (1, True, False): 1.5,
+         (1, True, True): 1.75}  # fmt: skip
+"""Of how many layers one is computed again, whether what it keeps goes to the host, whether its feed-forward part comes
+in tiles, and the time: a forward pass is a third of a step, feed-forward layers are two thirds of it."""
 SMALL = 2.0
 """What micro-batches below 4,096 tokens cost: too small to fill a GPU."""
 WITHOUT_DEVICES = {False: "zero3", True: "zero2"}
@@ -91,7 +92,7 @@ def _on_cpu(job: Job, batches: BatchPlan, world_size: int, memory: int, size: Mo
 
 
 def _shape(job: Job, batches: BatchPlan) -> StepShape:
-    again = job.train.checkpoint_every_layers, job.train.activation_offload
+    again = job.train.checkpoint_every_layers, job.train.activation_offload, job.train.feed_forward_tiles is True
     return StepShape(batches.micro_batch_size, batches.accumulation, *again)
 
 
@@ -101,22 +102,28 @@ def _candidates(job: Job, batches: BatchPlan, size: ModelSize) -> list[tuple[flo
     if job.train.compile:
         ways = {way: cost for way, cost in ways.items() if not way.startswith("zero3")}
     found = []
-    for (way, slower), ((every, offload), longer) in product(ways.items(), _layers_again(job, size).items()):
+    for (way, slower), (again, longer) in product(ways.items(), _layers_again(job, size).items()):
         for cut in _cuts(job, batches, way):
             cost = slower * longer * (SMALL if cut.micro_batch_size < batches.micro_batch_size else 1.0)
-            step = StepShape(cut.micro_batch_size, cut.accumulation, every, offload)
+            step = StepShape(cut.micro_batch_size, cut.accumulation, *again)
             found.append((cost, way, _spread(job, cut, size, way, step), step))
     return sorted(found, key=lambda each: (each[0], -each[3].micro_batch_size))
 
 
-def _layers_again(job: Job, size: ModelSize) -> dict[tuple[int, bool], float]:
-    """The settings of activation checkpointing that may be taken."""
-    asked = job.train
+def _layers_again(job: Job, size: ModelSize) -> dict[tuple[int, bool, bool], float]:
+    """The settings of activation checkpointing that may be taken, with feed-forward layers in tiles or not."""
+    asked, tiles = job.train, job.train.feed_forward_tiles
     if asked.activation_checkpointing != "auto":
-        return {(asked.checkpoint_every_layers, asked.activation_offload): 1.0}
-    if not size.checkpoints:
-        return {(0, False): 1.0}
-    return {setting: cost for setting, cost in AGAIN.items() if setting[1] or not asked.activation_offload}
+        again = asked.checkpoint_every_layers, asked.activation_offload
+        found = {(*again, False): 1.0, (*again, True): 1.17}
+    elif not size.checkpoints:
+        found = {(0, False, False): 1.0, (0, False, True): 1.17}
+    else:
+        found = {setting: cost for setting, cost in AGAIN.items() if setting[1] or not asked.activation_offload}
+    if tiles is True:
+        return {(*setting[:2], True): cost for setting, cost in found.items()}
+    can_tile = tiles == "auto" and size.tiled_layer_bytes and not asked.compile
+    return {setting: cost for setting, cost in found.items() if can_tile or not setting[2]}
 
 
 def _cuts(job: Job, batches: BatchPlan, way: str) -> Iterator[BatchPlan]:
@@ -153,5 +160,6 @@ def settle(job: Job, choice: Choice) -> Job:
         "micro_batch_size": step.micro_batch_size,
         "activation_checkpointing": {0: "none", 1: "full"}.get(step.checkpoint_every, step.checkpoint_every),
         "activation_offload": step.offload,
+        "feed_forward_tiles": step.tiled,
     }
     return job.model_copy(update={"train": job.train.model_copy(update=settled)})

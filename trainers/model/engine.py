@@ -12,6 +12,7 @@ from trainers.job.schema import Job
 from trainers.model.activations import checkpoint_activations
 from trainers.model.lora import add_adapters
 from trainers.model.param_groups import parameter_groups
+from trainers.model.tiles import tile_feed_forward, tiled_layers
 from trainers.model.world import World
 from trainers.model.zero_passes import forget
 from trainers.model.zero_settings import mark_experts, with_settings
@@ -57,6 +58,9 @@ def build_engine(job: Job, task: Task, model_path: str, pad_id: int, config: dic
     import deepspeed
 
     mark_experts(config, model)
+    if stage == 3:
+        for layer in tiled_layers(model):  # its weights stay from the first tile to the last
+            deepspeed.utils.set_z3_leaf_module(layer, True)
     config = with_settings(config, model, world.size)
     optimizer = torch.optim.AdamW(groups, **settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
@@ -102,6 +106,8 @@ def prepare_model(model: Any, job: Job, task: Task) -> Any:
     freeze(model, job.model.freeze)
     freeze_other_modalities(model)
     share_layer_drop(model)
+    if job.train.feed_forward_tiles is True:
+        tile_feed_forward(model)
     if job.model.lora is not None:
         model = add_adapters(model, job.model.lora, task)
     if job.train.neftune_alpha:

@@ -18,12 +18,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainers.architecture import attention_values, cut_layers, describe
+from trainers.architecture import attention_values, cut_layers, describe, feed_forward_layers
 from trainers.architecture.sequence_parallel import sharing_heads
 from trainers.job.schema import Job
 from trainers.model.deepspeed_config import own_settings
 from trainers.model.engine import prepare_model
 from trainers.model.memory import ModelSize
+from trainers.model.tiles import TILE, tile_feed_forward
 from trainers.model.zero_settings import sizes_of
 from trainers.tasks import Task, load_task, task_options
 from trainers.tasks.losses.chunked import head_of
@@ -41,7 +42,7 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
     task.labels = ("0", "1") if task.has_labels else ()
     dtype, sharing = getattr(torch, job.model.dtype), job.train.sequence_parallel
     length = -(-job.data.max_length // sharing)
-    model, cut = (build(job, task, model_path, depth) for depth in (None, DEPTH))
+    model, cut, in_tiles = (build(job, task, model_path, depth) for depth in (None, DEPTH, DEPTH))
     with FakeTensorMode():
         for each in (model, cut):
             _give_storage(each)
@@ -52,6 +53,7 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         tensors, largest = sizes_of(model)
         kept, outside = keep_bytes(model, length, task.over_vocabulary)
         passing = _passing_bytes(cut, length, task.over_vocabulary)
+        tiled = _tiled_bytes(in_tiles, length, shape.width, task.over_vocabulary)
     query, key = (each * length * dtype.itemsize for each in attention_values(model.config))
     return ModelSize(
         parameters=sum(each.numel() for each in parameters),
@@ -60,6 +62,9 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         sequence_bytes=kept,
         outside_bytes=outside,
         passing_bytes=passing,
+        tiled_layer_bytes=tiled[0],
+        tiled_passing_bytes=tiled[1],
+        tile_bytes=tiled[2],
         length=length,
         width=shape.width,
         vocabulary=vocabulary,
@@ -102,7 +107,7 @@ def build(job: Job, task: Task, model_path: str, layers: int | None = None) -> A
     with torch.device("meta"), no_init_weights():
         model = auto.from_config(config, dtype=dtype, trust_remote_code=trust)
     model.tie_weights()
-    train = job.train.model_copy(update={"activation_checkpointing": "none"})
+    train = job.train.model_copy(update={"activation_checkpointing": "none", "feed_forward_tiles": False})
     return prepare_model(model, job.model_copy(update={"train": train}), task)
 
 
@@ -175,6 +180,38 @@ def _passing_bytes(model: Any, length: int, over_vocabulary: bool) -> int:
     except Exception:  # as in `keep_bytes`
         return 0
     return max(two - one, 0)
+
+
+def _tiled_bytes(model: Any, length: int, width: int, over_vocabulary: bool) -> tuple[int, int, int]:
+    """Of a model with so many layers as DEPTH, once its feed-forward layers are in tiles: what a layer keeps of one
+    sequence, what passes through it, and what a tile takes. Zeros where there are none, or a sequence is one tile."""
+    layers, (some, more) = feed_forward_layers(_core(model)), (2 * TILE, 4 * TILE)
+    if not layers or length <= TILE:
+        return 0, 0, 0
+    try:
+        _give_storage(model)
+        tile = max(_tile_bytes(layer, width) for layer in layers)
+        tile_feed_forward(_core(model))
+        kept, outside = keep_bytes(model, some, over_vocabulary)
+        passing = [_passing(model, each, 1, over_vocabulary) for each in (some, more)]
+    except Exception:  # as in `keep_bytes`
+        return 0, 0, 0
+    return (
+        (kept - outside) // DEPTH * length // some,
+        max(passing[1] - passing[0], 0) * length // (more - some),
+        tile,
+    )
+
+
+def _tile_bytes(layer: Any, width: int) -> int:
+    """What a layer's tile takes in the backward pass, with the sums of gradients in fp32."""
+    weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    states = torch.empty(1, TILE, width, dtype=next(layer.parameters()).dtype, requires_grad=True)
+    with Live() as live:
+        layer(states).sum().backward()
+    for weight in layer.parameters():
+        weight.grad = None
+    return int(live.peak + sum(4 * weight.numel() for weight in weights))
 
 
 def _passing(model: Any, length: int, sequences: int, over_vocabulary: bool) -> int:

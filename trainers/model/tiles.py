@@ -28,7 +28,12 @@ def tile_feed_forward(model: Any) -> None:
             "position by itself; leave it out"
         )
     for layer in layers:
-        layer.forward = _in_tiles(layer, layer.forward)
+        layer.forward, layer.untiled = _in_tiles(layer, layer.forward), layer.forward
+
+
+def tiled_layers(model: Any) -> list[Any]:
+    """The layers of a model that compute in tiles."""
+    return [layer for layer in model.modules() if hasattr(layer, "untiled")]
 
 
 def _in_tiles(layer: Any, forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -48,7 +53,7 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
         ctx.save_for_backward(states)
         ctx.compute, ctx.weights, ctx.draws = compute, weights, _draws(states.device)
         with torch.no_grad():
-            return torch.cat([compute(states[:, part]) for part in _parts(states)], 1)
+            return torch.cat([compute(states[:, part].contiguous()) for part in _parts(states)], 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:
@@ -59,7 +64,7 @@ class _Tiled(torch.autograd.Function):  # type: ignore[misc]
         with _drawn_again(states.device, ctx.draws):
             for part in _parts(states):
                 with torch.enable_grad():
-                    given = states[:, part].detach().requires_grad_()
+                    given = states[:, part].detach().contiguous().requires_grad_()
                     output = ctx.compute(given)
                 found = torch.autograd.grad(output, [given, *ctx.weights], gradient[:, part])
                 of_states[:, part] = found[0]

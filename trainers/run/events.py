@@ -1,9 +1,8 @@
 """The events of a run, one frozen record a kind, and events.jsonl, which holds them one a line. Torch-free.
 
 Ranks and the controller make them, `trainers/run/log.py` appends them, everything that shows a run reads them. The file
-outlives versions of this program: fields that it has beyond a record are passed over, those it lacks have a default,
-and lines that are no event (the writer was killed, or is writing) are left out. A restart repeats steps, so the later
-event of a step counts.
+outlives versions of this program: fields that a record does not know are passed over, those that lack have a default,
+lines that are no event (cut off, or being written) are left out. Of a step that was repeated the later event counts.
 """
 
 import time
@@ -74,6 +73,7 @@ class StartEvent(BaseEvent):
     micro_batch_size: int | None = None
     checkpoint_every_layers: int | None = None
     """Of so many layers one is computed again in the backward pass; 0: none."""
+    feed_forward_tiles: bool = False
 
 
 class StepEvent(BaseEvent):

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from trainers.architecture import plain_model, width
 from trainers.batching.batch_plan import BatchPlan
 from trainers.batching.batches import StepSource
 from trainers.batching.cutting import overhead_positions
@@ -17,8 +18,8 @@ from trainers.model.choice import Choice, choose, settle
 from trainers.model.compiled import compile_layers
 from trainers.model.deepspeed_config import derive_config, keeps_on_disk
 from trainers.model.engine import build_engine, release_engine
+from trainers.model.fit import check_sharing
 from trainers.model.model_size import measure_size
-from trainers.model.sharing import check_sharing
 from trainers.model.world import World, compute_deterministically, device_name, free_memory, join_world, smallest_device
 from trainers.model.zero_settings import sizes_of
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
@@ -38,6 +39,7 @@ from trainers.training.schedule import Schedule
 from trainers.verification.isolation import check_isolation
 from trainers.verification.longest import check_longest
 from trainers.verification.sharing import check_shared
+from trainers.verification.tiles import check_tiles
 from trainers.verification.verdict import read_verification, require_passed
 from trainers.verification.verify import verify_job
 from trainers.worker.swap_folder import async_io_problem, check_frozen, swap_files
@@ -178,6 +180,7 @@ def _check_given(
     Raises:
         TrainingError: where it does not hold.
     """
+    check_tiles(engine, width(plain_model(engine).config), job.model.dtype, world.device)
     if world.group:
         check_shared(engine, task, shards, pad_id, job.model.dtype, world.device, world.group)
     if job.packing:
@@ -226,6 +229,7 @@ def _tell_start(hooks: Hooks, start: Progress, steps: int, world_size: int, host
         deepspeed=choice.way,
         micro_batch_size=choice.step.micro_batch_size,
         checkpoint_every_layers=choice.step.checkpoint_every,
+        feed_forward_tiles=choice.step.tiled,
     )
     hooks.emit(started)
 

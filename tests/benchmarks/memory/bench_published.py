@@ -10,14 +10,15 @@ bf16 are no setting of ours; the second figure is the same count with states of 
 Arctic Long Sequence Training (arXiv:2506.13996): recipes run-h100-* and run-h200-* in projects/sequence-parallelism of
 snowflakedb/ArcticTraining, whose comments say what a GPU held with Llama 3.1 8B, one sequence, every layer computed
 again, weights and optimizer in host memory. They ran FlashAttention and Liger's kernels, some an MLP in tiles and a
-sequence over several GPUs (Ulysses), none of which Tuneyard has: `fused_layers.py` puts what these hold around the
-layers.
+sequence over several GPUs (Ulysses). Liger's norms and MLP are none of ours, so `fused_layers.py` puts what these hold
+around the layers. The last table counts the layers and settings that Tuneyard trains with.
 """
 
 import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -137,15 +138,25 @@ def card_bytes(place: Path, recipe: Recipe, tokens: int) -> int:
     return int(counted * (1 + MARGIN)) + RESERVE_BYTES
 
 
-def longest(place: Path, recipe: Recipe) -> float:
+def own_bytes(place: Path, recipe: Recipe, tokens: int) -> int:
+    """The same with Tuneyard's own layers and settings: sequences shared, feed-forward layers in tiles, what layers
+    keep in host memory."""
+    job = make_job(place / "own", 1024, **{**LLAMA_8B, "max_position_embeddings": tokens})
+    data, train = {"max_length": tokens}, {"sequence_parallel": recipe.workers}
+    job = job.model_copy(update={"data": job.data.model_copy(update=data), "train": job.train.model_copy(update=train)})
+    found = needs(measure_size(job, job.model.path), recipe.workers, StepShape(1, 1, 1, offload=True, tiled=True))
+    return next(need for need in found if need.way == "zero3-cpu-offload").device
+
+
+def longest(place: Path, recipe: Recipe, count: Callable[[Path, Recipe, int], int] = card_bytes) -> float:
     """Tokens of the longest sequence that is said to fit an H100: all that grows with it grows in proportion."""
-    some, more = (card_bytes(place, recipe, tokens) for tokens in (recipe.tokens // 2, recipe.tokens))
+    some, more = (count(place, recipe, tokens) for tokens in (recipe.tokens // 2, recipe.tokens))
     each = (more - some) / (recipe.tokens - recipe.tokens // 2)
     return recipe.tokens + (H100_GIB * GIB - more) / each
 
 
 def alst(place: Path) -> None:
-    """Two tables: memory at a length, and the longest sequence."""
+    """Three tables: memory at a length, and the longest sequence, of theirs and of ours."""
     print("\n| Llama 3.1 8B with Arctic's recipes | tokens | GiB | calculated | off |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for recipe in RECIPES:
@@ -160,6 +171,11 @@ def alst(place: Path) -> None:
         if recipe.gib is None:
             said = card_bytes(place, recipe, recipe.tokens) / GIB
             print(f"| {recipe.name} | {recipe.tokens:,} | {said:.1f} | {longest(place, recipe):,.0f} |", flush=True)
+    print("\n| with Tuneyard's own layers and settings | tokens | calculated GiB of 79.6 | longest said to fit |")
+    print("| --- | ---: | ---: | ---: |")
+    for recipe in RECIPES[-3:]:
+        said, most = own_bytes(place, recipe, recipe.tokens) / GIB, longest(place, recipe, own_bytes)
+        print(f"| {recipe.workers} H100 | {recipe.tokens:,} | {said:.1f} | {most:,.0f} |", flush=True)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "vocab_size": 32_000},
     "tall": {**LLAMA, "hidden_size": 1024, "num_hidden_layers": 8, "intermediate_size": 4096, "vocab_size": 4096},
     "broad": {**LLAMA, "hidden_size": 1536, "num_hidden_layers": 4, "intermediate_size": 6144, "vocab_size": 4096},
+    "slim": {**LLAMA, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024, "vocab_size": 1024},
     "bert": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048,
              "vocab_size": 4096, "max_position_embeddings": 1024},
 }  # fmt: skip
@@ -52,6 +53,10 @@ class Cell:
     lora: bool = False
     task: str = "pretrain"
     dtype: str = "float32"
+    sharing: int = 1
+    """Ranks that share each sequence."""
+    tiled: bool = False
+    """Whether feed-forward layers are computed in tiles."""
     groups: int = 0
     """Millions of values that are updated at a time, by a DeepSpeed file of the job's own; 0: as the template says."""
 
@@ -59,6 +64,7 @@ class Cell:
         parts = [f"{self.shape} {self.length}x{self.micro}", self.way, f"{self.workers} ranks"]
         parts += [f"x{self.accumulation}"] * (self.accumulation > 1) + [f"again {self.again}"] * (self.again != "none")
         parts += ["packed"] * (self.documents > 1) + ["lora"] * self.lora + [self.task] * (self.task != "pretrain")
+        parts += [f"shared by {self.sharing}"] * (self.sharing > 1) + ["tiled"] * self.tiled
         parts += ["bf16"] * (self.dtype == "bfloat16") + [f"groups of {self.groups} M"] * (self.groups > 0)
         return ", ".join(parts)
 
@@ -99,16 +105,16 @@ def make_job(root: Path, cell: Cell) -> Job:
     model = make_model(root / f"model-{cell.shape}", cell.shape)
     folder = root / str(cell).replace(" ", "_")
     draw = np.random.default_rng(0)
-    length, rows = cell.length * 2 // cell.documents, cell.micro * cell.accumulation * cell.workers * STEPS
+    length, batch = cell.length * 2 // cell.documents, cell.micro * cell.accumulation * cell.workers // cell.sharing
     if cell.documents > 1:
         length = cell.length // cell.documents
     gap = " " if cell.shape == "bert" else ""  # its tokenizer knows no word of over 100 letters
     texts = [
-        gap.join(bytes(line).decode()) for line in draw.integers(97, 123, (rows * cell.documents, length), np.uint8)
+        gap.join(bytes(line).decode())
+        for line in draw.integers(97, 123, (batch * STEPS * cell.documents, length), np.uint8)
     ]
     labels = {"label": "a"} if cell.task == "classify" else {}
     data = [{"text": text, **labels, **({"label": "ab"[at % 2]} if labels else {})} for at, text in enumerate(texts)]
-    batch = cell.micro * cell.accumulation * cell.workers
     disk = {"offload_folder": str(folder / "swap")} if "nvme" in cell.way else {}
     packing = {"packing": cell.documents > 1} if cell.task == "pretrain" else {}
     job = tiny_job(
@@ -116,7 +122,8 @@ def make_job(root: Path, cell: Cell) -> Job:
         data={"max_length": cell.length, "overlong": "truncate", **packing},
         train={"global_batch_size": batch, "micro_batch_size": cell.micro, "steps": STEPS, "learning_rate": 1e-5,
                "schedule": "constant", "verify": False, "deepspeed": template_of(folder, cell),
-               "spike_factor": None, "activation_checkpointing": cell.again, **disk},
+               "spike_factor": None, "activation_checkpointing": cell.again, "feed_forward_tiles": cell.tiled,
+               **({"sequence_parallel": cell.sharing} if cell.sharing > 1 else {}), **disk},
         scale={"workers": cell.workers, "gpus_per_worker": 0},
         checkpoint={"every_steps": 10**6},
     )  # fmt: skip
@@ -185,6 +192,6 @@ def predict(job: Job, cell: Cell) -> Need:
     from trainers.model.model_size import measure_size
 
     every = {"none": 0, "full": 1}.get(str(cell.again), cell.again)
-    step = StepShape(cell.micro, cell.accumulation, int(every))
+    step = StepShape(cell.micro, cell.accumulation, int(every), tiled=cell.tiled)
     said = needs(measure_size(job, job.model.path), cell.workers, step, on_card=False)
     return next(need for need in said if need.way == cell.way)

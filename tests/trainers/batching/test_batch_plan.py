@@ -44,7 +44,7 @@ def test_workers_that_groups_do_not_divide_are_refused() -> None:
         JobError, match=r"scale.workers \(6\) must be a multiple of train.sequence_parallel \(4\).* 4, 8"
     ):
         plan_batches(12, "auto", 6, 128, sharing=4)
-    with pytest.raises(JobError, match=r"divisible by 5 groups of 2 workers; .* \[2, 4, 6, 8, 12, 24\]"):
+    with pytest.raises(JobError, match=r"divisible by the 5 groups of 2 workers that share .* \[2, 4, 6, 8, 12, 24\]"):
         plan_batches(12, "auto", 10, 128, sharing=2)
 
 

@@ -109,6 +109,40 @@ def test_layers_are_computed_again_where_that_is_cheaper_than_the_next_way(
     assert (found.way, found.step) == (way, step)
 
 
+LONG = replace(EIGHT, length=200_000, sequence_bytes=300 * GIB, passing_bytes=40 * GIB, tiled_layer_bytes=4 * GIB,
+               tiled_passing_bytes=20 * GIB, tile_bytes=GIB)  # fmt: skip
+"""Of whose sequence a layer that is computed again holds 9 + 40 GiB, in tiles 4 + 20."""
+
+
+@pytest.mark.parametrize(
+    ("asked", "size", "gib", "tiled", "fits"),
+    [
+        ("auto", LONG, 200, False, True),
+        ("auto", LONG, 45, True, True),
+        ("auto", replace(LONG, tiled_layer_bytes=0), 45, False, False),
+        (False, LONG, 45, False, False),
+        (True, LONG, 80, True, True),
+    ],
+)
+def test_feed_forward_layers_come_in_tiles_where_that_is_the_cheapest_that_fits(
+    asked: bool | str, size: ModelSize, gib: int, tiled: bool, fits: bool
+) -> None:
+    train = {"activation_checkpointing": "auto", "global_batch_size": 8, "feed_forward_tiles": asked}
+    job = job_of(**train)
+    found = choose(job, 8, gib * GIB, lambda: size)
+    assert (found.step.tiled, found.fits) == (tiled, fits)
+    assert settle(job, found).train.feed_forward_tiles is tiled and settle(job, found).identity() == job.identity()
+
+
+def test_what_a_tile_takes_does_not_grow_with_the_sequence() -> None:
+    whole, tiled = StepShape(1, checkpoint_every=1), StepShape(1, checkpoint_every=1, tiled=True)
+    assert LONG.again_bytes(whole) == LONG.layer_bytes + 40 * GIB
+    assert LONG.again_bytes(tiled) == (4 + 20 + 1) * GIB
+    assert LONG.shared(2).again_bytes(tiled) == (2 + 10 + 1) * GIB
+    none_again = StepShape(1, tiled=True)
+    assert LONG.kept_bytes(none_again) == LONG.layers * 4 * GIB
+
+
 def test_a_model_that_cannot_compute_layers_again_is_never_asked_to() -> None:
     plain = replace(EIGHT, checkpoints=False)
     found = choose(job_of(activation_checkpointing="auto", global_batch_size=128), 8, 42 * GIB, lambda: plain)

@@ -22,6 +22,8 @@ class StepShape:
     """Of so many layers one is computed again in the backward pass; 0: none."""
     offload: bool = False
     """Whether what such layers keep lies in host memory."""
+    tiled: bool = False
+    """Whether feed-forward layers are computed in tiles."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class ModelSize:
     """The part of it that no layer keeps: embeddings, the last norm."""
     passing_bytes: int = 0
     """What passes through a layer's forward and backward pass at the most, for one sequence, beside what is kept."""
+    tiled_layer_bytes: int = 0
+    """What a layer keeps of one sequence where its feed-forward part is computed in tiles; 0 where it cannot be, or a
+    sequence is one tile,"""
+    tiled_passing_bytes: int = 0
+    """what passes through it beside,"""
+    tile_bytes: int = 0
+    """and what a tile takes, however long the sequence."""
     length: int = 0
     width: int = 0
     """Of a hidden state."""
@@ -100,7 +109,8 @@ class ModelSize:
 
     def shared(self, times: int) -> "ModelSize":
         """The same where so many times as many ranks share each sequence: all grows with positions in proportion."""
-        parts = ("length", "sequence_bytes", "outside_bytes", "passing_bytes", "query_bytes", "key_bytes")
+        parts = ("length", "sequence_bytes", "outside_bytes", "passing_bytes", "tiled_layer_bytes",
+                 "tiled_passing_bytes", "query_bytes", "key_bytes")  # fmt: skip
         return replace(self, sharing=self.sharing * times, **{name: -(-getattr(self, name) // times) for name in parts})
 
     def layers_again(self, step: StepShape) -> int:
@@ -112,14 +122,22 @@ class ModelSize:
 
     def kept_bytes(self, step: StepShape) -> int:
         """What a micro-batch keeps on the device from its forward to its backward pass, logits apart."""
-        kept = self.sequence_bytes * step.micro_batch_size
-        again = self.layers_again(step) * self.layer_bytes * step.micro_batch_size
+        layer = self.layer_kept(step)
+        kept = (self.outside_bytes + self.layers * layer) * step.micro_batch_size
+        again = self.layers_again(step) * layer * step.micro_batch_size
         return min(kept, kept - again + (0 if step.offload else self.inputs_bytes(step)))
+
+    def layer_kept(self, step: StepShape) -> int:
+        """What a layer keeps of one sequence where it is not computed again."""
+        return self.tiled_layer_bytes if step.tiled and self.tiled_layer_bytes else self.layer_bytes
 
     def again_bytes(self, step: StepShape) -> int:
         """What passes through a layer of the backward pass; of one that is computed again all that it keeps."""
+        tiled = step.tiled and self.tiled_layer_bytes > 0
+        passing = self.tiled_passing_bytes if tiled else self.passing_bytes
         exchanged = EXCHANGED * self.query_bytes if self.sharing > 1 else 0
-        return (bool(step.checkpoint_every) * self.layer_bytes + self.passing_bytes + exchanged) * step.micro_batch_size
+        each = bool(step.checkpoint_every) * self.layer_kept(step) + passing + exchanged
+        return each * step.micro_batch_size + (self.tile_bytes if tiled else 0)
 
     def loss_bytes(self, step: StepShape, on_card: bool) -> int:
         """Logits, their fp32 copy and its logarithms, or three fp32 gradients in the backward pass; in chunks, a chunk
