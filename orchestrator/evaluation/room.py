@@ -43,8 +43,8 @@ def place_evaluations(
         return Place("ranks", "named by the job")
     no_device = why_no_device(weight_bytes, device_bytes)
     problem = no_device or why_no_room(job, gpus, resources)
-    if job.evaluate.on == "auto" and problem:
-        return Place("ranks", problem)
+    if job.evaluate.on == "auto" and (why := problem or why_shared(job)):
+        return Place("ranks", why)
     return Place("free", problem or FREE, not problem)
 
 
@@ -54,6 +54,12 @@ def why_no_device(weight_bytes: int, device_bytes: int | None) -> str | None:
     if device_bytes is None or need <= device_bytes:
         return None
     return f"the whole model needs {need / GIB:.1f} GiB of a device, and one has {device_bytes / GIB:.1f}"
+
+
+def why_shared(job: Job) -> str | None:
+    """Why a device may not hold an evaluation's sequence, or None."""
+    ranks = job.train.sequence_parallel
+    return f"{ranks} workers share each sequence, which one device would have whole" if ranks > 1 else None
 
 
 def why_no_room(job: Job, gpus: int, resources: Mapping[str, float]) -> str | None:

@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                    "vocab_size": 32_000},
     "tall": {**LLAMA, "hidden_size": 1024, "num_hidden_layers": 8, "intermediate_size": 4096, "vocab_size": 4096},
     "broad": {**LLAMA, "hidden_size": 1536, "num_hidden_layers": 4, "intermediate_size": 6144, "vocab_size": 4096},
-    "slim": {**LLAMA, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024, "vocab_size": 1024},
+    "slim": {**LLAMA, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024, "vocab_size": 8192},
     "bert": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048,
              "vocab_size": 4096, "max_position_embeddings": 1024},
 }  # fmt: skip

@@ -22,6 +22,15 @@ def test_on_this_machine_it_is_known() -> None:
     assert refused.endswith("; evaluate.early_stopping is refused there")
 
 
+def test_sequences_that_workers_share_are_evaluated_by_them() -> None:
+    job = job_of(8)
+    shared = job.model_copy(update={"train": job.train.model_copy(update={"sequence_parallel": 4})})
+    said = where_evaluated(shared, 10**6, 80 * 2**30, elsewhere=True)
+    assert said.startswith("the ranks evaluate between two steps: 4 workers share each sequence")
+    free = shared.model_copy(update={"evaluate": EvaluateSection(on="free")})
+    assert where_evaluated(free, 10**6, 80 * 2**30, elsewhere=True).startswith("evaluations run beside the training")
+
+
 def test_for_other_machines_what_does_not_depend_on_them_is_said() -> None:
     job = job_of(8)
     job = job.model_copy(update={"model": job.model.model_copy(update={"dtype": "bfloat16"})})

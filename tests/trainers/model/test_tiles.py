@@ -111,7 +111,7 @@ class Mixing(torch.nn.Module):
 def test_a_layer_that_mixes_positions_ends_the_run_before_its_first_step(dtype: str) -> None:
     layer = Mixing().to(getattr(torch, dtype))
     layer.forward, layer.untiled = tiles._in_tiles(layer, layer.forward), layer.forward  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match=r"Mixing .* does not look at each position by itself"):
+    with pytest.raises(TrainingError, match="Mixing does not look at each position by itself"):
         check_tiles(torch.nn.Sequential(layer), 8, dtype, torch.device("cpu"))
     del layer.untiled
     check_tiles(torch.nn.Sequential(layer), 8, dtype, torch.device("cpu"))
