@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainers.architecture import attention_values, cut_layers, describe, feed_forward_layers
+from trainers.architecture import DOCUMENTS, attention_values, cut_layers, describe, feed_forward_layers
 from trainers.architecture.sequence_parallel import sharing_heads
 from trainers.job.schema import Job
 from trainers.model.deepspeed_config import own_settings
@@ -55,14 +55,15 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         passing = _passing_bytes(cut, length, task.over_vocabulary)
         tiled = _tiled_bytes(in_tiles, length, shape.width, task.over_vocabulary)
     query, key = (each * length * dtype.itemsize for each in attention_values(model.config))
+    again = query if _one_by_one(job) else 0
     return ModelSize(
         parameters=sum(each.numel() for each in parameters),
         trainable=sum(each.numel() for each in parameters if each.requires_grad),
         weight_bytes=dtype.itemsize,
-        sequence_bytes=kept,
+        sequence_bytes=kept + shape.layers * again,
         outside_bytes=outside,
         passing_bytes=passing,
-        tiled_layer_bytes=tiled[0],
+        tiled_layer_bytes=tiled[0] and tiled[0] + again,
         tiled_passing_bytes=tiled[1],
         tile_bytes=tiled[2],
         length=length,
@@ -82,6 +83,12 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         saves_frozen=job.model.lora is None,
         own=own_settings(job.train.deepspeed),
     )
+
+
+def _one_by_one(job: Job) -> bool:
+    """Whether packed documents attend one after the other, so that each one's output is kept beside all of them."""
+    on_cpu, wide = job.scale.gpus_per_worker == 0, job.model.dtype == "float32"
+    return job.packing and job.model.attention == DOCUMENTS and (on_cpu or wide)
 
 
 def _late_parameters(model: Any) -> int:

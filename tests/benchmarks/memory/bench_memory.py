@@ -2,6 +2,7 @@
 
 python tests/benchmarks/memory/bench_memory.py [--cells TEXT] [--heap]   # real CPU runs over models and settings
 python tests/benchmarks/memory/bench_memory.py --write docs/memory.md    # and the table goes into that page
+python tests/benchmarks/memory/bench_memory.py --long                    # packs of 16,384 positions: shared, in tiles
 
 Every cell is a real job: a model of 12 to 40 million random weights, real shards, gloo ranks of one thread each, two
 steps, a checkpoint. Measured is the largest resident memory of any rank over what it held before it loaded anything of
@@ -63,10 +64,22 @@ def cells() -> list[Cell]:
     ]  # fmt: skip
 
 
+def long_cells() -> list[Cell]:
+    """Packs of 16,384 positions in many documents: whole, shared by two ranks, with feed-forward layers in tiles."""
+    long = Cell("slim", 16_384, 1, documents=128, workers=2, way="zero3")
+    alone = replace(long, workers=1, way="zero0", again="full")
+    return [
+        long, replace(long, sharing=2), replace(long, tiled=True), replace(long, sharing=2, tiled=True),
+        alone, replace(alone, tiled=True), replace(long, way="zero2", again="full", sharing=2, tiled=True),
+        replace(long, dtype="bfloat16", again="full", sharing=2), replace(long, dtype="bfloat16", tiled=True),
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", default="", help="only those whose description holds this")
     parser.add_argument("--heap", action="store_true")
+    parser.add_argument("--long", action="store_true")
     parser.add_argument("--write", type=Path)
     parser.add_argument("--record", type=Path, help="a file that gets a line of JSON a cell, and is gone on from")
     asked = parser.parse_args()
@@ -75,7 +88,7 @@ def main() -> None:
     if asked.record and asked.record.exists():
         known = {line["cell"]: line for line in map(json.loads, asked.record.read_text().splitlines())}
     with tempfile.TemporaryDirectory() as place:
-        for cell in cells():
+        for cell in long_cells() if asked.long else cells():
             if asked.cells in str(cell):
                 line = known.get(str(cell)) or measure(Path(place), cell, not asked.heap)
                 if asked.record and str(cell) not in known:
