@@ -81,10 +81,10 @@ def _install(run):
             return agree(*arguments)
         return 0.0, 0.0, [0.0] * int(os.environ["WORLD_SIZE"]), loop.NOTHING
 
-    def score_(self, number, model, device):
+    def score_(self, number, model, device, group=None):
         for fault in due("kill_evaluating") if number else ():  # not the first batch of all
             _happen(fault | {"kind": "kill"})
-        return score(self, number, model, device)
+        return score(self, number, model, device, group)
 
     def forward(objective):
         step_loss = objective.step_loss

@@ -17,6 +17,7 @@ from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader
 from trainers.checkpoint.slices import KINDS
 from trainers.job.schema import Job
+from trainers.job.sections import LoraSection
 from trainers.run.folder import read_evaluations, step_name
 from trainers.run.row_scores import read_row_scores
 from trainers.storage import Folder
@@ -56,11 +57,15 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def two(jobs: dict[int, Job], tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """A sequence each, then shared, then each until the ranks begin to share."""
+    """A sequence each, then shared, then each until the ranks begin to share, with layers computed again and in tiles;
+    adapters, each and shared."""
     samples = Samples(tmp_path_factory.mktemp("families"), "own")
     models = {family: str(samples.model(family)) for family in FAMILIES}
+    again = with_(jobs[2], train={"activation_checkpointing": "full", "feed_forward_tiles": True})
     plan = [(jobs[1], "alone", None), (jobs[2], "shared", None), (jobs[1], "changing", STOP),
-            (jobs[2], "changing", None)]  # fmt: skip
+            (again, "changing", None)]  # fmt: skip
+    lora = {"lora": LoraSection(rank=2)}
+    plan += [(with_(job, model=lora, train={"steps": 2}), f"adapters-{ranks}", None) for ranks, job in jobs.items()]
     return Ranks(*zip(*run_ranks(work, 2, plan, tuple(FAULTS), models), strict=True))
 
 
@@ -75,11 +80,12 @@ def work(
 ) -> tuple[Any, Any, Any, Any]:
     """A rank's runs, in which the loss comes from the output layer in chunks; attention; what faults are answered;
     families."""
+    from trainers.model import tiles
     from trainers.tasks.losses import chunked
 
-    chunked.LEAST_VOCABULARY = 1
+    chunked.LEAST_VOCABULARY, tiles.TILE = 1, 50
     heard = train_with_ledger(plan)
-    messages = {fault: message_of(plan[-1][0], fault) for fault in faults}
+    messages = {fault: message_of(plan[1][0], fault) for fault in faults}
     return heard, attend_both(), messages, {family: shared_gradients(path) for family, path in models.items()}
 
 
@@ -94,10 +100,11 @@ def test_a_group_trains_on_rows_of_its_own_and_all_of_its_ranks_on_the_same(two:
 
 @pytest.mark.parametrize("field", ["loss", "grad_norm"])
 def test_losses_and_norms_are_those_of_whole_sequences(two: Ranks, four: Ranks, field: str) -> None:
-    alone, shared, before, after = (heard.by_step(field) for heard in two.heard[0])
+    alone, shared, before, after, *adapters = (heard.by_step(field) for heard in two.heard[0])
     assert list(alone) == [1, 2, 3, 4] and list(before) == [1, 2] and list(after) == [3, 4]
     for found in (shared, before | after, four.heard[0][0].by_step(field)):
         assert found == pytest.approx(alone, abs=1e-5)
+    assert list(adapters[0]) == [1, 2] and adapters[1] == pytest.approx(adapters[0], abs=1e-5)
 
 
 def test_weights_and_moments_are_those_of_whole_sequences(two: Ranks, four: Ranks, jobs: dict[int, Job]) -> None:
