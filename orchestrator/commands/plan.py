@@ -21,7 +21,7 @@ def plan_table(plan: Plan, full: bool) -> None:
     workers = f"{plan.world_size} workers"
     if plan.sequence_parallel > 1:
         groups = plan.world_size // plan.sequence_parallel
-        workers = f"{groups} groups of {plan.sequence_parallel} workers that share each sequence"
+        workers = f"{groups} group{'s' * (groups > 1)} of {plan.sequence_parallel} workers that share each sequence"
     batch = f"{workers} x {plan.micro_batch_size} sequences x {plan.accumulation} accumulated"
     shorter = (
         "; shorter ones go together to as many tokens" if plan.lengths_differ and plan.global_batch_size > 1 else ""

@@ -15,7 +15,7 @@ from trainers.job.schema import Job
 from trainers.job.task_fields import names_folder
 from trainers.model.choice import choose, settle
 from trainers.model.deepspeed_config import derive_config
-from trainers.model.fit import check_fit, check_sharing, check_teacher, tensor_shapes
+from trainers.model.fit import check_fit, check_long_sequences, check_teacher, tensor_shapes
 from trainers.model.lora import check_frozen
 from trainers.model.memory import ModelSize
 from trainers.model.source import ModelFolder, find_teacher, prepare_model
@@ -111,7 +111,7 @@ def _check(draft: Draft, weights: bool, runs: bool = False) -> CheckedJob:
     assert model is not None and splits is not None
     packing = decide_packing(job, model)
     settled = with_packing(job, packing)
-    check_sharing(settled, model.path)
+    check_long_sequences(settled, model.path)
     return CheckedJob(settled, model, splits, packing, notes)
 
 

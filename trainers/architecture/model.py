@@ -141,7 +141,8 @@ def feed_forward_layers(model: Any) -> list[Any]:
     from transformers.pytorch_utils import Conv1D
 
     def is_plain(part: Any) -> bool:
-        linear = [child for child in part.children() if isinstance(child, torch.nn.Linear | Conv1D)]
+        kinds = ((child, getattr(child, "base_layer", child)) for child in part.children())  # that an adapter is around
+        linear = [child for child, kind in kinds if isinstance(kind, torch.nn.Linear | Conv1D)]
         asked = inspect.signature(part.forward).parameters
         others = (weight for child in part.children() if child not in linear for weight in child.parameters())
         return (

@@ -152,7 +152,7 @@ class EvaluationBatches:
         packs = [[self.shards.row(int(row)) for row in self.packs.pack(int(pack))] for pack in self.groups[number]]
         documents, pad_id = [row for pack in packs for row in pack], self.encoder.pad_id
         batch = self.task.collate(packs, pad_id)
-        part = batch.part(group.place, group.size) if group else batch
+        part = batch.part_of(group)
         with torch.no_grad():  # not inference mode: weights that ZeRO-3 gathers in it could not be trained again
             answers = self.task.answers(model, *part.to(device))
             numbers = self.task.score(gather_scores(answers, part.labels, group) if group else answers, batch)

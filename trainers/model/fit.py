@@ -61,31 +61,33 @@ def check_teacher(job: Job, student: str, teacher: str) -> None:
         raise JobError([problem.replace(job.model.path, teacher) for problem in problems])
 
 
-def check_sharing(job: Job, model_path: str) -> None:
-    """Whether workers can share the job's sequences (`train.sequence_parallel`): asked of the model without weights.
+def check_long_sequences(job: Job, model_path: str) -> None:
+    """Whether workers can share the job's sequences, and feed-forward layers come in tiles, where the job asks for it:
+    asked of the model without weights.
 
     Args:
         job: with the attention backend that packing came to.
 
     Raises:
-        JobError: where its sequences cannot be shared, and why.
+        JobError: where it cannot be, and why.
     """
-    ranks = job.train.sequence_parallel
-    if ranks == 1:
-        return
-    if not job.packing or job.model.attention != DOCUMENTS:
+    ranks, tiled = job.train.sequence_parallel, job.train.feed_forward_tiles is True
+    if ranks > 1 and (not job.packing or job.model.attention != DOCUMENTS):
         raise JobError(
             f"train.sequence_parallel: needs data.packing and model.attention {DOCUMENTS}, which tells documents by "
             f"their bounds; {job.model.path} has {job.model.attention} here. Leave out model.attention, or "
             "train.sequence_parallel where the model packs with no other"
         )
+    if ranks == 1 and not tiled:
+        return
     from trainers.architecture.sequence_parallel import sharing_obstacle
-    from trainers.model.model_size import build
-    from trainers.tasks import load_task, task_options
+    from trainers.model.model_size import build, stand_in_task
+    from trainers.model.tiles import tile_feed_forward
 
-    model = build(job, load_task(job.task, task_options(job)), model_path)
-    problem = sharing_obstacle(model.config, model, ranks)
-    if problem:
+    model = build(job, stand_in_task(job), model_path)
+    if tiled:
+        tile_feed_forward(model)
+    if ranks > 1 and (problem := sharing_obstacle(model.config, model, ranks)):
         raise JobError(
             f"train.sequence_parallel: {ranks} workers cannot share sequences of {job.model.path}: {problem}"
         )

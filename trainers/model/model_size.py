@@ -38,8 +38,7 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    task = load_task(job.task, task_options(job))
-    task.labels = ("0", "1") if task.has_labels else ()
+    task = stand_in_task(job)
     dtype, sharing = getattr(torch, job.model.dtype), job.train.sequence_parallel
     length = -(-job.data.max_length // sharing)
     model, cut, in_tiles = (build(job, task, model_path, depth) for depth in (None, DEPTH, DEPTH))
@@ -83,6 +82,13 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
         saves_frozen=job.model.lora is None,
         own=own_settings(job.train.deepspeed),
     )
+
+
+def stand_in_task(job: Job) -> Task:
+    """The job's task before anything of its data is known."""
+    task = load_task(job.task, task_options(job))
+    task.labels = ("0", "1") if task.has_labels else ()
+    return task
 
 
 def _one_by_one(job: Job) -> bool:

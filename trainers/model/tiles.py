@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainers.architecture import feed_forward_layers
+from trainers.architecture import feed_forward_layers, plain_model
 from trainers.errors import JobError
 
 TILE = 4096
@@ -24,8 +24,8 @@ def tile_feed_forward(model: Any) -> None:
     layers = feed_forward_layers(model)
     if not layers:
         raise JobError(
-            f"train.feed_forward_tiles: no feed-forward layers were found in {type(model).__name__} that look at each "
-            "position by itself; leave it out"
+            f"train.feed_forward_tiles: no feed-forward layers were found in {type(plain_model(model)).__name__} that "
+            "look at each position by itself; leave it out"
         )
     for layer in layers:
         layer.forward, layer.untiled = _in_tiles(layer, layer.forward), layer.forward

@@ -15,6 +15,8 @@ from trainers.records import Array
 if TYPE_CHECKING:
     import torch
 
+    from trainers.architecture.sequence_parallel import SequenceGroup
+
 
 IGNORE = -100
 """Label of positions the loss skips."""
@@ -58,6 +60,10 @@ class Batch:
     def to(self, device: torch.device | str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Inputs and labels as tensors on a device."""
         return {name: move(array, device) for name, array in self.inputs.items()}, move(self.labels, device)
+
+    def part_of(self, group: SequenceGroup | None) -> Batch:
+        """What this rank has of it in training: `part`, or all where it shares sequences with none."""
+        return self.part(group.place, group.size) if group else self
 
     def part(self, place: int, ranks: int) -> Batch:
         """What one of several ranks has of packed sequences: all of them as one row, of that a part of the positions.

@@ -16,6 +16,7 @@ from trainers.architecture.sequence_parallel import SequenceGroup
 from trainers.batching.packing import PackIndex
 from trainers.errors import TrainingError
 from trainers.model.zero_passes import beside_training
+from trainers.records import Array
 from trainers.shards.dataset import ShardSet
 from trainers.tasks import Example, Task
 from trainers.tasks.base import IGNORE, Batch
@@ -23,6 +24,8 @@ from trainers.tasks.losses.chunked import head_of, hidden_states
 from trainers.verification.longest import longest_packs
 
 DOCUMENTS = 3
+ALIKE = {"float32": 1e-4, "bfloat16": 0.05}
+"""Share of the largest value that another order of sums may move, by the model's type."""
 TOLERANCE = 1e-5
 """Share of the largest logit that rounding may move; a leak moves logits by tenths (0.39 in a packed Llama)."""
 
@@ -50,7 +53,7 @@ def check_isolation(
     Raises:
         TrainingError: where a document sees another.
     """
-    rows, longest = _short_rows(shards), longest_packs(shards, packs, micro_batch_size)
+    rows, longest = short_rows(shards, shards.lengths), longest_packs(shards, packs, micro_batch_size)
     batches = [[rows, *longest[1:]]]
     if len(longest[0]) > 1:  # a leak may need the length
         batches.append(longest)
@@ -109,7 +112,7 @@ def states_of(model: Any, task: Task, batch: Batch, device: Any) -> torch.Tensor
 
 def shared_states_of(model: Any, task: Task, batch: Batch, device: Any, group: SequenceGroup) -> torch.Tensor:
     """`states_of` by all ranks of a group, a part of the positions each."""
-    own = states_of(model, task, batch.part(group.place, group.size), device)
+    own = states_of(model, task, batch.part_of(group), device)
     whole = group.whole(own.to(device)).cpu()[:, : batch.labels.size]
     return whole.reshape(*batch.labels.shape, -1)
 
@@ -159,10 +162,14 @@ def _by_document(batch: Batch, logits: torch.Tensor) -> list[torch.Tensor]:
     return [logits[index, : int(lengths[index])] for index in range(count)]
 
 
-def _short_rows(shards: ShardSet) -> list[Example]:
-    """The shortest documents, each of a place of its own; the same on every rank."""
+def short_rows(shards: ShardSet, lengths: Array) -> list[Example]:
+    """The shortest documents, each of a place of its own; the same on every rank.
+
+    Args:
+        lengths: theirs, or greater for those that shall not be taken.
+    """
     count = min(DOCUMENTS, len(shards))
-    chosen = np.argpartition(shards.lengths, count - 1)[:count]
+    chosen = np.argpartition(lengths, count - 1)[:count]
     rows = [shards.row(int(index)) for index in sorted(chosen)]
     return rows * 2 if len(rows) == 1 else rows
 

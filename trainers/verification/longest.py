@@ -20,7 +20,6 @@ from trainers.model.world import World
 from trainers.model.zero_passes import beside_training
 from trainers.shards.dataset import ShardSet
 from trainers.tasks import Example, Task
-from trainers.tasks.base import Batch
 from trainers.training import loop
 from trainers.training.hooks import Objective
 from trainers.training.straggler import in_collective
@@ -70,18 +69,13 @@ def check_longest(
 
 
 def _take(engine: Any, objective: Objective, task: Task, rows: Packs, pad_id: int, world: World) -> None:
-    batch = own_part(task.collate(rows, pad_id, 1), world)
+    batch = task.collate(rows, pad_id, 1).part_of(world.group)
     with masks_known(batch.mask_facts()):
         loss = objective.step_loss(engine, *batch.to(world.device), batch.targets(world.device))
     if isinstance(engine, PlainEngine):
         engine.backward(loss)
         engine.optimizer.zero_grad(set_to_none=True)
     float(loss.detach())  # what a GPU refuses, it says when it is waited for
-
-
-def own_part(batch: Batch, world: World) -> Batch:
-    """What this rank has of a batch in training."""
-    return batch.part(world.group.place, world.group.size) if world.group else batch
 
 
 def _is_of_the_rows(error: Exception) -> bool:

@@ -8,13 +8,8 @@ import torch
 from trainers.architecture.sequence_parallel import SequenceGroup
 from trainers.errors import TrainingError
 from trainers.shards.dataset import ShardSet
-from trainers.tasks import Example, Task
-from trainers.verification.isolation import evaluating, shared_states_of, states_of
-
-DOCUMENTS = 3
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-"""Share of the largest value that another order of sums may move; heads or positions that are mixed up move it by
-tenths."""
+from trainers.tasks import Task
+from trainers.verification.isolation import ALIKE, evaluating, shared_states_of, short_rows, states_of
 
 
 def check_shared(
@@ -27,7 +22,8 @@ def check_shared(
         TrainingError: where they differ.
     """
     check_exchange(group, device)
-    batch = task.collate([shortest_rows(shards)], pad_id)
+    lengths = np.where(shards.targets > 0, shards.lengths, shards.lengths.max() + 1)
+    batch = task.collate([short_rows(shards, lengths)], pad_id)
     with evaluating(engine), torch.no_grad():
         whole = states_of(engine, task, batch, device)
         shared = shared_states_of(engine, task, batch, device, group)
@@ -35,11 +31,11 @@ def check_shared(
         moved = float((shared - whole)[real].abs().max() / whole[real].abs().max().clamp_min(1e-30))
         one, part = (
             float(task.step_loss(engine, *each.to(device), each.targets(device)))
-            for each in (batch, batch.part(group.place, group.size))
+            for each in (batch, batch.part_of(group))
         )
     together = sum(group.gather(part))
     apart = abs(together - one) / max(abs(one), 1e-30)
-    if max(moved, apart) > TOLERANCE[dtype]:
+    if max(moved, apart) > ALIKE[dtype]:
         raise TrainingError(
             f"train.sequence_parallel: {group.size} ranks that share a sequence compute something else than one that "
             f"has it whole: hidden states differ by {moved:.3g} of the largest, the loss is {together:.6g} and not "
@@ -60,9 +56,3 @@ def check_exchange(group: SequenceGroup, device: Any) -> None:
             f"train.sequence_parallel: heads and positions that {group.size} ranks exchange come out in a wrong order; "
             "leave train.sequence_parallel out, and look for an error in the communication library"
         )
-
-
-def shortest_rows(shards: ShardSet) -> list[Example]:
-    """A few of the shortest documents that have targets; the same on every rank."""
-    lengths = np.where(shards.targets > 0, shards.lengths, shards.lengths.max() + 1)
-    return [shards.row(int(index)) for index in sorted(np.argsort(lengths, kind="stable")[:DOCUMENTS])]

@@ -6,11 +6,9 @@ import torch
 
 from trainers.errors import TrainingError
 from trainers.model.tiles import tiled_layers
-from trainers.verification.isolation import evaluating
+from trainers.verification.isolation import ALIKE, evaluating
 
 POSITIONS = 8
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-"""Share of the largest value that another order of sums may move."""
 
 
 def check_tiles(engine: Any, width: int, dtype: str, device: Any) -> None:
@@ -31,7 +29,7 @@ def check_tiles(engine: Any, width: int, dtype: str, device: Any) -> None:
             whole = layer(states)
             parts = torch.cat([layer(states[:, :3].contiguous()), layer(states[:, 3:].contiguous())], 1)
             moved = float((parts - whole).abs().max() / whole.abs().max().clamp_min(1e-30))
-            if moved > TOLERANCE[dtype]:
+            if moved > ALIKE[dtype]:
                 raise TrainingError(
                     f"train.feed_forward_tiles: {kind.__name__} does not look at each position by itself: in parts its "
                     f"output differs by {moved:.3g} of the largest. Set train.feed_forward_tiles: false"

@@ -18,7 +18,7 @@ from trainers.model.choice import Choice, choose, settle
 from trainers.model.compiled import compile_layers
 from trainers.model.deepspeed_config import derive_config, keeps_on_disk
 from trainers.model.engine import build_engine, release_engine
-from trainers.model.fit import check_sharing
+from trainers.model.fit import check_long_sequences
 from trainers.model.model_size import measure_size
 from trainers.model.world import World, compute_deterministically, device_name, free_memory, join_world, smallest_device
 from trainers.model.zero_settings import sizes_of
@@ -92,7 +92,7 @@ def _verify(run: Run, world: World, hooks: Hooks) -> None:
 def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     """Settle what the job leaves open, then build everything and train until the end, a stop or a divergence."""
     task = run.load_task()
-    check_sharing(run.job, run.model.path)
+    check_long_sequences(run.job, run.model.path)
     choice = choose(run.job, world.size, smallest_device(world), lambda: measure_size(run.job, run.model.path))
     job = settle(run.job, choice)
     encoder = load_encoder(run.model.path, job.model.trust_remote_code)

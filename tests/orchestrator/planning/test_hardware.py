@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.planning.hardware import GPUS, cluster_settings, device_bytes
 from orchestrator.planning.plan import plan_job
+from orchestrator.planning.preflight import check_job
+from tests.architectures.single import Samples, job_of
 from tests.tiny import chat_rows, checked, film_rows, make_bert, shard_locally, tiny_job, write_rows
 from trainers.errors import JobError
 from trainers.run.events import StepEvent
@@ -42,6 +44,11 @@ def test_nodes_set_a_worker_for_each_gpu() -> None:
     assert cluster_settings(None, None, None, 8) == []
     assert cluster_settings("h100-80", None, None, 8) == ["scale.gpus_per_worker=1"]
     assert cluster_settings(None, None, 4, 2) == ["scale.workers=8", "scale.gpus_per_worker=1"]
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Samples:
+    return Samples(tmp_path / "samples", "own")
 
 
 @pytest.fixture
@@ -204,3 +211,13 @@ def test_sequences_that_cannot_be_shared_are_refused_with_the_reason(
     flags = [part for each in settings for part in ("--set", each)]
     done = CliRunner().invoke(app, ["plan", str(big), *flags, "--set", "train.global_batch_size=12"])
     assert isinstance(done.exception, JobError) and re.search(problem, str(done.exception)), done.exception
+
+
+def test_tiles_of_layers_that_a_model_has_not_are_refused_before_anything_starts(
+    tmp_path: Path, samples: Samples
+) -> None:
+    job = job_of("classify", tmp_path, samples.model("mixtral"))
+    asked = job.model_copy(update={"train": job.train.model_copy(update={"feed_forward_tiles": True})})
+    assert check_job(job)
+    with pytest.raises(JobError, match=r"train\.feed_forward_tiles: no feed-forward layers were found in Mixtral"):
+        check_job(asked)

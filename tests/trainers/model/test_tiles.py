@@ -15,7 +15,7 @@ from trainers.architecture import feed_forward_layers
 from trainers.errors import JobError, TrainingError
 from trainers.job.sections import LoraSection
 from trainers.model import tiles
-from trainers.model.model_size import Live
+from trainers.model.model_size import Live, measure_size
 from trainers.tasks import Example, TaskOptions, load_task
 from trainers.verification.tiles import check_tiles
 
@@ -137,3 +137,13 @@ def test_ranks_train_alike_with_tiles_in_every_way(tmp_path: Path, tiny_chat_tok
     found = run_ranks(in_small_tiles, 2, plan)[0]
     for name, whole, parts in zip(ways, found[: len(ways)], found[len(ways) :], strict=True):
         assert whole and parts == pytest.approx(whole, abs=1e-5), name
+
+
+@pytest.mark.parametrize("lora", [None, LoraSection(rank=2)])
+def test_the_plan_knows_that_tiles_take_less_with_adapters_too(
+    tmp_path: Path, tiny_chat_tokenizer: Path, lora: LoraSection | None
+) -> None:
+    model = make_llama(tmp_path / "model", tiny_chat_tokenizer)
+    job = tiny_job(tmp_path, model, "pretrain", [{"text": "a"}] * 5, data={"max_length": 4 * tiles.TILE})
+    size = measure_size(with_(job, model={"lora": lora}), str(model))
+    assert 0 < size.tiled_layer_bytes < size.layer_bytes and size.tile_bytes > 0
