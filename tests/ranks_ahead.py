@@ -8,7 +8,9 @@ import sys
 gc.disable()
 sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused in ranks
 for name in (
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it when it looks at an optimizer
+    "deepspeed.ops.op_builder.all_ops",  # ranks import these late
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "pandas",
     "torch._dynamo",
     "torch.distributed.tensor",
     "transformers.integrations.deepspeed",
@@ -20,6 +22,7 @@ for name in (
     "trainers.worker.rank",
 ):
     importlib.import_module(name)
+importlib.import_module("trainers.model.engine").import_optimizers()
 del sys.modules["mlflow"]
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}  # as the product imports it
 for name in ("orchestrator.run", "matplotlib.figure", "mlflow.store.tracking.sqlalchemy_store", "sklearn.metrics"):

@@ -113,7 +113,7 @@ class NodeAgent:
         if self._mode == "fork":
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # forks are ranks without a GPU
         process = subprocess.Popen(
-            [sys.executable, "-m", "trainers.worker.rank_server", self._mode],
+            [sys.executable, "-m", "trainers.worker", self._mode],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -86,6 +86,19 @@ def _init_deepspeed() -> None:
     # DeepSpeed's all-reduce over shared memory is compiled at first use and waits for ever on a peer that died
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)  # finds the process group that join_world made
+    import_optimizers()
+
+
+def import_optimizers() -> None:
+    """What DeepSpeed imports when it looks at an optimizer. Its Muon, which no job has, stays uncompiled: to have it
+    compiled torch would import its code generator, a fifth of the imports of a rank."""
+    from deepspeed.runtime import compiler
+
+    before, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = before
 
 
 def release_engine(engine: Any) -> None:

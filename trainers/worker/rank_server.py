@@ -1,6 +1,6 @@
 """A process that imports torch, DeepSpeed and transformers once and then becomes, or forks, ranks at once.
 
-A node agent starts it (`python -m trainers.worker.rank_server fork|become`), sees `{"ready": true}` on its standard
+A node agent starts it (`python -m trainers.worker fork|become`), sees `{"ready": true}` on its standard
 output, and writes one `RankSpec` a line to its standard input. `fork`: every rank is a fork, so a restart costs no
 import; sound because nothing but imports has happened here: no thread, no CUDA context, no process group. `become`:
 this process itself turns into the one rank, for machines with GPUs, whose driver does not survive a fork; the node
@@ -17,9 +17,10 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 from trainers.errors import TuneyardError, may_pass, to_record
+from trainers.model.engine import import_optimizers
 from trainers.run.events import FailedEvent, RefusedEvent
 from trainers.run.record import Run
 from trainers.worker.heartbeat import HeartbeatPage
@@ -53,7 +54,9 @@ def _import_ahead() -> None:
     cycles among what is made meanwhile were a fifth."""
     gc.disable()
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused here
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - DeepSpeed does when it looks at an optimizer
+    import deepspeed.ops.op_builder.all_ops
+    import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
+    import pandas  # noqa: F401 - pyarrow does when it takes an array
     import torch._dynamo
     import torch.distributed.tensor
     import torch.utils.tensorboard  # noqa: F401
@@ -62,9 +65,9 @@ def _import_ahead() -> None:
     import transformers.models.auto.modeling_auto
     import transformers.models.auto.tokenization_auto  # noqa: F401
 
-    import trainers.model.engine
     import trainers.tasks  # noqa: F401
 
+    import_optimizers()
     del sys.modules["mlflow"]
     gc.freeze()  # 800,000 objects: DeepSpeed's gc.collect() would look through them, 0.4 s for each engine it builds
     gc.enable()
@@ -134,8 +137,3 @@ def _run(run: Run, hooks: PipeHooks) -> int:
         hooks.emit(FailedEvent(error=to_record(error), errno=number, where=where, may_pass=may_pass(error)))
         return FAILED
     return 0
-
-
-if __name__ == "__main__":
-    assert sys.argv[1] in get_args(Mode)
-    main("fork" if sys.argv[1] == "fork" else "become")
