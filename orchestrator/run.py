@@ -5,7 +5,7 @@ killed one began and does nothing twice. What the stages share stands in `run_se
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
 from orchestrator.tracking.ray_gauges import RayGauges
 from orchestrator.training import controller
+from orchestrator.training.worker_group import WorkerGroup
 from trainers.checkpoint.export import PROVENANCE
 from trainers.evaluation.harness import is_measured
 from trainers.evaluation.selection import find_best, select
@@ -89,8 +90,8 @@ def train(session: RunSession, stop: Callable[[], AbstractContextManager[Asked]]
             gauges.on_event(event)
 
         session.screen.wait("starting the workers: self-tests and loading")
-        with session.timed("train"), stop() as asked:
-            controller.train(run, pool, gpus, session.log, show, asked)
+        with session.timed("train"), stop() as asked, closing(WorkerGroup(run.job, gpus)) as group:
+            controller.train(run, pool, group, session.log, show, asked)
         events = session.events()
         last = max((event.step for event in events if isinstance(event, StepEvent)), default=0)
         spent = account(events)

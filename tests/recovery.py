@@ -10,6 +10,7 @@ import psutil
 
 from orchestrator.evaluation.pool import EvaluationPool
 from orchestrator.training.controller import train
+from orchestrator.training.worker_group import WorkerGroup
 from trainers.job.schema import Job
 from trainers.run.events import Event, read_events
 from trainers.run.log import RunLog
@@ -23,18 +24,28 @@ def with_(job: Job, **sections: Any) -> Job:
 
 
 def run_training(
-    job: Job, name: str, *faults: dict[str, Any], on_event: Callable[[Event], None] = lambda _: None
+    job: Job,
+    name: str,
+    *faults: dict[str, Any],
+    on_event: Callable[[Event], None] = lambda _: None,
+    group: WorkerGroup | None = None,
 ) -> Path:
-    """The training stage in this process, on a run folder of that name, with faults in the real ranks."""
+    """The training stage in this process, on a run folder of that name, with faults in the real ranks.
+
+    Args:
+        group: whose node agents stay up for more trainings; by default one for this alone.
+    """
     folder = Folder(job.storage) / "runs" / name
     run = find_run(job).model_copy(update={"folder": folder})
     folder.path.mkdir(parents=True, exist_ok=True)
     (folder.path / "faults.json").write_text(json.dumps(faults))
     pool = EvaluationPool(run, 0)
     log = RunLog(folder)
+    workers = group or WorkerGroup(job, 0)
     try:
-        train(run, pool, 0, log, on_event, lambda: False)
+        train(run, pool, workers, log, on_event, lambda: False)
     finally:
+        workers.kill() if group else workers.close()
         log.close()
     return folder.path
 

@@ -91,7 +91,7 @@ class Controller:
 def train(
     run: Run,
     pool: EvaluationPool,
-    gpus: int,
+    group: WorkerGroup,
     log: RunLog,
     on_event: Callable[[Event], None],
     asked_to_stop: Callable[[], bool],
@@ -100,7 +100,7 @@ def train(
 
     Args:
         pool: evaluates beside the training; what is still in flight at its end goes on.
-        gpus: GPUs per worker.
+        group: who gives it ends it, with what a failure leaves of the ranks.
         asked_to_stop: whether the user or the machine wants the run to stop; then the step in hand is committed.
 
     Raises:
@@ -109,11 +109,7 @@ def train(
         TrainingError: the restarts are used up.
         TuneyardError: what the ranks refused, with its own exit code.
     """
-    controller = Controller(run, pool, log, on_event, asked_to_stop, WorkerGroup(run.job, gpus))
-    try:
-        _train(controller)
-    finally:
-        controller.group.close()
+    _train(Controller(run, pool, log, on_event, asked_to_stop, group))
 
 
 def _train(controller: Controller) -> None:

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def run_ours(run: Run) -> list[dict[str, Any]]:
     """Through the controller."""
     from orchestrator.evaluation.pool import EvaluationPool
     from orchestrator.training.controller import train
+    from orchestrator.training.worker_group import WorkerGroup
 
     killer, log = Killer(), RunLog(run.folder)
     pool = EvaluationPool(run, 0)
@@ -113,8 +115,8 @@ def run_ours(run: Run) -> list[dict[str, Any]]:
         else:
             killer.events.append(dict(event))
 
-    train(run, pool, 0, log, note, lambda: False)
-    log.close()
+    with closing(WorkerGroup(run.job, 0)) as group, closing(log):
+        train(run, pool, group, log, note, lambda: False)
     return killer.events
 
 

@@ -5,11 +5,15 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.training.worker_group import WorkerGroup
 from tests.recovery import events_of, losses, rank_processes, run_training, with_
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from trainers.checkpoint.reading import committed_steps
@@ -40,14 +44,21 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(job: Job) -> dict[int, float]:
-    found = losses(run_training(job, "undisturbed"))
+def train(job: Job, ray_session: None) -> Iterator[Callable[..., Path]]:
+    """`run_training`, each time with the same node agents: one that starts takes 7 s of CPU for imports."""
+    with closing(WorkerGroup(job, 0)) as group:
+        yield partial(run_training, group=group)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: Job, train: Callable[..., Path]) -> dict[int, float]:
+    found = losses(train(job, "undisturbed"))
     assert set(found) == set(range(1, STEPS + 1))
     return found
 
 
 def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing_had_been(
-    job: Job, undisturbed: dict[int, float]
+    job: Job, train: Callable[..., Path], undisturbed: dict[int, float]
 ) -> None:
     faults = [
         {"kind": "kill", "rank": 1, "step": 5},
@@ -56,7 +67,7 @@ def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing
         {"kind": "mismatch", "rank": 0, "step": 10},
     ]
     patient = with_(job, scale={"max_failures": 4})  # whether a checkpoint lies between two of them is a race
-    run = run_training(patient, "failing", *faults)
+    run = train(patient, "failing", *faults)
     assert losses(run) == undisturbed
     causes = [event.cause for event in events_of(run, "restart")]
     assert "rank 1" in causes[0]
@@ -77,11 +88,11 @@ def test_a_rank_that_is_killed_or_raises_is_named_and_the_run_ends_as_if_nothing
 
 
 def test_ranks_killed_while_they_evaluate_evaluate_that_checkpoint_once(
-    job: Job, undisturbed: dict[int, float]
+    job: Job, train: Callable[..., Path], undisturbed: dict[int, float]
 ) -> None:
     """No core is free beside them. The controller hears of their evaluations, and a metric that stays ends the run."""
     evaluate = {"while_training": True, "on": "ranks", "batch_size": 4}
-    run = run_training(with_(job, evaluate=evaluate), "evaluating", {"kind": "kill_evaluating", "rank": 1, "step": 3})
+    run = train(with_(job, evaluate=evaluate), "evaluating", {"kind": "kill_evaluating", "rank": 1, "step": 3})
     assert losses(run) == undisturbed
     (restart,) = events_of(run, "restart")
     assert "rank 1" in restart.cause and "was killed by SIGKILL" in restart.cause
@@ -91,26 +102,26 @@ def test_ranks_killed_while_they_evaluate_evaluate_that_checkpoint_once(
 
     stopping = evaluate | {"early_stopping": EarlyStopping(patience=1)}
     still = with_(job, evaluate=stopping, train={"learning_rate": 1e-12, "steps": 4000}, checkpoint={"keep": 1})
-    stopped = run_training(still, "patient")
+    stopped = train(still, "patient")
     (done,) = events_of(stopped, "done")
     assert done.stopped == "early_stopping" and done.step < 4000
     assert committed_steps(Folder(str(stopped)) / "checkpoints")[0] == 4, "the first is the best"
 
 
 def test_a_rank_that_the_kernel_kills_for_memory_is_told_from_any_other_kill(
-    job: Job, undisturbed: dict[int, float], cgroup: Any
+    job: Job, train: Callable[..., Path], undisturbed: dict[int, float], cgroup: Any
 ) -> None:
     fault = {"kind": "oom", "rank": 1, "step": 5, "cgroup": str(cgroup(200 << 20))}
-    run = run_training(job, "out-of-memory", fault)
+    run = train(job, "out-of-memory", fault)
     (restart,) = events_of(run, "restart")
     assert "rank 1" in restart.cause
     assert "was killed by the kernel for memory" in restart.cause
     assert losses(run) == undisturbed
 
 
-def test_a_rank_that_always_fails_ends_the_run_with_its_own_words(job: Job) -> None:
+def test_a_rank_that_always_fails_ends_the_run_with_its_own_words(job: Job, train: Callable[..., Path]) -> None:
     with pytest.raises(TrainingError, match=r"2 times in a row.*rank 1.*not on speaking terms") as caught:
-        run_training(
+        train(
             with_(job, scale={"max_failures": 1}), "hopeless", {"kind": "raise", "rank": 1, "step": 1, "always": True}
         )
     assert caught.value.exit_code == 5
@@ -126,12 +137,14 @@ HANGS = {
 The stopped rank is the last: it is woken to tell its stack, and could come to another fault before it is killed."""
 
 
-def test_a_rank_that_hangs_is_named_with_its_line_and_the_run_goes_on(job: Job, undisturbed: dict[int, float]) -> None:
+def test_a_rank_that_hangs_is_named_with_its_line_and_the_run_goes_on(
+    job: Job, train: Callable[..., Path], undisturbed: dict[int, float]
+) -> None:
     hanging = with_(job, scale={"hang_after_s": 6.0, "max_failures": len(HANGS)}, checkpoint={"every_steps": 2})
     faults = [
         {"kind": kind, "rank": rank, "step": 3 + 2 * turn} for turn, (kind, (rank, _)) in enumerate(HANGS.items())
     ]
-    run = run_training(hanging, "hanging", *faults)
+    run = train(hanging, "hanging", *faults)
     hangs = events_of(run, "hang")
     for hang, (rank, said) in zip(hangs, HANGS.values(), strict=True):
         assert hang.rank == rank
@@ -141,10 +154,10 @@ def test_a_rank_that_hangs_is_named_with_its_line_and_the_run_goes_on(job: Job, 
 
 
 def test_a_loss_that_is_not_finite_rolls_back_and_leaves_that_step_out_and_a_slow_rank_is_no_hang_but_a_straggler(
-    job: Job, undisturbed: dict[int, float]
+    job: Job, train: Callable[..., Path], undisturbed: dict[int, float]
 ) -> None:
     slow = {"kind": "slow", "rank": 1, "step": 0, "seconds": 0.2, "always": True}
-    run = run_training(with_(job, train={"steps": 20}), "diverging", {"kind": "nan", "rank": 1, "step": 6}, slow)
+    run = train(with_(job, train={"steps": 20}), "diverging", {"kind": "nan", "rank": 1, "step": 6}, slow)
     found = losses(run)
     assert set(found) == set(range(1, 21)) - {7}
     assert {step: loss for step, loss in found.items() if step < 7} == {
@@ -164,13 +177,17 @@ def test_a_loss_that_is_not_finite_rolls_back_and_leaves_that_step_out_and_a_slo
     assert lagging[-1].lag_s > 0.1  # half of what it sleeps; a busy machine only adds to it
 
 
-def test_a_run_that_diverges_again_and_again_ends_with_the_rows_to_look_at(job: Job) -> None:
+def test_a_run_that_diverges_again_and_again_ends_with_the_rows_to_look_at(
+    job: Job, train: Callable[..., Path]
+) -> None:
     with pytest.raises(TuneyardError, match=r"diverged 4 times.*train.learning_rate.*row") as caught:
-        run_training(job, "lost", {"kind": "nan", "rank": 0, "step": 5, "always": True})
+        train(job, "lost", {"kind": "nan", "rank": 0, "step": 5, "always": True})
     assert caught.value.exit_code == 5
 
 
-def test_sigterm_to_one_rank_is_agreed_by_all_and_goes_on_bit_for_bit(job: Job, undisturbed: dict[int, float]) -> None:
+def test_sigterm_to_one_rank_is_agreed_by_all_and_goes_on_bit_for_bit(
+    job: Job, train: Callable[..., Path], undisturbed: dict[int, float]
+) -> None:
     """Told at different moments, one rank or the other, at last one whose peer waits for data: committed, exit 75, and
     the same losses in the end."""
     run = Path(job.storage) / "runs" / "preempted"
@@ -189,7 +206,7 @@ def test_sigterm_to_one_rank_is_agreed_by_all_and_goes_on_bit_for_bit(job: Job, 
                 threading.Timer(delay_s, tell).start()
 
         with pytest.raises(Preempted) as caught:
-            run_training(job, "preempted", *faults, on_event=send)
+            train(job, "preempted", *faults, on_event=send)
         assert caught.value.exit_code == 75
         stopped = max(losses(run))
         assert stopped in committed_steps(Folder(str(run)) / "checkpoints")
@@ -203,10 +220,10 @@ def test_sigterm_to_one_rank_is_agreed_by_all_and_goes_on_bit_for_bit(job: Job, 
     stopped = stop_after(stopped + 1, 1, 0.0, until_told(stopped + 1))
     waits_at = stopped + 2
     assert stop_after(waits_at, 1, 1.0, {"kind": "sleep_loader", "rank": 0, "step": waits_at}) == waits_at < STEPS
-    assert losses(run_training(job, "preempted")) == undisturbed
+    assert losses(train(job, "preempted")) == undisturbed
 
 
-def test_a_rank_that_cannot_commit_within_the_grace_time_ends(job: Job) -> None:
+def test_a_rank_that_cannot_commit_within_the_grace_time_ends(job: Job, train: Callable[..., Path]) -> None:
     def send(event: Event) -> None:
         if isinstance(event, StepEvent) and event.step == 5:
             time.sleep(0.5)
@@ -214,4 +231,4 @@ def test_a_rank_that_cannot_commit_within_the_grace_time_ends(job: Job) -> None:
 
     endless = {"kind": "endless_forward", "rank": 1, "step": 5}
     with pytest.raises(Preempted, match=r"checkpoint\.grace_s"):
-        run_training(with_(job, checkpoint={"grace_s": 2.0}), "too-late", endless, on_event=send)
+        train(with_(job, checkpoint={"grace_s": 2.0}), "too-late", endless, on_event=send)
