@@ -51,6 +51,7 @@ class Host:
         words = [
             "ray", "start", *place, f"--node-ip-address={self.address}", f"--num-cpus={cpus}",
             f"--temp-dir={self.folder}", "--object-store-memory=100000000", "--disable-usage-stats",
+            "--include-log-monitor=false",
         ]  # fmt: skip
         for _ in range(2):
             done = subprocess.run(
@@ -64,37 +65,33 @@ class Host:
     def drain(self, head: "Host") -> None:
         """What a cloud's preemption notice leads to: the cluster is told that this node goes in a minute."""
         said = subprocess.run(
-            self.command("ray", "drain-node", f"--address={head.address}:{PORT}", f"--node-id={self._node_id(head)}",
+            self.command("ray", "drain-node", f"--address={head.address}:{PORT}", f"--node-id={self._node_id()}",
                          "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test",
                          "--deadline-remaining-seconds=60"),
             env=self.environment(), capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         assert said.returncode == 0, said.stdout + said.stderr
 
-    def _node_id(self, head: "Host") -> str:
-        """Ray's id of this host."""
-        program = (
-            f"import ray; ray.init(address='{head.address}:{PORT}', log_to_driver=False, logging_level='ERROR'); "
-            f"here = [n for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == '{self.address}']; "
-            "print(here[0]['NodeID'])"
-        )
-        found = subprocess.run(
-            head.command(sys.executable, "-c", program), env=head.environment(), capture_output=True, text=True,
-            timeout=400, check=True,
-        )  # fmt: skip
-        return found.stdout.split()[-1]
+    def _node_id(self) -> str:
+        """Ray's id of this host, as the command line of its raylet has it."""
+        words = [word for pid in self._processes() for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+        (found,) = {word.removeprefix("--node_id=") for word in words if word.startswith("--node_id=")}
+        return found
+
+    def _processes(self) -> list[int]:
+        """Everything that runs on this host."""
+        found = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in found.stdout.split()]
 
     def kill_everything(self) -> None:
         """What a power cut does: every process of the host is gone at once."""
         for _ in range(50):
-            pids = subprocess.run(
-                ["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False
-            ).stdout.split()
-            if not pids:
+            processes = self._processes()
+            if not processes:
                 return
-            for pid in pids:
+            for process in processes:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+                    os.kill(process, signal.SIGKILL)
             time.sleep(0.1)
 
     def set_link(self, state: str) -> None:

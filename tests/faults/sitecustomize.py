@@ -3,7 +3,8 @@
 A run folder's `faults.json` lists what goes wrong: `{"kind", "rank", "step"}`, each once unless it says `"always"`.
 Kinds: stop (SIGSTOP), kill, oom (in the control group `cgroup`, which has a memory limit), sleep_loader, raise, memory,
 endless_forward, nan, slow (`seconds` a step), skip (all ranks exchange a number after the backward pass, this one not),
-mismatch (it leaves out the exchange of losses), wait (until there is a `file`), kill_evaluating (once the ranks
+mismatch (it leaves out the exchange of losses), wait (until there is a `file`), linger (each step of a launch after its
+first three takes `seconds`, but for the one in which the rank is asked to stop), kill_evaluating (once the ranks
 evaluate after that step). `committed`: a step whose checkpoint must be committed before the fault happens; the rank
 waits for it.
 Without that file nothing is changed.
@@ -32,13 +33,13 @@ class _AfterRank(importlib.abc.MetaPathFinder):
         def exec_module(module):
             execute(module)
             run_rank = module.run_rank
-            module.run_rank = lambda run, hooks: (_install(run.folder), run_rank(run, hooks))[1]
+            module.run_rank = lambda run, hooks: (_install(run.folder, hooks), run_rank(run, hooks))[1]
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-def _install(run):
+def _install(run, hooks):
     """Put the faults of this run in place."""
     if not run.is_local or not (run.path / "faults.json").exists():
         return
@@ -52,7 +53,7 @@ def _install(run):
     everyones = json.loads((run.path / "faults.json").read_text())
     faults = [fault for fault in everyones if fault["rank"] == rank]
     skips = [fault | {"rank": rank} for fault in everyones if fault["kind"] == "skip" and fault["rank"] != rank]
-    now = {"step": -1}
+    now = {"step": -1, "made": 0}
     seed_step, make, micro = loop.seed_step, batches.StepSource._make, loop.run_micro_batches
     agree, score = loop._settle, evaluate.EvaluationBatches.score
 
@@ -60,7 +61,7 @@ def _install(run):
         return [fault for fault in faults if fault["kind"] in kinds and _due(run.path, fault, now["step"])]
 
     def seed_step_(seed, step, rank):
-        now["step"] = step
+        now["step"], now["made"] = step, now["made"] + 1
         seed_step(seed, step, rank)
 
     def make_(self, step):
@@ -92,6 +93,8 @@ def _install(run):
         def step_loss_(*batch):
             for fault in due("stop", "kill", "oom", "raise", "memory", "endless_forward", "slow", "wait"):
                 _happen(fault)
+            for fault in due("linger") if now["made"] > 3 else ():
+                _linger(fault["seconds"], hooks)
             return step_loss(*batch)
 
         return step_loss_
@@ -99,7 +102,7 @@ def _install(run):
     train = loop.train
 
     def train_(engine, objective, *rest):
-        objective.step_loss = forward(objective)
+        objective.step_loss, now["made"] = forward(objective), 0
         return train(engine, objective, *rest)
 
     loop.seed_step, batches.StepSource._make, loop.run_micro_batches, loop._settle = seed_step_, make_, micro_, agree_
@@ -119,6 +122,12 @@ def _due(run, fault, step):
     while "committed" in fault and not marker.exists():
         time.sleep(0.01)
     return True
+
+
+def _linger(seconds, hooks):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and hooks.stop_reason() is None:
+        time.sleep(0.02)
 
 
 def _happen(fault):

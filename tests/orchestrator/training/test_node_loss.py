@@ -24,8 +24,8 @@ from trainers.run.folder import run_folder
 from trainers.storage import Folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.skipif(bool(UNAVAILABLE), reason=UNAVAILABLE)]
-STEPS, EVERY_STEPS, STEP_S, SMALLER_WITHIN_S = 250, 5, 0.5, 60.0
-"""Enough steps to outlast all that happens; after that they are no longer slow."""
+STEPS, EVERY_STEPS, STEP_S, SMALLER_WITHIN_S = 80, 5, 10.0, 60.0
+"""Steps take so long where all that they do is wait for what happens next; after that they are no longer slow."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Job:
         film_rows(120),
         train={"steps": STEPS, "learning_rate": 1e-4},
         scale={"workers": {"min": 1, "max": 2}},
-        checkpoint={"every_steps": EVERY_STEPS},
+        checkpoint={"every_steps": EVERY_STEPS, "keep": 1},  # one to evaluate
         evaluate={"while_training": False},
     )
     return job
@@ -58,8 +58,8 @@ def write_job(job: Job) -> tuple[Path, Path]:
     run = run_folder(job, model.digest, shards).path
     shutil.rmtree(Path(job.storage) / "shards")  # written to know the run folder's name; the run writes its own
     run.mkdir(parents=True)
-    slow = [{"kind": "slow", "rank": rank, "step": 0, "seconds": STEP_S, "always": True} for rank in range(2)]
-    (run / "faults.json").write_text(json.dumps(slow))
+    slow = {"kind": "linger", "rank": 0, "step": 0, "seconds": STEP_S, "always": True}
+    (run / "faults.json").write_text(json.dumps([slow]))
     path = Path(job.storage).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(job.model_dump(mode="json")), encoding="utf-8")
     return path, run
