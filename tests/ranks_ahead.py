@@ -3,10 +3,9 @@
 import gc
 import importlib
 import os
-import sys
 
 gc.disable()
-sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused in ranks
+importlib.import_module("trainers.model.engine").import_deepspeed()
 for name in (
     "deepspeed.ops.op_builder.all_ops",  # ranks import these late
     "deepspeed.runtime.superoffload.superoffload_stage3",
@@ -22,8 +21,6 @@ for name in (
     "trainers.worker.rank",
 ):
     importlib.import_module(name)
-importlib.import_module("trainers.model.engine").import_optimizers()
-del sys.modules["mlflow"]
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}  # as the product imports it
 for name in ("orchestrator.run", "matplotlib.figure", "mlflow.store.tracking.sqlalchemy_store", "sklearn.metrics"):
     importlib.import_module(name)  # only commands do

@@ -1,5 +1,6 @@
 """Builds the DeepSpeed engine: model, frozen parameters, optimizer, ZeRO partitioning, in that order."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
@@ -81,19 +82,25 @@ def partitioned_on_load(config: dict[str, Any]) -> Iterator[None]:
 
 
 def _init_deepspeed() -> None:
+    import_deepspeed()
     import deepspeed
 
     # DeepSpeed's all-reduce over shared memory is compiled at first use and waits for ever on a peer that died
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)  # finds the process group that join_world made
-    import_optimizers()
 
 
-def import_optimizers() -> None:
-    """What DeepSpeed imports when it looks at an optimizer. Its Muon, which no job has, stays uncompiled: to have it
-    compiled torch would import its code generator, a fifth of the imports of a rank."""
-    from deepspeed.runtime import compiler
-
+def import_deepspeed() -> None:
+    """DeepSpeed without two things that it imports and no job needs: MLflow for its autotuner, 2 s of CPU, and torch's
+    code generator, 1.5 s, to have its Muon compiled where it looks whether an optimizer is one."""
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        from deepspeed.runtime import compiler
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
     before, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
     try:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401

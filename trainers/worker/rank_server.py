@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainers.errors import TuneyardError, may_pass, to_record
-from trainers.model.engine import import_optimizers
+from trainers.model.engine import import_deepspeed
 from trainers.run.events import FailedEvent, RefusedEvent
 from trainers.run.record import Run
 from trainers.worker.heartbeat import HeartbeatPage
@@ -53,7 +53,7 @@ def _import_ahead() -> None:
     """What a rank imports, also late and inside functions: most of the time to the first step, of which searches for
     cycles among what is made meanwhile were a fifth."""
     gc.disable()
-    sys.modules["mlflow"] = None  # type: ignore[assignment]  # imported by DeepSpeed's autotuner, unused here
+    import_deepspeed()
     import deepspeed.ops.op_builder.all_ops
     import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
     import pandas  # noqa: F401 - pyarrow does when it takes an array
@@ -67,8 +67,6 @@ def _import_ahead() -> None:
 
     import trainers.tasks  # noqa: F401
 
-    import_optimizers()
-    del sys.modules["mlflow"]
     gc.freeze()  # 800,000 objects: DeepSpeed's gc.collect() would look through them, 0.4 s for each engine it builds
     gc.enable()
 
