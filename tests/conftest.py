@@ -1,6 +1,7 @@
 """Fixtures that several packages' tests share."""
 
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as ranks and evaluations have it; here others may compute first
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # no question starts a Ray that `ray_session` then meets
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of some 300 processes would compile our files: 0.3 s of CPU
+sys.dont_write_bytecode = False
 FAULTS = str(Path(__file__).parent / "faults")
 os.environ["PYTHONPATH"] = os.pathsep.join([FAULTS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
