@@ -1,9 +1,12 @@
 """The records and file names of a checkpoint's folder, and what a rank and its writer process tell each other."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from trainers.records import Record
-from trainers.run.events import StepEvent
+
+if TYPE_CHECKING:  # a writer process, which needs none, would make the model of each kind of event
+    from trainers.run.events import StepEvent
 
 COMMITTED, MANIFEST, STATE, HISTORY = "COMMITTED", "manifest.json", "state.json", "history.json"
 QUARANTINED = "QUARANTINED"
@@ -112,6 +115,6 @@ class Progress:
     step: int
     """Optimizer steps done."""
     tokens: int
-    history: tuple[StepEvent, ...] = ()
+    history: "tuple[StepEvent, ...]" = ()
     """The last steps' events. They go into each checkpoint, because a controller that is killed may not have heard of
     steps whose checkpoint is committed."""

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from trainers.checkpoint.cleaning import take_away
 from trainers.checkpoint.records import COMMITTED, SaveReport, SaveRequest, Vote
 from trainers.checkpoint.writing import cast_vote, commit, find_refusal, read_vote, write_share
 from trainers.patience import retrying
@@ -44,6 +43,8 @@ def carry_out(request: SaveRequest, data: memoryview, hurry: threading.Event, si
 
 def _remove(folder: Folder) -> str:
     """Remove a checkpoint that could not be committed; what is to be said where that is refused too."""
+    from trainers.checkpoint.cleaning import take_away  # needed here alone, and with it comes the job's schema
+
     try:
         if COMMITTED not in retrying(folder.list, f"listing {folder}"):
             take_away(folder)()
