@@ -54,6 +54,7 @@ def _import_ahead() -> None:
     cycles among what is made meanwhile were a fifth."""
     gc.disable()
     import_deepspeed()
+    import deepspeed.module_inject.auto_ep_layer
     import deepspeed.ops.op_builder.all_ops
     import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
     import pandas  # noqa: F401 - pyarrow does when it takes an array
@@ -64,9 +65,11 @@ def _import_ahead() -> None:
     import transformers.modeling_utils
     import transformers.models.auto.modeling_auto
     import transformers.models.auto.tokenization_auto  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import trainers.tasks  # noqa: F401
 
+    get_checkpoint_conversion_mapping("")  # makes that of every family: 0.1 s
     gc.freeze()  # 800,000 objects: DeepSpeed's gc.collect() would look through them, 0.4 s for each engine it builds
     gc.enable()
 
