@@ -14,6 +14,7 @@ from tests.ray_head import init_ray, ray_head
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none may wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as ranks and evaluations have it; here others may compute first
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of pytest-xdist share two cores, and idle threads spin
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # no question starts a Ray that `ray_session` then meets
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of some 300 processes would compile our files: 0.3 s of CPU
 sys.dont_write_bytecode = False
