@@ -5,12 +5,11 @@ and indices aside. Importing this module changes torch for the whole process (se
 process of its own. Begin at `FarTensor`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("far")
@@ -65,7 +64,7 @@ class FarTensor(torch.Tensor):
 
 def execute(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator on the values, after the rules of devices were kept; results lie where CUDA would put them."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     far = [tensor for tensor in tensors if isinstance(tensor, FarTensor)]
     name = operator._schema.name.removeprefix("aten::")
     near = [tuple(tensor.shape) for tensor in tensors if not isinstance(tensor, FarTensor) and tensor.dim()]
@@ -75,7 +74,7 @@ def execute(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     stays = bool(far) or not tensors if device is None else torch.device(device).type == "far"
     if (far and (name in WAITING or (name == "_to_copy" and not stays))) or _copies_to_far(name, args, kwargs, stays):
         waits.append(name)
-    result = operator(*pytree.tree_map(_to_host, args), **pytree.tree_map(_to_host, kwargs))
+    result = operator(*_mapped(_to_host, args), **_mapped(_to_host, kwargs))
     changed = _written_argument(operator, args, kwargs)
     if changed is not None:
         return changed
@@ -86,7 +85,27 @@ def execute(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
             return leaf
         return known[id(leaf)] if id(leaf) in known else FarTensor(leaf)
 
-    return pytree.tree_map(wrap, result) if stays else result
+    return _mapped(wrap, result) if stays else result
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """What lies in the tuples, lists and dictionaries of an operator's arguments; torch's own walk takes ten times as
+    long, which was a third of all that is done here."""
+    if isinstance(tree, tuple | list | dict):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(branch)
+    else:
+        yield tree
+
+
+def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    """The same tuples, lists and dictionaries with every leaf changed."""
+    if isinstance(tree, dict):
+        return {name: _mapped(change, branch) for name, branch in tree.items()}
+    if isinstance(tree, tuple | list):
+        branches = [_mapped(change, branch) for branch in tree]
+        return branches if isinstance(tree, list) else tuple(branches)
+    return change(tree)
 
 
 def _copies_to_far(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], stays: bool) -> bool:

@@ -3,20 +3,20 @@ what a card refuses. One process does it all, since its torch is changed for goo
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
 
 from tests.device import work
+from tests.ranks import rank_context
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, rank_context()) as pool:
         return pool.submit(work.look, str(tmp_path_factory.mktemp("far"))).result()
 
 
