@@ -85,8 +85,10 @@ def worst_leak(
 
     moves = []
     with evaluating(model):
-        for changed in (0, len(packs[0]) - 1):
-            moved, _ = logit_change(states, task, packs, changed, pad_id)
+        plain = task.collate(packs, pad_id)
+        before = _by_document(plain, states(plain))
+        for changed in sorted({0, len(packs[0]) - 1}):
+            moved, _ = _change(before, states, task, packs, changed, pad_id)
             moves.append((changed, moved))
     return max(moves, key=lambda pair: pair[1])
 
@@ -136,14 +138,27 @@ def logit_change(
     Returns:
         The largest change as a share of the largest logit, and the number of other documents.
     """
+    plain = task.collate(packs, pad_id, draw)
+    return _change(_by_document(plain, forward(plain)), forward, task, packs, changed, pad_id, draw)
+
+
+def _change(
+    before: Sequence[torch.Tensor],
+    forward: Callable[[Batch], torch.Tensor],
+    task: Task,
+    packs: Sequence[Sequence[Example]],
+    changed: int,
+    pad_id: int,
+    draw: int = 0,
+) -> tuple[float, int]:
+    """`logit_change` from the logits of each document before it."""
     first = list(packs[0])
     ids = np.array(first[changed].input_ids)
     inner = slice(1, max(len(ids) - 1, 2))
     ids[inner] = np.where(ids[inner] > 0, ids[inner] - 1, ids[inner] + 1)
     other = [*first[:changed], replace(first[changed], input_ids=ids), *first[changed + 1 :]]
-    plain, altered = (task.collate([pack, *packs[1:]], pad_id, draw) for pack in (first, other))
-    before, after = (_by_document(batch, forward(batch)) for batch in (plain, altered))
-    pairs = enumerate(zip(before, after, strict=True))
+    altered = task.collate([other, *packs[1:]], pad_id, draw)
+    pairs = enumerate(zip(before, _by_document(altered, forward(altered)), strict=True))
     moved = [float((one - two).abs().max()) for index, (one, two) in pairs if index != changed]
     largest = max(float(logits.abs().max()) for logits in before)
     return max(moved, default=0.0) / max(largest, 1e-30), len(moved)
