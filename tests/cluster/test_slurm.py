@@ -42,6 +42,11 @@ echo "$*" >> "$TEST_RECORD/scontrol"
 if [[ $1 == show ]]; then tr , '\\n' <<< "$3"; fi
 """
 
+RAY = """#!/bin/bash
+if [[ -e $TEST_RECORD/lose-ray && ! -e $TEST_RECORD/refused ]]; then touch "$TEST_RECORD/refused"; exit 1; fi
+exec {ray} "$@"
+"""
+
 TUNEYARD = """#!/bin/bash
 stopped() { touch "$TEST_RECORD/checkpoint"; exit 75; }
 trap stopped TERM
@@ -60,6 +65,13 @@ for _ in range(2): print(*ray.get(task.remote()))
 PYTHON
 fi
 touch "$TEST_RECORD/running"
+if [[ -e $TEST_RECORD/lose-ray ]]; then
+    python - 2> /dev/null <<'PYTHON'
+import os, ray, time
+ray.init(log_to_driver=False)
+while sorted(node["Alive"] for node in ray.nodes()) != [False, True, True]: time.sleep(0.2)
+PYTHON
+fi
 if [[ -e $TEST_RECORD/run-long ]]; then for _ in {1..600}; do sleep 0.1; done; fi
 exit "$(cat "$TEST_RECORD/exit-status")"
 """
@@ -75,7 +87,8 @@ class Allocation:
         self.bin = folder / "bin"
         for path in (self.record, self.bin):
             path.mkdir()
-        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("tuneyard", TUNEYARD)):
+        ray = RAY.format(ray=Path(sys.executable).parent / "ray")
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("tuneyard", TUNEYARD), ("ray", ray)):
             (self.bin / name).write_text(text)
             (self.bin / name).chmod(0o755)
 
@@ -179,6 +192,19 @@ def test_node_that_never_joins_is_reported_before_the_job_starts(allocation: All
     assert allocation.ends() == 3
     assert "1 of 2 nodes joined Ray within 1 s" in allocation.output()
     assert not (allocation.record / "running").exists()
+    assert allocation.processes() == []
+
+
+@pytest.mark.cluster
+def test_ray_that_does_not_start_or_ends_on_a_node_is_started_again(allocation: Allocation) -> None:
+    """The first start of the head ends at once; later the Ray of the other node is killed."""
+    allocation.start("job.yaml", nodes="node-a,node-b", flags=("lose-ray",))
+    allocation.wait_for("running")
+    (lost,) = [each for each in allocation.processes() if each.name() == "raylet" and "r-node-b" in str(each.cmdline())]
+    lost.kill()
+    assert allocation.ends() == 0, allocation.output()
+    assert "did not start on the first node; it is started once more" in allocation.output()
+    assert "Ray ended on node-b with status 1; it is started again" in allocation.output()
     assert allocation.processes() == []
 
 
