@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,7 +89,8 @@ def start_private(ray: Any, options: dict[str, Any]) -> None:
     options = {"num_cpus": usable_cpus(), "object_store_memory": OBJECT_STORE_BYTES} | options
     for tries_left in (1, 0):
         try:
-            ray.init(address="local", include_dashboard=False, **options)
+            with _without_monitors():
+                ray.init(address="local", include_dashboard=False, **options)
             return
         except Exception as error:  # of a raylet that does not come up Ray says no more than Exception
             ray.shutdown()
@@ -101,6 +103,20 @@ def start_private(ray: Any, options: dict[str, Any]) -> None:
                 f"Ray did not start on this machine, twice: {cause}. A busy machine or little memory is the usual "
                 f"reason, or too few open files (ulimit -n is {files}); its log: {logs}"
             ) from error
+
+
+@contextmanager
+def _without_monitors() -> Iterator[None]:
+    """Of Ray's helper processes, two have nothing to do on a machine of one's own: no node is ever added, and logs stay
+    in their files. Each takes a second of CPU to start, and `ray.init` has no option for them."""
+    from ray._private import parameter
+
+    made = parameter.RayParams
+    parameter.RayParams = partial(made, no_monitor=True, include_log_monitor=False)
+    try:
+        yield
+    finally:
+        parameter.RayParams = made
 
 
 def usable_cpus() -> int:
