@@ -89,7 +89,7 @@ def start_private(ray: Any, options: dict[str, Any]) -> None:
     options = {"num_cpus": usable_cpus(), "object_store_memory": OBJECT_STORE_BYTES} | options
     for tries_left in (1, 0):
         try:
-            with _without_monitors():
+            with _without_helpers():
                 ray.init(address="local", include_dashboard=False, **options)
             return
         except Exception as error:  # of a raylet that does not come up Ray says no more than Exception
@@ -106,17 +106,19 @@ def start_private(ray: Any, options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _without_monitors() -> Iterator[None]:
-    """Of Ray's helper processes, two have nothing to do on a machine of one's own: no node is ever added, and logs stay
-    in their files. Each takes a second of CPU to start, and `ray.init` has no option for them."""
-    from ray._private import parameter
+def _without_helpers() -> Iterator[None]:
+    """Of Ray's helper processes, three have nothing to do on a machine of one's own: no node is ever added, logs stay
+    in their files, and without a dashboard its process only sends statistics of use. Each takes one or two seconds of
+    CPU; `ray.init` waits for the last, and has no option for them."""
+    from ray._private import parameter, services
 
-    made = parameter.RayParams
+    made, started = parameter.RayParams, services.start_api_server
     parameter.RayParams = partial(made, no_monitor=True, include_log_monitor=False)
+    services.start_api_server = lambda *_, **__: ("", None)
     try:
         yield
     finally:
-        parameter.RayParams = made
+        parameter.RayParams, services.start_api_server = made, started
 
 
 def usable_cpus() -> int:
