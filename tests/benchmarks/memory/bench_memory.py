@@ -24,7 +24,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from tests.benchmarks.memory.cells import MIB, Cell, make_job, predict, train_and_measure
 from tests.ranks import run_ranks
-from trainers.model.memory import CPU_RESERVE_BYTES
 
 WAYS = ("zero0", "zero1", "zero2", "zero3")
 LOOKED_AT = replace(Cell("deep", 256, 2), dtype="bfloat16", way="zero3", workers=2, accumulation=2)
@@ -110,7 +109,7 @@ def measure(place: Path, cell: Cell, exact: bool) -> dict[str, Any]:
     ranks = run_ranks(train_and_measure, cell.workers, job, exact)
     shutil.rmtree(job.storage)
     known = cell.shape == "small" or cell == LOOKED_AT
-    return {"cell": str(cell), "known": known, "said": need.counted + CPU_RESERVE_BYTES,
+    return {"cell": str(cell), "known": known, "said": need.counted + need.reserve,
             "moment": need.moment, "real": max(rank["peak"] for rank in ranks), "staging": need.staging,
             "deepspeed": estimate(job, cell)}  # fmt: skip
 

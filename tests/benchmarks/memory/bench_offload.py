@@ -22,7 +22,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from tests.benchmarks.memory.cells import MIB, Cell, make_job, predict, train_and_measure
 from tests.ranks import run_ranks
-from trainers.model.memory import CPU_RESERVE_BYTES
 
 
 def cells() -> list[Cell]:
@@ -62,7 +61,7 @@ def measure(place: Path, cell: Cell) -> dict[str, Any]:
     """A cell, in both ways; of the ranks the largest."""
     job = make_job(place, cell)
     need = predict(job, cell)
-    line: dict[str, Any] = {"cell": str(cell), "said": need.counted + CPU_RESERVE_BYTES, "moment": need.moment}
+    line: dict[str, Any] = {"cell": str(cell), "said": need.counted + need.reserve, "moment": need.moment}
     for exact, name in ((True, "real"), (False, "kept")):
         ranks = run_ranks(train_and_measure, cell.workers, job, exact)
         line |= {name: max(rank["peak"] for rank in ranks), f"{name}_s": max(rank["step_s"] for rank in ranks)}

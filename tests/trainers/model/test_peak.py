@@ -6,7 +6,6 @@ import pytest
 
 from tests.benchmarks.memory.cells import Cell, make_job, predict, train_and_measure
 from tests.ranks import run_ranks
-from trainers.model.memory import CPU_RESERVE_BYTES
 
 pytestmark = pytest.mark.slow
 
@@ -22,5 +21,5 @@ def test_the_peak_of_real_ranks_is_what_was_counted(tmp_path: Path) -> None:
         need = predict(job, cell)
         moments.add(need.moment)
         for rank in run_ranks(train_and_measure, cell.workers, job, True):
-            assert rank["peak"] == pytest.approx(need.counted + CPU_RESERVE_BYTES, rel=0.06)
+            assert rank["peak"] == pytest.approx(need.counted + need.reserve, rel=0.06)
     assert moments == {"loss", "layers"}

@@ -15,9 +15,12 @@ RESERVE_BYTES = int(1.5 * GIB)
 """CUDA context, libraries' workspaces and what collectives hold."""
 MARGIN = 0.08
 """Share of activations and state that an allocator loses to fragments."""
-CPU_IMPORT_BYTES, CPU_RESERVE_BYTES = 560 * 2**20, 88 * 2**20
+CPU_IMPORT_BYTES, CPU_RESERVE_BYTES = 560 * 2**20, 68 * 2**20
 """What a rank on a CPU takes besides tensors: imports; then code that is read in as it first runs, workspaces of
 kernels and of gloo. Measured with a model of 0.3 million parameters."""
+CPU_KERNELS_BYTES = 44 * 2**20
+"""Where weights have 16 bits, kernels that oneDNN makes for the shapes it meets (`world.KERNELS_KEPT`), at their
+largest: for processors with AMX."""
 CPU_MARGIN, GIVE_BACK_BYTES = 0.05, 64 * 2**10
 """The same as MARGIN, where the C library gives freed tensors of so many bytes back at once."""
 SAVED_BYTES = 12
@@ -48,6 +51,8 @@ class Need:
     state: int
     """Weights, all gradients and the optimizer, on the device."""
     on_card: bool = True
+    kernels: int = 0
+    """Of the host, where it computes in 16 bits."""
 
     @property
     def counted(self) -> int:
@@ -56,10 +61,15 @@ class Need:
         return tensors if self.on_card else tensors + self.staging + self.host
 
     @property
+    def reserve(self) -> int:
+        """What is no tensor; on a CPU beside what was imported."""
+        return RESERVE_BYTES if self.on_card else CPU_RESERVE_BYTES + self.kernels
+
+    @property
     def margin(self) -> int:
         """For fragments, and what is no tensor."""
-        share, more = (MARGIN, RESERVE_BYTES) if self.on_card else (CPU_MARGIN, CPU_IMPORT_BYTES + CPU_RESERVE_BYTES)
-        return int(self.counted * share) + more
+        share, imported = (MARGIN, 0) if self.on_card else (CPU_MARGIN, CPU_IMPORT_BYTES)
+        return int(self.counted * share) + imported + self.reserve
 
     @property
     def device(self) -> int:
@@ -85,6 +95,7 @@ def needs(size: ModelSize, world_size: int, step: StepShape, on_card: bool = Tru
     kept, logits, again = size.kept_bytes(step), size.loss_bytes(step, on_card), size.again_bytes(step)
     on_host = size.inputs_bytes(step) if step.offload else 0
     saved = SAVED_BYTES * size.trainable // world_size + size.saved_frozen_bytes
+    kernels = CPU_KERNELS_BYTES if size.weight_bytes == 2 and not on_card else 0
     found = []
     for way, held in ways.items():
         moments = {  # gradients, working memory, activations, logits
@@ -105,5 +116,5 @@ def needs(size: ModelSize, world_size: int, step: StepShape, on_card: bool = Tru
         state = held.weights + held.optimizer + held.complete
         staging = 0 if held.host else saved  # offloaded state is written from where it lies
         found.append(Need(way, moment, held.weights, gradients, held.optimizer, working, activations, loss, staging,
-                          held.host + on_host, held.disk, state, on_card))  # fmt: skip
+                          held.host + on_host, held.disk, state, on_card, kernels))  # fmt: skip
     return tuple(found)
