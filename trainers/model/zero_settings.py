@@ -2,7 +2,7 @@
 configuration file says itself is never changed. Begin at `zero_settings`, which is pure.
 
 Left at DeepSpeed's own: sub_group_size (1e9 elements a rank, below which one launch updates all), allgather_bucket_size
-(5e8, which takes no memory of its own), stage3_max_reuse_distance (1e9).
+(5e8, which takes no memory of its own), and stage3_max_reuse_distance (1e9) unless no weight is ever let go.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,10 @@ WHOLE_SHARE = 0.01
 """Of a model's weights, what small tensors may take that every rank keeps."""
 LEAST_SHARE = 1_000_000
 """Elements of a rank's part, from which on parts of their own are worth a message each."""
+REUSE = "stage3_max_reuse_distance"
+"""DeepSpeed looks so far ahead of each module for uses of its weights; in a small model at all that follow."""
+PERSISTENCE = {"param_persistence_threshold", "model_persistence_threshold"}
+"""Where a file says one itself, weights may be let go that would stay."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ def zero_settings(stage: int, tensors: Sequence[int], layer: int, world_size: in
         reason = "each rank gets its part alone, half the bytes" if apart else "parts are too small for a message each"
         return settings | {"use_multi_rank_bucket_allreduce": Setting(not apart, reason)}
     ahead = min(max(layer, PREFETCH), LARGEST_BUCKET)
-    live = max(2 * layer, LIVE)
+    live, whole = max(2 * layer, LIVE), _whole(tensors)
+    if max(tensors, default=0) <= whole:
+        settings[REUSE] = Setting(0, "every tensor stays whole: none is let go, so nobody looks for its next use")
     return settings | {
         "stage3_prefetch_bucket_size": Setting(ahead, "weights of about a layer a message, ahead of their use"),
         "stage3_max_live_parameters": Setting(live, "room for the layer that computes and the one that comes"),
         "stage3_param_persistence_threshold": Setting(
-            _whole(tensors), "norms, biases, adapters and routers stay whole: at most 1 % of the weights"
+            whole, "norms, biases, adapters and routers stay whole: at most 1 % of the weights"
         ),
     }
 
@@ -87,6 +93,8 @@ def unsaid(zero: dict[str, Any], tensors: Sequence[int], layer: int, world_size:
     """The settings that a zero_optimization does not make itself, by either of DeepSpeed's names."""
     said = {name.removeprefix("stage3_") for name, value in zero.items() if value != "auto"}
     found = zero_settings(zero["stage"], tensors, layer, world_size)
+    if said & PERSISTENCE:
+        found.pop(REUSE, None)
     return {name: each for name, each in found.items() if name.removeprefix("stage3_") not in said}
 
 

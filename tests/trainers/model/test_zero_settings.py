@@ -45,6 +45,15 @@ def test_small_tensors_stay_whole_up_to_a_hundredth_of_the_weights() -> None:
     assert values(3, [1000] * 10, 5000)["stage3_param_persistence_threshold"] == 100_000
 
 
+def test_uses_are_looked_for_unless_no_weight_is_let_go() -> None:
+    name, linear = "stage3_max_reuse_distance", nn.Linear(4, 4)
+    assert values(3, [1000] * 10, 5000)[name] == 0
+    assert name not in values(3, *llama(32)) and name not in values(2, [1000] * 10, 5000)
+    for own in ("param_persistence_threshold", "stage3_model_persistence_threshold"):
+        given = {"zero_optimization": {"stage": 3, own: 0}}
+        assert name not in with_settings(given, linear, 2)["zero_optimization"]
+
+
 @pytest.mark.parametrize(("world_size", "together"), [(8, False), (8192, True)])
 def test_ranks_get_their_parts_alone_unless_those_are_small(world_size: int, together: bool) -> None:
     assert values(2, *llama(32), world_size=world_size)["use_multi_rank_bucket_allreduce"] is together
