@@ -9,9 +9,10 @@ import io
 import json
 import os
 import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -50,6 +51,7 @@ from trainers.tokenizer.encoder import load_encoder
 from trainers.training.loop import run_micro_batches, seed_step
 
 RATE = 1e-3
+T = TypeVar("T")
 
 
 def train_all(folder: Path, matrix: Matrix, trials: list[Trial]) -> list[Outcome]:
@@ -213,15 +215,22 @@ def exported(trainee: Trainee, step: int) -> tuple[float, tuple[str, ...]]:
 def _begin_together(place: Place, trials: list[Trial]) -> dict[Trial, Outcome]:
     """A step, a checkpoint, and a step more."""
     world = _joined()
-    return {trial: _begun(trial, place, world) for trial in trials}
+    return {trial: _begun(trial, place, world) for trial in _each(trials)}
 
 
 def _joined() -> World:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    gc.collect()
-    gc.freeze()  # DeepSpeed collects garbage for each engine, over all that was imported
     return join_world(1)
+
+
+def _each(trials: Iterable[T]) -> Iterator[T]:
+    """One after another. DeepSpeed collects garbage for each engine, which shall not look at all that was imported."""
+    for number, trial in enumerate(trials):
+        if number % 8 == 0:
+            gc.collect()
+            gc.freeze()
+        yield trial
 
 
 def _begun(trial: Trial, place: Place, world: World) -> Outcome:
@@ -244,14 +253,14 @@ def _alone(place: Place, trials: list[Trial], begun: dict[Trial, Outcome]) -> li
     world = _joined()
     return [
         _resumed(begun[trial], place, world) if trial in begun else _begun(trial, place, world)
-        for trial in trials[half::2]
+        for trial in _each(trials[half::2])
     ]
 
 
 def _resume_together(place: Place, begun: list[Outcome]) -> list[Outcome]:
     """Two ranks go on where one began."""
     world = _joined()
-    return [_resumed(outcome, place, world) for outcome in begun]
+    return [_resumed(outcome, place, world) for outcome in _each(begun)]
 
 
 def _resumed(begun: Outcome, place: Place, world: World) -> Outcome:
