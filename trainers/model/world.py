@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from trainers.architecture.sequence_parallel import SequenceGroup
 
 T = TypeVar("T")
-KERNELS_KEPT = 64
+KERNELS_KEPT, KERNEL_CACHES = 64, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Products of matrices in 16 bits whose kernels a CPU keeps, one for each shape: up to 0.7 MB each. Of torch's 1,024
-the ranks of texts of all lengths would soon hold hundreds of MB, and find few of them again."""
+the ranks of texts of all lengths would soon hold hundreds of MB, and find few of them again. The variables are those of
+oneDNN's cache, and of torch's before it."""
 CONTRACT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -109,7 +110,7 @@ def pick_device(gpus_per_worker: int | Literal["auto"], threads: int | None = No
         own = own_gpus()
         return torch.device("cuda", own[int(os.environ.get("LOCAL_RANK", "0")) % len(own)])
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else sums depend on where in memory a weight happens to lie
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and torch's before it
+    for cache in KERNEL_CACHES:
         os.environ.setdefault(cache, str(KERNELS_KEPT))
     if threads is not None:
         torch.set_num_threads(threads)

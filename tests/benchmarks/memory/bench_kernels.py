@@ -16,10 +16,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from trainers.model.world import KERNELS_KEPT, pick_device
+from trainers.model.world import KERNEL_CACHES, KERNELS_KEPT, pick_device
 
 MIB, STEPS, WARM, ROUNDS, TOKENS = 2**20, 40, 5, 3, 256
-CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def train(varied: bool) -> None:
@@ -50,7 +49,7 @@ def train(varied: bool) -> None:
 
 
 def measure(varied: bool, kept: int) -> tuple[float, float]:
-    environment = {**os.environ, **dict.fromkeys(CACHES, str(kept))}
+    environment = {**os.environ, **dict.fromkeys(KERNEL_CACHES, str(kept))}
     told = subprocess.run([sys.executable, __file__, "varied" if varied else "same"], env=environment, check=True,
                           capture_output=True, text=True).stdout  # fmt: skip
     seconds, grown = json.loads(told.splitlines()[-1])
