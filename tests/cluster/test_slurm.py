@@ -161,10 +161,19 @@ def allocation(tmp_path: Path) -> Iterator[Allocation]:
 
 
 @pytest.mark.cluster
-def test_job_runs_on_a_cluster_of_all_nodes_and_its_status_is_the_scripts(allocation: Allocation) -> None:
-    allocation.start("job.yaml", "--set", "train.steps=3", nodes="node-a,node-b", exit_status=5, flags=("ask-ray",))
+def test_job_runs_on_a_cluster_of_all_nodes_though_ray_fails_and_its_status_is_the_scripts(
+    allocation: Allocation,
+) -> None:
+    """The first start of the head ends at once. While the job runs, the Ray of the other node is killed."""
+    flags, words = ("ask-ray", "lose-ray"), ("job.yaml", "--set", "train.steps=3")
+    allocation.start(*words, nodes="node-a,node-b", exit_status=5, flags=flags)
+    allocation.wait_for("running")
+    (lost,) = [each for each in allocation.processes() if each.name() == "raylet" and "r-node-b" in str(each.cmdline())]
+    lost.kill()
     assert allocation.ends() == 5, allocation.output()
-    assert allocation.read("arguments").split() == ["run", "job.yaml", "--set", "train.steps=3"]
+    assert "did not start on the first node; it is started once more" in allocation.output()
+    assert "Ray ended on node-b with status 1; it is started again" in allocation.output()
+    assert allocation.read("arguments").split() == ["run", *words]
     assert allocation.read("status").count(" 1 node_") == 2, allocation.read("status")
     assert allocation.read("interfaces").split() == ["lo", "=lo"] * 2
     assert "--nodelist=node-b" in allocation.read("srun")
@@ -192,19 +201,6 @@ def test_node_that_never_joins_is_reported_before_the_job_starts(allocation: All
     assert allocation.ends() == 3
     assert "1 of 2 nodes joined Ray within 1 s" in allocation.output()
     assert not (allocation.record / "running").exists()
-    assert allocation.processes() == []
-
-
-@pytest.mark.cluster
-def test_ray_that_does_not_start_or_ends_on_a_node_is_started_again(allocation: Allocation) -> None:
-    """The first start of the head ends at once; later the Ray of the other node is killed."""
-    allocation.start("job.yaml", nodes="node-a,node-b", flags=("lose-ray",))
-    allocation.wait_for("running")
-    (lost,) = [each for each in allocation.processes() if each.name() == "raylet" and "r-node-b" in str(each.cmdline())]
-    lost.kill()
-    assert allocation.ends() == 0, allocation.output()
-    assert "did not start on the first node; it is started once more" in allocation.output()
-    assert "Ray ended on node-b with status 1; it is started again" in allocation.output()
     assert allocation.processes() == []
 
 
