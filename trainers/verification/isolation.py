@@ -85,10 +85,9 @@ def worst_leak(
 
     moves = []
     with evaluating(model):
-        plain = task.collate(packs, pad_id)
-        before = _by_document(plain, states(plain))
+        before = _by_document(task.collate(packs, pad_id), states)
         for changed in sorted({0, len(packs[0]) - 1}):
-            moved, _ = _change(before, states, task, packs, changed, pad_id)
+            moved, _ = logit_change(states, task, packs, changed, pad_id, before=before)
             moves.append((changed, moved))
     return max(moves, key=lambda pair: pair[1])
 
@@ -126,6 +125,7 @@ def logit_change(
     changed: int,
     pad_id: int,
     draw: int = 0,
+    before: Sequence[torch.Tensor] | None = None,
 ) -> tuple[float, int]:
     """How far the logits of all other documents move when one of the first pack is changed.
 
@@ -134,38 +134,28 @@ def logit_change(
         changed: which document of the first pack is changed: each of its tokens but the ends becomes its neighbour in
             the vocabulary.
         draw: as `Task.collate` has it.
+        before: the logits of each document of the packs as they are, where they are known.
 
     Returns:
         The largest change as a share of the largest logit, and the number of other documents.
     """
-    plain = task.collate(packs, pad_id, draw)
-    return _change(_by_document(plain, forward(plain)), forward, task, packs, changed, pad_id, draw)
-
-
-def _change(
-    before: Sequence[torch.Tensor],
-    forward: Callable[[Batch], torch.Tensor],
-    task: Task,
-    packs: Sequence[Sequence[Example]],
-    changed: int,
-    pad_id: int,
-    draw: int = 0,
-) -> tuple[float, int]:
-    """`logit_change` from the logits of each document before it."""
+    if before is None:
+        before = _by_document(task.collate(packs, pad_id, draw), forward)
     first = list(packs[0])
     ids = np.array(first[changed].input_ids)
     inner = slice(1, max(len(ids) - 1, 2))
     ids[inner] = np.where(ids[inner] > 0, ids[inner] - 1, ids[inner] + 1)
     other = [*first[:changed], replace(first[changed], input_ids=ids), *first[changed + 1 :]]
-    altered = task.collate([other, *packs[1:]], pad_id, draw)
-    pairs = enumerate(zip(before, _by_document(altered, forward(altered)), strict=True))
+    after = _by_document(task.collate([other, *packs[1:]], pad_id, draw), forward)
+    pairs = enumerate(zip(before, after, strict=True))
     moved = [float((one - two).abs().max()) for index, (one, two) in pairs if index != changed]
     largest = max(float(logits.abs().max()) for logits in before)
     return max(moved, default=0.0) / max(largest, 1e-30), len(moved)
 
 
-def _by_document(batch: Batch, logits: torch.Tensor) -> list[torch.Tensor]:
+def _by_document(batch: Batch, forward: Callable[[Batch], torch.Tensor]) -> list[torch.Tensor]:
     """Logits of each document of a batch, padding left out."""
+    logits = forward(batch)
     count = len(batch.rows)
     if batch.segments is not None:
         segments = torch.from_numpy(batch.segments)
