@@ -180,7 +180,7 @@ def test_a_node_that_goes_costs_a_moment_and_no_step(
 
 
 def committed_end(run: Path) -> Any:
-    """How the last launch ended; its last step is committed."""
+    """How the last launch ended; its last step was committed, and may be gone where a later one was since."""
     end = events_of(run, "done")[-1]
-    assert (run / "checkpoints" / f"step-{end.step:08d}" / "COMMITTED").exists()
+    assert end.step in [event.step for event in events_of(run, "checkpoint")]
     return end
