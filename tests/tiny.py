@@ -1,5 +1,6 @@
 """Tiny models, made on the spot, with the tokenizer folders that the fixtures make."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -86,6 +87,15 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
             messages.append({"role": "assistant", "content": f"the film is {'good' if index % 2 else 'not good'}"})
         rows.append({"messages": messages})
     return rows
+
+
+def own_encoder(folder: Path) -> Any:
+    """An encoder whose tokenizer may be changed: the one that `Encoder` takes is the whole process's."""
+    from trainers.tokenizer.encoder import Encoder, read_spec
+
+    encoder = Encoder(read_spec(folder))
+    encoder.__dict__["tokenizer"] = copy.deepcopy(encoder.tokenizer)
+    return encoder
 
 
 def checked(job: Any, model: str | Path | None = None) -> Any:

@@ -1,6 +1,5 @@
 """What rows become: targets, decoded; drops with their reasons; packed documents that cannot see each other."""
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tiny import chat_rows, make_llama
+from tests.tiny import chat_rows, make_llama, own_encoder
 from tests.trainers.tasks.small import rows_of
 from trainers.job.sections import MaskSection
 from trainers.tasks import EncodeRules, Example, encode_rows, load_task
@@ -36,12 +35,8 @@ HIDES = "{{ messages | map(attribute='content') | join(' / ') }}"
 
 
 @pytest.fixture
-def encoder(tiny_chat_tokenizer: Path) -> Iterator[Encoder]:
-    """An encoder of its own; the tokenizer behind it is the process's, so its template is put back."""
-    own = Encoder(read_spec(tiny_chat_tokenizer))
-    template = own.tokenizer.chat_template
-    yield own
-    own.tokenizer.chat_template = template
+def encoder(tiny_chat_tokenizer: Path) -> Encoder:
+    return own_encoder(tiny_chat_tokenizer)
 
 
 def encode_one(row: dict[str, Any], encoder: Encoder, rules: EncodeRules = RULES, task: str = "sft") -> EncodedRow:

@@ -1,11 +1,14 @@
 """Conversations put together from pieces are what the template writes; the spans are where the assistant speaks."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import CHAT_TEMPLATE
+from tests.tiny import own_encoder
 from tests.trainers.tasks.small import rows_of
 from trainers.tasks import EncodeRules, load_task
 from trainers.tasks.chat import render as chat_render
@@ -41,10 +44,16 @@ TEMPLATES = {"chatml": CHATML, "stripping": STRIPPING, "thinking": THINKING, "to
 CONTENTS = ["good film", " padded \n", "日本 👍", "<|im_end|> inside", "a\nb", "so </think> it is", "x" * 300, " "]
 
 
+@pytest.fixture(autouse=True)
+def shared_template(tiny_chat_tokenizer: Path) -> Iterator[None]:
+    """What these tests do to templates stays out of the tokenizer that the whole process shares."""
+    yield
+    assert load_encoder(str(tiny_chat_tokenizer)).tokenizer.chat_template == CHAT_TEMPLATE
+    assert Encoder(read_spec(tiny_chat_tokenizer)).tokenizer.chat_template == CHAT_TEMPLATE
+
+
 def renderer(folder: Path, template: str, quick: bool) -> ChatRenderer:
-    encoder = Encoder(read_spec(folder))
-    encoder.tokenizer.chat_template = template
-    return ChatRenderer(encoder, quick)
+    return ChatRenderer(load_encoder(str(folder)), quick, template)
 
 
 def conversations(count: int) -> list[list[dict[str, Any]]]:
@@ -255,7 +264,7 @@ def test_a_template_for_tools_alone_has_its_turns_found(tiny_chat_tokenizer: Pat
     assert targets(tiny_chat_tokenizer, needy, asked(), tools) == ["yes<|im_end|>"]
     assert renderer(tiny_chat_tokenizer, needy, True).ending() == "<|im_end|>"
     assert str(targets(tiny_chat_tokenizer, needy, asked())).startswith("template_refuses")
-    encoder = Encoder(read_spec(tiny_chat_tokenizer))
+    encoder = own_encoder(tiny_chat_tokenizer)
     encoder.tokenizer.chat_template = {"default": CHATML, "tool_use": needy}
     for offered in (None, tools):
         rendered = ChatRenderer(encoder).render(asked(), offered)
@@ -271,7 +280,7 @@ def test_arguments_are_given_as_text_to_a_template_that_joins_them(tiny_chat_tok
 
 
 def test_a_turn_ends_with_any_added_token_and_without_one_at_the_next_turns(tiny_chat_tokenizer: Path) -> None:
-    encoder = Encoder(read_spec(tiny_chat_tokenizer))
+    encoder = own_encoder(tiny_chat_tokenizer)
     encoder.tokenizer.add_tokens(["<u>", "<a>", "<done>"])  # not special, and no name says what they are
     for written, found in (
         ("<done>\n", ["yes<done>", "yes<done>"]),
