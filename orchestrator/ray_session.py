@@ -20,6 +20,8 @@ from trainers.job.sections import ScaleSection
 T = TypeVar("T")
 OBJECT_STORE_BYTES = 256 * 2**20
 """Shards travel through files, not through Ray's object store, so a small one is enough."""
+ON_DEMAND = {"prestart_worker_first_driver": False}
+"""Ray's own settings: worker processes start when there is work for them, not one a core beforehand."""
 ANYWHERE = "DEFAULT"
 """Where Ray puts a task: any node with room, also where who asks is a sweep's trial, whose own room holds no core."""
 ASK_WAIT_S = 60.0
@@ -90,7 +92,7 @@ def start_private(ray: Any, options: dict[str, Any]) -> None:
     for tries_left in (1, 0):
         try:
             with _without_helpers():
-                ray.init(address="local", include_dashboard=False, **options)
+                ray.init(address="local", include_dashboard=False, _system_config=ON_DEMAND, **options)
             return
         except Exception as error:  # of a raylet that does not come up Ray says no more than Exception
             ray.shutdown()
