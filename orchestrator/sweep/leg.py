@@ -1,4 +1,5 @@
-"""One leg of a trial: from its newest committed checkpoint to its next pause or its end, in a process of its own.
+"""One leg of a trial: from its newest committed checkpoint to its next pause or its end, in a process that runs one leg
+after another.
 
 A trial is an ordinary run in its own folder; nothing is registered here. The process takes no cores: the node agents of
 the run place its ranks.

@@ -109,7 +109,10 @@ def run_legs(desk: Desk, folder: Folder, at_once: int) -> None:
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _clear(folder)
-    plan = tune.TuneConfig(search_alg=Legs(desk), num_samples=-1, max_concurrent_trials=at_once)
+    plan = tune.TuneConfig(
+        search_alg=Legs(desk), num_samples=-1, max_concurrent_trials=at_once,
+        reuse_actors=True,  # the next leg finds a process with its imports done
+    )  # fmt: skip
     place = tune.RunConfig(
         name=TUNE, storage_path=str(folder.path.absolute()), verbose=0, callbacks=[Messenger(desk, folder)]
     )
@@ -125,6 +128,6 @@ def _clear(folder: Folder) -> None:
 
 
 def _leg(config: dict[str, Any]) -> None:
-    """What Tune runs, in a process of its own."""
+    """What Tune runs, in a process beside that of the command, which runs more legs after it."""
     end = run_leg(ray.get(config["leg"]), lambda line: tune.report({"line": line, "end": None}))
     tune.report({"line": None, "end": end.model_dump_json()})
