@@ -27,6 +27,7 @@ from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
 from orchestrator.tracking.ray_gauges import RayGauges
 from orchestrator.training import controller
+from orchestrator.training.kept_agents import KeptAgents
 from orchestrator.training.worker_group import WorkerGroup
 from trainers.checkpoint.export import PROVENANCE
 from trainers.evaluation.harness import is_measured
@@ -74,11 +75,16 @@ def run_job(path: Path, overrides: Sequence[str], address: str | None, screen: S
             return session.run.folder, session.finish(outcome.evaluations, best, version)
 
 
-def train(session: RunSession, stop: Callable[[], AbstractContextManager[Asked]] = stop_asked_for) -> TrainOutcome:
+def train(
+    session: RunSession,
+    stop: Callable[[], AbstractContextManager[Asked]] = stop_asked_for,
+    kept: KeptAgents | None = None,
+) -> TrainOutcome:
     """Train, with evaluations beside it, then evaluate what is left; no training where it has ended for good before.
 
     Args:
         stop: tells whether the training should stop at the next step; by default on SIGTERM and Ctrl-C.
+        kept: the node agents of a process that trains more than once.
     """
     gpus = check_placement(session.run.job.scale)
     run = session.run.evaluated_on(evaluation_place(session.checked, gpus, ray.cluster_resources()).on)
@@ -90,7 +96,7 @@ def train(session: RunSession, stop: Callable[[], AbstractContextManager[Asked]]
             gauges.on_event(event)
 
         session.screen.wait("starting the workers: self-tests and loading")
-        with session.timed("train"), stop() as asked, closing(WorkerGroup(run.job, gpus)) as group:
+        with session.timed("train"), stop() as asked, closing(WorkerGroup(run.job, gpus, kept)) as group:
             controller.train(run, pool, group, session.log, show, asked)
         events = session.events()
         last = max((event.step for event in events if isinstance(event, StepEvent)), default=0)

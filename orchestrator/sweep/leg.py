@@ -20,6 +20,7 @@ from orchestrator.run_session import Asked, RunSession
 from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
 from orchestrator.training.controller import finished_training
+from orchestrator.training.kept_agents import KeptAgents
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import PlacementError, Preempted, describe, to_record
 from trainers.job.schema import Job
@@ -34,6 +35,8 @@ STOP = "stop"
 STOP_LOOK_S = 1.0
 LOCK_WAIT_S = 120.0
 """How long the leg of a command that was killed may hold the run folder: it ends with its Ray."""
+KEPT = KeptAgents()
+"""This process's, from one leg to the next."""
 ROOM_PAUSE_S = 10.0
 """Between two looks for room, beside the time that the training itself waits for it."""
 
@@ -103,7 +106,7 @@ def train_where_there_is_room(session: RunSession, leg: Leg, say: Callable[[str]
     asked, said = partial(_stop_asked_for, leg.sweep), ""
     while True:
         try:
-            train(session, asked)
+            train(session, asked, KEPT)
             return
         except PlacementError as error:
             if str(error) != said:

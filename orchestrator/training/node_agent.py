@@ -1,8 +1,8 @@
 """Keeps the ranks of one node: starts them, reads their heartbeat and events, and sees how each one ends.
 
-A Ray actor, one a node, that holds the node's resources through every restart. Ranks are processes of their own, which
-know nothing of Ray: forks of a rank server that has the imports done (see trainers/worker/rank_server.py), so that a
-restart costs the loading of the model and no more. Begin reading at `NodeAgent.launch`.
+A Ray actor, one a node, that lives through every restart. Ranks are processes of their own, which know nothing of Ray:
+forks of a rank server that has the imports done (see trainers/worker/rank_server.py), so that a restart costs the
+loading of the model and no more. Begin reading at `NodeAgent.launch`.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from orchestrator.training.node_report import (
     INTERFACES,
@@ -72,26 +71,35 @@ class _Server:
 
 
 class NodeAgent:
-    """Lives as long as the job, holds the node's CPUs and GPUs, and survives the restarts of its ranks."""
+    """Survives the restarts of its ranks, and where it is kept, their training."""
 
     def __init__(self, cpus_per_worker: int) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="tuneyard-agent-"))
+        self._folder: Path | None = None
         self._cpus = cpus_per_worker
-        self._gpus = tuple(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if _ray_gpus() else ()
-        self._mode: Mode = "become" if self._gpus else "fork"
+        self._gpus: tuple[str, ...] = ()
+        self._mode: Mode = "fork"
         self._ranks: dict[int, _Rank] = {}
         self._launched = 0
         self._servers: list[_Server] = []
-        self.warm_up(1)
 
-    def info(self) -> NodeInfo:
-        """Where this node agent is; answers once it is up."""
+    def begin(self, gpus: tuple[str, ...] | None) -> NodeInfo:
+        """Have a process ready for ranks on these GPUs, on cores alone where there are none; say where this is.
+
+        Args:
+            gpus: by default those that the agent itself holds.
+        """
         import ray
+
+        gpus = own_gpus() if gpus is None else gpus
+        if gpus != self._gpus:
+            self._end_servers()  # they see other devices
+        self._gpus, self._mode = gpus, "become" if gpus else "fork"
+        self.warm_up(1)
 
         address = ray.util.get_node_ip_address()
         node = ray.get_runtime_context().get_node_id()
         named = {name: os.environ[name] for name in INTERFACES if name in os.environ}
-        return NodeInfo(node, address, interface_of(address), self._gpus, named)
+        return NodeInfo(node, address, interface_of(address), gpus, named)
 
     def wait_warm(self, timeout_s: float) -> bool:
         """Whether the processes at hand have their imports done, waited for."""
@@ -110,8 +118,9 @@ class NodeAgent:
     def _start_server(self) -> _Server:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment["OMP_NUM_THREADS"] = str(self._cpus)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)  # DeepSpeed looks for devices as it is imported
         if self._mode == "fork":
-            environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # forks are ranks without a GPU
+            environment["DS_ACCELERATOR"] = "cpu"
         process = subprocess.Popen(
             [sys.executable, "-m", "trainers.worker", self._mode],
             stdin=subprocess.PIPE,
@@ -168,6 +177,7 @@ class NodeAgent:
 
     def _prepare(self, number: int, log: str | None, server: _Server) -> _Rank:
         """The files of a new rank, each attempt's its own."""
+        self._folder = self._folder or Path(tempfile.mkdtemp(prefix="tuneyard-agent-"))
         files = self._folder / f"launch-{self._launched}-rank-{number}"
         files.mkdir()
         os.mkfifo(events_file(files))
@@ -229,12 +239,22 @@ class NodeAgent:
             shutil.rmtree(rank.files, ignore_errors=True)
         self._ranks.clear()
 
+    def rest(self) -> None:
+        """Leave nothing behind but the processes that the next training will need."""
+        self.kill()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
     def close(self) -> None:
         """End everything of this node."""
-        self.kill()
+        self.rest()
+        self._end_servers()
+
+    def _end_servers(self) -> None:
         for server in self._servers:
             server.process.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._servers = []
 
 
 def _read_events(rank: _Rank) -> list[Event]:
@@ -257,7 +277,8 @@ def _tail(log: str | None) -> str:
         return file.read().decode(errors="replace")
 
 
-def _ray_gpus() -> list[Any]:
+def own_gpus() -> tuple[str, ...]:
+    """Ids of the GPUs that Ray gave to this actor."""
     import ray
 
-    return list(ray.get_gpu_ids())
+    return tuple(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) if ray.get_gpu_ids() else ()

@@ -29,7 +29,7 @@ class NodeInfo:
     interface: str | None
     """Network interface that has the address; None if none has (a host behind address translation)."""
     gpus: tuple[str, ...]
-    """Ids of the GPUs that Ray gave to the node agent."""
+    """Ids of the GPUs that the group has there."""
     interfaces_set: dict[str, str]
     """INTERFACES that the node's environment sets: whoever set them knows the network better than we do."""
 

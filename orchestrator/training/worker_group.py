@@ -1,20 +1,20 @@
 """The ranks of a job as one group: node agents on the nodes that hold them, launched, watched and ended together.
 
 Ray places and runs the node agents; which nodes and how many ranks is decided by `orchestrator.training.placement`. A
-node that does not answer for `UNREACHABLE_S` is given up, whatever the cluster still believes of it.
+node that does not answer for `ANSWER_S` is given up, whatever the cluster still believes of it.
 """
 
 import contextlib
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.training.node_agent import GPU_KILL_WAIT_S, NodeAgent
+from orchestrator.training.kept_agents import ANSWER_S, KeptAgents, Room, end_agent, start_agent
+from orchestrator.training.node_agent import GPU_KILL_WAIT_S
 from orchestrator.training.node_report import INTERFACES, NodeInfo, NodeReport
 from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, largest_size, slots_of
 from trainers.errors import PlacementError
@@ -22,8 +22,6 @@ from trainers.job.schema import Job
 from trainers.records import StopReason
 from trainers.run.record import Run
 
-UNREACHABLE_S = 10.0
-"""A node agent that has not answered for this long is lost; one answer takes about 2 ms."""
 START_S = 60.0
 """A node agent must be up within this; its node is left alone for as long where it is not."""
 WARM_S = 120.0
@@ -34,12 +32,14 @@ reported free with a delay."""
 
 @dataclass
 class _Node:
-    """One node of the group. Its agent lives as long as the job: it holds the node's CPUs and GPUs, and outlives its
+    """One node of the group. Its agent lives through all launches of a training, with the cores and GPUs of its
     ranks."""
 
     actor: Any
-    info: NodeInfo
+    room: Room | None
+    """Of an agent that is kept; else it is the agent's own."""
     slots: int
+    info: NodeInfo
     answer: Any = None
     """The report that is under way."""
     asked: float = 0.0
@@ -50,16 +50,24 @@ class _Joining:
     """A node agent that is on its way up, on a node that the group may grow onto."""
 
     actor: Any
+    room: Room | None
     slots: int
-    warm: Any
+    began: Any
+    """Answers, once it is up, with what there is to know of the node."""
+    warm: Any = None
     """Answers once its imports are done."""
 
 
 class WorkerGroup:
-    """The node agents of one job, kept through all its launches."""
+    """The node agents of one job, kept through all its launches.
 
-    def __init__(self, job: Job, gpus: int) -> None:
-        self._job, self._cpus, self._gpus = job, job.scale.cpus_per_worker, gpus
+    Args:
+        gpus: of each rank.
+        kept: where the agents come from and go to, of a process that trains more than once; else they end.
+    """
+
+    def __init__(self, job: Job, gpus: int, kept: KeptAgents | None = None) -> None:
+        self._job, self._cpus, self._gpus, self._kept = job, job.scale.cpus_per_worker, gpus, kept
         self._nodes: dict[str, _Node] = {}
         self._joining: dict[str, _Joining] = {}
         self._cordoned: dict[str, float] = {}
@@ -85,7 +93,9 @@ class WorkerGroup:
                 wanted = assign_ranks(size, candidates)
                 if all(self._acquire(node, len(ranks)) for node, ranks in wanted.items()):
                     for node in self._nodes.keys() - wanted.keys():
-                        _end(self._nodes.pop(node).actor)
+                        self._leave(node)
+                    if self._kept is not None:
+                        self._kept.close()
                     self.layout = wanted
                     return
             elif size is None and waited > wait_s:
@@ -131,30 +141,45 @@ class WorkerGroup:
         return sorted(chosen, key=lambda candidate: (-candidate.slots, candidate.node))
 
     def _acquire(self, node: str, slots: int) -> bool:
-        """Have a node agent for that many ranks there; False if it does not come up: the node is left alone for a
-        while. One that holds less is replaced, for an actor's resources are fixed."""
+        """Have a node agent with room for that many ranks there; False if it does not come up: the node is left alone
+        for a while. One with less room is replaced."""
         if node in self._nodes:
             if self._nodes[node].slots >= slots:
                 return True
-            _end(self._nodes.pop(node).actor)
-        actor = self._start_agent(node, slots)
+            self._leave(node)
+        return self._take_in(node, self._begin(node, slots))
+
+    def _begin(self, node: str, slots: int) -> _Joining:
+        cpus, gpus = slots * self._cpus, slots * self._gpus
+        if self._kept is None:
+            room, agent = None, start_agent(node, self._cpus, cpus, gpus)
+        else:
+            room, agent = Room(node, cpus, gpus), self._kept.take(node, self._cpus)
+        return _Joining(agent, room, slots, agent.begin.remote(room and room.gpus()))
+
+    def _take_in(self, node: str, coming: _Joining) -> bool:
         try:
-            self._nodes[node] = _Node(actor, ray.get(actor.info.remote(), timeout=START_S), slots)
+            info = ray.get(coming.began, timeout=START_S)
         except (ray.exceptions.RayError, TimeoutError):
-            self._cordon(node, actor)
+            self._cordon(node, coming)
             return False
+        self._nodes[node] = _Node(coming.actor, coming.room, coming.slots, info)
         return True
 
-    def _start_agent(self, node: str, slots: int) -> Any:
-        return ray.remote(NodeAgent).options(
-            num_cpus=slots * self._cpus,
-            num_gpus=slots * self._gpus,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-        ).remote(self._cpus)  # fmt: skip
-
-    def _cordon(self, node: str, actor: Any) -> None:
+    def _cordon(self, node: str, gone: "_Joining | _Node") -> None:
         self._cordoned[node] = time.monotonic() + START_S
-        ray.kill(actor)
+        ray.kill(gone.actor)
+        if gone.room is not None:
+            gone.room.release()
+
+    def _leave(self, node: str) -> None:
+        """Give the room back; the agent ends, unless it is kept."""
+        member = self._nodes.pop(node)
+        if self._kept is None or member.room is None:
+            end_agent(member.actor)
+        else:
+            self._kept.keep(node, self._cpus, member.actor)
+            member.room.release()
 
     def launch(self, run: Run) -> None:
         """Start the ranks of the layout. Raises ray.exceptions.RayError where a node does not answer."""
@@ -194,10 +219,10 @@ class WorkerGroup:
                     merged.merge(ray.get(answer))
                 except ray.exceptions.RayError:
                     merged.lost.append(node)
-            elif time.monotonic() - member.asked > UNREACHABLE_S:
+            elif time.monotonic() - member.asked > ANSWER_S:
                 merged.lost.append(node)
         for node in merged.lost:  # they do not count until they have had time to be declared dead, or to come back
-            self._cordon(node, self._nodes.pop(node).actor)
+            self._cordon(node, self._nodes.pop(node))
         return merged
 
     def cordon(self, nodes: Iterable[str]) -> None:
@@ -215,8 +240,8 @@ class WorkerGroup:
             return False
         wanted = assign_ranks(size, candidates)
         for node in wanted.keys() - self._nodes.keys() - self._joining.keys():
-            actor = self._start_agent(node, len(wanted[node]))
-            self._joining[node] = _Joining(actor, len(wanted[node]), actor.wait_warm.remote(WARM_S))
+            coming = self._begin(node, len(wanted[node]))
+            self._joining[node] = replace(coming, warm=coming.actor.wait_warm.remote(WARM_S))
         return wanted.keys() <= self._nodes.keys()
 
     def _admit(self) -> None:
@@ -225,13 +250,7 @@ class WorkerGroup:
             if not ray.wait([member.warm], timeout=0)[0]:
                 continue
             del self._joining[node]
-            try:
-                ray.get(member.warm)
-                info = ray.get(member.actor.info.remote(), timeout=START_S)
-            except (ray.exceptions.RayError, TimeoutError):
-                self._cordon(node, member.actor)
-            else:
-                self._nodes[node] = _Node(member.actor, info, member.slots)
+            self._take_in(node, member)
 
     def ask_to_stop(self, reason: StopReason) -> None:
         """Have every rank stop at the end of its step."""
@@ -242,7 +261,7 @@ class WorkerGroup:
         """Process state and stacks by rank, of the nodes that answer."""
         by_rank: dict[int, tuple[str, str]] = {}
         answers = [member.actor.stacks.remote() for member in self._nodes.values()]
-        for answer in ray.wait(answers, num_returns=len(answers), timeout=UNREACHABLE_S)[0] if answers else []:
+        for answer in ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S)[0] if answers else []:
             with contextlib.suppress(ray.exceptions.RayError):
                 by_rank |= ray.get(answer)
         return by_rank
@@ -251,21 +270,14 @@ class WorkerGroup:
         """End every rank at once; the node agents stay."""
         answers = [member.actor.kill.remote() for member in self._nodes.values()]
         if answers:
-            ray.wait(answers, num_returns=len(answers), timeout=UNREACHABLE_S + (GPU_KILL_WAIT_S if self._gpus else 0))
+            ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S + (GPU_KILL_WAIT_S if self._gpus else 0))
 
     def close(self) -> None:
-        """End the node agents too."""
-        for member in self._nodes.values():
-            _end(member.actor)
-        for one in self._joining.values():
-            ray.kill(one.actor)
-        self._nodes.clear()
-        self._joining.clear()
-
-
-def _end(actor: Any) -> None:
-    ray.wait([actor.close.remote()], timeout=UNREACHABLE_S)
-    ray.kill(actor)
+        """Give everything back; the node agents end, unless they are kept."""
+        for node in list(self._nodes):
+            self._leave(node)
+        for node in list(self._joining):
+            self._cordon(node, self._joining.pop(node))
 
 
 def alive_nodes() -> set[str]:

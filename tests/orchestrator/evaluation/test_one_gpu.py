@@ -86,6 +86,11 @@ def test_the_smallest_gpu_is_the_one_that_nodes_tell_of(seen: dict[str, Any]) ->
     assert seen["memory"] == {"driver": None, "smallest": 4096 * 2**20}
 
 
+@pytest.mark.cluster
+def test_the_room_of_ranks_tells_the_gpus_that_they_may_take(seen: dict[str, Any]) -> None:
+    assert sorted(seen["room"]) == ["0", "1"]
+
+
 @pytest.fixture
 def _in_task(monkeypatch: pytest.MonkeyPatch) -> Any:
     """As in a task of Ray; a process that ends raises SystemExit."""

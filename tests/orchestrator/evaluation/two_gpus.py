@@ -18,6 +18,7 @@ import ray
 from orchestrator.evaluation import one_gpu
 from orchestrator.evaluation.task import _with_resources, score
 from orchestrator.ray_session import gpu_memory, smallest_gpu
+from orchestrator.training.kept_agents import Room
 from tests.ray_head import init_ray
 from trainers.evaluation import warm
 from trainers.model import world
@@ -46,6 +47,9 @@ def main() -> None:
     run, gpus, *paths = sys.argv[1:]
     options = {"num_gpus": int(gpus) or None, "runtime_env": {"env_vars": {"OF_THE_JOB": "yes"}}}
     init_ray(num_cpus=2, **options)
+    room = Room(ray.nodes()[0]["NodeID"], 1, int(ray.cluster_resources()["GPU"]))
+    all_gpus = ray.get(room.gpus())
+    room.release()
     of = Run.model_validate_json(Path(run).read_text())
     task = _with_resources(of, 1, scored)
     found = [ray.get(task.remote(of, paths[0], 600.0))]
@@ -57,7 +61,7 @@ def main() -> None:
     found.append(ray.get(task.remote(of, paths[1], 60.0)))
     os.environ["PATH"] = "/nowhere"  # Ray's processes keep theirs
     memory = {"driver": gpu_memory(), "smallest": smallest_gpu(ray)}
-    print(json.dumps({"evaluations": found, "memory": memory, "held": len(held)}))
+    print(json.dumps({"evaluations": found, "memory": memory, "held": len(held), "room": all_gpus}))
 
 
 def hold_all_but_another(gpu: str) -> list[Any]:

@@ -14,6 +14,7 @@ from orchestrator.sweep import leg as legs
 from orchestrator.sweep import tuner
 from orchestrator.sweep.leg import STOP, Leg, LegEnd, train_where_there_is_room
 from orchestrator.terminal.progress import Screen
+from orchestrator.training.kept_agents import KeptAgents
 from tests.tiny import checked, film_rows, make_bert, shard_locally, tiny_job
 from trainers.errors import Preempted
 from trainers.run.record import find_run
@@ -39,6 +40,14 @@ def test_a_trial_without_room_waits_and_stops_on_request(
     with pytest.raises(Preempted, match="before there was room"):
         train_where_there_is_room(session, Leg(sweep=sweep, job=job, until=None), say)
     assert len(said) == 1 and "64 workers of 1 CPUs" in said[0], "once, though it looked several times"
+
+
+def test_the_node_agents_of_a_leg_are_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(legs, "train", lambda session, stop, kept: given.append(kept))
+    for _ in range(2):
+        train_where_there_is_room(None, Leg.model_construct(sweep=None), given.append)
+    assert isinstance(given[0], KeptAgents) and given[0] is given[1]
 
 
 class Three:

@@ -1,6 +1,7 @@
 """A node agent whose ranks are no forks, as on machines with GPUs: each is a process that was ready, and spares
 follow."""
 
+import signal
 import time
 from pathlib import Path
 
@@ -17,12 +18,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 def test_ranks_that_are_no_forks_run_and_leave_a_spare(
     tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent, "_ray_gpus", lambda: ["0"])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(40))
     shard_locally(job)
     run, kept = named_run(job, "become"), agent.NodeAgent(1)
+    kept.begin(("0",))
     first = [server.process.pid for server in kept._servers]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.free_port())}
     kept.launch(run, {0: {**place, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}}, None)
@@ -47,7 +47,25 @@ def test_ranks_without_a_gpu_see_none_of_the_machine_s(monkeypatch: pytest.Monke
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     kept = agent.NodeAgent(1)
     try:
+        kept.begin(())
         seen = psutil.Process(kept._servers[0].process.pid).environ()
     finally:
         kept.close()
     assert (seen["CUDA_VISIBLE_DEVICES"], seen["DS_ACCELERATOR"]) == ("", "cpu")
+
+
+def test_processes_for_other_gpus_are_started_anew() -> None:
+    """DeepSpeed looks for devices as it is imported."""
+    kept = agent.NodeAgent(1)
+    try:
+        assert kept.begin(("2", "3")).gpus == ("2", "3")
+        first = kept._servers[0].process
+        kept.rest()
+        kept.begin(("2", "3"))
+        assert [server.process for server in kept._servers] == [first]
+        kept.begin(("0", "1"))
+        (second,) = [server.process for server in kept._servers]
+        assert psutil.Process(second.pid).environ()["CUDA_VISIBLE_DEVICES"] == "0,1"
+        assert first.wait(60) == -signal.SIGKILL
+    finally:
+        kept.close()

@@ -6,7 +6,7 @@ from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, 
 from trainers.job.load import parse_job
 
 
-def job_of(workers, global_batch_size=8):
+def job_of(workers, global_batch_size=8, cpus_per_worker=1):
     return parse_job(
         {
             "name": "x",
@@ -14,7 +14,7 @@ def job_of(workers, global_batch_size=8):
             "model": {"path": "m"},
             "data": {"train": ["a.jsonl"], "eval": ["b.jsonl"]},
             "train": {"global_batch_size": global_batch_size, "steps": 1, "learning_rate": 1e-3},
-            "scale": {"workers": workers},
+            "scale": {"workers": workers, "cpus_per_worker": cpus_per_worker},
         }
     )
 

@@ -1,12 +1,16 @@
 """The group of ranks: it grows where it is, leaves the user's network settings alone, and lets killed ranks go."""
 
+import contextlib
 import time
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.training import node_agent
+from orchestrator.training.kept_agents import KeptAgents
 from orchestrator.training.node_report import NodeInfo
 from orchestrator.training.worker_group import WorkerGroup, _Node
 from tests.orchestrator.training.test_placement import job_of
@@ -18,7 +22,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, of_node: dict[str, str], of_dri
     for name, value in of_driver.items():
         monkeypatch.setenv(name, value)
     group = WorkerGroup(job_of(1), 0)
-    group._nodes["n"] = _Node(None, NodeInfo("n", "10.0.0.1", "eth1", (), of_node), 1)
+    group._nodes["n"] = _Node(None, None, 1, NodeInfo("n", "10.0.0.1", "eth1", (), of_node))
     group.layout = {"n": [0]}
     return group._environments("n", "10.0.0.1", 29500)[0]
 
@@ -81,3 +85,41 @@ def test_an_elastic_group_grows_on_a_node_that_it_holds() -> None:
         assert group.size == 2 and len(group.layout) == 1
     finally:
         group.close()
+
+
+def rank_servers() -> set[int]:
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[1:3] == ["-m", "trainers.worker"]:
+                found.add(process.pid)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_session")
+def test_the_next_training_of_a_process_finds_the_rank_servers_of_the_last() -> None:
+    """Between the two nobody holds a core; what is not taken again, or asks for other cores, ends."""
+    import ray
+
+    kept, before, seen = KeptAgents(), rank_servers(), []
+    for cpus in (1, 1, 2):
+        with closing(WorkerGroup(job_of(1, cpus_per_worker=cpus), 0, kept)) as group:
+            group.gather(400)
+            assert ray.available_resources().get("CPU", 0) == 2 - cpus
+            deadline = time.monotonic() + 60
+            while len(there := rank_servers() - before) != 1:  # one that is not taken again is on its way out
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            seen.append(there)
+        deadline = time.monotonic() + 60
+        while ray.available_resources().get("CPU", 0) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert seen[0] == seen[1] != seen[2]
+    kept.close()
+    deadline = time.monotonic() + 60
+    while rank_servers() - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
