@@ -5,6 +5,7 @@ Evaluations end in any order, so theirs is a file of its own, written anew in st
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from trainers.job.schema import Job
@@ -22,6 +23,8 @@ from trainers.run.scalars import scalars_of
 from trainers.storage import Folder
 from trainers.tasks import choose_metric
 
+FIRST_NUMBER = 1_000_000
+"""Of a process's writers: all numbers have as many digits."""
 HYPERPARAMETERS = ("train", "model", "data", "scale")
 """Sections of the job whose numbers and words are shown as hyperparameters."""
 
@@ -58,10 +61,8 @@ class Curves:
 
     def _open(self, step: int) -> None:
         """After a restart, `purge_step` hides the points of steps that are done again."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self.close()
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+        self._writer = _open_writer(self._folder, purge_step=step + 1 if step else None)
         if self._job:
             self._writer.add_custom_scalars(_layout(choose_metric(self._job)[0]))
 
@@ -74,12 +75,11 @@ class Curves:
 
     def _draw_evaluations(self) -> None:
         """Write every evaluation in step order, then remove the file that lacks the newest."""
-        from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         folder = self._folder / "eval"
         old = list(folder.glob("events.*")) if folder.exists() else []
-        with SummaryWriter(str(folder)) as writer:
+        with _open_writer(folder) as writer:
             if self._job:
                 for summary in hparams(_hyperparameters(self._job), {f"eval/{choose_metric(self._job)[0]}": 0.0}):
                     writer.file_writer.add_summary(summary)
@@ -96,6 +96,17 @@ class Curves:
         """Flush."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _open_writer(folder: Path, purge_step: int | None = None) -> Any:
+    """A writer of a file whose name sorts behind those before it: TensorBoard reads files by name, which is the second,
+    the process and then the number of the writer in its process, where 10 would stand before 9."""
+    from tensorboard.summary.writer import event_file_writer
+    from torch.utils.tensorboard import SummaryWriter
+
+    if event_file_writer._global_uid._value < FIRST_NUMBER:
+        event_file_writer._global_uid = event_file_writer.AtomicCounter(FIRST_NUMBER)
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def _layout(metric: str) -> dict[str, Any]:

@@ -42,13 +42,23 @@ def test_ranks_that_are_no_forks_run_and_leave_a_spare(
     kept.close()
 
 
+def variables_of(kept: agent.NodeAgent) -> dict[str, str]:
+    """What the environment of its rank server has; a process that has just begun shows none of it."""
+    (server,) = kept._servers
+    process, deadline = psutil.Process(server.process.pid), time.monotonic() + 60
+    while "trainers.worker" not in process.cmdline() or not process.environ():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process.environ()
+
+
 def test_ranks_without_a_gpu_see_none_of_the_machine_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as Ray leaves it for actors that take no GPU
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     kept = agent.NodeAgent(1)
     try:
         kept.begin(())
-        seen = psutil.Process(kept._servers[0].process.pid).environ()
+        seen = variables_of(kept)
     finally:
         kept.close()
     assert (seen["CUDA_VISIBLE_DEVICES"], seen["DS_ACCELERATOR"]) == ("", "cpu")
@@ -64,8 +74,7 @@ def test_processes_for_other_gpus_are_started_anew() -> None:
         kept.begin(("2", "3"))
         assert [server.process for server in kept._servers] == [first]
         kept.begin(("0", "1"))
-        (second,) = [server.process for server in kept._servers]
-        assert psutil.Process(second.pid).environ()["CUDA_VISIBLE_DEVICES"] == "0,1"
+        assert variables_of(kept)["CUDA_VISIBLE_DEVICES"] == "0,1"
         assert first.wait(60) == -signal.SIGKILL
     finally:
         kept.close()

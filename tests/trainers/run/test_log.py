@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+from tensorboard.summary.writer import event_file_writer
+
 from trainers.run.events import EvaluationEvent, HistoryEvent, StartEvent, StepEvent, read_events
 from trainers.run.log import RunLog
 from trainers.storage import Folder
@@ -55,7 +58,11 @@ def test_a_run_without_events_has_none(tmp_path: Path) -> None:
     assert read_events(Folder(str(tmp_path))) == []
 
 
-def test_steps_that_a_killed_controller_never_heard_of_come_back_from_the_checkpoint(tmp_path: Path) -> None:
+def test_steps_that_a_killed_controller_never_heard_of_come_back_from_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three files within a second, numbers 9 to 11 of this process."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
     run = Folder(str(tmp_path))
     train(run, 0, 3, loss=2.0)  # the controller died here; the ranks went on and committed step 6
     log = RunLog(run)
