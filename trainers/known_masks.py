@@ -36,6 +36,18 @@ def masks_known(facts: MaskFacts) -> Iterator[None]:
         _facts.reset(token)
 
 
+def say_bounds(tensor: Any, bounds: Any) -> Any:
+    """The tensor, which from now on knows its numbers on the host too."""
+    tensor.on_host = bounds.tolist()
+    return tensor
+
+
+def bounds_on_host(bounds: Any) -> list[int]:
+    """Where documents begin in a row, and its end; asked of the device where `say_bounds` did not say so."""
+    known: list[int] | None = getattr(bounds, "on_host", None)
+    return bounds.tolist() if known is None else known
+
+
 @cache
 def _teach_transformers() -> None:
     from transformers import AttentionMaskInterface, masking_utils

@@ -1,8 +1,8 @@
 """`tuneyard doctor`: is this machine, and the cluster it points to, fit to train?
 
 A probe looks at one thing and returns its state and what it saw; `REMEDIES` says what to do where that is not ok.
-Nothing is changed, no heavy library is imported (versions come from their metadata), no cluster is joined: an address
-is only connected to.
+Nothing is changed, no heavy library is imported (versions come from their metadata; where there are GPUs, another
+process imports torch), no cluster is joined: an address is only connected to.
 """
 
 import os
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from orchestrator.terminal.table import show
+from trainers.compiler import compiler_problem
 from trainers.errors import JobError
 from trainers.records import Record
 from trainers.storage import Folder
@@ -40,6 +41,7 @@ REQUIRED = (
 )
 GIB = 1 << 30
 CONNECT_S = 3.0
+NO_GPU = "none"
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -56,6 +58,8 @@ REMEDIES = {
     "storage": "name a folder or bucket you may write to, with room: a checkpoint takes 12 bytes a parameter, several "
     "are kept",
     "gpus": "repair the driver, or remove it",
+    "torch on gpus": "install a torch that goes with the driver: see the table at https://pytorch.org/get-started",
+    "compiler": "install it: without it the loss takes more time and memory, and train.compile fails",
     "open files": "raise it for the user that starts Ray: ulimit -n 65536",
     "hostname": "add a line for it to /etc/hosts, or name it in DNS",
     "network": "on several nodes set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that the nodes share, "
@@ -84,6 +88,8 @@ def check_machine(storage: str | None = None, address: str | None = None) -> lis
         address: of a Ray cluster, host:port, http://host:8265 or auto.
     """
     memory = psutil.virtual_memory()
+    gpus = probe_gpus()
+    with_gpus = gpus[0] == "ok" and not gpus[1].startswith(NO_GPU)
     cores, all_cores = len(os.sched_getaffinity(0)), os.cpu_count()
     findings: dict[str, Finding] = {
         "python": ("ok" if sys.version_info >= (3, 11) else "fail", platform.python_version()),
@@ -93,7 +99,8 @@ def check_machine(storage: str | None = None, address: str | None = None) -> lis
         "memory": probe_memory(memory.total, memory.available, cgroup_limit_bytes()),
         "shared memory": probe_shared_memory(Path("/dev/shm"), memory.total),
         **({"storage": probe_storage(storage)} if storage else {}),
-        "gpus": probe_gpus(),
+        "gpus": gpus,
+        **({"torch on gpus": probe_torch(), "compiler": probe_compiler()} if with_gpus else {}),
         "open files": probe_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         "hostname": probe_hostname(socket.gethostname()),
         "network": probe_interfaces(interfaces_up(), os.environ),
@@ -176,13 +183,31 @@ def probe_gpus() -> Finding:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except FileNotFoundError:
-        return "ok", "none (no NVIDIA driver): training runs on CPU over gloo"
+        return "ok", f"{NO_GPU} (no NVIDIA driver): training runs on CPU over gloo"
     except (OSError, subprocess.TimeoutExpired) as error:
         answer = subprocess.CompletedProcess(command, 1, "", str(error))
     listed = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     if answer.returncode or not listed:
         return "fail", f"nvidia-smi: {(answer.stderr or answer.stdout).strip()[:200] or 'no GPU is listed'}"
     return "ok", f"{len(listed)}: {'; '.join(listed)}"
+
+
+def probe_torch() -> Finding:
+    """Whether torch can use the GPUs that the driver lists; a process of its own imports it."""
+    words = "import torch; torch.cuda.init(); print(torch.cuda.device_count(), 'with CUDA', torch.version.cuda)"
+    try:
+        answer = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "fail", str(error)
+    if answer.returncode:
+        return "fail", (answer.stderr.strip().splitlines() or ["torch cannot be imported"])[-1][:200]
+    return "ok", answer.stdout.strip()
+
+
+def probe_compiler() -> Finding:
+    """Whether the stubs of Triton's kernels can be built."""
+    problem = compiler_problem()
+    return ("warn", f"there is not {problem}") if problem else ("ok", "Triton's kernels can be built")
 
 
 def probe_open_files(soft_limit: int) -> Finding:

@@ -47,8 +47,9 @@ class WayMemory(Record):
 
 def size_model(job: Job, model_path: str) -> ModelSize:
     from trainers.model.model_size import measure_size  # imports torch
+    from trainers.training.distill import with_teacher
 
-    return measure_size(job, model_path)
+    return with_teacher(measure_size(job, model_path), job)
 
 
 def way_memory(need: Need, device_bytes: int) -> WayMemory:

@@ -22,7 +22,9 @@ from trainers.verification import gradients
 from trainers.verification.checks import CHECKS
 from trainers.verification.pack_probe import ask
 from trainers.verification.packing import PackingDecision
+from trainers.verification.precision import bf16_follows
 from trainers.verification.sample import CheckContext, make_context
+from trainers.verification.verdict import BF16
 
 OF_DECODERS = ("pretrain", "sft", "classify", "tag", "extract", "seq2seq", "cosine")
 OF_ENCODERS = ("mlm", "classify", "tag", "extract", "regression", "cosine")
@@ -166,7 +168,10 @@ def _look(family: str, path: str, task: str, sample: CheckContext, attention: di
         return Cell(family, task, packed, refused=str(error))
     context = replace(sample, model=model)
     error = first_loss_error(context, path)
-    failed = [f"{name}: {detail}" for name in ASKED for passed, detail in [CHECKS[name](context)] if not passed]
+    asked = {name: CHECKS[name] for name in ASKED}
+    if packed and task == "pretrain":
+        asked[BF16] = bf16_follows
+    failed = [f"{name}: {detail}" for name, check in asked.items() for passed, detail in [check(context)] if not passed]
     beyond = longest_read(context) > max(getattr(model.config.get_text_config(), name, 0) or 0 for name in WINDOWS)
     return Cell(family, task, packed, error, tuple(failed), beyond=beyond)
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from tests.architectures.families import write_model
 from tests.tiny import shard_locally, tiny_job
 from tests.trainers.evaluation.test_label_order import with_head
 from tests.trainers.tasks import small
+from trainers.architecture import DOCUMENTS
 from trainers.job.sections import GenerateSection, LoraSection
 
 CHECKED = ("pretrain", "sft", "classify causal", "mlm", "tag", "extract", "regression", "cosine", "several", "T5")
@@ -41,8 +43,15 @@ def more_jobs(folder: Path) -> dict[str, Any]:
         "smoothed": tiny_job(folder / "smoothed", decoder, "pretrain", small.plain_rows(40),
                              train={"label_smoothing": 0.1}),
     }  # fmt: skip
+    packed = {"packing": True, "max_length": 32}
+    carries = write_model("lfm2", folder / "lfm2", small.chat_tokenizer(folder / "words"))
+    jobs["by bounds"] = tiny_job(folder / "bounds", decoder, "pretrain", small.plain_rows(40), data=packed)
+    jobs["states by bounds"] = tiny_job(folder / "states", carries, "pretrain", small.plain_rows(40), data=packed)
     for job in jobs.values():
         shard_locally(job)
+    for name in ("by bounds", "states by bounds"):
+        by = jobs[name].model.model_copy(update={"attention": DOCUMENTS})
+        jobs[name] = jobs[name].model_copy(update={"model": by})
     adapted = jobs["smoothed"].model.model_copy(update={"lora": LoraSection(rank=2)})
     return {**jobs, "adapters": jobs["smoothed"].model_copy(update={"model": adapted})}
 

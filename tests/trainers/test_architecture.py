@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,19 @@ def test_documents_attend_by_bounds_where_that_gives_what_each_alone_gives(
     named = job.model_copy(update={"model": job.model.model_copy(update={"attention": "sdpa"})})
     assert with_packing(named, ask(named, named.model.path)).model.attention == "sdpa"
     assert decided.model_copy(update={"data": job.data}).identity() == job.identity()
+
+
+@pytest.mark.parametrize(("capability", "takes"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_the_flash_kernel_is_for_cards_that_have_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], takes: bool
+) -> None:
+    from trainers.architecture.document_attention import _flash_takes
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    heads = SimpleNamespace(
+        shape=(1, 2, 5, 64), dtype=torch.bfloat16, is_cuda=True, device=torch.device("cuda", 1)
+    )  # fmt: skip
+    assert _flash_takes(heads, heads) is takes
 
 
 @pytest.mark.parametrize("bounds", [None, torch.tensor([0, 3, 5], dtype=torch.int32)])

@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from trainers.architecture import DOCUMENTS as NAME
 from trainers.architecture import attention_of, plain_model, router_loss_weight, stateful_layers
 from trainers.architecture.sequence_parallel import SequenceGroup, shared_states
+from trainers.known_masks import bounds_on_host
 
 WIDEST_HEAD = 256
 """Of the flash kernel."""
@@ -59,7 +60,7 @@ def document_bounds(model: Any, positions: Any, bounds: Any, group: SequenceGrou
         raise ValueError(f"sequences are shared with attention backend {NAME} alone, not {attention_of(model)}")
     if not stateful_layers(model):
         return {}
-    longest = int(positions.max()) + 1
+    longest = max(end - begin for begin, end in pairwise(bounds_on_host(bounds)))
     return {
         "seq_idx": ((positions == 0).cumsum(1) - 1).int(),
         "cu_seq_lens_q": bounds,
@@ -138,10 +139,17 @@ def _by_bounds(
 
 
 def _flash_takes(query: Any, value: Any) -> bool:
-    """Whether the kernel computes such heads."""
+    """Whether the kernel computes such heads on this GPU."""
     width = query.shape[-1]
     halves = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and halves and width == value.shape[-1] <= WIDEST_HEAD and width % 8 == 0
+    fits = halves and width == value.shape[-1] <= WIDEST_HEAD and width % 8 == 0
+    return bool(fits and query.is_cuda and has_flash(query.device.index))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_flash(gpu: int) -> bool:
+    """Whether a GPU has what the kernel is made of: that came with NVIDIA's Ampere (A100, RTX 30)."""
+    return bool(torch.cuda.get_device_capability(gpu) >= (8, 0))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # or each set of lengths would be compiled
@@ -151,7 +159,7 @@ def _one_by_one(
     """Attention of a row's documents, [1, positions, heads, width]."""
     parts = [
         _dense([tensor[:, :, begin:end] for tensor in states], dropout, scaling, window, sinks)
-        for begin, end in pairwise(bounds.tolist())
+        for begin, end in pairwise(bounds_on_host(bounds))
         if end > begin
     ]
     return torch.cat(parts, 2).transpose(1, 2).contiguous()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from trainers.architecture.model import stateful_layers
+from trainers.known_masks import bounds_on_host
 
 SAID = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Arguments that tell where documents begin."""
@@ -28,7 +29,9 @@ def keep_states_apart(model: Any) -> None:
 
     def note_bounds(module: Any, args: Any, kwargs: Any) -> None:
         bounds = kwargs.get("cu_seq_lens_q")
-        spans[:] = [] if bounds is None else [(begin, end) for begin, end in pairwise(bounds.tolist()) if end > begin]
+        spans[:] = (
+            [] if bounds is None else [(begin, end) for begin, end in pairwise(bounds_on_host(bounds)) if end > begin]
+        )
         idle[0] = _most_calls(model, len(spans), bounds.device) - len(spans) if spans else 0
 
     if layers:

@@ -66,8 +66,8 @@ class HostBuffer:
         self._map = mmap.mmap(self.descriptor, layout.num_bytes)
         self._map[: len(layout.header)] = layout.header
         self._pieces = [(piece, self._view(piece.spec, layout.offsets[piece.spec.name])) for piece in share.pieces]
-        self._device = current_gpu()
-        self._locked = Beside(partial(lock_pages, self._map, self._device))
+        self._is_locked = current_gpu() is not None
+        self._locked = Beside(partial(lock_pages, self._map, self._is_locked))
 
     def _view(self, spec: Any, offset: int) -> Any:
         import torch
@@ -101,26 +101,30 @@ class HostBuffer:
         import torch
 
         self._locked.wait()
-        if self._device is not None:
+        if self._is_locked:
             pointer = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pointer))
 
 
 class Beside:
-    """Work in a thread, beside the forward and backward passes of the next step.
+    """Work in a thread, on the GPU of this one, beside the forward and backward passes of the next step.
 
     Between two updates the optimizer's state is only read, so what reads it needs to end before the next update alone
     (Mohan et al. 2021, CheckFreq, FAST '21).
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
-        self._work = work
+        self._work, self._gpu = work, current_gpu()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="copy", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
+            if self._gpu is not None:  # a thread starts on GPU 0, and would make a context of 0.5 GB there
+                import torch
+
+                torch.cuda.set_device(self._gpu)
             self._work()
         except BaseException as error:
             self._error = error
@@ -153,8 +157,6 @@ class Copying:
         import torch
 
         began = time.monotonic()
-        if self._stream is not None:  # a thread starts on GPU 0, and would make a context of 0.5 GB there
-            torch.cuda.set_device(self._stream.device)
         with torch.no_grad(), torch.cuda.stream(self._stream):  # None: no stream of a GPU
             for live, view in self._pairs:
                 view.copy_(live, non_blocking=self._stream is not None)
@@ -238,13 +240,12 @@ def current_gpu() -> int | None:
     return torch.cuda.current_device() if torch.cuda.is_available() else None
 
 
-def lock_pages(mapped: mmap.mmap, device: int | None) -> None:
-    """Map every page, and page-lock them where there is a GPU, which doubles the speed of copies from it."""
+def lock_pages(mapped: mmap.mmap, for_gpu: bool) -> None:
+    """Map every page, and page-lock them for a GPU, which doubles the speed of copies from it."""
     import torch
 
     first_bytes = np.frombuffer(mapped, np.uint8)[:: mmap.PAGESIZE]
     np.bitwise_or(first_bytes, 0, out=first_bytes)  # without Python's lock, which mmap's own populating would hold
-    if device is not None:
-        torch.cuda.set_device(device)  # a thread starts on GPU 0
+    if for_gpu:
         whole = torch.frombuffer(mapped, dtype=torch.uint8)
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0))

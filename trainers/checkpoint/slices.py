@@ -2,7 +2,7 @@
 
 Spans are offsets into the flattened parameter, so files do not depend on the world size that wrote them. ZeRO-3 owns
 an equal part of every parameter; ZeRO-1 and -2 own a stretch of all parameters laid end to end. Knows DeepSpeed's
-local accessors (deepspeed.utils.tensor_fragment) and nothing of files.
+flat groups of parameters and nothing of files.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -133,8 +133,6 @@ def persistent_buffers(module: Any) -> list[tuple[str, Any]]:
 
 def _local(engine: Any, parameter: Any, kind: str, span: Span) -> Any:
     """This rank's values of one kind, flat and without padding, or where they lie on disk."""
-    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
     length = span.end - span.start
     if stage_of(engine) == 0:
         return _replicated(engine, parameter, kind).flatten().narrow(0, span.start, length)
@@ -143,15 +141,19 @@ def _local(engine: Any, parameter: Any, kind: str, span: Span) -> Any:
             return parameter.ds_tensor.data.narrow(0, 0, length)
         if swapped := state_span(engine.optimizer, parameter, kind):
             return swapped
-        whole = (
-            safe_get_local_fp32_param(parameter)
-            if kind == "weight"
-            else safe_get_local_optimizer_state(parameter, kind)
-        )
-        return whole.narrow(0, 0, length)
+        return _partition(engine.optimizer, parameter, kind).narrow(0, 0, length)
     if not span.trainable:
         return parameter.data.flatten()
     return _fragment(engine, parameter._hp_mapping, kind)
+
+
+def _partition(optimizer: Any, parameter: Any, kind: str) -> Any:
+    """ZeRO-3: this rank's part of a parameter where it lies, padded at the end. DeepSpeed's own accessor brings it to
+    the device, which has no room for what was offloaded."""
+    group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    flat = optimizer.fp32_partitioned_groups_flat[group]
+    values = flat.data if kind == "weight" else optimizer.optimizer.state[flat][kind]
+    return values.narrow(0, offset, length)
 
 
 def full_weight(engine: Any, parameter: Any) -> Any:
@@ -224,12 +226,9 @@ def _restore_partitioned(engine: Any, read: Read, optimizer_steps: int) -> None:
     for number, group in enumerate(optimizer.fp16_groups):
         with in_memory(optimizer, number) as flat:
             _create_moments(optimizer.optimizer, [flat], optimizer_steps)
-            moments = optimizer.optimizer.state[flat]
             for parameter in group:
-                _, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
                 for kind in KINDS:
-                    target = flat.data if kind == "weight" else moments[kind]
-                    target.narrow(0, offset, length).copy_(own(kind, names[parameter], parameter))
+                    _partition(optimizer, parameter, kind).copy_(own(kind, names[parameter], parameter))
 
 
 def _padded(values: Any, length: int) -> Any:

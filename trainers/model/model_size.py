@@ -44,7 +44,7 @@ def measure_size(job: Job, model_path: str) -> ModelSize:
     model, cut, in_tiles = (build(job, task, model_path, depth) for depth in (None, DEPTH, DEPTH))
     with FakeTensorMode():
         for each in (model, cut):
-            _give_storage(each)
+            give_storage(each)
         shape = describe(model.config)
         vocabulary = shape.vocabulary if task.over_vocabulary else 0
         chunked = head_of(_core(model)) is not None and task.over_vocabulary
@@ -124,7 +124,7 @@ def build(job: Job, task: Task, model_path: str, layers: int | None = None) -> A
     return prepare_model(model, job.model_copy(update={"train": train}), task)
 
 
-def _give_storage(model: Any) -> None:
+def give_storage(model: Any) -> None:
     """From the meta device, where adapters can be put on, to fake tensors on a CPU, which run its operators."""
     made: dict[int, tuple[Any, Any]] = {}
     for part in model.modules():
@@ -202,7 +202,7 @@ def _tiled_bytes(model: Any, length: int, width: int, over_vocabulary: bool) -> 
     if not layers or length <= TILE:
         return 0, 0, 0
     try:
-        _give_storage(model)
+        give_storage(model)
         tile = max(_tile_bytes(layer, width) for layer in layers)
         tile_feed_forward(_core(model))
         kept, outside = keep_bytes(model, some, over_vocabulary)

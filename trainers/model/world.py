@@ -6,11 +6,13 @@ nothing else of the launcher is known here.
 
 import gc
 import os
+import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from trainers.compiler import has_triton
 from trainers.errors import JobError
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ KERNELS_KEPT, KERNEL_CACHES = 64, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE
 the ranks of texts of all lengths would soon hold hundreds of MB, and find few of them again. The variables are those of
 oneDNN's cache, and of torch's before it."""
 CONTRACT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DRIVER = ("/dev/nvidiactl", "/dev/dxg")
+"""Where NVIDIA's driver shows, the latter in Windows' subsystem for Linux."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -57,7 +61,9 @@ class World:
         import torch
         import torch.distributed as dist
 
-        dist.all_reduce(torch.zeros(1, device=self.device))
+        arrived = torch.zeros(1, device=self.device)
+        dist.all_reduce(arrived)
+        float(arrived)  # on a GPU the call alone waits for nobody
 
 
 def hide_gpus() -> None:
@@ -107,6 +113,7 @@ def pick_device(gpus_per_worker: int | Literal["auto"], threads: int | None = No
     import torch
 
     if gpus_per_worker != 0 and torch.cuda.is_available():
+        has_triton()  # else torch would try kernels that cannot be built here
         own = own_gpus()
         return torch.device("cuda", own[int(os.environ.get("LOCAL_RANK", "0")) % len(own)])
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # else sums depend on where in memory a weight happens to lie
@@ -115,6 +122,29 @@ def pick_device(gpus_per_worker: int | Literal["auto"], threads: int | None = No
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.device("cpu")
+
+
+def check_gpus(gpus_per_worker: int | Literal["auto"]) -> None:
+    """Refuse to compute on the CPU in silence where this machine's GPUs are asked for.
+
+    Raises:
+        JobError: where torch cannot use them, with its reason.
+    """
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if gpus_per_worker == 0 or hidden or torch.cuda.is_available() or not any(map(os.path.exists, DRIVER)):
+        return
+    try:
+        torch.cuda.init()
+        reason = "it finds none"
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+    raise JobError(
+        f"scale.gpus_per_worker: {socket.gethostname()} has NVIDIA's driver, but torch {torch.__version__} cannot use "
+        f"a GPU there: {reason}; install a torch that goes with the driver (nvidia-smi tells its version), or set 0 to "
+        "train on CPUs"
+    )
 
 
 def compute_deterministically() -> None:
@@ -133,7 +163,7 @@ def join_world(threads: int, gpus_per_worker: int | Literal["auto"] = "auto", sh
         sharing: ranks that share each sequence; divides their number.
 
     Raises:
-        JobError: where the launcher's variables are missing.
+        JobError: where the launcher's variables are missing, or torch cannot use the GPUs.
     """
     missing = [name for name in CONTRACT if name not in os.environ]
     if missing:
@@ -149,6 +179,7 @@ def join_world(threads: int, gpus_per_worker: int | Literal["auto"] = "auto", sh
     # as peft asks transformers 5.23 for a name that it renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.modeling_utils")
     rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    check_gpus(gpus_per_worker)
     if gpus_per_worker == 0:
         hide_gpus()
     device = pick_device(gpus_per_worker, threads)

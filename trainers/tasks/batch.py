@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainers.architecture import SHARED
-from trainers.known_masks import MaskFacts
+from trainers.known_masks import MaskFacts, say_bounds
 from trainers.records import Array
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Inputs and labels as tensors on a device."""
-        return {name: move(array, device) for name, array in self.inputs.items()}, move(self.labels, device)
+        inputs = {name: move(array, device) for name, array in self.inputs.items()}
+        if "bounds" in inputs:
+            say_bounds(inputs["bounds"], self.inputs["bounds"])
+        return inputs, move(self.labels, device)
 
     def part_of(self, group: SequenceGroup | None) -> Batch:
         """What this rank has of it in training: `part`, or all where it shares sequences with none."""

@@ -8,6 +8,7 @@ computed beside the student's, in the same micro-batch; every rank holds the tea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from trainers.architecture import DOCUMENTS
 from trainers.errors import JobError
 from trainers.job.schema import Job
+from trainers.model.memory import ModelSize
 from trainers.model.world import World
 from trainers.tasks import Task
 from trainers.tasks.batch import move
@@ -126,6 +128,32 @@ def load_objective(job: Job, task: Task, pad_id: int, world: World) -> Task | Di
     places = teacher_places(task, teacher_path, wish.teacher)
     teacher.to(world.device).eval().requires_grad_(False)
     return Distilled(task, teacher, wish.temperature, wish.alpha, places)
+
+
+def with_teacher(size: ModelSize, job: Job) -> ModelSize:
+    """The sizes of a job's model with those of its teacher, where it has one.
+
+    Raises:
+        JobError: where there is no such teacher.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from trainers.architecture import describe
+    from trainers.model.model_size import build, give_storage, keep_bytes, stand_in_task
+    from trainers.model.source import find_teacher
+
+    path = find_teacher(job)
+    if path is None:
+        return size
+    plain = job.model_copy(update={"model": job.model.model_copy(update={"lora": None, "freeze": ()})})
+    task = stand_in_task(job)
+    teacher = build(plain, task, path)
+    with FakeTensorMode():
+        give_storage(teacher)
+        kept, outside = keep_bytes(teacher, size.length, task.over_vocabulary)
+    weights = sum(each.numel() * each.element_size() for each in teacher.parameters())
+    one_layer = (kept - outside) // describe(teacher.config).layers  # without a gradient it keeps no other
+    return replace(size, teacher_bytes=weights, teacher_passing_bytes=one_layer)
 
 
 def teacher_places(task: Task, teacher_path: str, name: str) -> list[int] | None:

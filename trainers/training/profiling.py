@@ -74,7 +74,7 @@ class Profiled:
 
     def _summary(self, rows: Any, seconds: float, tokens_per_s: float, trace: Path) -> ProfileEvent:
         steps, key = self._steps, "self_device_time_total" if self._on_card else "self_cpu_time_total"
-        of_device = [row for row in rows if row.device_type.name != "CPU"]
+        of_device = [row for row in rows if row.device_type.name != "CPU" and not row.is_user_annotation]
         operators = [row for row in rows if row.device_type.name == "CPU" and row.key not in WAITS]
         operators = sorted(operators, key=lambda row: -getattr(row, key))[:SHOWN]
         return ProfileEvent(

@@ -12,7 +12,7 @@ import torch
 from trainers.architecture import attention_of
 from trainers.job.schema import Job
 from trainers.model.source import ModelFolder
-from trainers.model.world import device_name, pick_device
+from trainers.model.world import device_name, free_memory, pick_device
 from trainers.verification.checks import CHECKS, Check
 from trainers.verification.precision import bf16_follows
 from trainers.verification.sample import CheckContext, make_context, weight_bytes
@@ -49,8 +49,8 @@ def verify_job(job: Job, model: ModelFolder, again: bool = False) -> Verificatio
         result = Verification(key=key, task=job.task, attention=attention, packing=job.packing, device=name,
                               checks=run_checks(context), layers=context.layers)  # fmt: skip
         del context
+    free_memory()  # a model whose layers keep documents apart refers to itself
     if device.type == "cuda":  # the training's own peak is what counts
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if not any(check.error for check in result.checks):  # what could not be looked at is looked at again
         verify_folder(job).write_bytes(f"{key}.json", result.model_dump_json(indent=1).encode())

@@ -19,6 +19,7 @@ from trainers.model.compiled import compile_layers
 from trainers.model.deepspeed_config import derive_config, keeps_on_disk
 from trainers.model.engine import build_engine, release_engine
 from trainers.model.fit import check_long_sequences
+from trainers.model.memory import ModelSize
 from trainers.model.model_size import measure_size
 from trainers.model.world import World, compute_deterministically, device_name, free_memory, join_world, smallest_device
 from trainers.model.zero_settings import sizes_of
@@ -29,7 +30,7 @@ from trainers.storage import Folder
 from trainers.tasks import Task
 from trainers.tokenizer.encoder import Encoder, load_encoder
 from trainers.training.continuing import begin_from_parent
-from trainers.training.distill import load_objective
+from trainers.training.distill import load_objective, with_teacher
 from trainers.training.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
 from trainers.training.hooks import Evaluate, Hooks, Objective
 from trainers.training.loop import LoopOutcome, LoopSettings, peak_memory, train
@@ -93,7 +94,7 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
     """Settle what the job leaves open, then build everything and train until the end, a stop or a divergence."""
     task = run.load_task()
     check_long_sequences(run.job, run.model.path)
-    choice = choose(run.job, world.size, smallest_device(world), lambda: measure_size(run.job, run.model.path))
+    choice = choose(run.job, world.size, smallest_device(world), lambda: _measure(run))
     job = settle(run.job, choice)
     encoder = load_encoder(run.model.path, job.model.trust_remote_code)
     task.prepare(encoder)
@@ -104,6 +105,10 @@ def _attempt(run: Run, hooks: Hooks, world: World) -> LoopOutcome:
 
     with swap_files(derive_config(job, choice.batches), largest, run.folder.name, world) as config:
         return _train(run, job, task, encoder, choice, config, hooks, world)
+
+
+def _measure(run: Run) -> ModelSize:
+    return with_teacher(measure_size(run.job, run.model.path), run.job)
 
 
 def _train(
@@ -161,6 +166,7 @@ def _train(
         checkpointer.close()
     _tell_end(hooks, outcome, world)
     hooks.at("done", outcome.progress.step)
+    release_engine(engine)  # in a process that goes on its memory is free
     return outcome
 
 

@@ -33,7 +33,7 @@ from tests.benchmarks.memory.fused_layers import fused
 from tests.conftest import make_chat_tokenizer
 from tests.tiny import tiny_job
 from trainers.model.memory import GIB, MARGIN, RESERVE_BYTES, ModelSize, Need, StepShape, needs
-from trainers.model.model_size import Live, _give_storage, _inputs, _without_logits, build, measure_size
+from trainers.model.model_size import Live, _inputs, _without_logits, build, give_storage, measure_size
 from trainers.tasks import load_task, task_options
 
 LLAMA_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14_336, "num_attention_heads": 32,
@@ -94,7 +94,7 @@ def kept_selectively(job: Any, length: int) -> int:
     for layers in (1, 2):
         model = build(job, task, job.model.path, layers)
         with FakeTensorMode():
-            _give_storage(model)
+            give_storage(model)
             for layer in model.model.layers:
                 contexts = partial(create_selective_checkpoint_contexts, Policy())
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)

@@ -87,6 +87,20 @@ def test_a_machine_without_a_driver_trains_on_cpu_and_a_broken_driver_fails(tmp_
     assert probe_gpus()[1] == "1: NVIDIA H200, 143771 MiB, 580.0"
 
 
+def test_gpus_that_torch_cannot_use_and_a_missing_compiler_are_told(tmp_path, monkeypatch):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.0'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that torch finds none, whatever the machine has
+    checks = {check.name: check for check in check_machine()}
+    assert checks["gpus"].status == "ok"
+    assert checks["torch on gpus"].status == "fail" and "CUDA" in checks["torch on gpus"].value
+    assert checks["compiler"].status == "warn" and "a C compiler" in checks["compiler"].value
+    assert checks["torch on gpus"].remedy and checks["compiler"].remedy
+
+
 def test_several_interfaces_ask_for_the_one_to_use():
     two = {"eth0": "10.0.0.1", "eth1": "192.168.0.1"}
     assert probe_interfaces({"eth0": "10.0.0.1"}, {})[0] == "ok"

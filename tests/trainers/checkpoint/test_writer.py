@@ -251,8 +251,9 @@ def test_the_copy_thread_takes_its_device_before_its_stream(monkeypatch: pytest.
         torch.cuda, "set_device", lambda d: calls.append(("device", d, threading.current_thread().name))
     )
     monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     host_buffer.Beside(host_buffer.Copying([], lambda _: None)).wait()
-    assert calls == [("device", "cuda:3", "copy"), ("stream", "cuda:3", "copy"), "synchronize"]
+    assert calls == [("device", 3, "copy"), ("stream", "cuda:3", "copy"), "synchronize"]
 
 
 def save_twice(place: str) -> list[dict[str, Any]]:

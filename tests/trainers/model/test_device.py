@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
+from trainers.errors import JobError
 from trainers.evaluation.evaluate import evaluate_model
 from trainers.evaluation.predict import predict
 from trainers.job.schema import Job
+from trainers.model import world
 from trainers.model.source import prepare_model
-from trainers.model.world import join_world, pick_device
+from trainers.model.world import check_gpus, join_world, pick_device
 from trainers.run.record import find_run
 from trainers.verification.verify import verify_job
 
@@ -46,6 +48,23 @@ def test_a_rank_without_gpus_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     assert str(join_world(torch.get_num_threads(), 0).device) == "cpu"
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DS_ACCELERATOR"]) == ("", "cpu")
+
+
+def test_a_rank_does_not_take_the_cpu_in_silence_where_torch_cannot_use_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(world, "DRIVER", (str(tmp_path / "nvidiactl"),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(JobError, match=r"torch .* cannot use a GPU there: .*; install a torch that goes with the"):
+        check_gpus("auto")
+    check_gpus(0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the node agent has it for ranks on cores
+    check_gpus("auto")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (tmp_path / "nvidiactl").unlink()
+    check_gpus("auto")
 
 
 @pytest.mark.usefixtures("_gpus")

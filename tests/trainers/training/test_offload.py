@@ -159,6 +159,25 @@ def test_a_save_of_offloaded_state_needs_no_second_copy_of_it_in_memory(tmp_path
     assert more > grown  # by less than the copy where memory that was freed before is taken again
 
 
+def places_of_pieces() -> list[str]:
+    """On which device a save finds each part of an offloaded state, where the device of the ranks is another."""
+    from deepspeed.accelerator import get_accelerator
+
+    from trainers.checkpoint.slices import rank_share
+    from trainers.model.world import join_world
+
+    engine = make_engine(join_world(1), width=64, offload=True)
+    engine.backward(engine(torch.ones(4, 64)).square().mean())
+    engine.step()
+    get_accelerator().current_device_name = lambda: "meta"
+    return [str(piece.live().device) for piece in rank_share(engine).pieces]
+
+
+def test_a_save_reads_offloaded_state_where_it_lies_not_through_the_device() -> None:
+    (places,) = run_ranks(places_of_pieces, 1)
+    assert len(places) > 3 and set(places) == {"cpu"}
+
+
 def save_beside_a_step(place: str, waits: bool) -> bool:
     """A save that is slower than the next step: does the checkpoint hold the state of the save?"""
     from trainers.checkpoint import host_buffer

@@ -3,17 +3,21 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from orchestrator.report.tables import profile_table
 from tests.ranks import run_ranks
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job
 from tests.trainers.training.test_training import Recorder, with_
 from trainers.job.schema import Job
+from trainers.model.world import World
 from trainers.run.describe import describe
 from trainers.run.events import Event, ProfileEvent
 from trainers.storage import Folder
+from trainers.training.profiling import Profiled
 
 pytestmark = pytest.mark.slow
 
@@ -56,3 +60,17 @@ def test_three_steps_are_looked_at_and_train_as_ever(tmp_path: Path, tiny_tokeni
     table = profile_table(profiled)
     assert table is not None and len(table.rows) == 13
     assert profile_table(plain) is None
+
+
+def test_spans_around_kernels_are_not_counted_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card the profiler also tells how long a named part of the program took there."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some Card")
+    times = {"self_device_time_total": 3e5, "self_cpu_time_total": 0.0, "count": 3}
+    kernel, span = (
+        SimpleNamespace(key=key, device_type=SimpleNamespace(name="CUDA"), is_user_annotation=spans, **times)
+        for key, spans in (("gemm", False), ("Optimizer.step#AdamW.step", True))
+    )
+    engine = torch.nn.Linear(2, 2)
+    looked = Profiled(Recorder(), tmp_path, engine, World(0, 1, torch.device("cuda")), 0, 6)
+    found = looked._summary([kernel, span], 0.6, 10.0, tmp_path / "trace")
+    assert found.busy_s == pytest.approx(0.1) and found.step_s == pytest.approx(0.2)

@@ -34,6 +34,7 @@ class Need:
     way: str
     moment: str
     weights: int
+    """Those of a teacher too."""
     gradients: int
     optimizer: int
     """fp32 masters and the two moments."""
@@ -113,8 +114,9 @@ def needs(size: ModelSize, world_size: int, step: StepShape, on_card: bool = Tru
         }
         moment = max(moments, key=lambda name: sum(moments[name]))
         gradients, working, activations, loss = moments[moment]
-        state = held.weights + held.optimizer + held.complete
+        weights = held.weights + size.teacher_bytes
+        state = weights + held.optimizer + held.complete
         staging = 0 if held.host else saved  # offloaded state is written from where it lies
-        found.append(Need(way, moment, held.weights, gradients, held.optimizer, working, activations, loss, staging,
+        found.append(Need(way, moment, weights, gradients, held.optimizer, working, activations, loss, staging,
                           held.host + on_host, held.disk, state, on_card, kernels))  # fmt: skip
     return tuple(found)

@@ -75,6 +75,10 @@ class ModelSize:
     """Whether the model's class can compute layers again."""
     saves_frozen: bool = True
     """Whether checkpoints hold what does not train."""
+    teacher_bytes: int = 0
+    """Weights of a teacher, which every rank holds whole,"""
+    teacher_passing_bytes: int = 0
+    """and what one sequence holds at the most on its way through it."""
     own: Mapping[str, int] = field(default_factory=dict)
     """What a DeepSpeed file of the job's own says, as `own_settings` gives it."""
 
@@ -110,7 +114,7 @@ class ModelSize:
     def shared(self, times: int) -> "ModelSize":
         """The same where so many times as many ranks share each sequence: all grows with positions in proportion."""
         parts = ("length", "sequence_bytes", "outside_bytes", "passing_bytes", "tiled_layer_bytes",
-                 "tiled_passing_bytes", "query_bytes", "key_bytes")  # fmt: skip
+                 "tiled_passing_bytes", "query_bytes", "key_bytes", "teacher_passing_bytes")  # fmt: skip
         return replace(self, sharing=self.sharing * times, **{name: -(-getattr(self, name) // times) for name in parts})
 
     def layers_again(self, step: StepShape) -> int:
@@ -141,13 +145,16 @@ class ModelSize:
 
     def loss_bytes(self, step: StepShape, on_card: bool) -> int:
         """Logits, their fp32 copy and its logarithms, or three fp32 gradients in the backward pass; in chunks, a chunk
-        of logits and the head's gradient."""
-        positions = step.micro_batch_size * self.length
+        of logits and the head's gradient. With a teacher its logits and theirs too."""
+        positions, taught = step.micro_batch_size * self.length, self.teacher_bytes > 0
+        passing = self.teacher_passing_bytes * step.micro_batch_size
         if not self.chunked:
             each = max(self.weight_bytes + 8 * self.targets, 12 * self.targets)
-            return int(positions * self.vocabulary * each)
+            each += taught * (self.weight_bytes + 8 * self.targets)
+            return int(positions * self.vocabulary * each) + passing
         logits = int(4 * positions * self.targets * self.vocabulary)
         halves = 0 if self.weight_bytes == 4 else min(logits, CHUNK_BYTES) // 2  # as they come, and as they go on
-        chunk = CARD_CHUNK_BYTES // 2 if on_card else min(logits, CHUNK_BYTES) + halves
+        chunk = CARD_CHUNK_BYTES // 2 if on_card and not taught else min(logits, CHUNK_BYTES) + halves
+        chunk += taught * (3 * min(logits, CHUNK_BYTES) + halves)  # its own, and the logarithms of both
         gradient = self.vocabulary * self.width * (4 if self.weight_bytes == 4 else 4 + self.weight_bytes)
-        return chunk + gradient + int(2 * self.input_bytes * step.micro_batch_size * self.targets)
+        return passing + chunk + gradient + int(2 * self.input_bytes * step.micro_batch_size * self.targets)

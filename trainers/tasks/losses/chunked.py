@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from trainers.compiler import has_triton
 from trainers.tasks.losses import CARD_CHUNK_BYTES, TokenScores, find_targets, join_scores, score_logits
 from trainers.tasks.losses import CHUNK_BYTES as CHUNK_BYTES
 
@@ -97,8 +97,8 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
 
 
 def _fused_takes(hidden: torch.Tensor) -> bool:
-    """Whether one kernel computes a chunk: on a GPU, where Triton is."""
-    return hidden.is_cuda and hidden.dtype != torch.float64 and find_spec("triton") is not None
+    """Whether one kernel computes a chunk: on a GPU, where Triton is at hand."""
+    return hidden.is_cuda and hidden.dtype != torch.float64 and has_triton()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
