@@ -124,6 +124,11 @@ def pick_device(gpus_per_worker: int | Literal["auto"], threads: int | None = No
     return torch.device("cpu")
 
 
+def has_driver() -> bool:
+    """Whether this machine has NVIDIA's driver, which containers without a GPU do not see."""
+    return any(map(os.path.exists, DRIVER))
+
+
 def check_gpus(gpus_per_worker: int | Literal["auto"]) -> None:
     """Refuse to compute on the CPU in silence where this machine's GPUs are asked for.
 
@@ -133,7 +138,7 @@ def check_gpus(gpus_per_worker: int | Literal["auto"]) -> None:
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    if gpus_per_worker == 0 or hidden or torch.cuda.is_available() or not any(map(os.path.exists, DRIVER)):
+    if gpus_per_worker == 0 or hidden or torch.cuda.is_available() or not has_driver():
         return
     try:
         torch.cuda.init()

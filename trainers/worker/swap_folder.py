@@ -19,7 +19,7 @@ from trainers.errors import JobError
 from trainers.host_memory import give_freed_memory_back
 from trainers.model.deepspeed_config import disk_sections
 from trainers.model.memory import GIVE_BACK_BYTES
-from trainers.model.world import World
+from trainers.model.world import World, has_driver
 
 PROBE = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }"
 BUILT = "deepspeed.ops.aio.async_io_op"
@@ -37,12 +37,22 @@ def async_io_problem() -> str | None:
     lacks += [] if ninja else ["ninja (pip install ninja)"]
     if compiler and not compiles(compiler):
         lacks.append("libaio with its headers (Debian, Ubuntu: apt install libaio-dev; Fedora: libaio-devel)")
+    if has_driver() and not _finds_cuda():
+        lacks.append("the CUDA toolkit with nvcc, of torch's version (CUDA_HOME names its folder)")
     if not lacks:
         return None
     return (
         "train.deepspeed: state on disk is read and written by DeepSpeed's async I/O, which is built on each node; "
         f"{socket.gethostname()} lacks {', '.join(lacks)}. Install it, or take zero3-cpu-offload"
     )
+
+
+def _finds_cuda() -> bool:
+    """Whether torch has no CUDA, or knows where the toolkit is: DeepSpeed builds with it where there is a GPU."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return torch.version.cuda is None or (CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists())
 
 
 def _search_path() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.cpp_extension
 
 from orchestrator.run_session import check_disks
 from tests.crashing import make_engine, state_digest
@@ -252,6 +253,15 @@ def test_a_machine_that_cannot_build_async_io_is_told_the_package(
     monkeypatch.setattr(swap_folder, "PROBE", "#include <no_such_header.h>")
     problem = str(swap_folder.async_io_problem())
     assert "lacks libaio with its headers" in problem and "apt install libaio-dev" in problem
+    monkeypatch.setattr(swap_folder, "has_driver", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
+    assert "the CUDA toolkit with nvcc" in str(swap_folder.async_io_problem())
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch()
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(tmp_path / "cuda"))
+    assert "CUDA" not in str(swap_folder.async_io_problem())
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     assert "a C++ compiler" in str(swap_folder.async_io_problem())
     with pytest.raises(JobError, match="a C"):
