@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from trainers.compiler import has_triton
 from trainers.errors import JobError
+from trainers.host_memory import node_id
 
 if TYPE_CHECKING:
     from trainers.architecture.sequence_parallel import SequenceGroup
@@ -200,6 +201,18 @@ def join_world(threads: int, gpus_per_worker: int | Literal["auto"] = "auto", sh
     from trainers.architecture.sequence_parallel import join_group
 
     return World(rank, size, device, join_group(rank, size, sharing))
+
+
+def share_cores(world: World) -> None:
+    """Let this rank compute with its share of the node's cores, where it has a GPU and the cores little else to do: a
+    collective. What is offloaded is updated by them, and the one thread that a worker has by default would take far
+    longer for that than the GPU for the step."""
+    if world.device.type == "cpu":
+        return
+    import torch
+
+    ranks = world.gather(node_id()).count(node_id())
+    torch.set_num_threads(max(torch.get_num_threads(), len(os.sched_getaffinity(0)) // ranks))
 
 
 def free_memory() -> None:

@@ -21,6 +21,7 @@ LOOKS = 50
 DEPTH = 8
 """Frames above the innermost that are looked at."""
 COLLECTIVE_FILES = ("torch/distributed/", "deepspeed/comm/")
+SETTLING = ("trainers/training/loop.py", "_settle")
 WINDOW = 20
 """Steps over which a straggler must lag."""
 LAG_SHARE, LAG_S = 0.1, 0.05
@@ -28,7 +29,10 @@ LAG_SHARE, LAG_S = 0.1, 0.05
 
 
 def in_collective(frames: Sequence[tuple[str, str]]) -> bool:
-    """Whether a stack, innermost (file, function) first, waits for other ranks."""
+    """Whether a stack, innermost (file, function) first, waits for other ranks. On a GPU collectives only queue up, and
+    the host waits for them where it asks for the step's numbers."""
+    if frames and frames[0][1] == SETTLING[1] and frames[0][0].endswith(SETTLING[0]):
+        return True
     return any(
         any(part in file for part in COLLECTIVE_FILES) or (function == "wait" and "deepspeed" in file)
         for file, function in frames[:DEPTH]

@@ -12,6 +12,7 @@ from trainers.batching.packing import PackIndex, index_packs
 from trainers.checkpoint.checkpointer import Checkpointer, new_attempt
 from trainers.checkpoint.export import on_meta
 from trainers.checkpoint.records import Progress
+from trainers.checkpoint.slices import is_offloaded
 from trainers.errors import JobError
 from trainers.job.schema import Job
 from trainers.model.choice import Choice, choose, settle
@@ -21,7 +22,15 @@ from trainers.model.engine import build_engine, release_engine
 from trainers.model.fit import check_long_sequences
 from trainers.model.memory import ModelSize
 from trainers.model.model_size import measure_size
-from trainers.model.world import World, compute_deterministically, device_name, free_memory, join_world, smallest_device
+from trainers.model.world import (
+    World,
+    compute_deterministically,
+    device_name,
+    free_memory,
+    join_world,
+    share_cores,
+    smallest_device,
+)
 from trainers.model.zero_settings import sizes_of
 from trainers.run.events import DoneEvent, HistoryEvent, RolledBackEvent, StartEvent, VerificationEvent
 from trainers.run.record import Run
@@ -135,6 +144,8 @@ def _train(
     skipped = world.broadcast(_begin(run, order.steps, hooks) if world.rank == 0 else SkippedSteps())
     engine = build_engine(job, task, run.model.path, pad_id, config, world)
     check_frozen(engine)
+    if is_offloaded(engine):
+        share_cores(world)
     _check_given(job, engine, objective, task, shards, packs, plan, pad_id, world)
     if job.train.compile:
         compile_layers(engine, task, job.data.max_length)

@@ -1,6 +1,8 @@
 """When ranks count as hung, and who is blamed for it."""
 
 from orchestrator.training.hang import LEAST_S, LOAD_S, blame, is_hung, stand
+from trainers.training import loop
+from trainers.training.straggler import SETTLING
 from trainers.worker.heartbeat import Heartbeat
 
 IN_STEP = 'Thread 0x1 (most recent call first):\n  File "/x/trainers/batches.py", line 5 in _collate\n'
@@ -47,6 +49,18 @@ def test_the_rank_that_is_not_in_a_collective_is_to_blame():
     assert report.culprit.rank == 1
     assert "rank 1: step 5, phase data, at /x/trainers/batches.py:5 in _collate" in str(report)
     assert "Others: rank 0: step 5, phase settle" in str(report)
+
+
+def test_on_gpus_ranks_wait_for_others_where_they_ask_for_the_numbers_of_the_step():
+    """A collective returns at once there: nothing of torch.distributed is on the stack."""
+
+    def settling(rank):
+        stack = '  File "/x/trainers/training/loop.py", line 257 in _settle\n'
+        return stand(rank, Heartbeat(4, "settle", 99.0), "S", f"Thread 0x1 (most recent call first):\n{stack}")
+
+    report = blame([settling(0), settling(1), stand(2, Heartbeat(4, "data", 99.0), "S", IN_STEP)])
+    assert report.culprit.rank == 2 and settling(0).waits
+    assert loop.__file__.endswith(SETTLING[0]) and hasattr(loop, SETTLING[1])
 
 
 def test_where_all_wait_the_odd_one_left_a_collective_out():

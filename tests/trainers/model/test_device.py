@@ -67,6 +67,22 @@ def test_a_rank_does_not_take_the_cpu_in_silence_where_torch_cannot_use_the_gpus
     check_gpus("auto")
 
 
+def test_what_is_offloaded_is_updated_by_the_cores_that_ranks_on_gpus_leave_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.setattr(world.World, "gather", lambda _, node: [node, node, "another node", node])
+    try:
+        torch.set_num_threads(1)
+        world.share_cores(world.World(0, 4, torch.device("cpu")))
+        assert torch.get_num_threads() == 1
+        world.share_cores(world.World(0, 4, torch.device("cuda", 0)))
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.usefixtures("_gpus")
 def test_evaluation_prediction_and_self_tests_stay_on_the_cpu(job: Job) -> None:
     run = find_run(job)
