@@ -67,6 +67,7 @@ class HostBuffer:
         self._map[: len(layout.header)] = layout.header
         self._pieces = [(piece, self._view(piece.spec, layout.offsets[piece.spec.name])) for piece in share.pieces]
         self._is_locked = current_gpu() is not None
+        self._stream = copy_stream()
         self._locked = Beside(partial(lock_pages, self._map, self._is_locked))
 
     def _view(self, spec: Any, offset: int) -> Any:
@@ -94,7 +95,7 @@ class HostBuffer:
                     later.append((piece.live().detach(), view))
                 else:
                     view.copy_(piece.live())
-        return Beside(Copying(later, then))
+        return Beside(Copying(later, self._stream, then))
 
     def close(self) -> None:
         """Unlock the pages; the memory goes with the last that holds it."""
@@ -142,16 +143,14 @@ class Beside:
 
 
 class Copying:
-    """Work that copies tensors; on a GPU in a stream of its own."""
+    """Work that copies tensors, in a stream beside that of the steps where there is one."""
 
-    def __init__(self, pairs: list[tuple[Any, Any]], then: Callable[[float], None]) -> None:
+    def __init__(self, pairs: list[tuple[Any, Any]], stream: Any, then: Callable[[float], None]) -> None:
         import torch
 
-        self._pairs, self._then = pairs, then
-        self._stream = None
-        if torch.cuda.is_available():
-            self._stream = torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())  # the update that made this state
+        self._pairs, self._stream, self._then = pairs, stream, then
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())  # the update that made this state
 
     def __call__(self) -> None:
         import torch
@@ -238,6 +237,14 @@ def current_gpu() -> int | None:
     import torch
 
     return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def copy_stream() -> Any:
+    """A stream of this thread's GPU, None without one. A buffer keeps its own: what copies in another type take of the
+    device for a while stays with their stream."""
+    import torch
+
+    return torch.cuda.Stream() if torch.cuda.is_available() else None
 
 
 def lock_pages(mapped: mmap.mmap, for_gpu: bool) -> None:

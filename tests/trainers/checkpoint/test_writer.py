@@ -252,7 +252,7 @@ def test_the_copy_thread_takes_its_device_before_its_stream(monkeypatch: pytest.
     )
     monkeypatch.setattr(torch.cuda, "stream", use)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    host_buffer.Beside(host_buffer.Copying([], lambda _: None)).wait()
+    host_buffer.Beside(host_buffer.Copying([], host_buffer.copy_stream(), lambda _: None)).wait()
     assert calls == [("device", 3, "copy"), ("stream", "cuda:3", "copy"), "synchronize"]
 
 
