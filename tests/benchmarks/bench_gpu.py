@@ -88,6 +88,7 @@ def make_job(asked: argparse.Namespace) -> Any:
 
     from tests.conftest import make_chat_tokenizer
     from trainers.model.source import ModelFolder
+    from trainers.model.world import free_memory
     from trainers.verification.packing import decide_packing, with_packing
 
     folder = asked.folder
@@ -99,6 +100,8 @@ def make_job(asked: argparse.Namespace) -> Any:
         with torch.device(asked.device):  # a CPU draws a billion numbers in half a minute
             drawn = LlamaForCausalLM(config)
         drawn.to(torch.bfloat16).save_pretrained(model)
+        del drawn
+        free_memory()  # the contenders are other processes
         make_chat_tokenizer(model)
     rows = [{"text": text} for text in texts(asked)]
     job = tiny_job(
