@@ -85,6 +85,7 @@ def job_task(job: Job, shards: ShardManifest, model_path: str | None = None) -> 
     Raises:
         JobError: where that head knows other labels.
     """
-    task = load_task(job.task, task_options(job, shards.labels))
+    counted = {"label_counts": shards.labels, "label_rows": shards.total("rows")}
+    task = load_task(job.task, task_options(job).model_copy(update=counted))
     name_labels(task, shards.labels, model_path)
     return task

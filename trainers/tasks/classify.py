@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 BLANKS = "blanks around a label, which were trimmed"
 CUT = "several labels in one text, cut at "
 AMBIGUOUS = "labels_in_one_text: not a list as in JSON, nor names between ';', '|' or ',' alone"
+BITS = frozenset({"0", "1", "0.0", "1.0", "true", "false"})
+MULTI_HOT = "multi_hot: a list of 0 or 1 for each class; write the row's labels, such as [1, 4] for [0, 1, 0, 0, 1, 0]"
 
 
 class Classify(Task):
@@ -70,6 +72,8 @@ class Classify(Task):
             label = read[0]
         if isinstance(label, list) != several:
             return "label_not_a_list" if several else "multi_label_but_data.multi_label_is_off"
+        if several and _is_multi_hot(label):
+            return MULTI_HOT
         if not all(map(_is_name, label if several else [label])):
             return "label_not_a_name"
         return None if text.strip() else "empty_text"
@@ -128,7 +132,8 @@ class Classify(Task):
         return binary_cross_entropy_with_logits(picked, truth, weight=weights, reduction="sum") / width
 
     def _weights(self, logits: torch.Tensor) -> torch.Tensor | None:
-        values = class_weights(self.options.class_weights, self.options.label_counts, self.labels)
+        options = self.options
+        values = class_weights(options.class_weights, options.label_counts, options.label_rows, self.labels)
         return None if values is None else move(np.array(values, dtype=np.float32), logits.device)
 
     def score(self, logits: torch.Tensor, batch: Batch) -> dict[str, Array]:
@@ -165,13 +170,17 @@ class Classify(Task):
         return functions[name](row_scores) if name in functions else super().metric_value(name, row_scores)
 
 
-def class_weights(weights: Any, counts: Mapping[str, int], labels: Sequence[str]) -> list[float] | None:
-    """The factor of each label's loss. Raises JobError for a label that training never shows."""
+def class_weights(weights: Any, counts: Mapping[str, int], rows: int, labels: Sequence[str]) -> list[float] | None:
+    """The factor of each label's loss, where training has so many rows, and of each label `counts` of them.
+
+    `balanced` counts the labels that training shows; one that only the model's head knows has 1. Raises JobError for a
+    factor of a label that there is not.
+    """
     if weights is None:
         return None
     if weights == "balanced":
-        total = sum(counts.values())
-        return [total / (len(labels) * counts[name]) for name in labels]
+        shown = sum(name in counts for name in labels)
+        return [rows / (shown * counts[name]) if name in counts else 1.0 for name in labels]
     unknown = sorted(set(weights) - set(labels))
     if unknown:
         raise JobError(f"train.class_weights: {unknown} are not among the labels {list(labels)[:20]}")
@@ -211,6 +220,14 @@ def _name(label: Any) -> str:
 
 def _is_missing(label: Any) -> bool:
     return label is None or (isinstance(label, str) and not label.strip()) or label != label  # NaN is no label either
+
+
+def _is_multi_hot(label: Sequence[Any]) -> bool:
+    """Whether a list says 0 or 1 of each class. Of [0, 1] alone it cannot be told: two classes may be meant."""
+    bits = len(label) > 1 and all(str(one).strip().lower() in BITS for one in label)
+    return bits and (
+        len({_name(one) for one in label}) < len(label) or any(isinstance(one, bool | float) for one in label)
+    )
 
 
 def _is_name(label: Any) -> bool:

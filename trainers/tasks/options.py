@@ -17,17 +17,19 @@ class TaskOptions(DataOptions, TrainOptions, EvaluateOptions):
     dropout: float | None = None
     label_counts: dict[str, int] = {}
     """Training rows by label."""
+    label_rows: int = 0
+    """Training rows; one with several labels counts for each of them above, and once here."""
 
 
 DEFAULTS = TaskOptions()
 
 
-def task_options(job: Job, label_counts: dict[str, int] | None = None) -> TaskOptions:
-    """The choices of a job, with the rows by label where the shards are known."""
+def task_options(job: Job) -> TaskOptions:
+    """The choices of a job; of the data nothing is known."""
     sections = ((DataOptions, job.data), (TrainOptions, job.train), (EvaluateOptions, job.evaluate))
     values = {name: getattr(section, name) for options, section in sections for name in options.model_fields}
     values["chat_template"] = read_template(job.data.chat_template)
-    return TaskOptions(packing=job.packing, dropout=job.model.dropout, label_counts=label_counts or {}, **values)
+    return TaskOptions(packing=job.packing, dropout=job.model.dropout, **values)
 
 
 def read_template(template: str | None) -> str | None:

@@ -77,7 +77,7 @@ def make_context(job: Job, model_path: str, folder: Path, device: Any = "cpu") -
     plan = SplitPlan("train", sources, None, {})
     task = load_task(job.task, plain)
     longest, record = _first_shard(job, plan, Folder(str(folder)), task, encoder, rules)
-    task = load_task(job.task, plain.model_copy(update={"label_counts": record.labels}))
+    task = load_task(job.task, plain.model_copy(update={"label_counts": record.labels, "label_rows": record.rows}))
     name_labels(task, record.labels if head_labels(model_path, task) else _labels(record), model_path)
     task.prepare(encoder)
     shards = ShardSet(Folder(str(folder)), manifest_of(plan, job.task, {0: record}), task)

@@ -60,7 +60,7 @@ def test_a_field_is_for_the_tasks_it_names_and_shapes_the_shards_it_says(
 def test_every_task_option_is_declared_for_tasks_or_for_all() -> None:
     marked = {key for _, key, _ in FIELDS}
     own = set(type(task_options(parse_job(JOB))).model_fields)
-    assert own - marked == {"seed", "dropout", "label_counts", "packing", "pack_length", "metrics"}
+    assert own - marked == {"seed", "dropout", "label_counts", "label_rows", "packing", "pack_length", "metrics"}
 
 
 JOB = {"name": "x", "task": "mlm", "model": {"path": "m/x"}, "data": {"train": "t.txt", "eval": "e.txt"},

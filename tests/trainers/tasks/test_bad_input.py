@@ -16,6 +16,7 @@ from trainers.shards.drop_budget import check_shards
 from trainers.sources.files import find_sources
 from trainers.sources.formats import FORMATS, Span
 from trainers.tasks import TaskOptions, load_task
+from trainers.tasks.classify import MULTI_HOT
 from trainers.verification.verify import verify_job
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -58,6 +59,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("mlm", {"text": " "}, "empty_text"),
     ("classify", {"label": {"name": "a"}}, "label_not_a_list"),
     ("classify", {"label": [1.5]}, "label_not_a_name"),
+    ("classify", {"label": [0.0, 1.0, 0.0, 0.0, 1.0, 0.0]}, MULTI_HOT),
+    ("classify", {"label": [0, 1, 0, 0, 1]}, MULTI_HOT),
+    ("classify", {"label": [True, False]}, MULTI_HOT),
+    ("classify", {"label": "[0, 0, 1]"}, MULTI_HOT),
 ]
 
 
@@ -86,6 +91,16 @@ def test_over_budget_rows_are_refused_with_the_reason_and_the_row(encoder: Path,
     with pytest.raises(DataError, match="tokens_and_tags_of_unequal_length") as caught:
         check_shards(job, shard_locally(job))
     assert caught.value.exit_code == 4
+
+
+def test_labels_given_as_zeros_and_ones_are_refused_with_what_to_write(encoder: Path, tmp_path: Path) -> None:
+    hot = [[float((index + place) % 3 == 0) for place in range(6)] for index in range(20)]
+    rows = [{"text": "the dog ran", "label": label} for label in hot]
+    job = tiny_job(tmp_path, encoder, "classify", rows, data={"multi_label": True})
+    with pytest.raises(DataError, match=r"(?s)not one of 16 rows can be used.*multi_hot: .*write the row's labels"):
+        check_shards(job, shard_locally(job))
+    indices = {"text": "the dog ran", "label": [0, 1]}
+    assert load_task("classify").refusal(indices, TaskOptions(multi_label=True)) is None
 
 
 def test_a_tag_that_only_the_evaluation_shows_is_refused(encoder: Path, tmp_path: Path) -> None:

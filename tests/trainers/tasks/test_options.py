@@ -194,10 +194,16 @@ def test_smoothing_spreads_the_target() -> None:
 
 
 def test_class_weights_scale_each_label() -> None:
-    assert class_weights("balanced", {"a": 30, "b": 10}, ("a", "b")) == [pytest.approx(2 / 3), 2.0]
-    assert class_weights({"b": 3.0}, {}, ("a", "b")) == [1.0, 3.0]
+    assert class_weights("balanced", {"a": 30, "b": 10}, 40, ("a", "b")) == [pytest.approx(2 / 3), 2.0]
+    assert class_weights("balanced", {"a": 30, "b": 10}, 40, ("a", "of the head", "b")) == [
+        pytest.approx(2 / 3),
+        1.0,
+        2,
+    ]
+    assert class_weights("balanced", {"a": 50, "b": 50}, 1000, ("a", "b")) == [10.0, 10.0]
+    assert class_weights({"b": 3.0}, {}, 0, ("a", "b")) == [1.0, 3.0]
     with pytest.raises(JobError, match="'c'"):
-        class_weights({"c": 1.0}, {}, ("a", "b"))
+        class_weights({"c": 1.0}, {}, 0, ("a", "b"))
     task = load_task("classify", TaskOptions(class_weights={"b": 3.0}))
     task.labels = ("a", "b")
     logits = torch.randn(2, 2)
@@ -267,3 +273,13 @@ def test_a_chat_template_that_is_only_a_name_is_refused() -> None:
     with pytest.raises(JobError, match=r"data.chat_template: 'chatml' is no template .* ends in .jinja"):
         read_template("chatml")
     assert read_template("{{ messages }}") == "{{ messages }}"
+
+
+def test_balanced_weights_are_told_of_the_rows_not_of_their_labels(models: dict[str, Path], tmp_path: Path) -> None:
+    from trainers.run.record import job_task
+
+    rows = [{"text": "the dog ran", "label": ["a", "b"] if index % 10 == 0 else []} for index in range(50)]
+    job = tiny_job(tmp_path, models["bert"], "classify", rows, data={"multi_label": True},
+                   train={"class_weights": "balanced"})  # fmt: skip
+    task = job_task(job, shard_locally(job).train)
+    assert task._weights(torch.zeros(1, 2)).tolist() == [5.0, 5.0]  # type: ignore[attr-defined]
