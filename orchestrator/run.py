@@ -67,7 +67,7 @@ def run_job(path: Path, overrides: Sequence[str], address: str | None, screen: S
         return finished
     with open_session(checked, address, screen) as session:
         shards = write_shards(checked, screen.on_shards)
-        check_metric(checked.job, shards)
+        check_metric(checked.job, shards, checked.model.path)
         with session.hold(run_of(checked.job, checked.model, shards)):
             outcome = train(session)
             best = select(outcome.evaluations, *session.metric)

@@ -127,7 +127,7 @@ def _main() -> int:
             check_frozen(job, model.path)
         run = find_run(with_packing(job, decide_packing(job, model)) if model else job, model)
         if evaluates(job):
-            check_metric(job, run.shards)
+            check_metric(job, run.shards, run.model.path)
         is_first = os.environ.get("RANK", "0") == "0"
         with own_folder(run.folder) if is_first else nullcontext():
             if is_first:

@@ -90,9 +90,9 @@ def notes(job: Job, batches: BatchPlan, steps: int, elsewhere: bool) -> list[str
     return found
 
 
-def metric_notes(job: Job, shards: Shards | None) -> list[str]:
+def metric_notes(job: Job, shards: Shards | None, model_path: str) -> list[str]:
     """Whether the evaluation rows can give the metric that chooses; told once the shards are there."""
-    refusal = metric_refusal(job, shards) if shards else None
+    refusal = metric_refusal(job, shards, model_path) if shards else None
     return [f"{refusal} (`tuneyard run` refuses it)"] if refusal else []
 
 

@@ -176,7 +176,7 @@ def plan_job(
         **_memory(job, choice, device_bytes, measure),
         **costs,
         evaluation=where_evaluated(job, costs["parameters"], device_bytes, elsewhere),
-        notes=(*all_notes(checked, batches, steps, elsewhere), *metric_notes(job, shards)),
+        notes=(*all_notes(checked, batches, steps, elsewhere), *metric_notes(job, shards, checked.model.path)),
         example=in_short(first) if first else None,
         job=job.model_dump(mode="json"),
     )

@@ -272,7 +272,7 @@ def _new_record(spec: SweepSpec, checked: CheckedJob, points: Sequence[dict[str,
 def _write_shards(checked: CheckedJob, screen: Screen) -> Shards:
     """Raises DataError where the job refuses what they hold."""
     shards = write_shards(checked, screen.on_shards)
-    check_metric(checked.job, shards)
+    check_metric(checked.job, shards, checked.model.path)
     return shards
 
 

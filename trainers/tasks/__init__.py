@@ -45,7 +45,10 @@ def load_task(name: str, options: TaskOptions = DEFAULTS) -> Task:
 
 
 def _task_of(job: Job) -> Task:
-    return load_task(job.task, TaskOptions(metrics=job.evaluate.metrics))
+    data, train, evaluate = job.data, job.train, job.evaluate
+    options = TaskOptions(metrics=evaluate.metrics, generate=evaluate.generate, multi_label=data.multi_label,
+                          objective=train.objective)  # fmt: skip
+    return load_task(job.task, options)
 
 
 def choose_metric(job: Job) -> tuple[str, Mode]:
@@ -58,10 +61,15 @@ def choose_metric(job: Job) -> tuple[str, Mode]:
 
 
 def check_measures(job: Job) -> None:
-    """Raises JobError where a metric of the job's own has a name that is taken or is not there, or where a guard names
-    a metric or an evaluation set that there is not."""
+    """Raises JobError where the metric that decides or a guard's is one that the job's other choices leave out, where a
+    metric of the job's own has a name that is taken or is not there, or where a guard names a metric or an evaluation
+    set that there is not."""
     task, problems = _task_of(job), []
-    known = task.metrics_named
+    known, wanted = task.metrics_named, [("evaluate.metric", job.evaluate.metric or task.metric)]
+    wanted += [(f"evaluate.guards.{guard}", guard.partition(SET)[0]) for guard in job.evaluate.guards]
+    for field, metric in wanted:
+        if why := task.left_out(metric) if metric in task.metrics_known else None:
+            problems.append(f"{field}: there is no {metric} in this job: {why}")
     for name, own in job.evaluate.metrics.items():
         if name in task.metrics_known:
             problems.append(f"evaluate.metrics.{name}: task {job.task} has a metric of that name; choose another")

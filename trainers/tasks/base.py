@@ -94,8 +94,7 @@ class Task(ABC):
         return np.ones(table.num_rows, dtype=np.int64)
 
     def spans(self, lengths: Array, targets: Array) -> Array:
-        """What each sequence takes of a micro-batch, in positions of `input_ids`, int64 [rows]; so are `lengths` and
-        `targets`."""
+        """Positions that each sequence takes of a micro-batch, int64 [rows] as are `lengths` and `targets`."""
         return lengths.astype(np.int64)
 
     @abstractmethod
@@ -210,9 +209,7 @@ class Task(ABC):
         Args:
             metric: where one alone is asked for, so that others may be left out.
         """
-        numbers = {
-            name: values for name, values in row_scores.items() if values.dtype != object
-        }  # no metric reads texts
+        numbers = {name: values for name, values in row_scores.items() if values.dtype != object}  # no texts
         for rows in draws:
             yield self.metrics({name: values[rows] for name, values in numbers.items()})
 
@@ -292,6 +289,10 @@ class Task(ABC):
     def metrics_named(self) -> tuple[str, ...]:
         """Metrics that a job may choose by."""
         return (*self.metrics_known, *self.options.metrics)
+
+    def left_out(self, metric: str) -> str | None:
+        """Why these options leave out one of `metrics_known`, with the remedy; None where they do not."""
+        return None
 
     def better_mode(self, metric: str) -> str:
         own = self.options.metrics.get(metric)

@@ -154,6 +154,12 @@ class Classify(Task):
         every = multi_label_metrics if self.options.multi_label else single_label_metrics
         return every(row_scores, self.labels)
 
+    def left_out(self, metric: str) -> str | None:
+        several = metric == "mcc" and self.options.multi_label
+        return (
+            "it is for rows of one label, not for data.multi_label; choose f1_macro, for example" if several else None
+        )
+
     def guesses(self, row_scores: Mapping[str, Array], seed: int) -> dict[str, dict[str, Array]]:
         return guess_labels(row_scores) if self.options.multi_label else guess_class(row_scores, seed)
 

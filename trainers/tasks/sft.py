@@ -114,6 +114,10 @@ class Sft(CausalTask):
     def metrics(self, row_scores: Mapping[str, Array]) -> dict[str, float]:
         return {**token_metrics(row_scores), **(overlap_metrics(row_scores) if "rougeL" in row_scores else {})}
 
+    def left_out(self, metric: str) -> str | None:
+        silent = self.options.generate is None and metric not in CausalTask.metrics_known
+        return "it compares generated texts; set evaluate.generate, such as {max_new_tokens: 128}" if silent else None
+
 
 def _render(chat: Chat | str, encoder: Encoder, options: TaskOptions) -> Sequence[Rendered] | str:
     """The conversation as text with the assistant's spans, or the reason for dropping the row."""

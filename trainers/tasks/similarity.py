@@ -142,6 +142,10 @@ class Similarity(Task):
             }
         return values
 
+    def left_out(self, metric: str) -> str | None:
+        cosines = f"train.objective {self.options.objective} gives cosines, not scores; choose spearman, or loss"
+        return cosines if metric == "mse" and self.embeds else None
+
     def draw_metrics(
         self, row_scores: Mapping[str, Array], draws: Iterable[Array], metric: str | None = None
     ) -> Iterator[dict[str, float]]:
