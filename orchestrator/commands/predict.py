@@ -19,7 +19,7 @@ from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.read import ModelVersion
 from trainers.checkpoint.export import export_checkpoint
 from trainers.errors import JobError
-from trainers.evaluation.predict import predict
+from trainers.evaluation.predict import check_asked, predict
 from trainers.job.load import load_job
 from trainers.job.schema import Job
 from trainers.model.source import prepare_model
@@ -90,7 +90,8 @@ def predict_file(model: Model, data: list[str], out: str | None, workers: int = 
         address: of the cluster.
 
     Raises:
-        JobError: for data that is not there, or another kind of output.
+        DataError: for files that are not what they are said to be.
+        JobError: for data that is not there or lacks the task's columns, or another kind of output.
     """
     if out is not None and Path(out).suffix not in (".jsonl", ".parquet"):
         raise JobError(f"--out {out}: name a file that ends in .jsonl or .parquet")
@@ -111,6 +112,7 @@ def predict_file(model: Model, data: list[str], out: str | None, workers: int = 
 
 def _rows(job: Job, patterns: list[str]) -> Iterator[Mapping[str, Any] | None]:
     sources = find_sources(patterns, job.data.format, "DATA", digests=False, task=job.task)
+    check_asked(job, sources, "DATA")
     for unit in plan_units(sources):
         for _, fields in read_unit(unit, sources[unit.file], task_columns(job)):
             yield fields

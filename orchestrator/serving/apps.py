@@ -12,6 +12,7 @@ from trainers.errors import JobError
 from trainers.evaluation.placement import load_to_answer
 from trainers.evaluation.predict import Predictor, chunks
 from trainers.job.schema import Job
+from trainers.sources.readers import dotted_columns, pick_fields
 from trainers.tasks import load_task
 
 MOST_ROWS = 10_000
@@ -72,8 +73,9 @@ def _predict_app(model: ServedModel) -> Any:
 
 def _fields(job: Job, row: Mapping[str, Any]) -> dict[str, Any]:
     """A row's columns, under the names that the task has for them."""
-    named = {column: field for field, column in job.data.columns.items()}
-    return {named.get(name, name): value for name, value in row.items()}
+    columns, dotted = job.data.columns, dotted_columns(job.data.columns)
+    taken = {*columns.values(), *(names[0] for names in dotted.values())}
+    return {name: value for name, value in row.items() if name not in taken} | pick_fields(row, columns, dotted)
 
 
 def _causal_app(model: ServedModel) -> Any:

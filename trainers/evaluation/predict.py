@@ -18,8 +18,11 @@ from trainers.batching.batch_plan import AUTO_MICRO_BATCH_TOKENS
 from trainers.evaluation.placement import load_to_evaluate
 from trainers.job.schema import Job
 from trainers.job.sections import GenerateSection
+from trainers.sources.files import SourceFile
+from trainers.sources.readers import check_columns, needed_fields, task_columns
 from trainers.tasks import EncodeRules, Task, encode_rows, encode_rules, load_task, task_options
 from trainers.tasks.base import Batch, Example
+from trainers.tasks.chat.asking import await_answer
 from trainers.tasks.generation import generate_texts
 from trainers.tasks.metrics.classes import THRESHOLD
 from trainers.tasks.metrics.spans import best_span
@@ -34,6 +37,8 @@ Prediction = dict[str, Any]
 
 ROWS_AT_ONCE = 1000
 """Rows that are sorted by length together; memory holds only these."""
+NO_LIMIT = 2**31 - 1
+"""Tokens of a sequence."""
 
 
 def predict(job: Job, model_path: str, rows: Iterable[Fields | None]) -> Iterator[Prediction]:
@@ -47,6 +52,22 @@ def predict(job: Job, model_path: str, rows: Iterable[Fields | None]) -> Iterato
     predictor = Predictor(job, model_path)
     for chunk in chunks(rows):
         yield from predictor.say(chunk)
+
+
+def check_asked(job: Job, sources: Sequence[SourceFile], where: str) -> None:
+    """Look at the start of each file: it has the columns that the task reads, but for those of the answers.
+
+    Args:
+        where: what names the files, for messages.
+
+    Raises:
+        DataError: for files that are not what they are said to be.
+        JobError: for columns that are missing.
+    """
+    answers = ANSWERS.get(job.task, ())
+    columns = {field: column for field, column in task_columns(job).items() if field not in answers}
+    sets = needed_fields(job.task, job.data.prompt)
+    check_columns(sources, columns, [[field for field in fields if field not in answers] for fields in sets], where)
 
 
 def chunks(rows: Iterable[Fields | None]) -> Iterator[list[Fields | None]]:
@@ -92,7 +113,10 @@ def _predict_chunk(
         Example(place, encoded.tokens[place], {name: values[place] for name, values in extras.items()})
         for place in range(len(encoded.tokens))
     ]
-    for group in _groups(examples, job.evaluate.batch_size):
+    overlong = {one.index for one in examples if job.task == "sft" and _prompt_length(one) >= job.data.max_length}
+    for index in overlong:
+        parts[int(encoded.row[index])].append({"error": "overlong"})
+    for group in _groups([one for one in examples if one.index not in overlong], job.evaluate.batch_size):
         said = PREDICTORS[job.task](task, model, group, encoder, job, device)
         for example, prediction in zip(group, said, strict=True):
             parts[int(encoded.row[example.index])].append(prediction)
@@ -101,9 +125,10 @@ def _predict_chunk(
 
 
 def _rules(job: Job) -> EncodeRules:
-    """As for training, but a conversation asks for its last answer alone."""
+    """As for training, but a conversation asks for its last answer alone, before which nothing is cut off."""
     rules = encode_rules(job)
-    return replace(rules, options=rules.options.model_copy(update={"each_turn": False}))
+    options = rules.options.model_copy(update={"each_turn": False})
+    return replace(rules, options=options, max_length=NO_LIMIT if job.task == "sft" else rules.max_length)
 
 
 def _groups(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
@@ -216,16 +241,6 @@ def _loss(
     ]
 
 
-def _fill_messages(row: Fields, task: Task) -> Fields:
-    """A conversation that waits for an answer: the one in the row, if there is one, is generated anew."""
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
-        waits = messages[-1].get("role") != "assistant"
-        return {**row, "messages": [*messages, {"role": "assistant", "content": "-"}] if waits else messages}
-    missing = {"completion"} if "prompt" in row else {"output"} if "instruction" in row else set()
-    return {**row, **{name: row.get(name) or "-" for name in missing}}
-
-
 def _fill_label(row: Fields, task: Task) -> Fields:
     return {**row, "label": [] if task.options.multi_label else task.labels[0]}
 
@@ -241,11 +256,21 @@ FILLERS: dict[str, Callable[[Fields, Task], Fields]] = {
     "extract": lambda row, task: {**row, "answers": {"text": [], "answer_start": []}},
     "similarity": lambda row, task: {**row, "score": task.options.score_range[0]},
     "seq2seq": lambda row, task: {**row, "target": "-"},
-    "sft": _fill_messages,
+    "sft": lambda row, task: await_answer(row),
     "pretrain": lambda row, task: row,
     "mlm": lambda row, task: row,
 }
 """A row of each task with something where training has its target."""
+
+ANSWERS: dict[str, tuple[str, ...]] = {
+    "classify": ("label",),
+    "tag": ("tags",),
+    "extract": ("answers", "id"),
+    "similarity": ("score",),
+    "seq2seq": ("target",),
+    "sft": ("completion", "output", "reasoning_content", "reasoning", "thinking"),
+}
+"""Fields of each task that only training and evaluation read."""
 
 PREDICTORS: dict[str, Callable[[Task, Any, Sequence[Example], Encoder, Job, Any], list[Prediction]]] = {
     "classify": _classify,

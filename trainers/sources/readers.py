@@ -94,16 +94,13 @@ def read_unit(unit: Unit, source: SourceFile, columns: Mapping[str, str]) -> Ite
     if source.format not in ("csv", "tsv"):
         convert.pop("label", None)
     wanted = list(dict.fromkeys(name for column in columns.values() for name in (column, column.split(".")[0])))
-    dotted = {field: column.split(".") for field, column in columns.items() if "." in column}
+    dotted = dotted_columns(columns)
     try:
         for row, record in FORMATS[source.format].read(source, unit.span, wanted):
             if record is None:
                 yield row, None
                 continue
-            fields = {field: record[column] for field, column in columns.items() if column in record}
-            for field, names in dotted.items():
-                if field not in fields and names[0] in record:
-                    fields[field] = _inside(record, names)
+            fields = pick_fields(record, columns, dotted)
             for field, parse in convert.items():
                 if isinstance(value := fields.get(field), str):
                     fields[field] = parse(value)
@@ -113,6 +110,28 @@ def read_unit(unit: Unit, source: SourceFile, columns: Mapping[str, str]) -> Ite
             f"{source.uri}: the file is damaged or cannot be read to its end ({error}). "
             "Fetch or write it again, or leave it out"
         ) from error
+
+
+def dotted_columns(columns: Mapping[str, str]) -> dict[str, list[str]]:
+    """By field: the names, one in another, of a column with dots."""
+    return {field: column.split(".") for field, column in columns.items() if "." in column}
+
+
+def pick_fields(
+    record: Mapping[str, Any], columns: Mapping[str, str], dotted: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The task's fields of a row. A column that it lacks leaves its field out.
+
+    Args:
+        record: the row, by column.
+        columns: for each field, its column.
+        dotted: `dotted_columns` of them.
+    """
+    fields = {field: record[column] for field, column in columns.items() if column in record}
+    for field, names in dotted.items():
+        if field not in fields and names[0] in record:
+            fields[field] = _inside(record, names)
+    return fields
 
 
 def _inside(value: Any, names: Sequence[str]) -> Any:

@@ -18,8 +18,10 @@ from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.register import register
 from tests.tiny import film_rows, make_bert, shard_locally, tiny_job, write_rows
 from trainers.errors import JobError
+from trainers.evaluation.predict import check_asked
 from trainers.run.folder import Evaluation
 from trainers.run.record import Run, find_run
+from trainers.sources.files import find_sources
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,39 @@ def test_what_cannot_be_used_is_named(run: Run, tmp_path: Path, tiny_tokenizer: 
         call(str(tmp_path / "elsewhere"), dev)
     with pytest.raises(JobError, match="no such file"):
         call(f"{run.folder}/export/step-00000003", str(tmp_path / "none.jsonl"))
+
+
+def test_a_file_without_the_tasks_columns_is_refused(run: Run, tmp_path: Path) -> None:
+    model = f"{run.folder}/export/step-00000003"
+    data = str(write_rows(tmp_path / "rows.jsonl", [{"body": "the film is good"}]))
+    with pytest.raises(JobError, match=r"no column 'text'; columns here: body"):
+        call(model, data, "-o", str(tmp_path / "out.jsonl"))
+    assert not (tmp_path / "out.jsonl").exists()
+    said = call(model, data, "--set", "data.columns.text=body", "--set", "data.columns.label=verdict")
+    assert "prediction" in json.loads(said)
+
+
+@pytest.mark.parametrize(
+    "task, row",
+    [
+        ("classify", {"text": "a"}),
+        ("tag", {"tokens": ["a"]}),
+        ("extract", {"question": "a", "context": "b"}),
+        ("similarity", {"sentence1": "a", "sentence2": "b"}),
+        ("seq2seq", {"source": "a"}),
+        ("sft", {"messages": []}),
+        ("sft", {"conversations": []}),
+        ("sft", {"instruction": "a"}),
+        ("sft", {"prompt": "a"}),
+        ("pretrain", {"text": "a"}),
+    ],
+)
+def test_no_task_needs_the_answers(tmp_path: Path, task: str, row: dict[str, Any]) -> None:
+    job, data = tiny_job(tmp_path, tmp_path, task, [row]), str(write_rows(tmp_path / "new.jsonl", [row]))
+    check_asked(job, find_sources([data], None, "DATA", digests=False, task=task), "DATA")
+    other = str(write_rows(tmp_path / "other.jsonl", [{"x": 1}]))
+    with pytest.raises(JobError, match="no column"):
+        check_asked(job, find_sources([other], None, "DATA", digests=False, task=task), "DATA")
 
 
 @pytest.mark.cluster

@@ -21,6 +21,7 @@ from orchestrator.registry.manage import pick_version, promote
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.register import register
+from orchestrator.serving import apps
 from orchestrator.serving.apps import ServedModel, build_app, close_app
 from orchestrator.training.node_report import free_port
 from tests.forked import Command, run_command, start_command
@@ -126,6 +127,23 @@ def test_the_champion_is_exchanged_without_a_dropped_request(run: Run, tmp_path:
         assert said[2] == {"error": "malformed"} or "error" in said[2]
         wanted = export_says(run.folder.path / "export" / f"step-{step:08d}")
         assert [one["probability"] for one in said[:2]] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_columns_are_read_as_in_files(tmp_path: Path) -> None:
+    """With dots, by the task's own names, and where two fields have each other's name."""
+    job = tiny_job(tmp_path, tmp_path, "seq2seq", [{"source": "a", "target": "b"}])
+
+    def read(columns: dict[str, str], row: dict[str, Any]) -> dict[str, Any]:
+        data = job.data.model_copy(update={"columns": columns})
+        return apps._fields(job.model_copy(update={"data": data}), row)
+
+    assert read({"source": "translation.en"}, {"translation": {"en": "a", "de": "b"}, "id": 1}) == {
+        "source": "a",
+        "id": 1,
+    }
+    assert read({"source": "translation.en"}, {"source": "a"}) == {"source": "a"}
+    assert read({"source": "translation.en"}, {"translation.en": "a"}) == {"source": "a"}
+    assert read({"source": "target"}, {"target": "a"}) == {"source": "a"}
 
 
 def test_an_address_that_is_taken_is_told_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.trainers.tasks.small import small_jobs, with_head
+from trainers.evaluation import predict as predicting
 from trainers.evaluation.evaluate import evaluate_model
 from trainers.evaluation.predict import predict
 from trainers.evaluation.row_views import costliest_rows, generations
@@ -93,6 +94,60 @@ def test_a_row_that_cannot_be_used_says_why_in_its_place(jobs: dict[str, Any], t
     model = str(with_head(run, tmp_path / "model"))
     said = list(predict(run.job, model, [{"text": "dog"}, None, {"text": 3}, {}, {"text": "cat"}]))
     assert [one.get("error") for one in said] == [None, "malformed", "text_not_a_string", "missing_text", None]
+
+
+ASKED = [{"role": "user", "content": "is it good"}, {"role": "assistant", "content": "a"},
+         {"role": "user", "content": "is the film bad"}]  # fmt: skip
+LONG = {"role": "user", "content": "the plot " * 60}
+
+
+def shared(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As ShareGPT names them."""
+    names = {"user": "human", "assistant": "gpt"}
+    return [{"from": names[one["role"]], "value": one["content"]} for one in messages]
+
+
+WAITING: dict[str, dict[str, Any]] = {
+    "openai": {"messages": ASKED},
+    "openai, answered": {"messages": [*ASKED, {"role": "assistant", "content": "gold"}]},
+    "openai, answered at length": {"messages": [*ASKED, {"role": "assistant", "content": "gold " * 200}]},
+    "openai, answered by another name": {"messages": [*ASKED, {"role": "gpt", "content": "gold"}]},
+    "openai, the last muted": {"messages": [*ASKED, {"role": "assistant", "content": "gold", "weight": 0}]},
+    "openai, an earlier one muted": {"messages": [ASKED[0], {**ASKED[1], "train": False}, ASKED[2]]},
+    "sharegpt": {"conversations": shared(ASKED)},
+    "sharegpt, answered": {"conversations": [*shared(ASKED), {"from": "gpt", "value": "gold"}]},
+    "sharegpt under messages": {"messages": [*shared(ASKED), {"from": "gpt", "value": "gold"}]},
+    "prompt": {"prompt": ASKED},
+    "prompt, answered": {"prompt": ASKED, "completion": [{"role": "assistant", "content": "gold"}]},
+    "alpaca": {"instruction": "is the film bad", "history": [["is it good", "a"]]},
+    "alpaca, answered": {"instruction": "is the film bad", "history": [["is it good", "a"]], "output": "gold",
+                         "reasoning": "gold"},
+}  # fmt: skip
+
+
+def test_a_conversation_of_any_shape_is_asked_for_its_last_answer(
+    jobs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shape, waiting or answered, gives one prompt; what does not fit, or asks nothing, is an error."""
+    run, prompts = find_run(jobs["sft"]), []
+    model = str(with_head(run, tmp_path / "model"))
+
+    def watched(model: Any, given: list[Any], tokenizer: Any, *rest: Any) -> list[str]:
+        prompts.extend(tokenizer.decode(one) for one in given)
+        return ["said"] * len(given)
+
+    monkeypatch.setattr(predicting, "generate_texts", watched)
+    said = list(predict(run.job, model, WAITING.values()))
+    assert said == [{"prediction": "said"}] * len(WAITING)
+    assert len(set(prompts)) == 1 and "is the film bad" in prompts[0] and "gold" not in prompts[0]
+    prompts.clear()
+    one_turn: list[dict[str, Any]] = [{"conversations": shared(ASKED[2:])}, {"messages": ASKED[2:]}]
+    assert list(predict(run.job, model, one_turn)) == [{"prediction": "said"}] * 2 and len(set(prompts)) == 1
+    prompts.clear()
+    alien = {"role": "alien", "content": "x"}
+    odd: list[dict[str, Any]] = [{"messages": talk} for talk in ([*ASKED[:2], LONG], [LONG], [], [alien])]
+    errors = [one.get("error") for one in predict(run.job, model, [*odd, {"text": "a"}])]
+    assert errors == ["overlong", "overlong", "no_target", "unknown_role", "missing_messages"] and prompts == []
 
 
 HIDING = (

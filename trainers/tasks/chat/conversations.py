@@ -4,12 +4,19 @@ OpenAI `messages` (tool calls and text parts included), `prompt` and `completion
 them), ShareGPT `conversations`, Alpaca `instruction`, `input`, `output` with `system` and `history`.
 """
 
-import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+from trainers.tasks.chat.calls import (
+    NotAConversation,
+    listed_calls,
+    read_call,
+    read_tools,
+    said_calls,
+    without_nulls,
+)
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -20,8 +27,8 @@ ROLES = {
 """Role by the name that a data set gives it."""
 REASONING = ("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "thoughts")
 """Names that a message's reasoning goes by; the first is the one handed to templates."""
-UNREAD_REASONING = re.compile("reason|think|thought")
-"""What the name of a field with reasoning in another form holds, such as reasoning_details."""
+UNREAD_REASONING = re.compile("reasoning|thinking|thought|^think", re.IGNORECASE)
+"""What the name of a field with reasoning in another form holds, such as reasoning_details; stop_reason is none."""
 OTHER_KINDS = {
     **dict.fromkeys(("chosen", "rejected"), "preference_pairs: rows hold chosen and rejected answers, sft wants one"),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "media: rows hold {}, sft reads text"),
@@ -43,14 +50,8 @@ SPEAKERS = ("role", "from", "speaker", "author", "sender")
 """Names of who speaks,"""
 TEXTS = ("content", "value", "text", "message", "utterance")
 """and of what is said."""
-ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs")
-"""Names of what a call is given."""
 READ = frozenset((*KEPT_KEYS, *SPEAKERS, *TEXTS, *REASONING, *TRAINED, "function_call", "train_detail"))
 Message = dict[str, Any]
-
-
-class NotAConversation(ValueError):
-    """Why a row holds none, in a word for the ledger."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class Chat:
 def read_chat(row: Mapping[str, Any]) -> Chat | str:
     """The conversation of a row, or the reason why there is none."""
     try:
-        raw = _find(row)
+        raw = find_messages(row)
         messages = [_checked(message) for message in raw]
-        tools = _tools(row.get("tools") or row.get("functions"))
+        tools = read_tools(row.get("tools") or row.get("functions"))
         muted = frozenset(index for index, message in enumerate(raw) if _is_muted(message))
         unread = frozenset(
             str(key) for message in raw if len(message) > 2 for key in message.keys() - READ if message[key]
@@ -82,9 +83,10 @@ def read_chat(row: Mapping[str, Any]) -> Chat | str:
     return Chat(messages, tools, muted, unread)
 
 
-def _find(row: Mapping[str, Any]) -> list[Any]:
+def find_messages(row: Mapping[str, Any]) -> list[Any]:
+    """The messages of a row as it has them, whatever its shape. Raises NotAConversation."""
     for field, kind in () if OTHER_KINDS.keys().isdisjoint(row) else OTHER_KINDS.items():
-        if _without_nulls(row.get(field)) not in (None, [], "", {}) and (
+        if without_nulls(row.get(field)) not in (None, [], "", {}) and (
             field != "label" or isinstance(row[field], bool)
         ):
             raise NotAConversation(kind.format(field))
@@ -102,9 +104,19 @@ def _find(row: Mapping[str, Any]) -> list[Any]:
         raise NotAConversation("missing_messages")
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise NotAConversation("messages_not_a_list")
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and (not messages or _role(messages[0]) != "system"):
+    return _with_system(row.get("system"), messages)
+
+
+def _with_system(system: Any, messages: list[Any]) -> list[Any]:
+    """With what a row's column says to begin with. Raises NotAConversation where the messages begin otherwise."""
+    if not system or (isinstance(system, str) and not system.strip()):
+        return messages
+    if not isinstance(system, str):
+        raise NotAConversation("system_not_a_string")
+    if not messages or role_of(messages[0]) != "system":
         return [{"role": "system", "content": system}, *messages]
+    if _checked(messages[0])["content"].strip() != system.strip():
+        raise NotAConversation("system_differs_from_the_system_message")
     return messages
 
 
@@ -118,13 +130,19 @@ def _alpaca(row: Mapping[str, Any]) -> list[Any]:
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise NotAConversation("history_not_pairs")
     instruction, extra = row["instruction"], row.get("input")
-    asked = f"{instruction}\n{extra}" if isinstance(extra, str) and extra.strip() else instruction
+    extra = "" if extra in (None, [], {}) else extra
+    if not isinstance(extra, str):
+        raise NotAConversation("input_not_a_string")
+    if extra.strip() and not isinstance(instruction, str):
+        raise NotAConversation("content_not_a_string")
+    asked = f"{instruction}\n{extra}" if extra.strip() else instruction
     roles = ("user", "assistant")
     earlier = [{"role": role, "content": text} for pair in history for role, text in zip(roles, pair, strict=True)]
     return [*earlier, {"role": "user", "content": asked}, _answer(row, row["output"])]
 
 
-def _role(message: Mapping[str, Any]) -> str | None:
+def role_of(message: Mapping[str, Any]) -> str | None:
+    """Who says a message, as templates call it; None where the name is not known."""
     return ROLES.get(_speaker(message).strip().lower())
 
 
@@ -142,7 +160,7 @@ def _is_muted(message: Mapping[str, Any]) -> bool:
     marks = [message[name] for name in TRAINED if message.get(name) is not None]
     if any(mark not in (0, 1) for mark in marks):
         raise NotAConversation("message_weight_is_neither_0_nor_1")
-    if marks and all(marks) and _role(message) != "assistant":
+    if marks and all(marks) and role_of(message) != "assistant":
         raise NotAConversation("a_message_that_is_not_the_assistant's_is_to_be_trained")
     return not all(marks)
 
@@ -160,17 +178,17 @@ def _checked(message: Mapping[str, Any]) -> Message:
     content = message.get("content")
     if len(message) == 2 and isinstance(content, str) and message.get("role") in ("user", "assistant", "system"):
         return dict(message)
-    role = _role(message)
+    role = role_of(message)
     if role is None:
         raise NotAConversation("unknown_role")
     clean = {key: message[key] for key in KEPT_KEYS if message.get(key)}
     content = next((message[key] for key in TEXTS if message.get(key) is not None), None)
     if _speaker(message) == "function_call":
-        clean["tool_calls"], content = _said_calls(content), ""
+        clean["tool_calls"], content = said_calls(content), ""
     if isinstance(old := message.get("function_call"), Mapping):  # OpenAI's form before tool calls
         clean["tool_calls"] = [{"type": "function", "function": old}]
     if "tool_calls" in clean:
-        clean["tool_calls"] = [_call(call) for call in _listed(clean["tool_calls"])]
+        clean["tool_calls"] = [read_call(call) for call in listed_calls(clean["tool_calls"])]
     if role == "assistant":
         _keep_reasoning(message, clean)
     if isinstance(content, list):
@@ -186,11 +204,17 @@ def _keep_reasoning(message: Mapping[str, Any], clean: Message) -> None:
     for key in REASONING:
         if isinstance(message.get(key), str) and message[key].strip():
             clean.setdefault(REASONING[0], message[key])
-    held = [
-        key for key in message if message[key] and not isinstance(message[key], bool) and UNREAD_REASONING.search(key)
-    ]
+    held = [key for key, value in message.items() if UNREAD_REASONING.search(key) and _is_thought(key, value)]
     if REASONING[0] not in clean and any(not isinstance(message[key], str) or key not in REASONING for key in held):
         raise NotAConversation(f"reasoning_of_another_form: {', '.join(held)[:40]}")
+
+
+def _is_thought(key: str, value: Any) -> bool:
+    """Whether a field with such a name may hold reasoning: thinking: true and reasoning_tokens: 12 hold none, nor does
+    the single word of reasoning_effort: high."""
+    if key in REASONING:
+        return bool(value) and not isinstance(value, bool)
+    return bool(value) and (isinstance(value, list | Mapping) or (isinstance(value, str) and len(value.split()) > 1))
 
 
 def _join_parts(parts: list[Any], message: Message) -> str:
@@ -201,8 +225,8 @@ def _join_parts(parts: list[Any], message: Message) -> str:
     texts = ["".join(text for kind, text in read if PARTS[kind] == place) for place in (0, 1)]
     if texts[0].strip():
         message[REASONING[0]] = texts[0]
-    if calls := [call for kind, text in read if kind == "tool_call" for call in _said_calls(text)]:
-        message["tool_calls"] = [_call(call) for call in calls]
+    if calls := [call for kind, text in read if kind == "tool_call" for call in said_calls(text)]:
+        message["tool_calls"] = [read_call(call) for call in calls]
     return texts[1]
 
 
@@ -217,65 +241,18 @@ def _part(part: Any) -> tuple[str, str]:
         raise NotAConversation(f"content_part_{kind}_is_not_text")
     if not (names := [key for key in ("text", "value", "content", kind) if key in part]):
         raise NotAConversation("content_part_without_a_text")
-    return kind, next((str(part[key]) for key in names if part[key] is not None), "")
+    return kind, next((_text(part[key]) for key in names if part[key] is not None), "")
 
 
-def _listed(calls: Any) -> list[Any]:
-    """Calls as a list, also where they stand as JSON in a text, as flat files have them."""
-    if isinstance(calls, str):
-        with suppress(ValueError):
-            calls = json.loads(calls)
-    calls = [calls] if isinstance(calls, Mapping) else calls
-    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise NotAConversation("tool_calls_not_a_list")
-    return calls
-
-
-def _said_calls(text: Any) -> list[Any]:
-    """ShareGPT: a call, or a list of calls, as JSON in place of the content."""
-    try:
-        calls = json.loads(text)
-    except (ValueError, TypeError):
-        raise NotAConversation("tool_call_not_json") from None
-    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
-
-
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call whose arguments are decoded once where they are JSON, as OpenAI's wire has them, without nulls."""
-    function = call.get("function") if isinstance(call.get("function"), Mapping) else call
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise NotAConversation("tool_call_without_a_name")
-    arguments = next((function[key] for key in ARGUMENTS if function.get(key) is not None), None)
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError:
-            raise NotAConversation("tool_arguments_not_json") from None
-    else:
-        arguments = _without_nulls(arguments) or {}
-    if not isinstance(arguments, Mapping):
-        raise NotAConversation("tool_arguments_not_an_object")
-    ids = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {**ids, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def _tools(tools: Any) -> list[Any] | None:
-    """The tools a row offers to the model, from a list or its JSON, each in OpenAI's form; None without any."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            raise NotAConversation("tools_not_json") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping | str) for tool in tools):
-        raise NotAConversation("tools_not_a_list")
-    read = [_without_nulls(json.loads(tool) if isinstance(tool, str) else tool) for tool in tools]
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in read]
-
-
-def _without_nulls(value: Any) -> Any:
-    """Without the keys that columnar formats fill with null because another row has them."""
+def _text(value: Any) -> str:
+    """The text of a part: a string, one below `value` as OpenAI's threads have it, or a list of texts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "".join(map(_text, value))
     if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        inner = next((value[key] for key in ("text", "value") if value.get(key) is not None), None)
+        kind = str(value.get("type") or "text")
+        if inner is not None and kind.endswith("text"):
+            return _text(inner)
+    raise NotAConversation("content_part_text_is_not_a_string")

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from trainers.tasks.chat.conversations import Chat, read_chat
+from trainers.job.schema import TASK_FIELDS
+from trainers.tasks.chat.conversations import OTHER_KINDS, Chat, read_chat
 
 PLAIN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -67,6 +68,16 @@ REFUSED: dict[str, dict[str, Any]] = {
     "content_part_without_a_text": {
         "messages": [{"role": "user", "content": [{"type": "text", "body": "Hi"}]}, PLAIN[1]]
     },
+    "content_part_text_is_not_a_string": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": {"parts": 3}}]}, PLAIN[1]]
+    },
+    "system_not_a_string": {"messages": PLAIN, "system": ["be brief"]},
+    "system_differs_from_the_system_message": {
+        "messages": [{"role": "system", "content": "be long"}, *PLAIN],
+        "system": "be brief",
+    },
+    "input_not_a_string": {"instruction": "add", "input": [2, 3], "output": "5"},
+    "tools_not_a_list": {"messages": PLAIN, "tools": ["1"]},
     "content_parts_out_of_order": {
         "messages": [PLAIN[0], {"role": "assistant", "content": ["x", {"type": "reasoning", "value": "y"}]}]
     },
@@ -162,6 +173,51 @@ def test_parts_may_be_thoughts_and_calls() -> None:
     assert [call["function"]["arguments"] for call in answer["tool_calls"]] == [{"at": 1}, {"at": 2}]
     thinking = {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "x"}]}
     assert read({"messages": [PLAIN[0], thinking]}).messages[1]["reasoning_content"] == "hm"
+
+
+def test_a_text_below_value_or_in_a_list_of_texts_is_unwrapped() -> None:
+    thread = [{"type": "text", "text": {"value": "Hi", "annotations": []}}]
+    answer = [
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}, "."]},
+        {"type": "output_text", "text": "Hello!", "annotations": []},
+    ]
+    rows = [{"role": "user", "content": thread}, {"role": "assistant", "content": answer}]
+    assert read({"messages": rows}).messages == [PLAIN[0], {**PLAIN[1], "reasoning_content": "hm."}]
+    for odd in (7, {"value": 7}, {"annotations": []}, [{"type": "image", "text": "Hi"}], [[1]]):
+        row = {"messages": [{"role": "user", "content": [{"type": "text", "text": odd}]}, PLAIN[1]]}
+        assert read_chat(row) == "content_part_text_is_not_a_string", odd
+
+
+def test_a_name_with_reason_in_it_is_no_reasoning() -> None:
+    beside = {"stop_reason": "end_turn", "finish_reason": "stop", "reasoning_tokens": 12, "reasoning_effort": "high"}
+    chat = read({"messages": [PLAIN[0], {**PLAIN[1], **beside}]})
+    assert chat.messages == PLAIN and chat.unread == set(beside)
+    for other in ({"reasoningDetails": [{"text": "hm"}]}, {"thinking_blocks": {"text": "hm"}}, {"thoughts_en": "I see"},
+                  {"reasoning": 7}):  # fmt: skip
+        said = read_chat({"messages": [PLAIN[0], {**PLAIN[1], **other}]})
+        assert str(said).startswith("reasoning_of_another_form"), other
+
+
+def test_tools_that_are_no_objects_refuse_their_row_alone() -> None:
+    for tools in (["look", "search"], '["look"]', "{"):
+        assert read_chat({"messages": PLAIN, "tools": tools}) == "tools_not_json"
+    for tools in (["1"], [1], "3", '"look"', {"name": "look"}):
+        assert read_chat({"messages": PLAIN, "tools": tools}) == "tools_not_a_list"
+    deep = "[" * 200_000
+    assert read_chat({"messages": PLAIN, "tools": deep}) == "tools_not_json"
+    assert read({"messages": PLAIN, "tools": ['{"name": "look"}']}).tools == [
+        {"type": "function", "function": {"name": "look"}}
+    ]
+
+
+def test_a_system_column_that_says_what_the_messages_say_changes_nothing() -> None:
+    system = {"role": "system", "content": "be brief"}
+    for column in ("be brief ", "", None):
+        assert read({"messages": [system, *PLAIN], "system": column}).messages == [system, *PLAIN]
+
+
+def test_every_field_that_tells_of_another_kind_of_row_is_read() -> None:
+    assert OTHER_KINDS.keys() <= set(TASK_FIELDS["sft"][1])
 
 
 def test_columns_that_hold_nothing_refuse_no_row() -> None:
