@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from orchestrator.importing.defaults import AXOLOTL, assume
 from orchestrator.importing.draft import (
     ADAMW,
     LIGER,
@@ -20,9 +21,10 @@ from orchestrator.importing.draft import (
     deepspeed,
     lora_section,
     number,
-    warmup_steps,
+    warmup,
     when,
 )
+from trainers.job.sections import LoraSection
 from trainers.tasks.chat.conversations import ROLES, SPEAKERS, TEXTS
 
 READ = frozenset(("path", "type", "ds_type", "data_files", "split", "name", "field_messages", "field", "text_column",
@@ -31,26 +33,59 @@ READ = frozenset(("path", "type", "ds_type", "data_files", "split", "name", "fie
 FIELDS = {"messages": ["field_messages"], "text": ["field", "text_column"], "instruction": ["field_instruction"],
           "input": ["field_input"], "output": ["field_output"], "system": ["field_system"]}  # fmt: skip
 """By our field: the keys that name its column."""
+MOST_WARMUP = 100
+"""Steps of the warm-up that is done without being asked for."""
 LOCAL = (".jsonl", ".json", ".parquet", ".csv", ".arrow", ".txt")
 
 
 def import_axolotl(draft: Draft) -> None:
     """Fill a draft from an axolotl configuration."""
-    apply(draft, RULES, REFUSED)
     source, job = draft.source, draft.job
+    lora = source.get("adapter") == "lora"
+    apply(draft, RULES, REFUSED)
+    left_out = {key for key in AXOLOTL if key.startswith("lora_") and not lora}
+    left_out |= {"sample_packing"} if source.get("pretraining_dataset") else set()
+    assume(draft, {key: one for key, one in AXOLOTL.items() if key not in left_out})
     _data(draft)
-    batch(draft, "micro_batch_size", "gradient_accumulation_steps")
-    if source.get("adapter") == "lora":
-        modules = ["all-linear"] if source.get("lora_target_linear") else source.get("lora_target_modules")
-        lora = {"rank": source.get("lora_r"), "alpha": source.get("lora_alpha"), "dropout": source.get("lora_dropout"),
-                "target_modules": modules}  # fmt: skip
-        draft.set("model.lora", lora_section(lora))
+    size = int(source.get("micro_batch_size") or 1)
+    steps = source.get("gradient_accumulation_steps") or int(source.get("batch_size") or size) // size
+    batch(draft, "micro_batch_size", size, max(int(steps), 1))
+    if lora:
+        _lora(draft)
     elif source.get("adapter"):
         draft.tell("adapter", f"{source['adapter']} is not here: without model.lora all weights are trained in full")
-    if source.get("warmup_steps") is not None:
-        warmup_steps(draft, source["warmup_steps"], source.get("max_steps"))
+    if source.get("learning_rate") is None:
+        draft.told["learning_rate"] = "train.learning_rate is 5e-05; there the file must name it"
+    warmup(draft, "lr_scheduler", MOST_WARMUP)
+    _overlong(draft)
     if "steps" in job.get("train", {}):
         job["train"].pop("epochs", None)
+
+
+def _lora(draft: Draft) -> None:
+    source = draft.source
+    modules = ["all-linear"] if source.get("lora_target_linear") else source.get("lora_target_modules")
+    given = {"rank": source.get("lora_r"), "alpha": source.get("lora_alpha"), "dropout": source.get("lora_dropout"),
+             "target_modules": modules}  # fmt: skip
+    for name, value in lora_section(given).items():
+        draft.set(f"model.lora.{name}", value)
+    here = LoraSection()
+    absent = [f"{name} {getattr(here, name)}" for name in ("rank", "alpha") if given[name] is None]
+    absent += ["target_modules all-linear"] if not modules else []
+    if absent:
+        draft.told["adapter"] = f"model.lora is as here where the file names nothing: {', '.join(absent)}"
+
+
+def _overlong(draft: Draft) -> None:
+    """Conversations over sequence_len are dropped there unless the file says otherwise; texts are cut into several."""
+    if draft.job["task"] != "sft":
+        return
+    wanted = str(draft.source.get("excess_length_strategy") or "drop").lower()
+    draft.set("data.overlong", {"raise": "error"}.get(wanted, wanted))
+    if wanted == "drop":
+        draft.told["excess_length_strategy"] = (
+            "rows longer than data.max_length are dropped, as there; data.max_drop_fraction says how many rows may be"
+        )
 
 
 def _data(draft: Draft) -> None:
@@ -159,13 +194,13 @@ RULES: dict[str, Rule] = {
     "mlflow_experiment_name": "registry.model",
     **dict.fromkeys(
         ("datasets", "test_datasets", "val_set_size", "micro_batch_size", "gradient_accumulation_steps", "adapter",
-         "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear", "warmup_steps",
-         "use_mlflow", "use_tensorboard", "model_type", "tokenizer_type", "is_llama_derived_model",
-         "is_mistral_derived_model", "strict", "dataset_prepared_path", "logging_steps", "pad_to_sequence_len",
-         "debug", "dataset_processes", "local_rank", "tf32", "xformers_attention", "auto_resume_from_checkpoints",
-         "save_safetensors", "save_first_step", "dataloader_num_workers", "eval_sample_packing", "wandb_entity",
-         "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model", "gradient_checkpointing_kwargs",
-         "ddp_timeout", "remove_unused_columns", "group_by_length")
+         "batch_size", "excess_length_strategy", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+         "lora_target_linear", "warmup_steps", "use_mlflow", "use_tensorboard", "model_type", "tokenizer_type",
+         "is_llama_derived_model", "is_mistral_derived_model", "strict", "dataset_prepared_path", "logging_steps",
+         "pad_to_sequence_len", "debug", "dataset_processes", "local_rank", "tf32", "xformers_attention",
+         "auto_resume_from_checkpoints", "save_safetensors", "save_first_step", "dataloader_num_workers",
+         "eval_sample_packing", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model",
+         "gradient_checkpointing_kwargs", "ddp_timeout", "remove_unused_columns", "group_by_length")
     ),
 }  # fmt: skip
 """`None`: read elsewhere here, or without effect on what is trained."""
@@ -213,7 +248,7 @@ REFUSED = {
     "lora_modules_to_save": "adapters alone are trained",
     "lora_model_dir": "adapters start from scratch",
     "streaming": "shards are written once, then read from there",
-    "pretraining_dataset": "name its files in data.train",
+    "pretraining_dataset": "name its files in data.train; without sample_packing data.packing is as here",
     "adam_beta2": "AdamW's betas are 0.9 and 0.999",
     "adam_beta1": "AdamW's betas are 0.9 and 0.999",
     "adam_epsilon": "AdamW's epsilon is 1e-8",

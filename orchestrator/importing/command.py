@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from orchestrator.importing.axolotl import import_axolotl
+from orchestrator.importing.defaults import tell_assumed
 from orchestrator.importing.draft import Draft
 from orchestrator.importing.llamafactory import import_llamafactory
 from trainers.errors import JobError
@@ -34,10 +35,8 @@ def import_job(path: Path, out: Path) -> dict[str, str]:
     draft = Draft(source, path.absolute().parent, out.absolute().parent)
     draft.set("name", out.stem)
     fill(draft)
-    train: dict[str, Any] = draft.job.setdefault("train", {})
-    if not {"epochs", "steps"} & train.keys():
-        train["epochs"] = 1.0 if program == "axolotl" else 3.0  # their defaults
-    train.setdefault("learning_rate", 5e-5)
+    draft.job.setdefault("train", {}).setdefault("learning_rate", 5e-5)
+    tell_assumed(draft, program)
     listed = "".join(f"#   {key}: {what}\n" for key, what in draft.told.items())
     head = f"# From {path.name} ({program}).\n" + (f"# To look at, or without counterpart:\n{listed}" if listed else "")
     out.write_text(head + yaml.safe_dump(draft.job, sort_keys=False, allow_unicode=True), encoding="utf-8")

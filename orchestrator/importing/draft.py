@@ -21,14 +21,23 @@ class Draft:
     job: dict[str, Any] = field(default_factory=dict)
     told: dict[str, str] = field(default_factory=dict)
     """By key: why it has no counterpart, or what to look at."""
+    assumed: dict[str, Any] = field(default_factory=dict)
+    """By field of the job: the value that it has because the file says nothing."""
 
     def set(self, place: str, value: Any) -> None:
         """Give a field of the job its value."""
-        section, _, name = place.partition(".")
-        if name:
-            self.job.setdefault(section, {})[name] = value
-        else:
-            self.job[section] = value
+        *sections, name = place.split(".")
+        held = self.job
+        for section in sections:
+            held = held.setdefault(section, {})
+        held[name] = value
+
+    def get(self, place: str) -> Any:
+        """The value of a field of the job; None where it has none."""
+        held: Any = self.job
+        for name in place.split("."):
+            held = held.get(name) if isinstance(held, dict) else None
+        return held
 
     def tell(self, key: str, what: str) -> None:
         """Say something of a key that the file has."""
@@ -131,9 +140,14 @@ def deepspeed(draft: Draft, value: Any) -> None:
     draft.set("train.deepspeed", f"zero{stage}" + ("-cpu-offload" if stage == "3" and "offload" in name else ""))
 
 
-def batch(draft: Draft, micro: str, accumulation: str) -> None:
-    """The global batch of one worker; how many there are, the other programs learn from their launcher."""
-    size, steps = int(draft.source.get(micro) or 1), int(draft.source.get(accumulation) or 1)
+def batch(draft: Draft, micro: str, size: int, steps: int) -> None:
+    """The global batch of one worker; how many there are, the other programs learn from their launcher.
+
+    Args:
+        micro: the key that names `size`.
+        size: sequences of a forward pass.
+        steps: forward passes of an optimizer step.
+    """
     draft.set("train.micro_batch_size", size)
     draft.set("train.global_batch_size", size * steps)
     draft.told[micro] = (
@@ -159,12 +173,32 @@ def lora_section(values: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def warmup_steps(draft: Draft, steps: Any, total: Any) -> None:
-    """Steps of warm-up as a share, where the steps of the whole training are known."""
-    if isinstance(total, int) and total > 0:
-        draft.set("train.warmup_ratio", min(round(int(steps) / total, 6), 0.99))
-    elif int(steps):
-        draft.tell("warmup_steps", "train.warmup_ratio takes a share of the steps; `tuneyard plan` tells their number")
+def warmup(draft: Draft, scheduler: str, most: int | None = None) -> None:
+    """The share of warm-up: of steps where the steps of the whole training are known; none where the rate is constant.
+
+    Args:
+        scheduler: the key that names the schedule.
+        most: steps of a warm-up that the file does not ask for.
+    """
+    steps, total = float(draft.source.get("warmup_steps") or 0), int(draft.source.get("max_steps") or 0)
+    if str(draft.source.get(scheduler)).lower() == "constant":
+        draft.set("train.warmup_ratio", 0.0)
+    elif 0 < steps < 1:  # transformers takes it as a share
+        draft.set("train.warmup_ratio", steps)
+    elif steps and total > 0:
+        draft.set("train.warmup_ratio", min(round(steps / total, 6), 0.99))
+    elif steps:
+        ratio = draft.get("train.warmup_ratio")
+        draft.tell("warmup_steps", f"train.warmup_ratio is {ratio}, a share of the steps: set it by the number that "
+                                   "`tuneyard plan` tells")  # fmt: skip
+    elif most and draft.source.get("warmup_steps") is not None:
+        draft.set("train.warmup_ratio", 0.0)
+    elif most and draft.source.get("warmup_ratio") is None:
+        ratio = draft.get("train.warmup_ratio")
+        if total > 0:
+            draft.set("train.warmup_ratio", round(min(int(ratio * total), most) / total, 6))
+        else:
+            draft.told["warmup_ratio"] = f"train.warmup_ratio is {ratio}; there it is at most {most} steps"
 
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from orchestrator.importing.defaults import LLAMAFACTORY, assume
 from orchestrator.importing.draft import (
     ADAMW,
     LIGER,
@@ -20,7 +21,7 @@ from orchestrator.importing.draft import (
     deepspeed,
     lora_section,
     number,
-    warmup_steps,
+    warmup,
     when,
 )
 from trainers.tasks.chat.conversations import ROLES, SPEAKERS, TEXTS
@@ -38,23 +39,50 @@ READ = frozenset(("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "subset
 
 def import_llamafactory(draft: Draft) -> None:
     """Fill a draft from a LLaMA-Factory configuration."""
-    apply(draft, RULES, REFUSED)
     source, job = draft.source, draft.job
-    draft.set("task", TASKS.get(str(source.get("stage", "sft")), "sft"))
-    if str(source.get("stage", "sft")) not in TASKS:
-        draft.tell("stage", f"{source['stage']} is not here; task is sft")
+    stage, kind = str(source.get("stage") or "sft"), source.get("finetuning_type") or "lora"
+    apply(draft, RULES, REFUSED)
+    assume(draft, {key: one for key, one in LLAMAFACTORY.items() if kind == "lora" or not key.startswith("lora_")})
+    draft.set("task", TASKS.get(stage, "sft"))
+    if stage not in TASKS:
+        draft.tell("stage", f"{stage} is not here; task is sft")
     _data(draft)
-    batch(draft, "per_device_train_batch_size", "gradient_accumulation_steps")
-    kind = source.get("finetuning_type", "lora")
+    _form(draft, stage)
+    size = int(source.get("per_device_train_batch_size") or 8)
+    batch(draft, "per_device_train_batch_size", size, int(source.get("gradient_accumulation_steps") or 1))
     if kind == "lora":
-        names = {"rank": "lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "lora_target"}
-        draft.set("model.lora", lora_section({name: source.get(key) for name, key in names.items()}))
+        _lora(draft)
     elif kind != "full":
         draft.tell("finetuning_type", f"{kind} is not here: all weights are trained; model.freeze names what stays")
-    if source.get("warmup_steps") is not None:
-        warmup_steps(draft, source["warmup_steps"], source.get("max_steps"))
+    warmup(draft, "lr_scheduler_type")
     if "steps" in job.get("train", {}):
         job["train"].pop("epochs", None)
+
+
+def _form(draft: Draft, stage: str) -> None:
+    """How rows become sequences."""
+    packing = draft.source.get("packing")
+    if packing is None and stage == "pt":  # as it has it for texts
+        draft.set("data.packing", True)
+        draft.assumed["data.packing"] = True
+    if packing and stage == "sft" and not draft.source.get("neat_packing"):
+        draft.tell("packing", "documents of a pack do not see each other, as there with neat_packing")
+    if packing is False and stage == "pt":
+        draft.set("data.overlong", "truncate")
+    if stage == "sft":
+        long = "of longer rows the end is cut off; there each turn's question and answer are shortened"
+        draft.told["cutoff_len"] = long
+
+
+def _lora(draft: Draft) -> None:
+    """model.lora; its alpha is twice the rank where the file names none."""
+    source, names = draft.source, {"rank": "lora_rank", "dropout": "lora_dropout", "target_modules": "lora_target"}
+    rank = source.get("lora_rank") or 8
+    given = {name: source.get(key) for name, key in names.items()} | {"alpha": source.get("lora_alpha") or 2 * rank}
+    for name, value in lora_section(given).items():
+        draft.set(f"model.lora.{name}", value)
+    if not source.get("lora_alpha"):
+        draft.assumed["model.lora.alpha"] = draft.get("model.lora.alpha")
 
 
 def _names(value: Any) -> list[str]:

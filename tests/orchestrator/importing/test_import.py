@@ -89,7 +89,7 @@ def test_axolotls_values_are_in_the_job_and_the_rest_is_listed(tmp_path: Path) -
     assert (train.global_batch_size, train.micro_batch_size, train.deepspeed) == (8, 2, "zero2")
     assert train.activation_checkpointing == "full" and "wandb" in job.report_to
     assert told.keys() == {"optimizer", "loss_watchdog_threshold", "saves_per_epoch", "special_tokens", "datasets",
-                           "micro_batch_size"}  # fmt: skip
+                           "micro_batch_size", "excess_length_strategy", "keys left out"}  # fmt: skip
     assert "roles_to_train" in told["datasets"] and "columns differently" in told["datasets"]
     assert all(f"#   {key}: {what}" in out.read_text() for key, what in told.items())
 
@@ -106,8 +106,76 @@ def test_llama_factorys_data_sets_are_looked_up(tmp_path: Path) -> None:
     assert job.data.train_paths == (mine, "hf://acme/set/en:train", str(tmp_path / "lost"))
     assert job.data.columns == {"output": "answer"} and job.data.eval_fraction == 0.05
     assert (job.train.epochs, job.train.schedule, job.train.global_batch_size) == (2.0, "linear", 8)
-    assert told.keys() == {"template", "quantization_bit", "dataset", "per_device_train_batch_size"}
+    assert told.keys() == {"template", "quantization_bit", "dataset", "per_device_train_batch_size", "cutoff_len",
+                           "keys left out"}  # fmt: skip
     assert "lost: no file or hub data set in" in told["dataset"]
+
+
+def test_what_llama_factorys_file_leaves_out_is_as_there(tmp_path: Path) -> None:
+    told, out = imported(tmp_path, "model_name_or_path: acme/qwen\ndataset: mine\nlora_rank:\n")
+    job = load_job(out, ())
+    train, lora = job.train, job.model.lora
+    assert lora is not None and (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (
+        8,
+        16,
+        0,
+        ("all-linear",),
+    )
+    assert (job.data.max_length, job.packing, job.overlong) == (2048, False, "truncate")
+    assert (train.global_batch_size, train.micro_batch_size, train.epochs, train.learning_rate) == (8, 8, 3, 5e-5)
+    assert (train.schedule, train.warmup_ratio, train.weight_decay, train.max_grad_norm) == ("linear", 0, 0, 1)
+    for word in (
+        "train.weight_decay 0.0",
+        "model.lora.alpha 16.0",
+        'schedule "linear"',
+        "as here: model.dtype, train.seed",
+    ):
+        assert word in told["keys left out"], word
+
+
+def test_what_axolotls_file_leaves_out_is_as_there(tmp_path: Path) -> None:
+    text = "base_model: acme/llama\nlearning_rate: 1e-4\ndatasets: [{path: a/b, type: chat_template}]\n"
+    told, out = imported(tmp_path, text + "batch_size: 8\nmicro_batch_size: 2\n")
+    job, train = load_job(out, ()), load_job(out, ()).train
+    assert (job.data.max_length, job.packing, job.overlong, job.model.lora) == (512, False, "drop", None)
+    assert (train.global_batch_size, train.micro_batch_size, train.epochs) == (8, 2, 1)
+    assert (train.schedule, train.warmup_ratio, train.weight_decay) == ("cosine", 0.03, 0)
+    assert "at most 100 steps" in told["warmup_ratio"] and "max_drop_fraction" in told["excess_length_strategy"]
+    assert "train.warmup_ratio 0.03" in told["keys left out"] and "learning_rate" not in told
+    out.unlink()
+    told, out = imported(tmp_path, text + "adapter: lora\nlora_r: 4\nmax_steps: 10000\nexcess_length_strategy: raise\n")
+    job = load_job(out, ())
+    assert (job.train.warmup_ratio, job.train.epochs, job.overlong) == (0.01, None, "error")
+    assert (
+        "alpha 32.0" in told["adapter"]
+        and "rank" not in told["adapter"]
+        and "train.epochs" not in told["keys left out"]
+    )
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("stage: pt\n", {"packing": True, "overlong": "split"}),
+        ("stage: pt\npacking: false\n", {"packing": False, "overlong": "truncate"}),
+        ("neat_packing: true\n", {"packing": True}),
+        ("lora_rank: 32\n", {"alpha": 64.0}),
+        ("lora_rank: 32\nlora_alpha: 8\n", {"alpha": 8.0}),
+        ("lr_scheduler_type: constant\nwarmup_ratio: 0.1\n", {"warmup_ratio": 0.0, "schedule": "constant"}),
+        ("warmup_steps: 0.1\n", {"warmup_ratio": 0.1}),
+        ("warmup_steps: 20\nmax_steps: 200\n", {"warmup_ratio": 0.1}),
+        ("warmup_steps: 0\nwarmup_ratio: 0.1\n", {"warmup_ratio": 0.1}),
+        ("lr_scheduler_type: polynomial\n", {"schedule": "cosine"}),
+    ],
+)
+def test_what_the_file_says_goes_before_what_is_assumed(tmp_path: Path, text: str, wanted: dict[str, object]) -> None:
+    told, out = imported(tmp_path, f"model_name_or_path: acme/qwen\ndataset: mine\n{text}")
+    job = load_job(out, ())
+    assert job.model.lora is not None
+    found = {"packing": job.packing, "overlong": job.overlong, "alpha": job.model.lora.alpha,
+             "warmup_ratio": job.train.warmup_ratio, "schedule": job.train.schedule}  # fmt: skip
+    assert {name: found[name] for name in wanted} == wanted
+    assert ("lr_scheduler_type" in told) == ("polynomial" in text)
 
 
 @pytest.mark.parametrize("text, rules", [(AXOLOTL, axolotl), (LLAMA_FACTORY, llamafactory)])
