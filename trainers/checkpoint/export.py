@@ -168,13 +168,16 @@ def write_settings(serving: Serving, config: Any, source: Path, out: Folder, tru
 
 
 def trained_generation(serving: Serving, config: Any, source: Path) -> Any:
-    """Settings of generation with the end tokens of the training; None where the pretrained folder's stay."""
+    """Settings of generation with the first and end tokens of the training; None where the pretrained folder's stay."""
     from transformers import GenerationConfig
 
-    if not serving.stop_ids:
+    if not serving.stop_ids and not serving.first_tokens:
         return None
     has_own = (source / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(source) if has_own else GenerationConfig.from_model_config(config)
+    generation.update(**dict(serving.first_tokens))
+    if not serving.stop_ids:
+        return generation
     own = generation.eos_token_id
     known = own if isinstance(own, list) else [] if own is None else [own]
     generation.eos_token_id = list(dict.fromkeys([*known, *serving.stop_ids]))

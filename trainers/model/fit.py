@@ -34,6 +34,8 @@ def check_fit(job: Job, folder: str) -> list[str]:
         encoder = load_encoder(folder, job.model.trust_remote_code)
         more_problems, more_notes = _vocabulary(encoder, rows, _written(job, encoder))
         problems, notes = problems + more_problems, notes + more_notes
+        if job.task == "seq2seq" and encoder.is_encoder_decoder and isinstance(encoder.spec.target, str):
+            problems = [*problems, f"model.path: {encoder.spec.target}"]
     if problems:
         raise JobError(problems)
     return notes

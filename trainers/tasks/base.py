@@ -54,6 +54,8 @@ class Serving:
     """In place of the tokenizer's own."""
     stop_ids: tuple[int, ...] = ()
     """Tokens at which generation ends, beside those the pretrained model knows."""
+    first_tokens: tuple[tuple[str, int], ...] = ()
+    """Settings of generation, with their names, that begin a text in the language of the targets."""
 
 
 class Task(ABC):
@@ -102,8 +104,7 @@ class Task(ABC):
         """Sequences (each of one or more documents) as arrays [batch, seq].
 
         Args:
-            draw: what tasks that draw at random seed with, beside the job's seed and the row: the step's number,
-                counted from 1; 0 in evaluation, which therefore draws the same each time.
+            draw: what random draws seed with beside seed and row: the step, from 1; 0 in evaluation, always the same.
         """
 
     def target_tokens(self, row: Example) -> tuple[Array, Array]:

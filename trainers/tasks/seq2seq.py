@@ -20,7 +20,7 @@ from trainers.architecture import plain_model
 from trainers.job.sections import GenerateSection
 from trainers.job.task_fields import PLACE
 from trainers.records import Array
-from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Task
+from trainers.tasks.base import IGNORE, Batch, EncodeRules, Example, Serving, Task
 from trainers.tasks.causal import token_metrics
 from trainers.tasks.encoded import EncodedRow, TokenSequence, batch_rows
 from trainers.tasks.generation import generate_texts
@@ -74,7 +74,8 @@ class Seq2Seq(Task):
         prompt = rules.options.prompt or (CAUSAL_PROMPT if causal else "{source}")
         prompts = [PLACE.sub(lambda place, row=row: row[place[1]], prompt) for row in rows]  # type: ignore[misc]
         sources = encoder.encode(prompts, special=not causal)
-        targets = encoder.encode([row["target"] for row in rows], special=not causal)
+        as_sources = not causal and encoder.target_affixes is None
+        targets = encoder.encode([row["target"] for row in rows], special=as_sources)
         encoded = (_fit(*row, causal, encoder, rules) for row in zip(rows, sources, targets, strict=True))
         return batch_rows(encoded, self.extra_schema)
 
@@ -91,6 +92,10 @@ class Seq2Seq(Task):
     def prepare(self, encoder: Encoder) -> None:
         self._tokenizer = encoder.tokenizer
         self._apart = encoder.is_encoder_decoder
+        self._first = encoder.first_tokens if self._apart else {}
+
+    def serving(self, encoder: Encoder) -> Serving:
+        return Serving(first_tokens=tuple(encoder.first_tokens.items()) if encoder.is_encoder_decoder else ())
 
     def spans(self, lengths: Array, targets: Array) -> Array:
         """Source and target in one line, or the longer of the two, each measured by the longest of its kind."""
@@ -125,7 +130,7 @@ class Seq2Seq(Task):
     def generate(self, model: Any, rows: Sequence[Example], pad_id: int) -> dict[str, Array]:
         """Counts and scores of the generated texts against the targets as they stand in the data."""
         greedy = GenerateSection(max_new_tokens=self.options.max_target_length)
-        settings = (self.options.generate or greedy).model_dump()
+        settings = (self.options.generate or greedy).model_dump() | self._first
         prompts, wanted = [row.input_ids for row in rows], [row.extra["reference"] for row in rows]
         seed = (self.options.seed, min(row.index for row in rows))
         said = [text.strip() for text in generate_texts(model, prompts, self._tokenizer, pad_id, settings, seed)]
@@ -150,23 +155,25 @@ class Seq2Seq(Task):
 def _fit(
     row: Mapping[str, Any], source: Any, target: Any, causal: bool, encoder: Encoder, rules: EncodeRules
 ) -> EncodedRow:
-    """Apply the length policy; a target keeps its end, a prompt of a causal model loses its start."""
-    answer = list(target.ids)
-    if encoder.eos_id is not None and (causal or answer[-1] != encoder.eos_id):
+    """Apply the length policy; a target keeps its end, a source of an encoder what stands around it, and a prompt of a
+    causal model loses its start."""
+    before, after = (None if causal else encoder.target_affixes) or ((), ())
+    answer, ending = [*before, *target.ids, *after], max(len(after), 1)
+    if encoder.eos_id is not None and (causal or encoder.eos_id not in answer[-ending:]):
         answer.append(encoder.eos_id)
     begin = encoder.affixes[0] if causal and encoder.affixes else []
     read, most = [*begin, *source.ids], rules.options.max_target_length
     room = rules.max_length - min(len(answer), most) if causal else rules.max_length
     lost = max(len(answer) - most, 0) + max(len(read) - room, 0)
-    if lost and (rules.overlong != "truncate" or room <= len(begin)):
+    if lost and (rules.overlong != "truncate" or room <= len(begin) or most <= len(before) + len(after)):
         return EncodedRow.dropped("overlong")
     if not source.ids:
         return EncodedRow.dropped("empty_source")
     if len(answer) > most:
-        answer = [*answer[: most - 1], answer[-1]]
+        answer = [*answer[: most - ending], *answer[-ending:]]
     if len(read) > room:
-        kept = room - len(begin)
-        read = [*begin, *read[len(read) - kept :]] if causal else [*read[: room - 1], read[-1]]
+        end = room - len(begin) if causal else len(encoder.affixes[1]) if encoder.affixes else 1
+        read = [*(begin if causal else read[: room - end]), *read[len(read) - end :]]
     return EncodedRow.whole(TokenSequence(read, {"target": answer, "reference": row["target"], "causal": causal}), lost)
 
 

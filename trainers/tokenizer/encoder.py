@@ -21,6 +21,7 @@ from trainers.tokenizer.gigatoken import (
     open_fast,
     special_affixes,
 )
+from trainers.tokenizer.languages import Affixes, first_tokens, target_affixes
 from trainers.tokenizer.reference import encode_by_reference, encode_words
 from trainers.tokenizer.token_arrays import Tokens, add_affixes
 
@@ -59,6 +60,8 @@ class TokenizerSpec:
     """tokenizers' own JSON."""
     eos_id: int | None
     pad_id: int
+    target: Affixes | str | None = None
+    """As `target_affixes` gives it."""
 
 
 class Encoder:
@@ -113,6 +116,19 @@ class Encoder:
     def affixes(self) -> tuple[list[int], list[int]] | None:
         """Special tokens before and after a text; None where they are not simply around it."""
         return special_affixes(self._backend)
+
+    @property
+    def target_affixes(self) -> Affixes | None:
+        """Special tokens before and after a target; None where they are those of every text. Raises JobError where the
+        tokenizer does not say which language a target is in."""
+        if isinstance(self.spec.target, str):
+            raise JobError(f"model.path: {self.spec.target}")
+        return self.spec.target
+
+    @property
+    def first_tokens(self) -> dict[str, int]:
+        """Settings of `generate` that begin a target in its language."""
+        return first_tokens(self.target_affixes, self.eos_id)
 
     @cached_property
     def bytes_of_ids(self) -> Array | None:
@@ -227,7 +243,8 @@ def read_spec(folder: str | Path, trust_remote_code: bool = False) -> TokenizerS
     backend.no_truncation()
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad_id = next(int(value) for value in ids if value is not None)
-    return TokenizerSpec(str(folder), trust_remote_code, backend.to_str(), tokenizer.eos_token_id, pad_id)
+    target, written = target_affixes(tokenizer), backend.to_str()
+    return TokenizerSpec(str(folder), trust_remote_code, written, tokenizer.eos_token_id, pad_id, target)
 
 
 @lru_cache(maxsize=2)
