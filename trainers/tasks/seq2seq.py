@@ -157,6 +157,8 @@ def _fit(
 ) -> EncodedRow:
     """Apply the length policy; a target keeps its end, a source of an encoder what stands around it, and a prompt of a
     causal model loses its start."""
+    if not causal and (other := encoder.other_language(row)):
+        return EncodedRow.dropped(f"{other}_is_not_that_of_the_tokenizer")
     before, after = (None if causal else encoder.target_affixes) or ((), ())
     answer, ending = [*before, *target.ids, *after], max(len(after), 1)
     if encoder.eos_id is not None and (causal or encoder.eos_id not in answer[-ending:]):

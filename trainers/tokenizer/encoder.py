@@ -5,7 +5,7 @@ one in milliseconds, without transformers. Which library makes the ids: see `gig
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -124,6 +124,20 @@ class Encoder:
         if isinstance(self.spec.target, str):
             raise JobError(f"model.path: {self.spec.target}")
         return self.spec.target
+
+    def other_language(self, row: Mapping[str, Any]) -> str | None:
+        """The field of a row that names another language than the tokenizer's for all rows, as a token of it."""
+        sides = (("source_language", self.affixes), ("target_language", self.target_affixes))
+        for field, affixes in sides if self.target_affixes else ():
+            number = self._special.get(str(row.get(field)))
+            if number is not None and affixes and number not in (*affixes[0], *affixes[1]):
+                return field
+        return None
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        """Added tokens, such as those of languages."""
+        return {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()}
 
     @property
     def first_tokens(self) -> dict[str, int]:

@@ -121,6 +121,16 @@ def test_the_decoder_reads_and_writes_the_targets_language_first(
     assert int(exported.generate(**asked, max_new_tokens=4)[0, place]) == language
 
 
+def test_a_row_in_another_language_than_the_tokenizers_is_dropped(family: str, folder: Path) -> None:
+    row, other = {"source": SOURCE, "target": TARGET}, "fra_Latn" if family == "nllb" else "fr_XX"
+    own = {"source_language": "English", "target_language": FAMILIES[family]}
+    rows = [row, row | own, row | {"target_language": other}, row | {"source_language": other}]
+    batch = encode_rows(load_task("seq2seq"), rows, load_encoder(str(folder)), EncodeRules(64, "truncate"))
+    said = [batch.outcomes[code] for code in batch.codes]
+    assert said[:2] == ["kept"] * 2
+    assert said[2:] == [f"dropped:{side}_language_is_not_that_of_the_tokenizer" for side in ("target", "source")]
+
+
 @pytest.mark.parametrize("lacking", ["src_lang", "tgt_lang"])
 def test_a_tokenizer_that_does_not_name_a_language_is_refused_for_targets_alone(lacking: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "nllb")
