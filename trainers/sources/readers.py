@@ -4,13 +4,10 @@ A unit is the least work that is done, or done again after a kill, as a whole: i
 are is decided in `sources`, how their bytes become rows in `formats`. Begin at `plan_units`.
 """
 
-import ast
 import difflib
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +17,7 @@ from trainers.job.schema import TASK_FIELDS, Job
 from trainers.job.task_fields import PLACE
 from trainers.sources.files import SourceFile
 from trainers.sources.formats import FORMATS, RawRow, Span
+from trainers.sources.text_values import TEXT_VALUES, read_decimal
 
 UNIT_BYTES = 8 * 2**20
 """Source bytes a unit aims at: about two million tokens, a tenth of a second of the quickest tokenizer."""
@@ -46,8 +44,6 @@ CHAT_NAMES = {
     "reasoning": ("cot", "chain_of_thought", "rationale", "thought", "complex_cot"),
 }
 """sft: names that public data have for its fields, in small letters; only proposed, since a name tells no more."""
-NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
-WHOLE = re.compile(r"-?(0|[1-9]\d*)\.0+")
 
 
 @dataclass(frozen=True)
@@ -131,6 +127,9 @@ def pick_fields(
     for field, names in dotted.items():
         if field not in fields and names[0] in record:
             fields[field] = _inside(record, names)
+    for field, value in fields.items():
+        if isinstance(value, Decimal):
+            fields[field] = read_decimal(value)
     return fields
 
 
@@ -139,37 +138,6 @@ def _inside(value: Any, names: Sequence[str]) -> Any:
     for name in names:
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
-
-
-def _number(text: str) -> Any:
-    """A number written as text; other text as it is."""
-    return float(text) if NUMBER.fullmatch(text) else text
-
-
-def _label(text: str) -> str:
-    """A label of a format that knows text alone, as other formats have it: 1.0 is 1, true is True."""
-    core = text.strip()
-    if WHOLE.fullmatch(core):
-        return text.replace(core, core.partition(".")[0])
-    return text.replace(core, core.capitalize()) if core.lower() in ("true", "false") else text
-
-
-def _nested(text: str) -> Any:
-    """A list or an object written as text, by JSON or as Python prints it, which flat files hold; else the text."""
-    if text.lstrip()[:1] in ("[", "{"):
-        for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                value = parse(text)
-                return value if isinstance(value, list | dict) else text
-    return text
-
-
-TEXT_VALUES: dict[str, Callable[[str], Any]] = {
-    "score": _number,
-    "label": _label,
-    **dict.fromkeys(("messages", "conversations", "history", "tokens", "tags", "answers"), _nested),
-}
-"""Fields that ask for more than text, and what reads them."""
 
 
 def task_columns(job: Job) -> dict[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainers.records import Array
+from trainers.sources.text_values import CUT_SHORT, CutShort
 from trainers.tokenizer.token_arrays import KEPT, TRUNCATED, EncodedBatch, Tokens, insert_rows
 
 if TYPE_CHECKING:
@@ -74,9 +75,13 @@ def encode_rows(
     """Encode rows, one outcome each: the one settled before, the task's refusal, or what encoding makes of them."""
     outcomes = list(settled or [None] * len(rows))
     for index, row in enumerate(rows):
-        if outcomes[index] is None and (reason := task.refusal(row, rules.options)):
+        if outcomes[index] is None and (reason := _cut_short(row) or task.refusal(row, rules.options)):
             outcomes[index] = f"dropped:{reason}"
     usable = np.array([index for index, outcome in enumerate(outcomes) if outcome is None], dtype=np.int64)
     if len(usable) == len(rows):
         return task.encode(rows, encoder, rules)
     return insert_rows(task.encode([rows[index] for index in usable], encoder, rules), usable, outcomes)
+
+
+def _cut_short(row: Mapping[str, Any]) -> str | None:
+    return CUT_SHORT if any(isinstance(value, CutShort) for value in row.values()) else None

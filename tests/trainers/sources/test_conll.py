@@ -59,6 +59,15 @@ def test_comments_are_no_words_and_hash_signs_are(tmp_path: Path, source_of: Any
     assert [row["tokens"] for row in read(tmp_path, source_of, text)] == [["#film", "#", "is", "#great"], ["#just"]]
 
 
+@pytest.mark.parametrize("separator", [" ", "  ", "\t"])
+@pytest.mark.parametrize("word", ["10\u00a0000", "\u3000", "\u2009a", "b\u3000"])
+def test_white_space_other_than_blanks_belongs_to_the_words(
+    word: str, separator: str, tmp_path: Path, source_of: Any
+) -> None:
+    text = f"in{separator}O\n{word}{separator}O\n  oslo {separator}B-LOC \n"
+    assert read(tmp_path, source_of, text) == [{"tokens": ["in", word, "oslo"], "tags": ["O", "O", "B-LOC"]}]
+
+
 def test_conllu_has_its_words_in_the_second_column(tmp_path: Path, source_of: Any) -> None:
     def line(number: str, form: str, tag: str) -> str:
         return "\t".join([number, form, form, tag, *"_" * 6])

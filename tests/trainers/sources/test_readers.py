@@ -134,12 +134,6 @@ def test_csv_rows_are_malformed_one_by_one(tmp_path: Path, source_of: Any) -> No
     ]
 
 
-def test_an_unclosed_quotation_mark_is_one_malformed_row_not_silence(tmp_path: Path, source_of: Any) -> None:
-    path = tmp_path / "x.csv"
-    path.write_text('text,label\na,good\n"b,good\nc,good\n')
-    assert read_all(source_of(path), 1) == [(0, {"text": "a", "label": "good"}), (1, None)]
-
-
 def test_quotation_marks_are_text_in_tsv(tmp_path: Path, source_of: Any) -> None:
     path = tmp_path / "x.tsv"
     path.write_text('text\tlabel\n"a\tgood\n')

@@ -1,6 +1,6 @@
 """conll: a word a line with its columns, a blank line between sentences, as tagged text is published.
 
-Columns are separated by tabs or blanks, any number of them: the first are the `tokens`, the last the `tags`, and each
+Columns are separated by tabs or spaces, any number of them: the first are the `tokens`, the last the `tags`, and each
 goes by its number from 1 too (`data.columns: {tags: "2"}`). Of CoNLL-U (ten columns, the first an id) the second are
 the tokens and the fourth the tags; its lines of ids such as 1-2 and 1.1 are no words. -DOCSTART- lines and comments
 (`# ...` lines that are no word) are passed over. Rows are sentences, numbered from 0; read whole, streamed. A sentence
@@ -18,6 +18,7 @@ from trainers.sources.formats.sniff import RENAME, read_text_head
 
 EXPECTED = "a word a line with its columns, and a blank line between sentences"
 DOCUMENT = "-DOCSTART-"
+BLANKS = " \t"
 BOM = "\ufeff"
 TAG = re.compile(r"O|[BIEMSUL](-.+)?")
 UNIVERSAL = 10
@@ -68,8 +69,8 @@ def _row(lines: list[str] | None) -> dict[str, Any] | None:
     """The columns of a sentence; None where it is malformed, empty where there are no words."""
     if lines is None:
         return None
-    cells = [line.rstrip("\r").split("\t") if "\t" in line else line.split() for line in lines]
-    cells = [[cell.strip() for cell in line] for line in cells if line[0] != DOCUMENT]
+    cells = [_cells(line.rstrip("\r")) for line in lines]
+    cells = [line for line in cells if line[0] != DOCUMENT]
     width = next((len(line) for line in cells if not line[0].startswith("#")), max(map(len, cells), default=0))
     words: list[list[str]] = []
     for line in cells:
@@ -80,6 +81,11 @@ def _row(lines: list[str] | None) -> dict[str, Any] | None:
     if width == UNIVERSAL and all(WORD_ID.fullmatch(line[0]) or OTHER_ID.fullmatch(line[0]) for line in words):
         return _named([line for line in words if WORD_ID.fullmatch(line[0])], 1, 3)
     return _named(words, 0, width - 1)
+
+
+def _cells(line: str) -> list[str]:
+    """The columns of a line: other white space, such as a no-break or an ideographic space, belongs to the words."""
+    return [cell.strip(BLANKS) for cell in line.split("\t")] if "\t" in line else re.split(" +", line.strip(BLANKS))
 
 
 def _is_word(line: Sequence[str], width: int, within: bool) -> bool:

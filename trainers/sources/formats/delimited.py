@@ -3,7 +3,8 @@
 csv quotes as RFC 4180 says, line breaks within quotes included; `;`, tabs or `|` in place of commas are found by the
 first lines, and said. tsv has no quoting at all (IANA text/tab-separated-values), so quotation marks in it are text; a
 warning says so where the first lines look quoted. A first line `sep=;`, as Excel writes it, is passed over.
-Read whole, streamed, since quotes forbid splitting.
+Read whole, streamed, since quotes forbid splitting. A quotation mark that is never closed, or only by that of a later
+row, makes one record of many rows: such a file is refused, with the line.
 """
 
 import csv
@@ -11,10 +12,12 @@ import io
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import islice
 from typing import Any
 
+from trainers.errors import DataError
 from trainers.sources.files import SourceFile
 from trainers.sources.formats.base import RawRow, Span, has_lone_surrogate, not_as_named, open_stream
 from trainers.sources.formats.sniff import RENAME, read_text_head
@@ -24,6 +27,8 @@ SEPARATORS = (",", ";", "\t", "|")
 GUESS_LINES = 50
 EXCEL = re.compile(rb"(?:\xef\xbb\xbf)?sep=[,;|\t]\r?\n")
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
+CHANCE = 20
+"""So many separators within quotation marks, in each line as many as in the header, do not stand there by chance."""
 MAX_FIELD_CHARS = 2**28
 """Past this an unclosed quotation mark is given up, rather than reading the rest of the file into memory."""
 
@@ -34,7 +39,7 @@ class Delimited:
     def peek(self, source: SourceFile) -> tuple[str, ...] | None:
         read_text_head(source, f"{source.format} in UTF-8 with a header line")
         with _open_text(source) as text:
-            header = _read_header(_reader(text, source))
+            header = _Records(text, source).header
         _tell(source)
         if header is None:
             return None
@@ -59,10 +64,7 @@ class Delimited:
     def read(self, source: SourceFile, span: Span, columns: Sequence[str]) -> Iterator[RawRow]:
         """Rows as the header names them; a row with more or fewer values is malformed."""
         with _open_text(source) as text:
-            reader = _reader(text, source)
-            header = _read_header(reader)
-            if header is not None:
-                yield from enumerate(_records(reader, header))
+            yield from enumerate(_Records(text, source))
 
 
 def _tell(source: SourceFile) -> None:
@@ -81,6 +83,11 @@ def _tell(source: SourceFile) -> None:
 @cache
 def _say_once(message: str) -> None:
     log.warning(message)
+
+
+def _has_excel_line(source: SourceFile) -> bool:
+    with open_stream(source) as stream:
+        return EXCEL.match(stream.peek(16)) is not None
 
 
 def _open_text(source: SourceFile) -> io.TextIOWrapper:
@@ -110,30 +117,72 @@ def _fitting(lines: Sequence[str], separator: str) -> int:
     return sum(width == widths[0] for width in widths) if widths and widths[0] > 1 else 0
 
 
-def _reader(text: io.TextIOWrapper, source: SourceFile) -> "Iterator[list[str]]":
-    csv.field_size_limit(MAX_FIELD_CHARS)
-    if source.format == "tsv":
-        return csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-    return csv.reader(text, delimiter=separator_of(source), strict=True)
+class _Records:
+    """The records of a file, as its header names their values."""
 
+    def __init__(self, text: io.TextIOWrapper, source: SourceFile) -> None:
+        csv.field_size_limit(MAX_FIELD_CHARS)
+        self._source, self._separator = source, separator_of(source)
+        quoting = csv.QUOTE_NONE if source.format == "tsv" else csv.QUOTE_MINIMAL
+        self._reader = csv.reader(text, delimiter=self._separator, quoting=quoting, strict=True)
+        self._skipped = 1 if source.format == "csv" and _has_excel_line(source) else 0
+        self._before = 0
+        self.header = self._read_header()
 
-def _read_header(reader: Iterator[list[str]]) -> list[str] | None:
-    cells = next((cells for cells in reader if cells), None)
-    return None if cells is None else [name.strip() for name in cells]
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        """Each record; None where it has more or fewer values than the header. Raises DataError where rows are lost."""
+        header = self.header
+        while header is not None:
+            try:
+                cells = self._next()
+            except StopIteration:
+                return
+            if cells == []:
+                continue  # a blank line
+            if cells is not None and self._reader.line_num > self._before + 1:
+                self._look_for_rows_within(cells, len(header))
+            if cells is None or len(cells) != len(header) or has_lone_surrogate("".join(cells)):
+                yield None
+            else:
+                yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
 
-
-def _records(reader: Iterator[list[str]], header: list[str]) -> Iterator[dict[str, Any] | None]:
-    while True:
+    def _next(self) -> list[str] | None:
+        """The next record, None where its quotation marks are torn within one line."""
+        self._before = self._reader.line_num
         try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield None
-            continue
-        if not cells:
-            continue  # a blank line
-        if len(cells) != len(header) or has_lone_surrogate("".join(cells)):
-            yield None
-        else:
-            yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            return next(self._reader)
+        except csv.Error as error:
+            if self._reader.line_num > self._before + 1 or "end of data" in str(error):
+                raise self._swallowed(f"which is closed at the end of no value ({error})") from error
+            return None
+
+    def _read_header(self) -> list[str] | None:
+        with suppress(StopIteration):
+            while (cells := self._next()) == []:
+                pass
+            if cells is None:
+                raise not_as_named(self._source, "a header line", "torn quotation marks in it", RENAME)
+            return [name.strip() for name in cells]
+        return None
+
+    def _look_for_rows_within(self, cells: Sequence[str], width: int) -> None:
+        """Warn of a record of several lines that would be rows without quotation marks, or refuse it: where it is too
+        much for a chance, or has another number of values than the header."""
+        lines = self._separator.join(cells).split("\n")
+        fits = [line.count(self._separator) == width - 1 for line in lines]
+        is_block = all(fits) and (len(lines) - 2) * (width - 1) >= CHANCE
+        if is_block or (len(cells) != width and any(fits[1:-1])):
+            raise self._swallowed("and its lines are rows of their own")
+        if all(fits) and len(lines) > 2 and width > 1:
+            _say_once(f"{self._source.uri}: {self._lines()} are one row by quotation marks, and look like rows each")
+
+    def _swallowed(self, what: str) -> DataError:
+        return DataError(
+            f"{self._source.uri}: {self._lines()} are one record by the quotation mark that opens it, {what}. Close "
+            "that mark, write it twice where it is text, or leave the line out; where marks are text throughout, write "
+            "the values between tabs and set data.format: tsv"
+        )
+
+    def _lines(self) -> str:
+        first, last = self._before + 1 + self._skipped, self._reader.line_num + self._skipped
+        return f"lines {first:,} to {last:,}" if last > first else f"line {first:,}"
