@@ -215,6 +215,14 @@ def test_a_truncated_archive_is_refused_and_not_read_as_short(name: str, write_r
         read_all(source_of(path), 2**20)
 
 
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.zst", "x.json.gz", "x.txt.zst", "x.parquet", "x.arrow"])
+def test_a_small_file_that_is_cut_short_is_told_so(name: str, write_rows: Any, source_of: Any) -> None:
+    path = write_rows(name, ROWS)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"(data|file) that is cut short or damaged \(.*\)\. Fetch or write it again"):
+        check_columns([source_of(path)], {"text": "text"}, [("text",)], "data.train")
+
+
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.json", "x.parquet", "x.arrow"])
 def test_a_missing_column_is_refused_with_the_nearest(name: str, write_rows: Any, source_of: Any) -> None:
     source = source_of(write_rows(name, ROWS))

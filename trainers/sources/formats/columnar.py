@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from trainers.sources.class_names import Decode, class_names, decoders, feature_of, read_features
 from trainers.sources.files import SourceFile
-from trainers.sources.formats.base import SLICE_BYTES, SLICE_ROWS, RawRow, Span, not_as_named, open_whole
-from trainers.sources.formats.sniff import RENAME, describe_file
+from trainers.sources.formats.base import SLICE_BYTES, SLICE_ROWS, RawRow, Span, open_whole
+from trainers.sources.formats.sniff import unreadable
 
 READ_ERRORS = (OSError, pa.ArrowException)
 
@@ -27,7 +27,7 @@ class Parquet:
             with pq.ParquetFile(open_whole(source)) as file:
                 return tuple(file.schema_arrow.names)
         except READ_ERRORS as error:
-            raise not_as_named(source, "a Parquet file", describe_file(source, str(error)), RENAME) from error
+            raise unreadable(source, "a Parquet file", error) from error
 
     def plan(self, source: SourceFile, unit_bytes: int) -> list[Span]:
         """Row groups, together until they reach `unit_bytes` before compression."""
@@ -57,7 +57,7 @@ class ArrowIpc:
             with _open_ipc(source) as reader:
                 return tuple(reader.schema.names)
         except READ_ERRORS as error:
-            raise not_as_named(source, "an Arrow IPC file", describe_file(source, str(error)), RENAME) from error
+            raise unreadable(source, "an Arrow IPC file", error) from error
 
     def plan(self, source: SourceFile, unit_bytes: int) -> list[Span]:
         """Record batches, taken as equally large."""

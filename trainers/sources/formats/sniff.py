@@ -1,7 +1,10 @@
 """What a file looks like by its first bytes, for messages about files that are not what their name says."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 
+from trainers.errors import DataError
 from trainers.sources.files import SourceFile
 from trainers.sources.formats.base import not_as_named, open_stream
 
@@ -43,20 +46,23 @@ def read_text_head(source: SourceFile, expected: str) -> bytes:
             head = stream.read(HEAD_BYTES)
     except (OSError, pa.ArrowException) as error:
         expected = f"{source.compression}-compressed {expected}" if source.compression else expected
-        raise not_as_named(source, expected, describe_file(source, str(error)), RENAME) from error
+        raise unreadable(source, expected, error) from error
     if kind := recognize(head):
         raise not_as_named(source, expected, kind, RENAME)
     return head
 
 
-def describe_file(source: SourceFile, otherwise: str) -> str:
-    """What the stored bytes look like; `otherwise` where they give nothing away."""
-    plain = SourceFile(source.uri, source.format, None, source.size, source.digest)
+def unreadable(source: SourceFile, expected: str, error: Exception) -> DataError:
+    """The error for a file whose format or compression cannot be read: it is another's, or is cut short or damaged."""
+    plain = replace(source, compression=None)
     with open_stream(plain) as stream:
         head = stream.read(HEAD_BYTES)
-    if not head:
-        return "an empty file"
-    return recognize(head) or otherwise
+    found = recognize(head) if head else "an empty file"
+    if found and found == KINDS.get(source.compression or source.format):
+        return DataError(f"{source.uri}: {found} that is cut short or damaged ({error}). Fetch or write it again")
+    return not_as_named(source, expected, found or str(error), RENAME)
 
 
+KINDS = {"gzip": "gzip data", "zstd": "Zstandard data", "parquet": "a Parquet file", "arrow": "an Arrow file"}
+"""What files of a format or compression are by their first bytes."""
 RENAME = "Write it again, name it for what it is, or set data.format"
