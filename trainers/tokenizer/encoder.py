@@ -15,7 +15,6 @@ from trainers.errors import DataError, JobError
 from trainers.records import Array
 from trainers.tokenizer.gigatoken import (
     FastTokenizer,
-    byte_level_step,
     bytes_of_ids,
     check_sample,
     open_fast,
@@ -39,6 +38,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 """Files of a model folder that decide which ids a text becomes; their digest is part of the shard key."""
+PROBE = "a"
+ASCII_BLANKS = tuple(" \t\r\n")
 NO_TOKENIZER = (
     "model.path: {folder} holds no tokenizer: put the model's tokenizer.json and tokenizer_config.json beside its "
     "config.json; only `tuneyard plan` does without"
@@ -201,15 +202,23 @@ class Encoder:
         return list(zip(encodings, lost, strict=True))
 
     def _apart(self, words: Sequence[str]) -> list[str]:
-        """Words as the tokenizer has to get them: a byte-level one knows those within a text by the blank before."""
+        """Words as the tokenizer has to get them: many know those within a text by the blank before, as `▁in` or `Ġin`
+        are other tokens than `in`."""
         if not self._words_need_blanks:
             return list(words)
-        return [word if not place or word[:1].isspace() else f" {word}" for place, word in enumerate(words)]
+        return [word if not place or word.startswith(ASCII_BLANKS) else f" {word}" for place, word in enumerate(words)]
 
     @cached_property
     def _words_need_blanks(self) -> bool:
-        step = byte_level_step(json.loads(self.spec.backend).get("pre_tokenizer"))
-        return step is not None and not step.get("add_prefix_space", True)
+        """Whether a word in running text is what the word with a blank before it is, and not what it is by itself."""
+        first, within = self._pieces(PROBE), self._pieces(f" {PROBE}")
+        return first != within and self._pieces(f"{PROBE} {PROBE}") == first + within
+
+    def _pieces(self, text: str) -> str:
+        """A text as the tokenizer's model gets it, piece by piece."""
+        normalizer, splitter = self._backend.normalizer, self._backend.pre_tokenizer
+        text = normalizer.normalize_str(text) if normalizer else text
+        return "".join(piece for piece, _ in splitter.pre_tokenize_str(text)) if splitter else text
 
     def encode_windows(self, pairs: Sequence[tuple[str, str]], max_length: int, overlap: int) -> list[list[Any]]:
         """Encodings of (first, second) texts with offsets; a second text too long is cut into overlapping windows.

@@ -116,3 +116,43 @@ def test_byte_level_tokenizers_see_the_blank_before_a_word(
     (text,) = encoder.encode([" ".join(words)])
     assert encoding.ids == text.ids and lost == 0
     assert [word for word in dict.fromkeys(encoding.word_ids) if word is not None] == [0, 1, 2, 3, 4]
+
+
+def spelled(name: str) -> tuple[Any, Any]:
+    """Normalizer and pre-tokenizer of tokenizers that write a blank as ▁, and those that drop it."""
+    from tokenizers import normalizers as n
+    from tokenizers import pre_tokenizers as p
+
+    kind, _, scheme = name.partition("-")
+    return {
+        "metaspace": lambda: (None, p.Metaspace(prepend_scheme=scheme)),
+        "whole": lambda: (None, p.Metaspace(prepend_scheme=scheme, split=False)),
+        "gemma": lambda: (n.Replace(" ", "▁"), p.Split(" ", "merged_with_previous")),
+        "llama": lambda: (n.Sequence([n.Prepend("▁"), n.Replace(" ", "▁")]), None),
+        "dropped": lambda: (n.Lowercase(), p.Whitespace()),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{kind}-{scheme}" for kind in ("metaspace", "whole") for scheme in ("never", "first", "always")),
+             "gemma", "llama", "dropped"]
+)  # fmt: skip
+def test_words_have_the_tokens_of_running_text(name: str) -> None:
+    from tokenizers import Tokenizer, models
+
+    from trainers.tokenizer.encoder import Encoder, TokenizerSpec
+
+    merges = [("i", "n"), ("▁", "in"), ("▁", "p"), ("▁p", "a"), ("▁pa", "ris"), ("r", "i"), ("ri", "s")]
+    known = dict.fromkeys([*"▁adpinrsley.,\u3000", *(a + b for a, b in merges)])
+    backend = Tokenizer(models.BPE({token: place for place, token in enumerate(known)}, merges))
+    backend.normalizer, backend.pre_tokenizer = spelled(name)
+    encoder = Encoder(TokenizerSpec("", False, backend.to_str(), None, 0))
+    words = ["ada", "is", "in", "paris", ",", "in", "\u3000", "in", "\u3000paris"]
+    words = [word for word in words if name != "dropped" or "\u3000" not in word]
+    ((encoding, lost),) = encoder.encode_words([words], 64)
+    (text,) = encoder.encode([" ".join(words)])
+    assert encoding.ids == text.ids and lost == 0
+    assert [word for word in dict.fromkeys(encoding.word_ids) if word is not None] == [*range(len(words))]
+    spelling = ["".join(token for token, own in zip(encoding.tokens, encoding.word_ids, strict=True) if own == place)
+                for place in range(len(words))]  # fmt: skip
+    assert [spelt.removeprefix("▁") for spelt in spelling] == words
