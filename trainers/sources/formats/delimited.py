@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from trainers.errors import DataError
 from trainers.sources.files import SourceFile
@@ -123,7 +123,7 @@ class _Records:
     def __init__(self, text: io.TextIOWrapper, source: SourceFile) -> None:
         csv.field_size_limit(MAX_FIELD_CHARS)
         self._source, self._separator = source, separator_of(source)
-        quoting = csv.QUOTE_NONE if source.format == "tsv" else csv.QUOTE_MINIMAL
+        quoting: Literal[0, 3] = csv.QUOTE_NONE if source.format == "tsv" else csv.QUOTE_MINIMAL
         self._reader = csv.reader(text, delimiter=self._separator, quoting=quoting, strict=True)
         self._skipped = 1 if source.format == "csv" and _has_excel_line(source) else 0
         self._before = 0
@@ -152,8 +152,10 @@ class _Records:
         try:
             return next(self._reader)
         except csv.Error as error:
-            if self._reader.line_num > self._before + 1 or "end of data" in str(error):
-                raise self._swallowed(f"which is closed at the end of no value ({error})") from error
+            if "end of data" in str(error):
+                raise self._swallowed("which is never closed") from error
+            if self._reader.line_num > self._before + 1:
+                raise self._swallowed(f"which is closed where no value ends ({error})") from error
             return None
 
     def _read_header(self) -> list[str] | None:
