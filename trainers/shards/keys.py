@@ -26,7 +26,7 @@ from trainers.storage import Folder
 from trainers.tasks.options import task_options
 from trainers.tokenizer.encoder import NO_TOKENIZER, tokenizer_files
 
-ENCODER_VERSION = 7
+ENCODER_VERSION = 8
 """Raised whenever the same inputs would give other shards."""
 SplitName = str
 """train, eval, or eval_sets.NAME."""
