@@ -22,6 +22,9 @@ PART = re.compile(
     r"""|(?P<mark>[,:])|(?P<dots>\.\.\.)|(?P<other>[^\s,:()\[\]{}'"]+))""",
     re.DOTALL,
 )
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"]""")
+SPEAKER = frozenset(("role", "from"))
+"""One of these fields is in every message."""
 CUT_SHORT = "list_cut_short_by_numpy"
 """The outcome of a row with a list whose items were replaced by dots."""
 
@@ -96,6 +99,15 @@ def _with_commas(text: str) -> Iterator[str]:
         yield "" if core == "array(" else core
 
 
+def read_messages(text: str) -> Any:
+    """A list of messages written as text; any other text, lists too, is what somebody says."""
+    if not MESSAGES.match(text):
+        return text
+    value = read_nested(text)
+    is_list = isinstance(value, list) and all(isinstance(each, dict) and each.keys() & SPEAKER for each in value)
+    return value if isinstance(value, CutShort) or is_list else text
+
+
 def read_decimal(value: Decimal) -> int | float:
     """A decimal number of a columnar file, as other formats have it."""
     return int(value) if value == value.to_integral_value() else float(value)
@@ -105,5 +117,6 @@ TEXT_VALUES: dict[str, Callable[[str], Any]] = {
     "score": read_number,
     "label": read_label,
     **dict.fromkeys(("messages", "conversations", "history", "tokens", "tags", "answers"), read_nested),
+    **dict.fromkeys(("prompt", "completion"), read_messages),
 }
 """Fields that ask for more than text, and what reads them."""

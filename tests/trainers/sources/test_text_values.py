@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainers.sources.readers import plan_units, read_unit
-from trainers.sources.text_values import CutShort, read_nested
+from trainers.sources.text_values import CutShort, read_messages, read_nested
 
 WORDS = st.lists(
     st.one_of(st.text(max_size=8), st.sampled_from(["it's", 'a "film"', "' '", "...", "array(", "]", "a b", "1 2"])),
@@ -85,3 +85,15 @@ def test_decimals_of_parquet_are_numbers(tmp_path: Path, source_of: Any) -> None
     found = [fields for _, fields in read_unit(unit, source, {"score": "score", "label": "label"})]
     assert found == [{"score": 4.5, "label": 1}, {"score": 3, "label": None}]
     assert not any(isinstance(value, Decimal) for fields in found if fields for value in fields.values())
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[Scene: ... ]", '[{"name": "a"}]', "{'role': 'user'}", "[]", "Hi"])
+def test_what_somebody_says_stays_as_it_is(text: str) -> None:
+    assert read_messages(text) == text
+
+
+def test_prompts_of_messages_are_read_from_text() -> None:
+    """As TRL has them, in a csv file."""
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    for text in (str(objects(turns)), repr(turns), json.dumps(turns)):
+        assert read_messages(text) == turns
