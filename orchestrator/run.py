@@ -29,7 +29,7 @@ from orchestrator.tracking.ray_gauges import RayGauges
 from orchestrator.training import controller
 from orchestrator.training.kept_agents import KeptAgents
 from orchestrator.training.worker_group import WorkerGroup
-from trainers.checkpoint.export import PROVENANCE
+from trainers.checkpoint.export import PROVENANCE, clear_leftovers
 from trainers.evaluation.harness import is_measured
 from trainers.evaluation.selection import find_best, select
 from trainers.run.continued import read_line
@@ -131,6 +131,7 @@ def register(session: RunSession, best: Evaluation) -> RegisteredVersion:
     with session.timed("register"), registry_lock(registry_uri(run.job.storage, run.job.registry.uri)):
         if not (exports / chosen).exists(PROVENANCE):  # the ranks evaluate without an export
             ray.get(ray.remote(num_cpus=1, scheduling_strategy=ANYWHERE)(export_step).remote(run, best.step))
+        clear_leftovers(exports / chosen)
         decision = weigh(session, best)
         parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder), read_line(run.folder))
         write_card(exports / chosen, run.job, best, parents)

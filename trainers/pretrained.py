@@ -68,8 +68,9 @@ def read_offloaded(model: Any, name: str) -> Any:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a folder, without a second copy under the names of its maker's own code (`consolidated`)."""
-    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
+    """The safetensors of a folder, without hidden ones, of a writer that was killed, and without a second copy under
+    the names of its maker's own code (`consolidated`)."""
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith((".", "consolidated")))
 
 
 def class_for(auto: str, config: Any) -> type:

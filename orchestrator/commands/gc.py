@@ -156,7 +156,7 @@ def _chosen(result: RunResult) -> set[int | None]:
 def _leftovers(runs: Folder) -> Iterator[Garbage]:
     """What writers that were killed left behind under temporary names."""
     root = runs.parent.path
-    for pattern in ("", "runs/", "shards/", "models/", "models/digests/", "verify/"):
+    for pattern in ("", "runs/", "shards/", "models/", "models/digests/", "verify/", "runs/*/export/*/"):
         for path in sorted(root.glob(f"{pattern}{TEMPORARY}*")):
             yield _garbage("leftover", Folder(str(path)), "temporary, left by a command that was killed")
 

@@ -4,10 +4,10 @@ from orchestrator.registry.manage import verify_files
 from orchestrator.registry.model_card import CARD
 from orchestrator.registry.read import ModelVersion
 from trainers.errors import EvaluationError
-from trainers.storage import Folder
+from trainers.storage import TEMPORARY, Folder
 
-LEFT_OUT = ["tuneyard.json"]
-"""Names paths of the machine that trained."""
+LEFT_OUT = ["tuneyard.json", f"{TEMPORARY}*"]
+"""What names paths of the machine that trained, and what a killed export left."""
 NO_TOKEN = "the Hub wants a token: `hf auth login`, or set HF_TOKEN"
 
 

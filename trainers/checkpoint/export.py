@@ -31,13 +31,15 @@ from trainers.errors import EvaluationError
 from trainers.job.schema import Job
 from trainers.model.lora import PREFIX
 from trainers.records import Record
-from trainers.storage import Folder
+from trainers.storage import TEMPORARY, Folder
 from trainers.tasks import Task
 from trainers.tasks.base import Serving
 from trainers.tensor_file import FileDigest, spec_of
 from trainers.tokenizer.encoder import load_encoder
 
 PROVENANCE = "tuneyard.json"
+OLD_SCRATCH = ".tuneyard-"
+"""Prefix of scratch folders that killed exports of an earlier version left among the files."""
 COPIED = (
     "tokenizer*",
     "special_tokens*",
@@ -73,7 +75,7 @@ def export_checkpoint(checkpoint: Folder, out: Folder, job: Job, task: Task, mod
         EvaluationError: where the checkpoint is damaged or the result would not load as the same model.
         OSError: where it cannot be read now.
     """
-    if out.exists(PROVENANCE):
+    if out.exists(PROVENANCE):  # what a killed try left is written over, file by file: another may be at it now
         return Provenance.model_validate_json(out.read_bytes(PROVENANCE))
     reader, encoder = open_checkpoint(checkpoint), load_encoder(model_path, job.model.trust_remote_code)
     config = task.load_config(model_path, encoder.pad_id, job.model.trust_remote_code)
@@ -110,7 +112,11 @@ def write_provenance(
         written: digests of the weight files.
     """
     files = {name: FileRecord(bytes=file.bytes, digest=file.digest) for name, file in written.items()}
-    files |= {name: _record(out, name) for name in out.list() if name not in files}
+    for name in out.list():
+        if name.startswith(OLD_SCRATCH):
+            out.delete(name)
+        elif name not in files:
+            files[name] = _record(out, name)
     state = reader.state
     provenance = Provenance(
         step=state.step, checkpoint=str(checkpoint), dtype=dtype, train_key=state.train_key, job=state.job, files=files
@@ -120,8 +126,15 @@ def write_provenance(
 
 
 def _scratch(out: Folder) -> Any:
-    """A folder that goes again, on the disk that the export needs anyway where it is local."""
-    return tempfile.TemporaryDirectory(dir=out.path if out.is_local else None, prefix=".tuneyard-")
+    """A folder that goes again, on the disk that the export needs anyway where it is local; hidden, for it stays where
+    the process is killed."""
+    return tempfile.TemporaryDirectory(dir=out.path if out.is_local else None, prefix=TEMPORARY)
+
+
+def clear_leftovers(out: Folder) -> None:
+    """Delete what killed exports left in a folder that is whole."""
+    for path in out.path.glob(f"{TEMPORARY}*") if out.is_local else ():
+        out.delete(path.name)
 
 
 def _record(folder: Folder, name: str) -> FileRecord:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -321,3 +322,36 @@ def test_frozen_weights_that_nobody_reads_are_zeros(tmp_path: Path, tiny_tokeniz
     model, info = AutoModel.from_pretrained(out.path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert not model.pooler.dense.weight.any() and model.encoder.layer[1].output.dense.weight.any()
+
+
+def test_what_a_killed_export_left_does_not_stop_the_next(
+    tmp_path: Path, tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it wrote the weights: what lies there at that moment is copied, for an exception would tidy up."""
+    from transformers import AutoModelForCausalLM
+
+    from orchestrator.registry.digests import list_files
+    from trainers.checkpoint import export
+    from trainers.pretrained import weight_files
+
+    pretrained = make_llama(tmp_path / "pretrained", tiny_chat_tokenizer)
+    job, checkpoint = tiny_job(tmp_path, pretrained, "sft", chat_rows(10)), str(tmp_path / "checkpoint")
+    write_checkpoint(Folder(checkpoint), AutoModelForCausalLM.from_pretrained(pretrained))
+
+    def killed(_: Any, out: Folder, *rest: Any) -> None:
+        shutil.copytree(out.path, tmp_path / "left")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "write_weights", killed)
+        export_here(job, checkpoint, str(tmp_path / "first"))
+    left = tmp_path / "left"
+    assert any(path.is_dir() for path in left.iterdir()), "the scratch folder"
+    (left / ".tmp-1234-model.safetensors").write_bytes(b"half")
+    (left / ".tuneyard-abcd").mkdir()  # as an earlier version named it
+    export_here(job, checkpoint, str(left))
+    export_here(job, checkpoint, str(tmp_path / "whole"))
+    assert [file.name for file in weight_files(left)] == ["model.safetensors"]
+    assert list_files(Folder(str(left))).keys() == list_files(Folder(str(tmp_path / "whole"))).keys()
+    export.clear_leftovers(Folder(str(left)))
+    assert {path.name for path in left.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
