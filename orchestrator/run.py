@@ -30,6 +30,7 @@ from orchestrator.training import controller
 from orchestrator.training.kept_agents import KeptAgents
 from orchestrator.training.worker_group import WorkerGroup
 from trainers.checkpoint.export import PROVENANCE, clear_leftovers
+from trainers.errors import Preempted
 from trainers.evaluation.harness import is_measured
 from trainers.evaluation.selection import find_best, select
 from trainers.run.continued import read_line
@@ -98,6 +99,9 @@ def train(
         session.screen.wait("starting the workers: self-tests and loading")
         with session.timed("train"), stop() as asked, closing(WorkerGroup(run.job, gpus, kept)) as group:
             controller.train(run, pool, group, session.log, show, asked)
+            stopped = asked()
+        if stopped:  # within the last step, after which nobody asks any more
+            raise Preempted("stopped on request after the last step; the same command goes on with the evaluations")
         events = session.events()
         last = max((event.step for event in events if isinstance(event, StepEvent)), default=0)
         spent = account(events)

@@ -21,7 +21,7 @@ from orchestrator.report.index import write_index
 from orchestrator.report.page import REPORT, render_report
 from orchestrator.terminal.progress import Screen
 from orchestrator.tracking.follower import Follower
-from trainers.errors import JobError, Preempted, TuneyardError
+from trainers.errors import JobError, Preempted, TuneyardError, describe, to_record
 from trainers.evaluation.confusion import draw_confusion
 from trainers.model.deepspeed_config import keeps_on_disk
 from trainers.model.fit import count_parameters, tensor_shapes
@@ -48,8 +48,8 @@ class RunSession:
     run: Run
     log: RunLog
 
-    def __init__(self, checked: CheckedJob, screen: Screen) -> None:
-        self.checked, self.screen = checked, screen
+    def __init__(self, checked: CheckedJob, screen: Screen, told_to_go: Asked = lambda: False) -> None:
+        self.checked, self.screen, self._told_to_go = checked, screen, told_to_go
         self.metric = choose_metric(checked.job)
         self._began, self._steps = time.monotonic(), 0
 
@@ -73,9 +73,23 @@ class RunSession:
                     self.note_stage("shard", time.monotonic() - self._began)
                     folder.write_bytes("plan.json", plan_here(self.checked).model_dump_json(indent=1).encode())
                     yield
-                except TuneyardError as error:
-                    self._end(self._summary("preempted" if isinstance(error, Preempted) else "failed", str(error)))
-                    raise
+                except BaseException as error:
+                    ending = as_preempted(error, self._told_to_go)
+                    self._record(ending)
+                    if ending is error:
+                        raise
+                    raise ending from error
+
+    def _record(self, error: BaseException) -> None:
+        """Say in result.json how the run ended; what keeps that from storage is no reason to lose the cause."""
+        if not isinstance(error, Exception):  # Ctrl-C
+            return
+        text = str(error) if isinstance(error, TuneyardError) else describe(to_record(error))
+        try:
+            self._end(self._summary("preempted" if isinstance(error, Preempted) else "failed", text))
+        except Exception as unwritten:
+            logging.getLogger(__name__).exception("the run's end could not be recorded")
+            self.screen.say(f"{self.run.folder}: {RESULT} could not be written: {describe(to_record(unwritten))}")
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -168,7 +182,7 @@ def finished_run(checked: CheckedJob) -> tuple[Folder, RunResult] | None:
 @contextmanager
 def open_session(checked: CheckedJob, address: str | None, screen: Screen) -> Iterator[RunSession]:
     """Ray with room for the workers, a screen, and SIGTERM as an orderly end, for the length of the block."""
-    with _stopped_by_sigterm(), ray_session(address) as ray, screen.live():
+    with _stopped_by_sigterm() as told, ray_session(address) as ray, screen.live():
         if keeps_on_disk(checked.job.train.deepspeed):
             check_disks(ask_nodes(ray, async_io_problem))
         gpus = check_placement(checked.job.scale)  # before hours of sharding, and again after them: nodes come and go
@@ -176,7 +190,7 @@ def open_session(checked: CheckedJob, address: str | None, screen: Screen) -> It
         if note:
             screen.say(f"note: {note}")
         screen.metric = choose_metric(checked.job)[0]
-        yield RunSession(checked, screen)
+        yield RunSession(checked, screen, told)
 
 
 def check_disks(problems: Sequence[str | None]) -> None:
@@ -203,17 +217,39 @@ def evaluation_place(checked: CheckedJob, gpus: int, resources: dict[str, float]
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM outside the training ends the run at once: every other stage is taken up where it was."""
+def _stopped_by_sigterm() -> Iterator[Asked]:
+    """SIGTERM outside the training ends the run at once: every other stage is taken up where it was.
 
-    def stop(*_: Any) -> None:
-        raise Preempted("stopped by SIGTERM; the same command goes on from there")
+    The handler raises KeyboardInterrupt, the one exception that a wait in Ray's C code ends for; with another it goes
+    on waiting and raises SystemError. Only the first signal raises: a second must not cut off what the first leaves.
+
+    Raises:
+        Preempted: after such a signal.
+    """
+    told: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        told.append(number)
+        if len(told) == 1:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield lambda: bool(told)
+    except BaseException as error:
+        ending = as_preempted(error, lambda: bool(told))
+        if ending is error:
+            raise
+        raise ending from error
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def as_preempted(error: BaseException, told_to_go: Asked) -> BaseException:
+    """What an exception means: after SIGTERM whatever its interrupt became is Preempted, without it, it is itself."""
+    if isinstance(error, TuneyardError | GeneratorExit) or not told_to_go():
+        return error
+    return Preempted("stopped by SIGTERM; the same command goes on from there")
 
 
 @contextmanager
