@@ -118,7 +118,7 @@ def _train(controller: Controller) -> None:
     while True:
         controller.done, commits = None, controller.commits
         controller.step_times.clear()
-        controller.group.gather(PLACE_WAIT_S)
+        controller.group.gather(PLACE_WAIT_S, controller.asked_to_stop)
         failure = _launch(controller)
         if failure is None:
             done = controller.done

@@ -1,6 +1,7 @@
 """What a node agent tells the controller: where it is, what its ranks do, how each one ended; facts of its machine."""
 
 import contextlib
+import os
 import shutil
 import socket
 from dataclasses import dataclass, field
@@ -32,6 +33,17 @@ class NodeInfo:
     """Ids of the GPUs that the group has there."""
     interfaces_set: dict[str, str]
     """INTERFACES that the node's environment sets: whoever set them knows the network better than we do."""
+
+    def environment(self) -> dict[str, str]:
+        """What its ranks are told of interfaces and GPUs. What this process's own environment sets of INTERFACES holds
+        where the node's sets nothing."""
+        found: dict[str, str] = {}
+        if self.interface:  # NCCL takes a name as a prefix (eth1 is eth10 too) unless it begins with "="
+            found |= {"GLOO_SOCKET_IFNAME": self.interface, "NCCL_SOCKET_IFNAME": f"={self.interface}"}
+        found |= {name: os.environ[name] for name in INTERFACES if name in os.environ} | self.interfaces_set
+        if self.gpus:  # every rank sees all of the node's, so that NCCL can go from one to the other directly
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
+        return found
 
 
 @dataclass(frozen=True)

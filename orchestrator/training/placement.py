@@ -59,3 +59,18 @@ def largest_size(sizes: list[int], nodes: list[Slots]) -> int | None:
     """The largest world size that the nodes hold, or None."""
     room = sum(node.slots for node in nodes)
     return max((size for size in sizes if size <= room), default=None)
+
+
+def with_room(sizes: list[int], free: Mapping[str, int], held: Mapping[str, int], most: int) -> list[Slots]:
+    """Nodes that could hold ranks, the roomiest first.
+
+    Args:
+        free: ranks that fit beside everything that runs there now, by node.
+        held: ranks that the group's own agents have room for. What is free beside them counts if the group grows by it.
+        most: ranks of the whole group.
+    """
+    others = [Slots(node, min(slots, most)) for node, slots in free.items() if node not in held]
+    as_held = [*others, *(Slots(node, slots) for node, slots in held.items())]
+    grown = [*others, *(Slots(node, min(slots + free.get(node, 0), most)) for node, slots in held.items())]
+    chosen = grown if (largest_size(sizes, grown) or 0) > (largest_size(sizes, as_held) or 0) else as_held
+    return sorted(chosen, key=lambda candidate: (-candidate.slots, candidate.node))

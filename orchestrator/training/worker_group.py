@@ -5,9 +5,8 @@ node that does not answer for `ANSWER_S` is given up, whatever the cluster still
 """
 
 import contextlib
-import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +14,9 @@ import ray
 
 from orchestrator.training.kept_agents import ANSWER_S, KeptAgents, Room, end_agent, start_agent
 from orchestrator.training.node_agent import GPU_KILL_WAIT_S
-from orchestrator.training.node_report import INTERFACES, NodeInfo, NodeReport
-from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, largest_size, slots_of
-from trainers.errors import PlacementError
+from orchestrator.training.node_report import NodeInfo, NodeReport
+from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, largest_size, slots_of, with_room
+from trainers.errors import PlacementError, Preempted
 from trainers.job.schema import Job
 from trainers.records import StopReason
 from trainers.run.record import Run
@@ -54,6 +53,7 @@ class _Joining:
     slots: int
     began: Any
     """Answers, once it is up, with what there is to know of the node."""
+    since: float
     warm: Any = None
     """Answers once its imports are done."""
 
@@ -79,66 +79,70 @@ class WorkerGroup:
         """World size of the last launch."""
         return sum(len(ranks) for ranks in self.layout.values())
 
-    def gather(self, wait_s: float) -> None:
+    def gather(self, wait_s: float, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
         """Have node agents for the largest world size that the cluster holds now.
 
         Raises:
-            PlacementError: where it does not hold the smallest within `wait_s`.
+            PlacementError: where it does not hold the smallest within `wait_s`, or agents do not come up on it.
+            Preempted: where it is asked to stop meanwhile.
         """
         began = time.monotonic()
         while True:
+            if asked_to_stop():
+                raise Preempted("stopped before its ranks ran; the same command goes on from the newest checkpoint")
+            self._admit()
             candidates = self._candidates()
             size, waited = largest_size(fitting_sizes(self._job), candidates), time.monotonic() - began
             if size is not None and (waited > PATIENCE_S or size == self._possible_size()):
                 wanted = assign_ranks(size, candidates)
-                if all(self._acquire(node, len(ranks)) for node, ranks in wanted.items()):
-                    for node in self._nodes.keys() - wanted.keys():
-                        self._leave(node)
-                    if self._kept is not None:
-                        self._kept.close()
-                    self.layout = wanted
+                if not wanted.keys() & self._joining.keys() and all(
+                    self._acquire(node, len(ranks)) for node, ranks in wanted.items()
+                ):
+                    self._settle_on(wanted)
                     return
-            elif size is None and waited > wait_s:
+            if waited > wait_s and not self._joining:
                 raise PlacementError(self._nothing_fits(wait_s))
             time.sleep(0.2)
 
+    def _settle_on(self, wanted: dict[str, list[int]]) -> None:
+        """The next launch's ranks by node; what is held beside them is given back."""
+        for node in self._nodes.keys() - wanted.keys():
+            self._leave(node)
+        for node in list(self._joining):
+            _end(self._joining.pop(node))
+        if self._kept is not None:
+            self._kept.close()
+        self.layout = wanted
+
+    def _usable(self) -> set[str]:
+        now = time.monotonic()
+        return {node for node in alive_nodes() if self._cordoned.get(node, 0.0) < now}
+
     def _possible_size(self) -> int | None:
         """The world size once everything that is busy now were free."""
-        now = time.monotonic()
+        usable = self._usable()
         nodes = [
             Slots(node["NodeID"], slots_of(node["Resources"], self._cpus, self._gpus))
             for node in ray.nodes()
-            if node["Alive"] and self._cordoned.get(node["NodeID"], 0.0) < now
+            if node["NodeID"] in usable
         ]
         return largest_size(fitting_sizes(self._job), nodes)
 
     def _nothing_fits(self, wait_s: float) -> str:
         room = {node.node[:8]: node.slots for node in self._candidates()}
+        others = ", ".join(sorted(node[:8] for node in alive_nodes() - self._usable())) or "none"
         return (
             f"no node has had room for {self._job.scale.min_workers} workers for {wait_s:.0f} s (workers that fit, by "
-            f"node: {room}); add nodes, or lower scale.workers or what each worker takes"
+            f"node: {room}; nodes that go, or whose agent did not come up or answer: {others}); add nodes, or lower "
+            f"scale.workers or what each worker takes"
         )
 
     def _candidates(self) -> list[Slots]:
-        """Nodes that could hold ranks now. What is free beside the ranks of a node counts if the group grows by it."""
-        free, most, now = (
-            ray._private.state.available_resources_per_node(),
-            self._job.scale.max_workers,
-            time.monotonic(),
-        )
-        taken = {node: agent.slots for node, agent in self._joining.items()}
-        taken |= {node: member.slots for node, member in self._nodes.items() if self._cordoned.get(node, 0.0) < now}
-        room = {
-            node: min(slots_of(free.get(node, {}), self._cpus, self._gpus), most)
-            for node in alive_nodes() - self._joining.keys()
-            if self._cordoned.get(node, 0.0) < now
-        }
-        others = [Slots(node, slots) for node, slots in room.items() if node not in self._nodes]
-        as_held = [*others, *(Slots(node, slots) for node, slots in taken.items())]
-        grown = [*others, *(Slots(node, min(slots + room.get(node, 0), most)) for node, slots in taken.items())]
-        sizes = fitting_sizes(self._job)
-        chosen = grown if (largest_size(sizes, grown) or 0) > (largest_size(sizes, as_held) or 0) else as_held
-        return sorted(chosen, key=lambda candidate: (-candidate.slots, candidate.node))
+        """Nodes that could hold ranks now."""
+        free, usable = ray._private.state.available_resources_per_node(), self._usable()
+        held = {node: agent.slots for node, agent in (self._nodes | self._joining).items() if node in usable}
+        room = {node: slots_of(free.get(node, {}), self._cpus, self._gpus) for node in usable - self._joining.keys()}
+        return with_room(fitting_sizes(self._job), room, held, self._job.scale.max_workers)
 
     def _acquire(self, node: str, slots: int) -> bool:
         """Have a node agent with room for that many ranks there; False if it does not come up: the node is left alone
@@ -155,11 +159,13 @@ class WorkerGroup:
             room, agent = None, start_agent(node, self._cpus, cpus, gpus)
         else:
             room, agent = Room(node, cpus, gpus), self._kept.take(node, self._cpus)
-        return _Joining(agent, room, slots, agent.begin.remote(room and room.gpus()))
+        return _Joining(agent, room, slots, agent.begin.remote(room and room.gpus()), time.monotonic())
 
     def _take_in(self, node: str, coming: _Joining) -> bool:
         try:
             info = ray.get(coming.began, timeout=START_S)
+            if coming.warm is not None:
+                ray.get(coming.warm, timeout=START_S)  # an error where the agent has died since it was up
         except (ray.exceptions.RayError, TimeoutError):
             self._cordon(node, coming)
             return False
@@ -168,9 +174,7 @@ class WorkerGroup:
 
     def _cordon(self, node: str, gone: "_Joining | _Node") -> None:
         self._cordoned[node] = time.monotonic() + START_S
-        ray.kill(gone.actor)
-        if gone.room is not None:
-            gone.room.release()
+        _end(gone)
 
     def _leave(self, node: str) -> None:
         """Give the room back; the agent ends, unless it is kept."""
@@ -196,11 +200,7 @@ class WorkerGroup:
         """The launcher contract of each rank of a node, and the interface its collectives go through."""
         info = self._nodes[node].info
         shared = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": str(self.size)}
-        if info.interface:  # NCCL takes a name as a prefix (eth1 is eth10 too) unless it begins with "="
-            shared |= {"GLOO_SOCKET_IFNAME": info.interface, "NCCL_SOCKET_IFNAME": f"={info.interface}"}
-        shared |= {name: os.environ[name] for name in INTERFACES if name in os.environ} | info.interfaces_set
-        if info.gpus:  # every rank sees all of the node's, so that NCCL can go from one to the other directly
-            shared["CUDA_VISIBLE_DEVICES"] = ",".join(info.gpus)
+        shared |= info.environment()
         ranks = self.layout[node]
         return {rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(ranks.index(rank))} for rank in ranks}
 
@@ -245,12 +245,12 @@ class WorkerGroup:
         return wanted.keys() <= self._nodes.keys()
 
     def _admit(self) -> None:
-        """Take in node agents that have come up."""
-        for node, member in list(self._joining.items()):
-            if not ray.wait([member.warm], timeout=0)[0]:
-                continue
-            del self._joining[node]
-            self._take_in(node, member)
+        """Take in node agents that have come up; the nodes of those that do not are left alone for a while."""
+        for node, coming in list(self._joining.items()):
+            if ray.wait([coming.warm], timeout=0)[0]:
+                self._take_in(node, self._joining.pop(node))
+            elif time.monotonic() - coming.since > START_S + WARM_S:
+                self._cordon(node, self._joining.pop(node))
 
     def ask_to_stop(self, reason: StopReason) -> None:
         """Have every rank stop at the end of its step."""
@@ -277,7 +277,14 @@ class WorkerGroup:
         for node in list(self._nodes):
             self._leave(node)
         for node in list(self._joining):
-            self._cordon(node, self._joining.pop(node))
+            _end(self._joining.pop(node))
+
+
+def _end(gone: _Joining | _Node) -> None:
+    """At once, with its room; nothing is waited for."""
+    ray.kill(gone.actor)
+    if gone.room is not None:
+        gone.room.release()
 
 
 def alive_nodes() -> set[str]:

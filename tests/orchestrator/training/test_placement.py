@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, largest_size, slots_of
+from orchestrator.training.placement import Slots, assign_ranks, fitting_sizes, largest_size, slots_of, with_room
 from trainers.job.load import parse_job
 
 
@@ -43,3 +43,9 @@ def test_ranks_of_a_node_stand_next_to_each_other_on_few_nodes():
     assert assign_ranks(4, nodes) == {"b": [0, 1, 2, 3]}
     with pytest.raises(ValueError, match="11 ranks do not fit"):
         assign_ranks(11, nodes)
+
+
+def test_what_is_free_beside_the_ranks_of_a_node_counts_if_the_group_grows_by_it():
+    assert with_room([2, 4], {"a": 2, "b": 0}, {"a": 2}, 4) == [Slots("a", 4), Slots("b", 0)]
+    assert with_room([2, 8], {"a": 2, "b": 0}, {"a": 2}, 8) == [Slots("a", 2), Slots("b", 0)]
+    assert with_room([4], {"b": 9}, {}, 4) == [Slots("b", 4)]

@@ -9,11 +9,13 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.training import node_agent
+from orchestrator.training import node_agent, worker_group
+from orchestrator.training.controller import Controller, _train
 from orchestrator.training.kept_agents import KeptAgents
 from orchestrator.training.node_report import NodeInfo
-from orchestrator.training.worker_group import WorkerGroup, _Node
+from orchestrator.training.worker_group import WorkerGroup, _Joining, _Node
 from tests.orchestrator.training.test_placement import job_of
+from trainers.errors import PlacementError, Preempted
 
 
 def environment(monkeypatch: pytest.MonkeyPatch, of_node: dict[str, str], of_driver: dict[str, str]) -> dict[str, str]:
@@ -57,6 +59,85 @@ def test_a_killed_rank_on_a_gpu_gets_time_until_it_is_gone(
     agent._gpus, agent._ranks = gpus, {0: rank}
     agent.kill()
     assert (rank.exit is None) == bool(left)
+
+
+class OtherRay:
+    """A cluster of nodes with one core each, all of them taken but for `free`; what is `ready` has come."""
+
+    exceptions = SimpleNamespace(RayError=RuntimeError)
+
+    def __init__(self, *nodes: str, free: tuple[str, ...] = ()) -> None:
+        self.alive, self.ready, self.waits, self.killed = list(nodes), set[str](), 0, list[str]()
+        free_now = {node: {"CPU": float(node in free)} for node in nodes}
+        self._private = SimpleNamespace(state=SimpleNamespace(available_resources_per_node=lambda: free_now))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": node, "Alive": True, "Resources": {"CPU": 1.0}} for node in self.alive]
+
+    def wait(self, answers: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        self.waits += 1
+        return [one for one in answers if one in self.ready or self.waits > 3], []
+
+    def get(self, answer: str, timeout: float) -> str:
+        if answer.startswith("failed"):
+            raise RuntimeError(answer)
+        return answer
+
+    def kill(self, actor: str) -> None:
+        self.killed.append(actor)
+
+
+def elastic(monkeypatch: pytest.MonkeyPatch, ray: OtherRay) -> WorkerGroup:
+    """With one rank on node a, and room for another."""
+    monkeypatch.setattr(worker_group, "ray", ray)
+    group = WorkerGroup(job_of({"min": 1, "max": 2}), 0)
+    group._nodes["a"] = _Node("agent a", None, 1, NodeInfo("a", "", None, (), {}))
+    return group
+
+
+def coming(warm: str = "warm b", age_s: float = 0.0) -> _Joining:
+    return _Joining("agent b", None, 1, "began b", time.monotonic() - age_s, warm)
+
+
+def test_after_a_failure_a_node_that_is_joining_is_waited_for_and_gets_no_second_agent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = elastic(monkeypatch, OtherRay("a", "b"))
+    group._joining["b"] = coming()
+    monkeypatch.setattr(group, "_begin", lambda *_: pytest.fail("a second agent was begun"))
+    group.gather(0.0)
+    assert group.size == 2 and not group._joining and group._nodes["b"].actor == "agent b"
+
+
+@pytest.mark.parametrize("why", ["died", "late", "gone", "cordoned"])
+def test_a_node_that_does_not_come_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    ray = OtherRay("a", *(["b"] if why != "gone" else []))
+    group = elastic(monkeypatch, ray)
+    ray.waits = 9 if why == "died" else -99
+    group._joining["b"] = coming("failed b" if why == "died" else "warm b", 999.0 if why == "late" else 0.0)
+    if why == "cordoned":
+        group.cordon(["b"])
+    group.gather(20.0)
+    assert group.size == 1 and not group._joining and ray.killed == ["agent b"], "what it held is given back"
+
+
+def test_nodes_whose_agents_never_come_up_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_group, "START_S", 0.0)  # each is tried again at once
+    monkeypatch.setattr(worker_group, "PATIENCE_S", 0.0)
+    group = elastic(monkeypatch, OtherRay("b", "c", free=("b", "c")))
+    monkeypatch.setattr(group, "_begin", lambda *_: _Joining("agent", None, 1, "failed", 0.0))
+    with pytest.raises(PlacementError, match="did not come up"):
+        group.gather(0.5)
+
+
+def test_a_stop_while_it_waits_for_room_or_after_a_failure_is_heeded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = elastic(monkeypatch, OtherRay())
+    asked = iter([False, False, True])
+    with pytest.raises(Preempted, match="goes on from the newest checkpoint"):
+        group.gather(300.0, lambda: next(asked))
+    unused: Any = None
+    with pytest.raises(Preempted):
+        _train(Controller(unused, unused, unused, unused, lambda: True, group))
 
 
 @pytest.mark.slow
