@@ -67,7 +67,7 @@ class RunSession:
         folder.write_bytes("job.yaml", yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode())
         with own_folder(folder, wait_s):
             run.note_shards()
-            self.run, self.log = run, RunLog(folder, draw_confusion, job)
+            self.run, self.log = run, RunLog(folder, draw_confusion, job, self.screen.say)
             with Follower(run, self.screen.say) as self._follower, closing(self.log):
                 try:
                     self.note_stage("shard", time.monotonic() - self._began)
@@ -144,6 +144,7 @@ class RunSession:
 
     def _summary(self, status: Literal["done", "failed", "preempted"], error: str | None) -> RunResult:
         """What the log says of the run, over all attempts."""
+        self.log.settle()
         events = self.events()
         seconds: dict[str, float] = {}
         for event in events:

@@ -8,7 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PASSING = re.compile(r"out of memory|can't allocate memory|\(os error (?!2\))", re.IGNORECASE)
+PASSING = re.compile(
+    r"out of memory|can't allocate memory|\(os error (?!2\))"
+    r"|aws error (network_connection|slow_down|service_unavailable|request_timeout|internal_failure|throttling)"
+    r"|aws error [^:]*\(http status (429|5\d\d)\)"
+    r"|google::cloud::status\((unavailable|deadline_exceeded|internal|aborted|resource_exhausted)",
+    re.IGNORECASE,
+)
+"""What libraries say of it in their texts alone; the last three of a bucket that does not answer, by pyarrow."""
 
 
 class TuneyardError(Exception):

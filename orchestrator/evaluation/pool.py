@@ -1,5 +1,6 @@
 """Evaluations in flight: starts them on free resources, collects their records, writes down those that died."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from trainers.run.folder import (
 from trainers.run.record import Run
 from trainers.tasks import choose_metric
 
+log = logging.getLogger(__name__)
+
 
 class EvaluationPool:
     """The evaluations of one run, and through them which of its checkpoints are kept."""
@@ -38,7 +41,11 @@ class EvaluationPool:
         """Follow the ranks: their checkpoints, and the evaluations that they made themselves."""
         self.kept.note(event)
         if isinstance(event, EvaluationEvent) and event.held_s:
-            known = read_evaluations(self._run.folder, self._run.shards.eval.key)
+            try:
+                known = read_evaluations(self._run.folder, self._run.shards.eval.key)
+            except OSError as error:
+                log.warning(f"step {event.step} is evaluated again, for its record cannot be read now: {error}")
+                return
             self._records |= {record.step: record for record in known if record.step == event.step}
 
     @property
@@ -82,7 +89,10 @@ class EvaluationPool:
             except ray.exceptions.RayError as error:
                 lost = EvaluationError(f"{type(error).__name__}: {str(error).splitlines()[0]}")
                 record = failed_evaluation(step, self._run.shards.eval.key, lost)
-                write_evaluation(self._run.folder, record)
+                try:
+                    write_evaluation(self._run.folder, record)
+                except OSError as unwritten:  # a later command evaluates it again
+                    log.warning(f"the record of step {step}, {record.error}, cannot be written now: {unwritten}")
             self._records[step] = record
             yield record
 
@@ -99,7 +109,12 @@ class EvaluationPool:
         disk allows.
         """
         best = find_best(self.records, *self._metric)
-        pinned = {*self.running, *promoted_steps(self._run.folder), *((best.step,) if best else ())}
+        try:
+            promoted = promoted_steps(self._run.folder)
+        except OSError as error:  # what must stay is not known now: nothing goes before it is
+            log.warning(f"no checkpoint is deleted while {self._run.folder} cannot be read: {error}")
+            return
+        pinned = {*self.running, *promoted, *((best.step,) if best else ())}
         self.kept.prune(pinned, self.waiting() if self._run.job.evaluate.while_training else ())
 
     def out_of_patience(self) -> bool:

@@ -1,6 +1,7 @@
 """Removes checkpoints that may go, sets damaged ones aside, and clears what killed launches left. One owner's work."""
 
 import contextlib
+import logging
 import shutil
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import xxhash
 
 from trainers.checkpoint.records import COMMITTED, MANIFEST, QUARANTINED, CheckpointManifest
@@ -17,22 +19,30 @@ from trainers.run.events import CheckpointEvent, CheckpointSkippedEvent
 from trainers.run.folder import parse_step, step_name
 from trainers.storage import TEMPORARY, Folder
 
+log = logging.getLogger(__name__)
+STORAGE_ERRORS = (OSError, pa.ArrowException)
+"""pyarrow raises the second for a gs:// that does not answer."""
 ASIDE, REMOVAL = "damaged-", "remove-checkpoint"
 
 
-def remove_checkpoint(checkpoints: Folder, step: int) -> None:
+def remove_checkpoint(checkpoints: Folder, step: int) -> bool:
     """Take a checkpoint out of sight at once and delete it in a thread.
 
     Killed in the middle, it leaves nothing that looks like a checkpoint. One that is gone already is no error.
+
+    Returns:
+        False where storage does not do it now: the owner, or a later start, tries again.
     """
     folder = checkpoints / step_name(step)
     try:
         delete = take_away(folder)
-    except OSError:
-        if not folder.is_local:
-            raise
-        return  # gone already, or storage fails for a moment: a later start removes it
+    except STORAGE_ERRORS as error:
+        if folder.is_local and isinstance(error, FileNotFoundError):
+            return True
+        log.warning(f"{folder} cannot be removed now, which is tried again: {error}")
+        return False
     _beside(delete)
+    return True
 
 
 def take_away(folder: Folder) -> Callable[[], object]:
@@ -58,7 +68,15 @@ def remove_beside(*folders: Folder) -> None:
 
 
 def _beside(work: Callable[[], object]) -> None:
-    threading.Thread(target=work, name=REMOVAL).start()
+    threading.Thread(target=_try, args=(work,), name=REMOVAL).start()
+
+
+def _try(work: Callable[[], object]) -> None:
+    """What cannot be deleted now is no checkpoint any more, and goes at a later start."""
+    try:
+        work()
+    except STORAGE_ERRORS as error:
+        log.warning(f"a removal failed, which is tried again at a later start: {error}")
 
 
 def finish_removals() -> None:

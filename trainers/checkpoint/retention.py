@@ -29,6 +29,8 @@ class KeptCheckpoints:
         self.steps = set(committed_steps(folder))
         self._bytes = 0
         """Size of one checkpoint, once it is known."""
+        self._going: set[int] = set()
+        """To be deleted, which storage did not do so far."""
 
     def note(self, event: Event) -> None:
         """Follow a commit, or a checkpoint that was set aside."""
@@ -47,8 +49,12 @@ class KeptCheckpoints:
         for step in deletable(self.steps, self._keep, pinned):
             if step in unevaluated and self._has_room():
                 continue
-            remove_checkpoint(self._folder, step)
+            self._going.add(step)
             self.steps.discard(step)
+        for step in sorted(self._going):
+            if not remove_checkpoint(self._folder, step):
+                return  # storage fails for a moment: those that are left wait for the next time
+            self._going.discard(step)
 
     def _has_room(self) -> bool:
         try:

@@ -1,6 +1,7 @@
 """Checkpoint files without an engine: committed or absent, damage found, any span read back, who may be deleted."""
 
 import contextlib
+import errno
 import io
 import json
 import re
@@ -9,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from trainers.checkpoint.damage import find_damage
 from trainers.checkpoint.local_copies import LocalCopies
 from trainers.checkpoint.reading import CheckpointReader, committed_steps
 from trainers.checkpoint.records import CheckpointState, Save, Vote
-from trainers.checkpoint.retention import deletable
+from trainers.checkpoint.retention import KeptCheckpoints, deletable
 from trainers.checkpoint.writing import commit, read_vote, write_share
 from trainers.run.folder import step_name
 from trainers.storage import TEMPORARY, Folder
@@ -296,3 +298,26 @@ def test_retention_never_deletes_the_newest_or_a_pinned_one(committed: set[int],
     assert set(sorted(committed)[-keep:]) <= left
     assert committed & pinned <= left
     assert len(left) <= keep + len(pinned)
+
+
+NOBODY = "s3://a:b@yard/kept?scheme=http&endpoint_override=127.0.0.1:9&region=us-east-1"
+
+
+@pytest.mark.parametrize("uri", ["local", NOBODY])
+def test_storage_that_does_not_answer_while_a_checkpoint_goes_is_asked_again_at_the_next_time(
+    checkpoints: Folder, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        write_step(checkpoints, step)
+    kept = KeptCheckpoints(checkpoints, keep=1)
+    with monkeypatch.context() as patch:
+        if uri == "local":
+            patch.setattr(Path, "rename", Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
+        else:
+            kept._folder = Folder(uri)
+        kept.prune(())
+    assert committed_steps(checkpoints) == [1, 2] and kept.steps == {2}
+    kept._folder = checkpoints
+    kept.prune(())
+    finish_removals()
+    assert committed_steps(checkpoints) == [2] and kept._going == set()

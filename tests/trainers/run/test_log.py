@@ -1,6 +1,11 @@
 """events.jsonl and TensorBoard: one continuous curve, also after a kill and a restart."""
 
+import errno
+import io
+import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.summary.writer import event_file_writer
@@ -72,3 +77,74 @@ def test_steps_that_a_killed_controller_never_heard_of_come_back_from_the_checkp
     log.close()
     assert curve(tmp_path, "train/loss") == {1: 2.0, 2: 2.0, 3: 2.0, 4: 1.0, 5: 1.0, 6: 1.0}
     assert [event.step for event in read_events(run) if event.kind == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+class FullDisk:
+    """In the place of the log's stream: takes `room` bytes more, then nothing."""
+
+    def __init__(self, stream: io.RawIOBase, room: int) -> None:
+        self._stream, self.room = stream, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self._stream.write(bytes(data[: self.room])) or 0
+        self.room -= written
+        return written
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def test_a_full_disk_ends_nothing_and_its_lines_are_written_once_there_is_room(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = RunLog(Folder(str(tmp_path)), say=said.append)
+    disk = log._stream = FullDisk(log._stream, room=150)
+    for step in range(1, 6):
+        log.append(StepEvent(step=step, loss=1.0))
+    assert len(said) == 1 and "No space left" in said[0] and "tried again" in said[0]
+    disk.room = 10**6
+    log.append(StepEvent(step=6, loss=1.0))
+    log.close()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_lines_that_are_missing_at_the_end_are_waited_for_and_then_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RunLog(Folder(str(tmp_path)), say=lambda line: None)
+    disk = log._stream = FullDisk(log._stream, room=0)
+    log.append(StepEvent(step=1, loss=1.0))
+    threading.Timer(0.3, setattr, (disk, "room", 10**6)).start()
+    log.settle()
+    disk.room = 0
+    log.append(StepEvent(step=2, loss=1.0))
+    monkeypatch.setattr("trainers.patience.RETRY_S", 0.2)
+    with pytest.raises(OSError, match=r"writing the last 1 lines of .*events\.jsonl"):
+        log.close()
+    log.close()
+
+
+def test_curves_that_cannot_be_written_end_nothing_and_go_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    said: list[str] = []
+    monkeypatch.setattr("trainers.run.log.CURVES_PAUSE_S", 0.0)
+    log = RunLog(Folder(str(tmp_path)), say=said.append)
+    log.append(StepEvent(step=1, loss=1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter.flush", full)
+        for step in (2, 3):
+            log.append(StepEvent(step=step, loss=1.0))
+        log.append(EvaluationEvent(step=3, metrics={"accuracy": 0.5}))
+    log.append(StepEvent(step=4, loss=1.0))
+    log.append(EvaluationEvent(step=4, metrics={"accuracy": 0.6}))
+    log.close()
+    assert len(said) == 1 and "TensorBoard" in said[0] and "gap" in said[0]
+    assert {1, 4} <= set(curve(tmp_path, "train/loss"))
+    assert curve(tmp_path, "eval/accuracy", "eval") == pytest.approx({3: 0.5, 4: 0.6})
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 6
