@@ -16,12 +16,13 @@ from orchestrator.evaluation.task import export_step, harness_task
 from orchestrator.planning.preflight import check_file
 from orchestrator.ray_session import ANYWHERE, check_placement
 from orchestrator.registry import register as registry
+from orchestrator.registry.digests import list_files
 from orchestrator.registry.lineage import lineage
 from orchestrator.registry.manage import registry_lock
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.model_card import write_card
 from orchestrator.registry.promotion import Promotion, RowScores, baselines_of, decide
-from orchestrator.registry.read import champion, row_scores_of
+from orchestrator.registry.read import ModelVersion, champion, named_folders, place_of, row_scores_of
 from orchestrator.run_session import Asked, RunSession, evaluation_place, finished_run, open_session, stop_asked_for
 from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
@@ -130,9 +131,10 @@ def ask_harness(session: RunSession, evaluations: list[Evaluation], gpus: int) -
 
 
 def register(session: RunSession, best: Evaluation) -> RegisteredVersion:
-    """Weigh the best checkpoint against the champion, register it, and drop the exports of the others."""
+    """Weigh the best checkpoint against the champion, register it, and drop the exports that no version names."""
     run, exports, chosen = session.run, session.run.folder / "export", step_name(best.step)
-    with session.timed("register"), registry_lock(registry_uri(run.job.storage, run.job.registry.uri)):
+    uri = registry_uri(run.job.storage, run.job.registry.uri)
+    with session.timed("register"), registry_lock(uri):
         if not (exports / chosen).exists(PROVENANCE):  # the ranks evaluate without an export
             ray.get(ray.remote(num_cpus=1, scheduling_strategy=ANYWHERE)(export_step).remote(run, best.step))
         clear_leftovers(exports / chosen)
@@ -140,8 +142,9 @@ def register(session: RunSession, best: Evaluation) -> RegisteredVersion:
         parents = lineage(run.job, run.shards, run.model.digest, read_skipped(run.folder), read_line(run.folder))
         write_card(exports / chosen, run.job, best, parents)
         version = registry.register(run.job, run.folder, best, exports / chosen, parents, decision, run.shards)
+        named = named_folders(uri)
         for name in exports.list():
-            if name != chosen:
+            if name != chosen and place_of(str(exports / name)) not in named:
                 exports.delete(name)
     session.screen.say(f"registered {version.model} version {version.version}: {version.decision}")
     return version
@@ -152,9 +155,19 @@ def weigh(session: RunSession, best: Evaluation) -> Promotion:
     run, job = session.run, session.run.job
     candidate = RowScores(f"step {best.step}", best.eval_key, read_row_scores(run.folder, best.step))
     standing = champion(registry_uri(job.storage, job.registry.uri), job.registry.model or job.name)
-    before = row_scores_of(standing) if standing else None
+    lost = standing is not None and _is_replaced(standing, run.folder, best.step)
+    before = row_scores_of(standing) if standing and not lost else None
     task, seed, rule = run.load_task(), job.train.seed, job.registry.promote
     baselines = baselines_of(run.folder, candidate, task, seed)
     decision = decide(rule, candidate, before, task, *session.metric, seed, baselines)
     weighed = standing.version if standing else None
+    if standing and lost:
+        gone = f"version {standing.version}, champion so far, was replaced when its run was trained anew"
+        decision = decision.model_copy(update={"reason": f"{decision.reason}; {gone}"})
     return decision if rule != "if_better" else decision.model_copy(update={"champion": weighed})
+
+
+def _is_replaced(version: ModelVersion, run: Folder, step: int) -> bool:
+    """Whether a version is of this run and step, but of an earlier training: its rows are no longer there."""
+    of_run = Folder(version.run).name == run.name and version.step == step
+    return of_run and version.files != list_files(run / "export" / step_name(step))

@@ -16,7 +16,7 @@ from typing import Literal
 from orchestrator.commands.find_run import run_names
 from orchestrator.commands.status import lock_is_held
 from orchestrator.registry.mlflow_client import registry_uri
-from orchestrator.registry.read import find_model
+from orchestrator.registry.read import find_model, named_folders, place_of
 from trainers.checkpoint.cleaning import take_away
 from trainers.checkpoint.reading import committed_steps
 from trainers.errors import JobError, TuneyardError
@@ -130,13 +130,14 @@ def _of_run(run: Folder, checkpoints: bool, kept: list[str]) -> Iterator[Garbage
     try:
         job = load_job(run.path / JOB_FILE)
         uri = registry_uri(job.storage, job.registry.uri)
-        sources = {version.source for version in find_model(uri, result.registry.model).versions.values()}
+        sources = {place_of(version.source) for version in find_model(uri, result.registry.model).versions.values()}
+        sources |= named_folders(uri).keys()
     except TuneyardError as error:
         kept.append(f"exports and checkpoints of {run}: {str(error).splitlines()[0]}")
         return
     exports = run / "export"
     for name in exports.list():
-        if str(exports / name) not in sources and parse_step(name) not in _chosen(result):
+        if place_of(str(exports / name)) not in sources and parse_step(name) not in _chosen(result):
             yield _garbage("export", exports / name, "its step is not registered", run)
     folder = checkpoints_folder(job, run)
     if checkpoints and folder.is_local:

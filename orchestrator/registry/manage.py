@@ -16,10 +16,13 @@ from orchestrator.registry.mlflow_client import explain_failures, sqlite_path
 from orchestrator.registry.promotion import Promotion, baselines_of, decide
 from orchestrator.registry.read import (
     CHAMPION,
+    COLLECTED,
     ModelVersion,
     StoredModel,
     champion,
     find_model,
+    named_folders,
+    place_of,
     row_scores_of,
     show_model,
 )
@@ -35,8 +38,6 @@ from trainers.tasks import choose_metric, load_task
 from trainers.tasks.options import task_options
 
 CHAMPIONS = "tuneyard.champions"
-COLLECTED = "tuneyard.collected"
-"""Tag of a version whose files were deleted by `collect`."""
 
 
 class FileCheck(Record):
@@ -88,7 +89,10 @@ def promote(uri: str, version: ModelVersion) -> None:
     with explain_failures(uri), registry_lock(uri):
         model = find_model(uri, version.model)
         if COLLECTED in model.versions[version.version].tags:
-            raise JobError(f"the files of {version.model} version {version.version} were deleted by `registry gc`")
+            raise JobError(
+                f"the files of {version.model} version {version.version} were deleted by `registry gc`, or replaced "
+                "when its run was trained anew"
+            )
         with open_writer(uri) as registry:
             crown(registry, model, version.version)
 
@@ -150,7 +154,8 @@ def verify_files(version: ModelVersion) -> list[FileCheck]:
 
 
 def collect(uri: str, name: str, keep: int, delete: bool) -> list[Collected]:
-    """Files of versions that nobody needs: not the champion's, the one before it, nor the newest `keep`.
+    """Files of versions that nobody needs: not the champion's, the one before it, nor the newest `keep`; and no folder
+    that another version names which stays, of this model or another.
 
     Args:
         keep: newest versions whose files stay.
@@ -165,6 +170,12 @@ def collect(uri: str, name: str, keep: int, delete: bool) -> list[Collected]:
         }
         gone = [version for version in model.ours() if version.version not in needed and Folder(version.source).list()]
         gone = [version for version in gone if version.source.startswith(f"{version.run.rstrip('/')}/export/")]
+        named, doomed = named_folders(uri), {(name, version.version) for version in gone}
+        gone = [
+            version
+            for version in gone
+            if {(model, one.number) for model, one in named.get(place_of(version.source), ())} <= doomed
+        ]
         collected = [
             Collected(version=version.version, folder=version.source, bytes=_bytes(version.files)) for version in gone
         ]

@@ -4,8 +4,10 @@ Importing MLflow takes 2 s of CPU, so an SQLite registry is read from its tables
 whose tables have another form, through MLflow's client. Both give the same `StoredModel`s.
 """
 
+import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,6 +34,8 @@ DECISION = "tuneyard.decision"
 """Why it is champion or not; another than at its registration where another run was quicker."""
 SETTLED = "tuneyard.settled"
 """Set once the alias was given or withheld, as decided."""
+COLLECTED = "tuneyard.collected"
+"""Tag of a version whose files are gone: deleted by `collect`, or replaced by those of the same run, trained anew."""
 
 
 class Registered(Record):
@@ -157,9 +161,28 @@ def champion(uri: str, name: str) -> ModelVersion | None:
     return next((version for version in _versions(uri, name) if version.champion), None)
 
 
-def find_version(uri: str, name: str, run_step: str) -> ModelVersion | None:
-    """The version that was registered for a run's step."""
-    return next((one for one in _versions(uri, name) if f"{Folder(one.run).name}/{one.step}" == run_step), None)
+def find_version(uri: str, name: str, run_step: str, files: Mapping[str, FileRecord]) -> ModelVersion | None:
+    """The version that was registered for a run's step with these very files: a run that was trained anew has others
+    at the same step."""
+    found = (one for one in _versions(uri, name) if f"{Folder(one.run).name}/{one.step}" == run_step)
+    return next((one for one in found if one.files == files), None)
+
+
+def named_folders(uri: str) -> dict[str, list[tuple[str, StoredVersion]]]:
+    """The folders whose files a version of any model needs, spelled as `place_of` does, with these models and versions;
+    those whose files are gone need none."""
+    named = defaultdict(list)
+    for model in read_models(uri):
+        for version in model.versions.values():
+            if COLLECTED not in version.tags:
+                named[place_of(version.source)].append((model.name, version))
+    return dict(named)
+
+
+def place_of(source: str) -> str:
+    """One spelling for a folder that has several."""
+    folder = Folder(source)
+    return os.path.realpath(folder.path) if folder.is_local else source
 
 
 def champion_number(uri: str, name: str) -> int | None:

@@ -1,13 +1,15 @@
 """The model registry: one version a run's best checkpoint, found again by name, never registered twice.
 
 Owns what is written to MLflow and in which order. Each step first looks for what an earlier, killed call left behind;
-the version is found by its tag `tuneyard.run_step`, and what was decided at its creation stays decided.
+the version is found by its tag `tuneyard.run_step` and its files, and what was decided at its creation stays decided.
 `read.py` reads, `promotion.py` decides.
 """
 
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+import xxhash
 
 from orchestrator.registry import mlflow_client
 from orchestrator.registry.digests import list_files
@@ -17,6 +19,7 @@ from orchestrator.registry.mlflow_run import MlflowRun, metric_name
 from orchestrator.registry.promotion import Promotion
 from orchestrator.registry.read import (
     CHAMPION,
+    COLLECTED,
     DECISION,
     RECORD,
     RUN_STEP,
@@ -26,7 +29,11 @@ from orchestrator.registry.read import (
     champion_number,
     find_model,
     find_version,
+    named_folders,
+    place_of,
+    read_models,
 )
+from trainers.checkpoint.records import FileRecord
 from trainers.credentials import hide_credentials
 from trainers.job.schema import Job
 from trainers.run.folder import Evaluation, RegisteredVersion
@@ -37,9 +44,10 @@ from trainers.tasks import load_task
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-
 LOGGED_MODEL = "tuneyard.logged_model"
 """Tag that holds the id of MLflow's logged model of a version."""
+FILES = "tuneyard.files"
+"""Tag of a version and its logged model: a digest of the names and digests of its files."""
 
 
 def register(
@@ -71,16 +79,18 @@ def register(
     with explain_failures(uri):
         client = mlflow_client.open_client(uri)
         _create_model(client, name)
-        version = find_version(uri, name, run_step)
+        files = list_files(source)
+        version = find_version(uri, name, run_step, files)
         if version is None:
-            tags = _tags(_record(job, run, best, source, lineage, decision), run_step)
+            tags = _tags(_record(job, run, best, files, lineage, decision), run_step)
             mlflow_run = MlflowRun(client, job, run, shards)
             mlflow_run.send(complete=True)
             tags[LOGGED_MODEL] = _log_version(mlflow_run, best, tags)
             location = _publish(client, uri, mlflow_run.id, source)
             client.create_model_version(name, location, run_id=mlflow_run.id, tags=tags)
-            version = find_version(uri, name, run_step)
+            version = find_version(uri, name, run_step, files)
             assert version is not None
+        _mark_replaced(client, uri, version)
         return _finish(client, uri, version, decision.champion)
 
 
@@ -95,7 +105,12 @@ def _create_model(client: "MlflowClient", name: str) -> None:
 
 
 def _record(
-    job: Job, run: Folder, best: Evaluation, source: Folder, lineage: Mapping[str, str], decision: Promotion
+    job: Job,
+    run: Folder,
+    best: Evaluation,
+    files: dict[str, FileRecord],
+    lineage: Mapping[str, str],
+    decision: Promotion,
 ) -> Registered:
     return Registered(
         run=str(run),
@@ -108,13 +123,14 @@ def _record(
         computed_on=best.computed_on,
         promoted=decision.promote,
         decision=decision.reason,
-        files=list_files(source),
+        files=files,
         lineage=dict(lineage),
     )
 
 
 def _tags(record: Registered, run_step: str) -> dict[str, str]:
     """The record as JSON, and beside it what people search for."""
+    files = json.dumps(sorted((name, file.digest) for name, file in record.files.items()))
     tags = {
         RUN_STEP: run_step,
         RECORD: record.model_dump_json(),
@@ -122,6 +138,7 @@ def _tags(record: Registered, run_step: str) -> dict[str, str]:
         "tuneyard.metric": record.metric,
         "tuneyard.value": str(record.metrics.get(record.metric)),
         DECISION: record.decision,
+        FILES: xxhash.xxh3_64_hexdigest(files.encode()),
     }
     return {name: hide_credentials(value) for name, value in tags.items()}
 
@@ -134,9 +151,10 @@ def _log_version(run: MlflowRun, best: Evaluation, tags: Mapping[str, str]) -> s
     client.log_batch(run.id, tags=[RunTag(key, value) for key, value in tags.items() if key != RECORD])
     wanted = f"source_run_id = '{run.id}'"
     known = client.search_logged_models([of_run.info.experiment_id], filter_string=wanted)
-    models = [model for model in known if model.tags.get(RUN_STEP) == tags[RUN_STEP]]
+    mine = {name: tags[name] for name in (RUN_STEP, FILES)}
+    models = [model for model in known if mine.items() <= model.tags.items()]
     model = models[0] if models else client.create_logged_model(
-        of_run.info.experiment_id, f"step-{best.step:08d}", source_run_id=run.id, tags={RUN_STEP: tags[RUN_STEP]}
+        of_run.info.experiment_id, f"step-{best.step:08d}", source_run_id=run.id, tags=mine
     )  # fmt: skip
     began = of_run.info.start_time  # the same at each call, so that points logged twice are one
     named = {metric_name(f"registered/{name}"): value for name, value in best.metrics.items() if "/" not in name}
@@ -152,8 +170,22 @@ def _publish(client: "MlflowClient", uri: str, run_id: str, source: Folder) -> s
     """Where the version's files are: the export itself, or a copy of it, for a tracking server takes no local paths."""
     if mlflow_client.sqlite_path(uri) or not source.is_local:
         return hide_credentials(str(source))
-    client.log_artifacts(run_id, str(source.path), "model")
-    return f"{client.get_run(run_id).info.artifact_uri}/model"
+    root, taken = client.get_run(run_id).info.artifact_uri, _sources(uri)
+    names = ("model", *(f"model-{number}" for number in range(2, len(taken) + 2)))
+    name = next(name for name in names if f"{root}/{name}" not in taken)  # the same run, trained anew, has versions
+    client.log_artifacts(run_id, str(source.path), name)
+    return f"{root}/{name}"
+
+
+def _sources(uri: str) -> set[str]:
+    return {version.source for model in read_models(uri) for version in model.versions.values()}
+
+
+def _mark_replaced(client: "MlflowClient", uri: str, version: ModelVersion) -> None:
+    """Versions that name the same folder with other files have lost theirs: their run was trained anew."""
+    for model, other in named_folders(uri).get(place_of(version.source), ()):
+        if RECORD in other.tags and Registered.model_validate_json(other.tags[RECORD]).files != version.files:
+            client.set_model_version_tag(model, str(other.number), COLLECTED, "true")
 
 
 def _finish(client: "MlflowClient", uri: str, version: ModelVersion, weighed: int | str | None) -> RegisteredVersion:

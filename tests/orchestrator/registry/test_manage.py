@@ -196,3 +196,28 @@ with registry_lock(uri_of(storage)):
     assert [process.wait(timeout=400) for process in racing] == [0, 0]
     versions = find_model(uri_of(storage), "topics").ours()
     assert sorted((one.decision, one.champion) for one in versions) == [("first", True), ("second", False)]
+
+
+def test_a_run_that_is_trained_anew_is_another_version_and_the_first_is_replaced(storage):
+    """Its folder was removed to start over, and the best checkpoint is of the same step."""
+    enter(storage, YES)
+    (storage / "runs" / "topics-0badcafe").delete()
+    for _ in range(2):
+        second = enter(storage, YES, value=0.99, body=b'{"trained": "anew"}')
+        assert (second.version, second.alias) == (2, "champion")
+    new, old = find_model(uri_of(storage), "topics").ours()
+    assert (new.version, new.metrics["accuracy"], old.metrics["accuracy"]) == (2, 0.99, 0.75)
+    assert [check.state for check in verify_files(new)] == ["ok"]
+    for act in (lambda: promote(uri_of(storage), old), lambda: rollback(uri_of(storage), "topics")):
+        with pytest.raises(JobError, match=r"replaced when its run was trained anew|no champion before"):
+            act()
+    assert collect(uri_of(storage), "topics", keep=1, delete=True) == [] and Folder(new.source).exists("config.json")
+
+
+def test_a_folder_that_another_model_names_is_not_collected(storage):
+    enter(storage, YES, step=10)
+    enter(storage, YES, step=10, registry={"model": "prod"})
+    for number in range(3):
+        enter(storage, YES, name=f"topics-0000000{number}")
+    assert [one.version for one in collect(uri_of(storage), "topics", keep=1, delete=True)] == [2]
+    assert [check.state for check in verify_files(champion(uri_of(storage), "prod"))] == ["ok"]

@@ -65,11 +65,13 @@ def best_of(step=20, value=0.75):
     return Evaluation(step=step, status="done", metrics={"accuracy": value, "loss": 1.0}, eval_key="e1", rows=4)
 
 
-def enter(storage, decision=YES, step=20, name="topics-0badcafe", lineage=None, **change):
+def enter(
+    storage, decision=YES, step=20, name="topics-0badcafe", lineage=None, value=0.75, body=b"{}", **change
+):  # fmt: skip
     run = run_of(storage, name)
     export = run / "export" / f"step-{step:08d}"
-    export.write_bytes("config.json", b"{}")
-    return register(job_of(storage, **change), run, best_of(step), export, lineage or {"seed": "11"}, decision)
+    export.write_bytes("config.json", body)
+    return register(job_of(storage, **change), run, best_of(step, value), export, lineage or {"seed": "11"}, decision)
 
 
 def uri_of(storage):
