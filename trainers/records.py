@@ -5,10 +5,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-Phase = Literal["start", "load", "data", "step", "settle", "save", "evaluate", "done"]
+Phase = Literal["start", "load", "data", "step", "settle", "save", "evaluate", "commit", "done"]
 """start: imports. load: joining, data index, model, resuming. data: waiting for a batch. step: forward, backward,
-update. settle: agreeing on the loss. save: copying the state, and waiting for the commit of the last one.
-evaluate: scoring a batch of the evaluation set."""
+update. settle: agreeing on the loss. save: copying the state, and waiting a while for the commit of the one before.
+evaluate: scoring a batch of the evaluation set. commit: waiting for the last save's, at the end and before rolling
+back."""
 
 
 PHASES: tuple[Phase, ...] = get_args(Phase)

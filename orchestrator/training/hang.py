@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from trainers.checkpoint.checkpointer import LAST_S
 from trainers.records import PHASES
 from trainers.worker.heartbeat import Heartbeat
 from trainers.worker.stack_dump import Frame, code_line, parse_stacks, waits_for_others
@@ -13,8 +14,9 @@ LOAD_S = 1800.0
 """Loading may take this long."""
 STEPS, LEAST_S = 20.0, 60.0
 """auto: this many median steps, and never less than that."""
-LONG_PHASES = ("start", "load", "save", "evaluate")
-"""Phases without a usual length; of an evaluation, each batch counts by itself."""
+LONG_PHASES = {"start": LOAD_S, "load": LOAD_S, "save": LOAD_S, "evaluate": LOAD_S, "commit": 2 * LAST_S + LOAD_S}
+"""Seconds of phases without a usual length. Of an evaluation, each batch counts by itself; a rank that waits for a
+commit, and for that of a save that was left out for it, gives up by itself."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class HangReport:
 def threshold_s(hang_after_s: float | Literal["auto"], step_times: list[float], beat: Heartbeat) -> float:
     """Seconds in one phase after which a rank hangs."""
     if hang_after_s != "auto":
-        return hang_after_s if beat.phase not in LONG_PHASES else max(hang_after_s, LOAD_S)
+        return max(hang_after_s, LONG_PHASES.get(beat.phase, 0.0))
     if beat.phase in LONG_PHASES or not step_times:
-        return LOAD_S
+        return LONG_PHASES.get(beat.phase, LOAD_S)
     return max(STEPS * statistics.median(step_times), LEAST_S)
 
 

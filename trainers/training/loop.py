@@ -124,7 +124,7 @@ def train(
             saver.poll()
     if saved != step:
         _save(Progress(step, tokens, tuple(history)), hooks, saver, evaluate)
-    hooks.at("save", step)
+    hooks.at("commit", step)
     saver.finish()
     if world.rank == 0 and step > start.step and saver.committed != step:
         raise OSError(errno.EIO, f"the checkpoint of step {step}, the last, was not committed")

@@ -169,9 +169,8 @@ def _train(
         evaluate(start.step)
         outcome = train(engine, objective, source, schedule, settings, start, world, looked, checkpointer, evaluate)
     except Diverged as error:
-        checkpointer.finish()
-        listed = add_skipped(skipped, skipped_step(error, source.sequences(error.step), source.origins(error.step)))
-        _roll_back(run.folder, listed, engine, source, world)
+        hooks.at("commit", error.step)
+        _roll_back(run.folder, skipped, error, checkpointer, source, world)
         raise
     finally:
         checkpointer.close()
@@ -260,10 +259,18 @@ def _tell_end(hooks: Hooks, outcome: LoopOutcome, world: World) -> None:
         hooks.emit(DoneEvent(step=step, tokens=tokens, stopped=outcome.stopped, device_gib=device, host_gib=host))
 
 
-def _roll_back(run: Folder, listed: SkippedSteps, engine: Any, source: StepSource, world: World) -> None:
-    """Write down what is left out from now on, on rank 0, and let go of the engine that diverged."""
-    if world.rank == 0:
-        write_skipped(run, listed)
+def _roll_back(
+    run: Folder, skipped: SkippedSteps, error: Diverged, checkpointer: Checkpointer, source: StepSource, world: World
+) -> None:
+    """Write down what is left out from now on, on rank 0, wait for the save in flight, and let go of the engine that
+    diverged. In this order: the wait may be long, and a rank that ends in it would have forgotten the step."""
+    try:
+        new = skipped_step(error, source.sequences(error.step), source.origins(error.step))
+        listed = add_skipped(skipped, new)
+        if world.rank == 0:
+            write_skipped(run, listed)
+    finally:
+        checkpointer.finish()
     world.barrier()
     source.close()
-    release_engine(engine)
+    release_engine(checkpointer.engine)

@@ -1,6 +1,7 @@
 """When ranks count as hung, and who is blamed for it."""
 
 from orchestrator.training.hang import LEAST_S, LOAD_S, blame, is_hung, stand
+from trainers.checkpoint.checkpointer import LAST_S
 from trainers.training import loop
 from trainers.training.straggler import SETTLING
 from trainers.worker.heartbeat import Heartbeat
@@ -35,6 +36,8 @@ def test_the_automatic_threshold_follows_the_steps_and_leaves_loading_its_time()
     for phase in ("start", "load", "save", "evaluate"):
         assert not hung(LOAD_S - 1, phase, [0.1] * 9)
         assert hung(LOAD_S + 1, phase, [0.1] * 9)
+    assert not hung(2 * LAST_S, "commit", [0.1] * 9), "a rank waits that long for its last two saves"
+    assert hung(2 * LAST_S + LOAD_S + 1, "commit", [0.1] * 9)
 
 
 def test_a_stopped_process_is_to_blame_wherever_it_stands():

@@ -12,6 +12,7 @@ from tests.tiny import chat_rows, make_llama, shard_locally, tiny_job
 from tests.trainers.model.test_memory import live_bytes
 from tests.trainers.training.test_training import Recorder, with_
 from trainers.job.schema import Job
+from trainers.records import Phase
 from trainers.storage import Folder
 
 pytestmark = pytest.mark.slow
@@ -59,3 +60,42 @@ def test_the_engine_that_diverged_is_gone_before_the_next_is_built(tmp_path: Pat
     for way, ((first, second), alive) in zip(WAYS, found, strict=True):
         assert alive == [False], way
         assert second - first < weights / 10, way
+
+
+def diverge_while_saving(job: Job) -> list[tuple[str, bool]]:
+    """The phase of each wait for the last commit, and whether what is left out was written down by then."""
+    from trainers.checkpoint.checkpointer import Checkpointer
+    from trainers.run.record import find_run
+    from trainers.training import loop
+    from trainers.worker import rank
+
+    class Phases(Recorder):
+        phase = ""
+
+        def at(self, phase: Phase, step: int) -> None:
+            super().at(phase, step)
+            self.phase = phase
+
+    hooks, run, found = Phases(), find_run(job), []
+
+    class Waiting(Checkpointer):
+        def finish(self) -> None:
+            found.append((hooks.phase, run.folder.exists("skipped.json")))
+            super().finish()
+
+    told = iter([None] * 4 + ["a spike"])
+    loop.divergence = lambda *_: next(told, None)
+    rank.Checkpointer = Waiting  # type: ignore[misc]
+    rank.run_rank(run, hooks)
+    return found
+
+
+def test_what_is_left_out_is_on_record_before_the_wait_for_a_save_which_is_no_hang(
+    tmp_path: Path, tiny_chat_tokenizer: Path
+) -> None:
+    model = make_llama(tmp_path / "model", tiny_chat_tokenizer)
+    steps, often = {"global_batch_size": 4, "steps": 6}, {"every_steps": 4}
+    job = tiny_job(tmp_path, model, "sft", chat_rows(30), train=steps, checkpoint=often)
+    shard_locally(job)
+    (found,) = run_ranks(diverge_while_saving, 1, job)
+    assert found == [("load", False), ("commit", True), ("load", True), ("commit", True)]
