@@ -58,6 +58,8 @@ class Controller:
     asked_to_stop: Callable[[], bool]
     group: WorkerGroup
     looked: float = 0.0
+    judged: float = 0.0
+    """When the ranks were last looked at for a hang."""
     changed: bool = True
     """Whether checkpoints or evaluations came since the last decision about them."""
     step_times: list[float] = field(default_factory=list)
@@ -210,6 +212,8 @@ def _steer(controller: Controller, report: NodeReport) -> Failure | None:
     job, group, pool = controller.run.job, controller.group, controller.pool
     if controller.asked_to_stop() or any(beat.told for beat in report.beats.values()):
         group.ask_to_stop("preempted")
+    if _hangs(controller, report):
+        return _report_hang(controller, report)
     due = time.monotonic() - controller.looked >= LOOK_EVERY_S
     if controller.changed or due:
         if job.evaluate.while_training and job.evaluate.on == "free":
@@ -223,11 +227,20 @@ def _steer(controller: Controller, report: NodeReport) -> Failure | None:
         return None
     controller.looked = time.monotonic()
     _heed_notices(group, job.scale.min_workers)
-    if is_hung(report.beats, job.scale.hang_after_s, controller.step_times):
-        return _report_hang(controller, report)
     if group.size < job.scale.max_workers and controller.step_times and group.can_grow():
         group.ask_to_stop("resize")
     return None
+
+
+def _hangs(controller: Controller, report: NodeReport) -> bool:
+    """Looked at now and then, and only with a word of every rank: those that wait do not move, and the one that they
+    wait for may be on a node whose answer is late."""
+    now = time.monotonic()
+    whole = len(report.beats) + len(report.exits) == controller.group.size
+    if not whole or now - controller.judged < LOOK_EVERY_S:
+        return False
+    controller.judged = now
+    return is_hung(report.beats, controller.run.job.scale.hang_after_s, controller.step_times)
 
 
 def _heed_notices(group: WorkerGroup, min_workers: int) -> None:

@@ -57,6 +57,8 @@ class _Rank:
     oom_kills: int
     server: "_Server"
     process: int | None = None
+    log_from: int = 0
+    """Where its part of the log begins: earlier launches wrote the rest."""
     rest: bytes = b""
     failed: FailedEvent | None = None
     exit: RankExit | None = None
@@ -184,7 +186,8 @@ class NodeAgent:
         events = os.open(events_file(files), os.O_RDONLY | os.O_NONBLOCK)
         heartbeat = HeartbeatPage(heartbeat_file(files))
         heartbeat.beat("start", 0)
-        return _Rank(number, files, events, heartbeat, log, oom_kills(), server)
+        log_from = Path(log).stat().st_size if log is not None and Path(log).exists() else 0
+        return _Rank(number, files, events, heartbeat, log, oom_kills(), server, log_from=log_from)
 
     def report(self) -> NodeReport:
         """What there is to see, without waiting."""
@@ -202,7 +205,7 @@ class NodeAgent:
             code=code,
             at=time.time(),
             failed=None,
-            log_tail=_tail(rank.log),
+            log_tail=_tail(rank.log, rank.log_from),
             max_rss_bytes=max_rss_bytes,
             oom_kills=oom_kills() - rank.oom_kills,
             shm_free_bytes=free_bytes("/dev/shm"),
@@ -269,11 +272,12 @@ def _read_events(rank: _Rank) -> list[Event]:
     return [event for event in events if not isinstance(event, FailedEvent)]
 
 
-def _tail(log: str | None) -> str:
+def _tail(log: str | None, begin: int) -> str:
+    """The end of what was written after `begin`."""
     if log is None or not Path(log).exists():
         return ""
     with Path(log).open("rb") as file:
-        file.seek(max(0, Path(log).stat().st_size - LOG_TAIL_BYTES))
+        file.seek(max(begin, Path(log).stat().st_size - LOG_TAIL_BYTES))
         return file.read().decode(errors="replace")
 
 

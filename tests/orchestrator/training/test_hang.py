@@ -1,6 +1,11 @@
 """When ranks count as hung, and who is blamed for it."""
 
+from types import SimpleNamespace
+from typing import Any
+
+from orchestrator.training.controller import Controller, _hangs
 from orchestrator.training.hang import LEAST_S, LOAD_S, blame, is_hung, stand
+from orchestrator.training.node_report import NodeReport
 from trainers.checkpoint.checkpointer import LAST_S
 from trainers.training import loop
 from trainers.training.straggler import SETTLING
@@ -23,6 +28,23 @@ def test_ranks_hang_when_none_of_them_moves():
     assert is_hung({0: still, 1: still}, 30.0, [])
     assert not is_hung({0: still, 1: moving}, 30.0, [])
     assert not is_hung({}, 30.0, [])
+
+
+def test_no_hang_is_seen_until_every_node_has_answered():
+    """Rank 0 evaluates, rank 1 waits for it: without rank 0's word all that are known stand still."""
+    group: Any = SimpleNamespace(size=2)
+    run: Any = SimpleNamespace(job=SimpleNamespace(scale=SimpleNamespace(hang_after_s="auto")))
+    unused: Any = None
+    controller = Controller(run, unused, unused, unused, bool, group, step_times=[1.0] * 9)
+    evaluating, waiting = {0: Heartbeat(99, "evaluate", 90.0)}, {1: Heartbeat(100, "data", 70.0)}
+    assert not _hangs(controller, NodeReport(waiting))
+    assert not _hangs(controller, NodeReport(evaluating | waiting))
+    still, ended = {0: Heartbeat(99, "step", 70.0)}, SimpleNamespace(rank=0)
+    assert not _hangs(controller, NodeReport(still | waiting)), "it was looked at just now"
+    controller.judged = 0.0
+    assert _hangs(controller, NodeReport(still | waiting))
+    controller.judged = 0.0
+    assert _hangs(controller, NodeReport(waiting, exits=[ended]))
 
 
 def test_the_automatic_threshold_follows_the_steps_and_leaves_loading_its_time():
