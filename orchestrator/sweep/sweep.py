@@ -5,35 +5,36 @@ stands in its run folder.
 """
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
-from orchestrator.planning.preflight import CheckedJob, check_job, check_run_storage
+from orchestrator.planning.preflight import CheckedJob, check_job
 from orchestrator.ray_session import check_placement, ray_session
 from orchestrator.report.page import REPORT
 from orchestrator.run import register
 from orchestrator.run_session import Asked, RunSession, plan_here, stop_asked_for
 from orchestrator.sharding.stage import write_shards
+from orchestrator.sweep.check import check_trials
+from orchestrator.sweep.cleanup import clean_run
 from orchestrator.sweep.generation import begin_held, end_generation, origin, runs_folder
 from orchestrator.sweep.halving import next_stop, next_trial, pause_steps
-from orchestrator.sweep.leg import Leg, LegEnd
+from orchestrator.sweep.leg import ROOM_PAUSE_S, Leg, LegEnd, failed_leg
 from orchestrator.sweep.page import write_page
-from orchestrator.sweep.points import extreme_points, first_points
 from orchestrator.sweep.population import ends_of_generations, is_over, next_member
 from orchestrator.sweep.record import SweepRecord, Trial, read_sweep, write_sweep
 from orchestrator.sweep.spec import SweepSpec, told, trial_job
-from orchestrator.sweep.tpe import check_optuna, propose
-from orchestrator.sweep.tuner import run_legs
+from orchestrator.sweep.tpe import propose
+from orchestrator.sweep.tuner import run_legs, trials_at_once
 from orchestrator.terminal.progress import Screen
-from orchestrator.training.placement import slots_of
-from trainers.checkpoint.cleaning import finish_removals, remove_beside
-from trainers.errors import JobError, Preempted, TrainingError, TuneyardError, describe, to_record
+from trainers.checkpoint.cleaning import finish_removals
+from trainers.errors import Preempted, TrainingError, TuneyardError
 from trainers.evaluation.selection import select
 from trainers.job.schema import Job
-from trainers.run.folder import checkpoints_folder, promoted_steps, read_evaluations
+from trainers.run.folder import read_evaluations
 from trainers.run.lock import own_folder
 from trainers.run.record import run_of
 from trainers.shards.manifest import Shards
@@ -42,7 +43,9 @@ from trainers.storage import Folder
 from trainers.tasks import choose_metric
 
 MOST_DEATHS = 3
-"""Times that a trial's process may die without a word before the trial counts as failed."""
+"""Times that a trial's process may die without a word, or end with what may pass, before the trial counts as failed."""
+TRIALS_OWN = (TuneyardError, OSError, ray.exceptions.RayError)
+"""What ends a trial and not the sweep, such as data that its values make unfit."""
 
 
 @dataclass
@@ -66,8 +69,10 @@ class Sweep:
         while (number := self._next()) is not None:
             try:
                 trial = self._begun(self.trial(number))
-            except TuneyardError as error:  # data that this trial's values make unfit, say
-                self.take(number, LegEnd(error=describe(to_record(error))))
+            except TRIALS_OWN as error:
+                self._fail(number, error)
+                if self.wants_stop():
+                    return None
                 continue
             self.busy.add(number)
             return number, Leg(sweep=self.folder, job=self.job_of(trial), until=next_stop(trial))
@@ -89,8 +94,15 @@ class Sweep:
             if trial.line and not trial.run and trial.state == "paused":
                 try:
                     self._begun(trial)
-                except TuneyardError as error:
-                    self.take(trial.number, LegEnd(error=describe(to_record(error))))
+                except TRIALS_OWN as error:
+                    self._fail(trial.number, error)
+
+    def _fail(self, number: int, error: Exception) -> None:
+        """A trial could not begin."""
+        end = failed_leg(error)
+        if end.may_pass and not self.wants_stop():
+            time.sleep(ROOM_PAUSE_S)
+        self.take(number, end)
 
     def _add_trial(self) -> None:
         """One more, where the values of trials come from those before and nobody waits."""
@@ -119,17 +131,18 @@ class Sweep:
         """See `tuner.Desk`."""
         self.busy.discard(number)
         trial = self.trial(number)
-        if end is None:
+        if end is None or end.may_pass:
             self.deaths[number] = self.deaths.get(number, 0) + 1
             if self.deaths[number] < MOST_DEATHS or self.wants_stop():
+                if end:
+                    self.say(number, f"it is tried again: {end.error}")
                 return
-            end = LegEnd(step=trial.step, curve=trial.curve, error=f"its process died {MOST_DEATHS} times")
+            end = end or LegEnd(error=f"its process died {MOST_DEATHS} times")
         if end.stopped:
             return
         state = "failed" if end.error else "trained" if end.trained else "paused"
-        trial = self._note(
-            trial.model_copy(update={**end.model_dump(include={"step", "curve", "error"}), "state": state})
-        )
+        came = {"error"} if end.error and not end.step else {"step", "curve", "error"}  # not known: as it was
+        trial = self._note(trial.model_copy(update={**end.model_dump(include=came), "state": state}))
         best = trial.best(self.record.mode)
         value = f"{self.record.metric} {best[1]:.4f} at step {best[0]}" if best else end.error or "no evaluation"
         self.say(number, f"{state} after step {trial.step} of {trial.steps}: {value}")
@@ -158,16 +171,13 @@ class Sweep:
         self.screen.say(f"trial {number} ({told(self.trial(number).values)}): {line}")
 
     def clean(self, best: int, everything: bool = False) -> None:
-        """Delete checkpoints and exports of trials that have ended and are not the best, and of runs that were given
-        up; a registered one's stay. In threads: Tune's loop goes on meanwhile."""
+        """Clean the runs of trials that have ended and are not the best, and those that were given up."""
         trials = self.record.trials
         ended = {trial.run for trial in trials if everything or trial.state in ("trained", "failed")}
         left = {copy.left for copy in self.record.copies} - {trial.run for trial in trials}
         for name in sorted((ended | left) - {"", self.trial(best).run} - self.cleaned):
-            self.cleaned.add(name)
-            run = runs_folder(self.folder) / name
-            if not promoted_steps(run):
-                remove_beside(checkpoints_folder(self.job_of(trials[0]), run), run / "export")
+            if clean_run(self.job_of(trials[0]), runs_folder(self.folder) / name):
+                self.cleaned.add(name)
 
 
 def run_sweep(
@@ -185,12 +195,13 @@ def run_sweep(
     """
     checked, points = check_trials(spec, overrides)
     folder = sweep_folder(spec, checked)
-    record = read_sweep(folder) or _new_record(spec, checked, points)
-    if record.registry and folder.exists(REPORT):  # which is written last
-        screen.say(f"already done: {folder}")
+    if record := _done(folder, screen):
         return folder, record
     folder.path.mkdir(parents=True, exist_ok=True)
     with ray_session(address), stop_asked_for() as asked, own_folder(folder), screen.live():
+        if record := _done(folder, screen):  # by another command, which had the folder until now
+            return folder, record
+        record = read_sweep(folder) or _new_record(spec, checked, points)
         gpus = check_placement(checked.job.scale)
         sweep = Sweep(spec, overrides, folder, record, screen, asked)
         write_sweep(folder, record)
@@ -199,7 +210,7 @@ def run_sweep(
             if spec.generations:
                 pauses_of(spec, checked.job, plan_here(checked).steps, len(points))
         if record.best is None:
-            run_legs(sweep, folder, _at_once(checked.job, gpus))
+            run_legs(sweep, folder, trials_at_once(checked.job, gpus))
             if asked():
                 raise Preempted("stopped on request; the same command goes on from there")
             _register_best(sweep)
@@ -207,6 +218,15 @@ def run_sweep(
         finish_removals()
         write_page(folder, sweep.record)
         return folder, sweep.record
+
+
+def _done(folder: Folder, screen: Screen) -> SweepRecord | None:
+    """The record of a sweep that is over, and says so."""
+    record = read_sweep(folder)
+    if record is None or not record.registry or not folder.exists(REPORT):  # which is written last
+        return None
+    screen.say(f"already done: {folder}")
+    return record
 
 
 def pauses_of(spec: SweepSpec, job: Job, steps: int, trials: int) -> tuple[int, ...]:
@@ -218,40 +238,6 @@ def pauses_of(spec: SweepSpec, job: Job, steps: int, trials: int) -> tuple[int, 
         found = pause_steps(steps, every, spec.halving, trials, spec.pauses)
     begins = job.train.continue_from.step if job.train.continue_from else 0
     return tuple(step for step in found if step > begins)
-
-
-def check_trials(spec: SweepSpec, overrides: Sequence[str]) -> tuple[CheckedJob, list[dict[str, Any]]]:
-    """Check the job of every trial.
-
-    Returns:
-        The first one's job, and the values of all trials that are known.
-
-    Raises:
-        JobError: with every problem, and the trial that has it where not all have.
-    """
-    if spec.method == "tpe":
-        check_optuna()
-    points = first_points(spec)
-    probes = [*points, *(extreme_points(spec) if spec.method in ("tpe", "population") else ())]
-    problems: dict[str, list[str]] = {}
-    checked: list[CheckedJob] = []
-    for point in probes:
-        try:
-            job = trial_job(spec, overrides, point)
-            check_run_storage(job)
-            checked.append(check_job(job))
-        except JobError as error:
-            for problem in error.problems:
-                problems.setdefault(problem, []).append(told(point))
-    if problems:
-        raise JobError([problem if len(where) == len(probes) else f"with {where[0]}: {problem}"
-                        for problem, where in problems.items()], spec.job)  # fmt: skip
-    runs: dict[tuple[str, str], str] = {}
-    for one, point in zip(checked, points, strict=False):
-        same = runs.setdefault((one.job.identity(), one.model.digest), told(point))
-        if same != told(point):
-            raise JobError(f"{same} and {told(point)} are one run: what is varied changes nothing of what is trained")
-    return checked[0], points
 
 
 def sweep_folder(spec: SweepSpec, checked: CheckedJob) -> Folder:
@@ -274,13 +260,6 @@ def _write_shards(checked: CheckedJob, screen: Screen) -> Shards:
     shards = write_shards(checked, screen.on_shards)
     check_metric(checked.job, shards, checked.model.path)
     return shards
-
-
-def _at_once(job: Job, gpus: int) -> int:
-    """Trials that the cluster holds beside each other, each with all its workers."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    slots = sum(slots_of(node, job.scale.cpus_per_worker, gpus) for node in nodes)
-    return max(slots // job.scale.max_workers, 1)
 
 
 def _register_best(sweep: Sweep) -> None:

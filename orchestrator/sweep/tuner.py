@@ -14,6 +14,8 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from orchestrator.sweep.leg import STOP, Leg, LegEnd, run_leg
+from orchestrator.training.placement import slots_of
+from trainers.job.schema import Job
 from trainers.storage import Folder
 
 TUNE = "tune"
@@ -120,6 +122,13 @@ def run_legs(desk: Desk, folder: Folder, at_once: int) -> None:
         tune.Tuner(tune.with_resources(_leg, NO_CORES), tune_config=plan, run_config=place).fit()
     finally:
         _clear(folder)
+
+
+def trials_at_once(job: Job, gpus: int) -> int:
+    """Trials that the cluster holds beside each other, each with all its workers."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    slots = sum(slots_of(node, job.scale.cpus_per_worker, gpus) for node in nodes)
+    return max(slots // job.scale.max_workers, 1)
 
 
 def _clear(folder: Folder) -> None:

@@ -17,6 +17,10 @@ UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems answer that know no locks, or whose lock server is gone."""
 
 
+class FolderInUse(JobError):
+    """Another process is at work on a folder: once it lets go, the same command goes well."""
+
+
 @contextmanager
 def own_folder(folder: Folder, wait_s: float = LET_GO_S) -> Iterator[None]:
     """Own a run folder for the length of the block.
@@ -25,7 +29,8 @@ def own_folder(folder: Folder, wait_s: float = LET_GO_S) -> Iterator[None]:
         wait_s: how long another owner may take to let go.
 
     Raises:
-        JobError: another process is at work on it, or its file system knows no locks.
+        FolderInUse: another process is at work on it.
+        JobError: its file system knows no locks.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
     with (folder.path / LOCK).open("w") as lock:
@@ -34,7 +39,7 @@ def own_folder(folder: Folder, wait_s: float = LET_GO_S) -> Iterator[None]:
             if time.monotonic() < deadline:
                 time.sleep(min(wait_s, 0.05))
                 continue
-            raise JobError(f"another process is at work on {folder}; wait for it or stop it first")
+            raise FolderInUse(f"another process is at work on {folder}; wait for it or stop it first")
         yield
 
 

@@ -1,19 +1,26 @@
 """What becomes of a trial when its leg comes back, without training: the record, the checkpoints, the next leg."""
 
+import errno
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
+from orchestrator.sweep import sweep
 from orchestrator.sweep.leg import LegEnd
-from orchestrator.sweep.record import SweepRecord, Trial, read_sweep
+from orchestrator.sweep.record import SweepRecord, Trial, read_sweep, write_sweep
 from orchestrator.sweep.spec import SweepSpec
 from orchestrator.sweep.sweep import Sweep
 from orchestrator.terminal.progress import Screen
 from tests.tiny import film_rows, tiny_job
 from trainers.checkpoint.cleaning import finish_removals
-from trainers.run.folder import RegisteredVersion, RunResult
+from trainers.errors import DataError
+from trainers.job.schema import Job
+from trainers.run.folder import CLEANED, RegisteredVersion, RunResult
 from trainers.storage import Folder
 
 
@@ -108,3 +115,57 @@ def test_a_failure_is_told_and_ranks_last(desk: Sweep) -> None:
     desk.take(2, end(3, 0.0))
     assert desk.trial(1).state == "failed"
     assert [trial.number for trial in desk.record.ranked()] == [2, 1, 3]
+
+
+def test_what_may_pass_is_tried_again_and_at_the_third_time_its_trial_has_failed(desk: Sweep) -> None:
+    desk.take(1, end(3, 0.4))
+    for _ in range(2):
+        desk.take(1, LegEnd(step=4, error="OSError: Stale file handle", may_pass=True))
+        assert (desk.trial(1).state, desk.trial(1).error) == ("paused", None)
+    desk.take(1, LegEnd(error="OSError: Stale file handle", may_pass=True))
+    assert (desk.trial(1).state, desk.trial(1).error) == ("failed", "OSError: Stale file handle")
+    assert desk.trial(1).curve == ((3, 0.4),), "the last one could not read how far it came"
+
+
+def test_what_keeps_a_trial_from_beginning_is_tried_again_too(desk: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [OSError(errno.ESTALE, "Stale file handle"), DataError("no rows")]
+
+    def check(job: Job) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(sweep, "check_job", check)
+    monkeypatch.setattr(sweep, "ROOM_PAUSE_S", 0.0)
+    desk.record = desk.record.updated(desk.trial(1).model_copy(update={"run": ""}))
+    following = desk.next_leg()
+    assert following is not None and following[0] == 2
+    assert (desk.trial(1).state, desk.trial(1).error) == ("failed", "DataError: no rows")
+
+
+def test_a_run_that_is_cleaned_says_so_and_can_still_be_compared(desk: Sweep) -> None:
+    runs = desk.folder.parent.parent / "runs"
+    (runs / "tiny-1").write_json("evals/step-00000003.json", {})
+    desk.clean(best=3, everything=True)
+    assert with_checkpoints(desk) == [3]
+    assert (runs / "tiny-1").exists("evals/step-00000003.json")
+    assert 0 < (runs / "tiny-1").read_json(CLEANED)["time"] <= time.time()
+    assert not (runs / "tiny-3").exists(CLEANED)
+
+
+def test_a_record_that_another_command_wrote_while_this_one_started_is_not_undone(
+    desk: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first command ends, and lets go of the sweep, while the second starts Ray."""
+    version = RegisteredVersion(model="tiny", version=1, alias=None, step=6, source="", decision="")
+    write_sweep(desk.folder, desk.record)
+
+    @contextmanager
+    def slow_ray(address: str | None) -> Iterator[None]:
+        write_sweep(desk.folder, desk.record.model_copy(update={"best": 2, "registry": version}))
+        desk.folder.write_bytes("report.html", b"")
+        yield
+
+    monkeypatch.setattr(sweep, "check_trials", lambda *_: (None, []))
+    monkeypatch.setattr(sweep, "sweep_folder", lambda *_: desk.folder)
+    monkeypatch.setattr(sweep, "ray_session", slow_ray)
+    _, record = sweep.run_sweep(desk.spec, (), None, desk.screen)
+    assert record == read_sweep(desk.folder) and record.registry == version

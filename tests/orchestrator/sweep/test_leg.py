@@ -1,22 +1,28 @@
 """A trial that there is no room for waits, says so once, and heeds the wish to stop; one process runs many legs."""
 
+import errno
 import os
 import threading
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray import tune
 from rich.console import Console
 
+from orchestrator import run_session
 from orchestrator.run_session import RunSession
 from orchestrator.sweep import leg as legs
 from orchestrator.sweep import tuner
-from orchestrator.sweep.leg import STOP, Leg, LegEnd, train_where_there_is_room
+from orchestrator.sweep.leg import STOP, Leg, LegEnd, run_leg, train_where_there_is_room
 from orchestrator.terminal.progress import Screen
 from orchestrator.training.kept_agents import KeptAgents
 from tests.tiny import checked, film_rows, make_bert, shard_locally, tiny_job
-from trainers.errors import Preempted
+from trainers.errors import JobError, Preempted, TrainingError
+from trainers.run.lock import own_folder
 from trainers.run.record import find_run
 from trainers.storage import Folder
 
@@ -37,7 +43,7 @@ def test_a_trial_without_room_waits_and_stops_on_request(
         said.append(line)
         threading.Timer(4.0, sweep.write_bytes, (STOP, b"")).start()
 
-    with pytest.raises(Preempted, match="before there was room"):
+    with pytest.raises(Preempted, match="while it waited"):
         train_where_there_is_room(session, Leg(sweep=sweep, job=job, until=None), say)
     assert len(said) == 1 and "64 workers of 1 CPUs" in said[0], "once, though it looked several times"
 
@@ -87,3 +93,58 @@ def test_a_leg_finds_the_process_of_the_one_before(
     tuner.run_legs(desk, Folder(str(tmp_path)), at_once=1)
     assert [(number, end.step) for number, end in desk.taken] == [(1, 1), (2, 2), (3, 3)]
     assert [number for number, _ in desk.said] == [1, 2, 3] and len({line for _, line in desk.said}) == 1
+
+
+@pytest.fixture
+def leg(tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Leg:
+    monkeypatch.setattr(legs, "ROOM_PAUSE_S", 0.0)
+    monkeypatch.setattr(legs, "LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(run_session, "plan_here", lambda checked: SimpleNamespace(model_dump_json=lambda **_: "{}"))
+    job = tiny_job(tmp_path, make_bert(tmp_path / "model", tiny_tokenizer), "classify", film_rows(40))
+    shard_locally(job)
+    return Leg(sweep=Folder(str(tmp_path / "sweep")), job=job, until=None)
+
+
+def failing(error: Exception) -> Any:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "passing"),
+    [
+        ("train", OSError(errno.ESTALE, "Stale file handle"), True),
+        ("check_job", OSError(errno.ESTALE, "Stale file handle"), True),
+        ("write_shards", ray.exceptions.NodeDiedError("the node is gone"), True),
+        ("check_job", JobError("model.path: no such folder"), False),
+        ("train", TrainingError("3 failures in a row; the last: CUDA out of memory"), False),
+    ],
+)
+def test_a_leg_tells_its_error_and_whether_it_may_pass(
+    leg: Leg, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception, passing: bool
+) -> None:
+    monkeypatch.setattr(legs, where, failing(error))
+    end = run_leg(leg, print)
+    assert (end.may_pass, end.stopped) == (passing, False) and end.error is not None
+    assert end.error.startswith(type(error).__name__) and str(error).split("]")[-1].strip() in end.error
+
+
+def test_a_run_that_another_command_has_is_waited_for(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(legs, "train", lambda *_: None)
+    monkeypatch.setattr(legs, "LET_GO_S", 0.1)
+    with ExitStack() as other:
+        other.enter_context(own_folder(find_run(leg.job).folder))
+        threading.Timer(1.0, other.close).start()
+        end = run_leg(leg, said.append)
+    assert (end.error, end.stopped) == (None, False)
+    assert len(said) == 1 and "another process is at work" in said[0], "once, though it tried several times"
+
+
+def test_a_leg_that_waits_for_another_command_heeds_the_wish_to_stop(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legs, "ROOM_PAUSE_S", 5.0)
+    leg.sweep.write_bytes(STOP, b"")
+    with own_folder(find_run(leg.job).folder):
+        assert run_leg(leg, print) == LegEnd(stopped=True)

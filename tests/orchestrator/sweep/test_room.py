@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.evaluation.task import _with_resources
 from orchestrator.sharding.ray_tasks import map_tasks
-from orchestrator.sweep.sweep import _at_once
+from orchestrator.sweep.tuner import trials_at_once
 from orchestrator.training.worker_group import WorkerGroup
 from tests.orchestrator.training.test_placement import job_of
 
@@ -21,11 +21,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 def test_as_many_trials_as_the_cluster_holds_with_all_their_workers(
     workers: int, trials: int, ray_session: None
 ) -> None:
-    assert _at_once(job_of(workers), 0) == trials
+    assert trials_at_once(job_of(workers), 0) == trials
 
 
 def test_an_elastic_trial_counts_with_its_largest_size(ray_session: None) -> None:
-    assert _at_once(job_of({"min": 1, "max": 2}), 0) == 1
+    assert trials_at_once(job_of({"min": 1, "max": 2}), 0) == 1
 
 
 def test_two_trials_of_two_workers_on_two_cores_take_turns(ray_session: None) -> None:

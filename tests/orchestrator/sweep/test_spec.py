@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.sweep.check import check_trials
 from orchestrator.sweep.points import draw, first_points
 from orchestrator.sweep.spec import Range, SweepSpec, read_spec
-from orchestrator.sweep.sweep import check_trials
 from tests.tiny import film_rows, make_bert, tiny_job
 from trainers.errors import JobError
 
