@@ -43,6 +43,7 @@ from trainers.run.record import run_of
 from trainers.run.row_scores import read_row_scores
 from trainers.shards.worth import check_metric
 from trainers.storage import Folder
+from trainers.training.beginning import begin_run
 from trainers.training.divergence import read_skipped
 
 
@@ -81,17 +82,22 @@ def train(
     session: RunSession,
     stop: Callable[[], AbstractContextManager[Asked]] = stop_asked_for,
     kept: KeptAgents | None = None,
+    anew: bool = False,
 ) -> TrainOutcome:
     """Train, with evaluations beside it, then evaluate what is left; no training where it has ended for good before.
 
     Args:
         stop: tells whether the training should stop at the next step; by default on SIGTERM and Ctrl-C.
         kept: the node agents of a process that trains more than once.
+        anew: train again where checkpoints are gone, as a sweep does, which cleans the runs that are not the best.
     """
     gpus = check_placement(session.run.job.scale)
     run = session.run.evaluated_on(evaluation_place(session.checked, gpus, ray.cluster_resources()).on)
+    ended = controller.finished_training(run.folder, run.checkpoints)
+    if not ended and (said := begin_run(run, anew)):
+        session.screen.say(said)
     pool, gauges = EvaluationPool(run, gpus), RayGauges(run.folder.name)
-    if not controller.finished_training(run.folder, run.checkpoints):
+    if not ended:
 
         def show(event: Event) -> None:
             session.screen.on_event(event, session.steps(event))

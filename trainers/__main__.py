@@ -31,6 +31,7 @@ from trainers.run.log import RunLog
 from trainers.run.record import Run, find_run
 from trainers.shards.worth import check_metric
 from trainers.tasks import check_measures, choose_metric
+from trainers.training.beginning import begin_run
 from trainers.training.loop import LoopOutcome
 from trainers.verification.packing import decide_packing, with_packing
 from trainers.worker.launcher import check_launcher
@@ -132,8 +133,9 @@ def _main() -> int:
         with own_folder(run.folder) if is_first else nullcontext():
             if is_first:
                 run.note_shards()
-            for note in notes if is_first else ():
-                print(f"note: {note}", flush=True)
+                said = begin_run(run)
+                for note in (*(f"note: {note}" for note in notes), *((said,) if said else ())):
+                    print(note, flush=True)
             place: Literal["free", "ranks"] = "ranks" if evaluates(job) else "free"
             _finish(run_rank(run.evaluated_on(place), LocalHooks(run)))
     except TuneyardError as error:

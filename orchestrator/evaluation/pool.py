@@ -10,7 +10,7 @@ from orchestrator.evaluation.task import evaluation_task
 from trainers.checkpoint.retention import KeptCheckpoints
 from trainers.errors import EvaluationError
 from trainers.evaluation.selection import BASELINE, find_best, next_evaluations, out_of_patience
-from trainers.run.events import EvaluationEvent, Event
+from trainers.run.events import EvaluationEvent, Event, StartEvent
 from trainers.run.folder import (
     Evaluation,
     failed_evaluation,
@@ -20,6 +20,7 @@ from trainers.run.folder import (
 )
 from trainers.run.record import Run
 from trainers.tasks import choose_metric
+from trainers.training.beginning import set_aside
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ class EvaluationPool:
     def note(self, event: Event) -> None:
         """Follow the ranks: their checkpoints, and the evaluations that they made themselves."""
         self.kept.note(event)
+        if isinstance(event, StartEvent) and event.step == 0 and self._records.keys() - {BASELINE}:
+            set_aside(self._run.folder)  # every checkpoint is damaged and set aside, and it may start over
+            self._records = {}
         if isinstance(event, EvaluationEvent) and event.held_s:
             try:
                 known = read_evaluations(self._run.folder, self._run.shards.eval.key)

@@ -140,7 +140,7 @@ def train_where_there_is_room(session: RunSession, leg: Leg, say: Callable[[str]
     asked, said = partial(_stop_asked_for, leg.sweep), ""
     while True:
         try:
-            train(session, asked, KEPT)
+            train(session, asked, KEPT, anew=True)
             return
         except PlacementError as error:
             if str(error) != said:

@@ -235,7 +235,7 @@ class CheckpointSection(Section):
     storage: AnyPath | None = None
     """Where checkpoints go instead of the run folder, such as s3://bucket/key; shared by all nodes too."""
     start_over: bool = False
-    """Begin at step 0 where every checkpoint was found damaged and set aside; otherwise such a run ends."""
+    """Begin at step 0 where every checkpoint was found damaged, or all are gone; otherwise such a run ends."""
 
 
 class Elastic(Section):

@@ -18,6 +18,7 @@ from trainers.checkpoint.export import trained_generation
 from trainers.checkpoint.slices import full_weight
 from trainers.evaluation.device import computed_on
 from trainers.evaluation.evaluate import SetBatches, SetScores, done_evaluation, keep_scores, plan_sets
+from trainers.evaluation.selection import BASELINE
 from trainers.model.lora import merged_adapters
 from trainers.model.world import World
 from trainers.model.zero_passes import beside_training
@@ -54,6 +55,8 @@ class RankEvaluation:
         self._batches = plan_sets(self.run.job, self.task, self.run.open_held(self.task), self.encoder)
         known = read_evaluations(self.run.folder, self.run.shards.eval.key) if self.world.rank == 0 else []
         self._done = {record.step for record in known if record.status == "done"}
+        if self.resumed == 0:  # others are of an earlier training, whose checkpoints are all set aside
+            self._done &= {BASELINE}
 
     def __call__(self, step: int) -> None:
         """Evaluate the state after `step` steps, once it is committed; nothing where that is done, or a stop is near.

@@ -38,6 +38,7 @@ from trainers.shards.dataset import ShardSet
 from trainers.storage import Folder
 from trainers.tasks import Task
 from trainers.tokenizer.encoder import Encoder, load_encoder
+from trainers.training.beginning import check_begun
 from trainers.training.continuing import begin_from_parent
 from trainers.training.distill import load_objective, with_teacher
 from trainers.training.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
@@ -216,6 +217,7 @@ def _overhead(engine: Any, config: dict[str, Any], world: World) -> float:
 
 def _begin(run: Run, steps: int, hooks: Hooks) -> SkippedSteps:
     """Take over the checkpoint that the job names, if it does; the steps that are left out."""
+    check_begun(run)
     if adopted := begin_from_parent(run, steps):
         hooks.emit(adopted)
     return read_skipped(run.folder)
