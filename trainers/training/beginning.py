@@ -84,9 +84,13 @@ def _explain(run: Run, gone: Sequence[CheckpointEvent]) -> str:
     when = datetime.fromtimestamp(last.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     usual = run.folder / "checkpoints"
     there = committed_steps(usual) if str(usual) != str(run.checkpoints) else []
-    where = f"{usual} holds steps {', '.join(map(str, there))}" if there else "they were deleted or moved"
+    where = (
+        f"{usual} holds steps {', '.join(map(str, there))}"
+        if there
+        else "they were deleted or moved, or it was another place"
+    )
     return (
         f"{run.checkpoints} holds no checkpoint, but {len(gone)} were committed, the last of step {last.step} at "
-        f"{when}: {where}, or checkpoint.storage was another. Training would begin at step 0: put them back, set "
+        f"{when}: {where}. Training would begin at step 0: put them back, set "
         "checkpoint.storage as it was, or say checkpoint.start_over=true to begin anew"
     )
