@@ -19,7 +19,7 @@ from trainers.storage import Folder
 STEP_NAME = re.compile(r"step-(\d{8})")
 RESULT = "result.json"
 CLEANED = "cleaned.json"
-"""Left by a sweep in the folder of a run whose checkpoints it deleted, with the time: trained again, it begins anew."""
+"""Left in the folder of a run whose checkpoints a sweep deleted, or that starts over, with the time: it begins anew."""
 JOB_FILE = "job.yaml"
 SHARDS = "shards.json"
 """Keys of the shards that the run is trained and evaluated on, so that nobody clears them away."""
