@@ -89,7 +89,9 @@ class RunSession:
             self._end(self._summary("preempted" if isinstance(error, Preempted) else "failed", text))
         except Exception as unwritten:
             logging.getLogger(__name__).exception("the run's end could not be recorded")
-            self.screen.say(f"{self.run.folder}: {RESULT} could not be written: {describe(to_record(unwritten))}")
+            lost = f", and {lines} lines of its log are lost" if (lines := self.log.give_up()) else ""
+            cause = describe(to_record(unwritten))
+            self.screen.say(f"{self.run.folder}: {RESULT} could not be written{lost}: {cause}")
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

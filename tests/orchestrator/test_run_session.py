@@ -1,5 +1,6 @@
 """How a block that holds a run may end, and what result.json says of it: SIGTERM, Ctrl-C, errors of no known cause."""
 
+import errno
 import os
 import signal
 import threading
@@ -77,3 +78,18 @@ def test_an_error_of_no_known_cause_stands_in_the_result(run: Run) -> None:
     with pytest.raises(ZeroDivisionError), session_of(run).hold(run):
         raise ZeroDivisionError("of all things")
     assert ended(run) == ("failed", "ZeroDivisionError: of all things")
+
+
+def test_storage_that_stays_away_hides_no_cause(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("trainers.patience.RETRY_S", 0.1)
+    session, said = session_of(run), []
+    monkeypatch.setattr(session.screen, "say", said.append)
+    with pytest.raises(Preempted), session.hold(run):
+        monkeypatch.setattr(session.log, "_write", full)
+        session.note_stage("train", 1.0)
+        raise Preempted("stopped")
+    assert len(said) == 2 and "tried again" in said[0]
+    assert "result.json could not be written, and 1 lines of its log are lost: OSError" in said[1]

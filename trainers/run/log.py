@@ -118,6 +118,12 @@ class RunLog:
             lines = self._unwritten.count(b"\n")
             retrying(self._write, f"writing the last {lines} lines of {self._path}")
 
+    def give_up(self) -> int:
+        """Leave what could not be written: the run ends for another cause, which is to be told. Returns the lines."""
+        lines = self._unwritten.count(b"\n")
+        self._unwritten.clear()
+        return lines
+
     def close(self) -> None:
         """Flush both files. Raises OSError as `settle` does, once."""
         try:
