@@ -6,6 +6,8 @@ every file against the digests that the parent committed, as they do with any ch
 """
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,7 @@ from trainers.storage import Folder
 from trainers.training.divergence import SkippedSteps, read_skipped, write_skipped
 
 COPY_BYTES = 1 << 24
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,12 @@ def check_same_ground(parent: Parent, model_digest: str, shards: Shards) -> None
         )
 
 
-def begin_from_parent(run: Run, steps: int) -> CheckpointEvent | None:
+def begin_from_parent(run: Run, steps: int, alive: Callable[[], None] = lambda: None) -> CheckpointEvent | None:
     """Give a run that has no checkpoint yet the one that its job names. One process's work: rank 0, or a sweep.
 
     Args:
         steps: of the whole training.
+        alive: called again and again while files are copied.
 
     Returns:
         the commit of its first checkpoint; None where it has one already, or its own are damaged.
@@ -131,7 +135,15 @@ def begin_from_parent(run: Run, steps: int) -> CheckpointEvent | None:
     skipped = tuple(one for one in read_skipped(parent.folder).steps if one.step < asked.step)
     if skipped:  # they made no update: the optimizer has counted fewer
         write_skipped(run.folder, SkippedSteps(steps=skipped))
-    return _adopt(parent, run.checkpoints / step_name(asked.step), run.job.identity())
+    return _adopt(parent, run.checkpoints / step_name(asked.step), run.job.identity(), alive)
+
+
+def wait_for_parent(run: Run) -> None:
+    """Until `begin_from_parent` is done, which another rank does. In no collective: their time is limited, and a copy
+    of a large checkpoint may take longer. Where that rank fails, the launcher ends this one."""
+    while run.job.train.continue_from and not has_begun(run.checkpoints, run.job.checkpoint.start_over):
+        time.sleep(POLL_S)
+        run.checkpoints.refresh()
 
 
 def has_begun(checkpoints: Folder, start_over: bool = False) -> bool:
@@ -148,7 +160,7 @@ def has_begun(checkpoints: Folder, start_over: bool = False) -> bool:
     return aside and not start_over
 
 
-def _adopt(parent: Parent, target: Folder, job: str) -> CheckpointEvent:
+def _adopt(parent: Parent, target: Folder, job: str, alive: Callable[[], None]) -> CheckpointEvent:
     """The parent's checkpoint as one of another job: every file but the state that names the job, then the commit."""
     try:
         files = dict(read_manifest(parent.checkpoint).files)
@@ -160,7 +172,7 @@ def _adopt(parent: Parent, target: Folder, job: str) -> CheckpointEvent:
     target.delete()  # what a start that was killed had linked
     for name in files:
         if name != STATE:
-            _link_or_copy(parent.checkpoint, target, name)
+            _link_or_copy(parent.checkpoint, target, name, alive)
     state = CheckpointState.model_validate_json(data).model_copy(update={"job": job})
     files[STATE] = _write(target, STATE, state.model_dump_json(indent=1).encode())
     manifest = _write(target, MANIFEST, CheckpointManifest(files=files).model_dump_json(indent=1).encode())
@@ -173,7 +185,7 @@ def _write(folder: Folder, name: str, data: bytes) -> FileRecord:
     return FileRecord(bytes=len(data), digest=xxhash.xxh3_128_hexdigest(data))
 
 
-def _link_or_copy(source: Folder, target: Folder, name: str) -> None:
+def _link_or_copy(source: Folder, target: Folder, name: str, alive: Callable[[], None]) -> None:
     """One file of a committed checkpoint, which nobody changes: a second name for it where that is possible."""
     if source.is_local and target.is_local:
         target.path.mkdir(parents=True, exist_ok=True)
@@ -185,3 +197,4 @@ def _link_or_copy(source: Folder, target: Folder, name: str) -> None:
     with source.open_input(name) as stream, target.open_output(name) as copy:
         while chunk := stream.read_buffer(COPY_BYTES):
             copy.write(chunk)
+            alive()

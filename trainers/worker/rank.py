@@ -39,7 +39,7 @@ from trainers.storage import Folder
 from trainers.tasks import Task
 from trainers.tokenizer.encoder import Encoder, load_encoder
 from trainers.training.beginning import check_begun
-from trainers.training.continuing import begin_from_parent
+from trainers.training.continuing import begin_from_parent, wait_for_parent
 from trainers.training.distill import load_objective, with_teacher
 from trainers.training.divergence import Diverged, SkippedSteps, add_skipped, read_skipped, skipped_step, write_skipped
 from trainers.training.hooks import Evaluate, Hooks, Objective
@@ -142,7 +142,7 @@ def _train(
     packs = index_packs(job, shards)
     order = job_order(job, len(packs))
     objective = load_objective(job, task, pad_id, world)
-    skipped = world.broadcast(_begin(run, order.steps, hooks) if world.rank == 0 else SkippedSteps())
+    skipped = world.broadcast(_begin(run, order.steps, hooks, world))
     engine = build_engine(job, task, run.model.path, pad_id, config, world)
     check_frozen(engine)
     if is_offloaded(engine):
@@ -215,10 +215,14 @@ def _overhead(engine: Any, config: dict[str, Any], world: World) -> float:
     return overhead_positions(sum(tensors), world.device.type != "cpu", kept)
 
 
-def _begin(run: Run, steps: int, hooks: Hooks) -> SkippedSteps:
-    """Take over the checkpoint that the job names, if it does; the steps that are left out."""
+def _begin(run: Run, steps: int, hooks: Hooks, world: World) -> SkippedSteps:
+    """Take over the checkpoint that the job names, if it does, on rank 0, which then knows the steps that are left
+    out."""
+    if world.rank:
+        wait_for_parent(run)
+        return SkippedSteps()
     check_begun(run)
-    if adopted := begin_from_parent(run, steps):
+    if adopted := begin_from_parent(run, steps, lambda: hooks.at("load", 0)):
         hooks.emit(adopted)
     return read_skipped(run.folder)
 

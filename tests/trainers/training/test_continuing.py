@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,8 +210,9 @@ def test_a_parent_on_another_file_system_is_copied(kept: Run, monkeypatch: pytes
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(continuing.os, "link", refuse)
-    child = find_run(from_step(kept, 3))
-    begin_from_parent(child, STEPS)
+    child, told = find_run(from_step(kept, 3)), list[str]()
+    begin_from_parent(child, STEPS, lambda: told.append("alive"))
+    assert told, "a rank that copies for long does not hang"
     assert (child.checkpoints / step_name(3)).read_bytes("rank-00000-of-00001.safetensors") == b"numbers"
 
 
@@ -226,6 +228,26 @@ def test_a_parent_in_a_bucket_is_copied(tmp_path: Path, tiny_tokenizer: Path) ->
         kept.checkpoints.delete()
         assert find_damage(LocalCopies(child.checkpoints / step_name(3))) is None
         assert begin_from_parent(child, STEPS) is None
+
+
+def test_other_ranks_wait_for_the_copy_however_long_in_no_collective(
+    kept: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainers.training import continuing
+    from trainers.worker import rank
+
+    child, others = find_run(from_step(kept, 3)), iter(range(5))
+
+    def pause(_: float) -> None:
+        if next(others) == 3:
+            begin_from_parent(child, STEPS)
+
+    monkeypatch.setattr(continuing, "time", SimpleNamespace(sleep=pause))
+    second: Any = SimpleNamespace(rank=1)
+    rank._begin(child, STEPS, Recorder(), second)
+    assert next(others) == 4 and (child.checkpoints / step_name(3)).exists("COMMITTED")
+    rank._begin(kept, STEPS, Recorder(), second)  # it names no parent
+    assert next(others, None) is None
 
 
 def test_a_damaged_parent_is_refused(kept: Run) -> None:
