@@ -1,5 +1,6 @@
 """Evaluators that are killed: their step is evaluated again and counted once, or recorded as failed, never chosen."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from orchestrator.evaluation import task
 from orchestrator.evaluation.pool import EvaluationPool
 from tests.tiny import make_llama, shard_locally, tiny_job
 from trainers.evaluation.selection import find_best
+from trainers.run.events import CheckpointEvent, EvaluationEvent
 from trainers.run.folder import Evaluation, read_evaluations
 from trainers.run.record import find_run
 from trainers.storage import Folder
@@ -45,3 +47,23 @@ def test_a_killed_evaluator_is_tried_again_and_its_step_counts_once(
     (record,) = pool.finish()
     assert record.status == "failed" and "Crashed" in str(record.error)
     assert read_evaluations(lost.folder) == [record] and find_best([record], "loss", "min") is None
+
+
+def test_storage_that_fails_for_a_moment_deletes_nothing_and_ends_nothing(
+    tmp_path: Path, tiny_chat_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    model = make_llama(tmp_path / "model", tiny_chat_tokenizer)
+    job = tiny_job(tmp_path, model, "pretrain", [{"text": f"the film is good {i}"} for i in range(20)])
+    shard_locally(job)
+    run = find_run(job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"keep": 1})}))
+    pool = EvaluationPool(run, 0)
+    for name in ("promoted_steps", "read_evaluations"):
+        monkeypatch.setattr(f"orchestrator.evaluation.pool.{name}", stale)
+    for step in (1, 2):
+        pool.note(CheckpointEvent(step=step, bytes=1))
+    pool.note(EvaluationEvent(step=1, held_s=1.0))
+    pool.prune()
+    assert {1, 2} <= set(pool.waiting()) and pool.kept.steps == {1, 2}
