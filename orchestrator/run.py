@@ -7,6 +7,7 @@ killed one began and does nothing twice. What the stages share stands in `run_se
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -34,6 +35,7 @@ from trainers.checkpoint.export import PROVENANCE, clear_leftovers
 from trainers.errors import Preempted
 from trainers.evaluation.harness import is_measured
 from trainers.evaluation.selection import find_best, select
+from trainers.job.schema import Job
 from trainers.run.continued import read_line
 from trainers.run.describe import describe
 from trainers.run.events import Event, GoodputEvent, StepEvent
@@ -94,7 +96,7 @@ def train(
     gpus = check_placement(session.run.job.scale)
     run = session.run.evaluated_on(evaluation_place(session.checked, gpus, ray.cluster_resources()).on)
     ended = controller.finished_training(run.folder, run.checkpoints)
-    if not ended and (said := begin_run(run, anew)):
+    if not ended and (said := begin_run(run, anew, partial(_is_registered, run.job))):
         session.screen.say(said)
     pool, gauges = EvaluationPool(run, gpus), RayGauges(run.folder.name)
     if not ended:
@@ -171,6 +173,10 @@ def weigh(session: RunSession, best: Evaluation) -> Promotion:
         gone = f"version {standing.version}, champion so far, was replaced when its run was trained anew"
         decision = decision.model_copy(update={"reason": f"{decision.reason}; {gone}"})
     return decision if rule != "if_better" else decision.model_copy(update={"champion": weighed})
+
+
+def _is_registered(job: Job, export: Folder) -> bool:
+    return place_of(str(export)) in named_folders(registry_uri(job.storage, job.registry.uri))
 
 
 def _is_replaced(version: ModelVersion, run: Folder, step: int) -> bool:

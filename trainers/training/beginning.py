@@ -5,7 +5,7 @@ over. And where training begins again, evaluations and exports of then are of ot
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from trainers.checkpoint.reading import committed_steps
@@ -21,24 +21,31 @@ OF_A_TRAINING = ("evals", "export")
 """Folders of a run that hold what was made of its checkpoints."""
 
 
-def begin_run(run: Run, anew: bool = False) -> str | None:
+def begin_run(run: Run, anew: bool = False, is_registered: Callable[[Folder], bool] = lambda _: False) -> str | None:
     """Look whether a run has checkpoints to go on from; where it begins at step 0, set aside what an earlier training
     left. The owner of the run folder calls it before it reads evaluations and starts the ranks.
 
     Args:
         anew: begin at step 0 also where checkpoints are gone, as `checkpoint.start_over` says.
+        is_registered: whether a version in the registry names this folder of an export.
 
     Returns:
         What is to be told, if anything.
 
     Raises:
-        TrainingError: where checkpoints are gone.
+        TrainingError: where checkpoints are gone, or a registered version would lose its files.
     """
     if _goes_on(run):
         return None
     gone = _gone(run)
     if gone and not anew and not run.job.checkpoint.start_over:
         raise TrainingError(_explain(run, gone))
+    exports = run.folder / "export"
+    if versions := [name for name in exports.list() if is_registered(exports / name)]:
+        raise TrainingError(
+            f"{exports / versions[0]} is a version in the registry, whose files a training from step 0 would replace; "
+            "give the job another name"
+        )
     places = set_aside(run.folder)
     if gone:
         run.folder.write_json(CLEANED, {"schema_version": 1, "time": time.time()})

@@ -113,3 +113,14 @@ def test_a_start_at_step_0_forgets_evaluations_of_before(kept: Run, monkeypatch:
     known.note(StartEvent(step=0))
     assert known.records == [] and steps(kept) == []
     assert Folder(f"{kept.folder}/before-1/evals").list()
+
+
+def test_a_version_in_the_registry_keeps_its_files(kept: Run) -> None:
+    """An export that was left by a training before is set aside, but not from under a version that names it."""
+    shutil.rmtree(kept.checkpoints.path)
+    anew, export = changed(kept, start_over=True), kept.folder / "export/step-00000003"
+    with pytest.raises(TrainingError, match=r"is a version in the registry.*give the job another name"):
+        begin_run(anew, is_registered=lambda folder: str(folder) == str(export))
+    assert export.exists("model.safetensors") and steps(kept) == [0, 3]
+    assert "begins anew" in str(begin_run(anew))
+    assert not export.exists("model.safetensors")
