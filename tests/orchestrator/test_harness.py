@@ -67,7 +67,7 @@ def test_its_metrics_stand_in_record_table_and_registry(
     assert low < asked.metrics["acc@films"] < high and high - low < 2
     assert "acc@films" in evaluation_table([asked], "loss", 6).columns
     decision = Promotion(promote=True, reason="")
-    registered = _record(job, run.folder, asked, run.folder / "export", {}, decision)
+    registered = _record(job, run.folder, asked, {}, {}, decision)
     assert registered.metrics == asked.metrics and registered.notes == asked.notes
     assert run.job.model_copy(update={"evaluate": run.job.evaluate.model_copy(update={"lm_eval": ()})}).identity() == (
         job.identity()
