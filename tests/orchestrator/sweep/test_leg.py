@@ -50,7 +50,7 @@ def test_a_trial_without_room_waits_and_stops_on_request(
 
 def test_the_node_agents_of_a_leg_are_there_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(legs, "train", lambda session, stop, kept: given.append(kept))
+    monkeypatch.setattr(legs, "train", lambda session, stop, kept, anew: given.append(kept))
     for _ in range(2):
         train_where_there_is_room(None, Leg.model_construct(sweep=None), given.append)
     assert isinstance(given[0], KeptAgents) and given[0] is given[1]
@@ -106,7 +106,7 @@ def leg(tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def failing(error: Exception) -> Any:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     return fail
@@ -133,7 +133,7 @@ def test_a_leg_tells_its_error_and_whether_it_may_pass(
 
 def test_a_run_that_another_command_has_is_waited_for(leg: Leg, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(legs, "train", lambda *_: None)
+    monkeypatch.setattr(legs, "train", lambda *_, **__: None)
     monkeypatch.setattr(legs, "LET_GO_S", 0.1)
     with ExitStack() as other:
         other.enter_context(own_folder(find_run(leg.job).folder))
