@@ -19,6 +19,9 @@ def chunk_gated_delta_rule(
     """q and k [1, tokens, heads, width], v [1, tokens, more heads, other width], g and beta [1, tokens, more heads].
     The state is zero where `cu_seqlens` says that a sequence begins."""
     assert initial_state is None
+    dtype = v.dtype
+    if dtype == torch.bfloat16:  # the state is kept in fp32
+        q, k, v, g, beta = (each.float() for each in (q, k, v, g, beta))
     if use_qk_l2norm_in_kernel:
         q, k = (each * torch.rsqrt((each * each).sum(-1, keepdim=True) + 1e-6) for each in (q, k))
     q, k = (each.repeat_interleave(v.shape[2] // each.shape[2], 2) for each in (q * q.shape[-1] ** -0.5, k))
@@ -31,4 +34,4 @@ def chunk_gated_delta_rule(
         wrong = (v[:, at] - torch.einsum("bhkv,bhk->bhv", state, k[:, at])) * beta[:, at, :, None]
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, at], wrong)
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, at]))
-    return torch.stack(outputs, 1), state if output_final_state else None
+    return torch.stack(outputs, 1).to(dtype), state if output_final_state else None

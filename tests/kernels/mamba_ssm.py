@@ -26,6 +26,9 @@ def mamba_chunk_scan_combined(
     """x [batch, tokens, heads, width], dt [batch, tokens, heads], B and C [batch, tokens, groups, states]; the state is
     zero where `seq_idx` [batch, tokens] changes."""
     assert z is None and initial_states is None
+    dtype = x.dtype
+    if dtype == torch.bfloat16:  # the state is kept in fp32
+        x, dt, B, C = (each.float() for each in (x, dt, B, C))
     dt = dt if dt_bias is None else dt + dt_bias
     dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
     B, C = (each.repeat_interleave(x.shape[2] // each.shape[2], 2) for each in (B, C))
@@ -38,7 +41,7 @@ def mamba_chunk_scan_combined(
         state = state * (step * A[:, None]).exp()[..., None] + (step * x[:, at])[..., None] * B[:, at, :, None]
         outputs.append((state * C[:, at, :, None]).sum(-1))
     result = torch.stack(outputs, 1)
-    result = result if D is None else result + x * D[:, None]
+    result = (result if D is None else result + x * D[:, None]).to(dtype)
     return (result, state) if return_final_states else result
 
 
