@@ -23,7 +23,7 @@ from orchestrator.registry.manage import registry_lock
 from orchestrator.registry.mlflow_client import registry_uri
 from orchestrator.registry.model_card import write_card
 from orchestrator.registry.promotion import Promotion, RowScores, baselines_of, decide
-from orchestrator.registry.read import ModelVersion, champion, named_folders, place_of, row_scores_of
+from orchestrator.registry.read import ModelVersion, champion, is_registered, named_folders, place_of, row_scores_of
 from orchestrator.run_session import Asked, RunSession, evaluation_place, finished_run, open_session, stop_asked_for
 from orchestrator.sharding.stage import write_shards
 from orchestrator.terminal.progress import Screen
@@ -35,7 +35,6 @@ from trainers.checkpoint.export import PROVENANCE, clear_leftovers
 from trainers.errors import Preempted
 from trainers.evaluation.harness import is_measured
 from trainers.evaluation.selection import find_best, select
-from trainers.job.schema import Job
 from trainers.run.continued import read_line
 from trainers.run.describe import describe
 from trainers.run.events import Event, GoodputEvent, StepEvent
@@ -96,7 +95,7 @@ def train(
     gpus = check_placement(session.run.job.scale)
     run = session.run.evaluated_on(evaluation_place(session.checked, gpus, ray.cluster_resources()).on)
     ended = controller.finished_training(run.folder, run.checkpoints)
-    if not ended and (said := begin_run(run, anew, partial(_is_registered, run.job))):
+    if not ended and (said := begin_run(run, anew, partial(is_registered, run.job))):
         session.screen.say(said)
     pool, gauges = EvaluationPool(run, gpus), RayGauges(run.folder.name)
     if not ended:
@@ -173,10 +172,6 @@ def weigh(session: RunSession, best: Evaluation) -> Promotion:
         gone = f"version {standing.version}, champion so far, was replaced when its run was trained anew"
         decision = decision.model_copy(update={"reason": f"{decision.reason}; {gone}"})
     return decision if rule != "if_better" else decision.model_copy(update={"champion": weighed})
-
-
-def _is_registered(job: Job, export: Folder) -> bool:
-    return place_of(str(export)) in named_folders(registry_uri(job.storage, job.registry.uri))
 
 
 def _is_replaced(version: ModelVersion, run: Folder, step: int) -> bool:

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import ray
 
 from orchestrator.evaluation.task import evaluation_task
+from orchestrator.registry.read import is_registered
 from trainers.checkpoint.retention import KeptCheckpoints
 from trainers.errors import EvaluationError
 from trainers.evaluation.selection import BASELINE, find_best, next_evaluations, out_of_patience
@@ -42,7 +44,8 @@ class EvaluationPool:
         """Follow the ranks: their checkpoints, and the evaluations that they made themselves."""
         self.kept.note(event)
         if isinstance(event, StartEvent) and event.step == 0 and self._records.keys() - {BASELINE}:
-            set_aside(self._run.folder)  # every checkpoint is damaged and set aside, and it may start over
+            # every checkpoint is damaged and set aside, and it may start over
+            set_aside(self._run.folder, partial(is_registered, self._run.job))
             self._records = {}
         if isinstance(event, EvaluationEvent) and event.held_s:
             try:

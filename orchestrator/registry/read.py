@@ -16,11 +16,12 @@ from typing import Any
 from urllib.parse import quote
 
 from orchestrator.registry import mlflow_client
-from orchestrator.registry.mlflow_client import explain_failures, is_empty, sqlite_path
+from orchestrator.registry.mlflow_client import explain_failures, is_empty, registry_uri, sqlite_path
 from orchestrator.registry.promotion import RowScores
 from trainers.checkpoint.records import FileRecord
 from trainers.credentials import hide_credentials
 from trainers.errors import EvaluationError, JobError
+from trainers.job.schema import Job
 from trainers.records import Record
 from trainers.run.row_scores import read_row_scores
 from trainers.storage import Folder
@@ -177,6 +178,11 @@ def named_folders(uri: str) -> dict[str, list[tuple[str, StoredVersion]]]:
             if COLLECTED not in version.tags:
                 named[place_of(version.source)].append((model.name, version))
     return dict(named)
+
+
+def is_registered(job: Job, folder: Folder) -> bool:
+    """Whether a version of any model in the job's registry needs the files of a folder."""
+    return place_of(str(folder)) in named_folders(registry_uri(job.storage, job.registry.uri))
 
 
 def place_of(source: str) -> str:

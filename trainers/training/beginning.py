@@ -40,13 +40,7 @@ def begin_run(run: Run, anew: bool = False, is_registered: Callable[[Folder], bo
     gone = _gone(run)
     if gone and not anew and not run.job.checkpoint.start_over:
         raise TrainingError(_explain(run, gone))
-    exports = run.folder / "export"
-    if versions := [name for name in exports.list() if is_registered(exports / name)]:
-        raise TrainingError(
-            f"{exports / versions[0]} is a version in the registry, whose files a training from step 0 would replace; "
-            "give the job another name"
-        )
-    places = set_aside(run.folder)
+    places = set_aside(run.folder, is_registered)
     if gone:
         run.folder.write_json(CLEANED, {"schema_version": 1, "time": time.time()})
     if not places and not gone:
@@ -61,8 +55,18 @@ def check_begun(run: Run) -> None:
         raise TrainingError(_explain(run, gone))
 
 
-def set_aside(run: Folder) -> list[Folder]:
-    """Move evaluations and exports of steps to a folder `before-N`, where there are any. Returns where they are now."""
+def set_aside(run: Folder, is_registered: Callable[[Folder], bool]) -> list[Folder]:
+    """Move evaluations and exports of steps to a folder `before-N`, where there are any. Returns where they are now.
+
+    Raises:
+        TrainingError: where a registered version would lose its files; nothing is moved then.
+    """
+    exports = run / "export"
+    if versions := [name for name in exports.list() if is_registered(exports / name)]:
+        raise TrainingError(
+            f"{exports / versions[0]} is a version in the registry, whose files a training from step 0 would replace; "
+            "give the job another name"
+        )
     stale = [name for name in OF_A_TRAINING if any(map(parse_step, (run / name).list()))]
     number = 1 + sum(name.startswith("before-") for name in run.list())
     moved = []
